@@ -1,0 +1,332 @@
+"""Every choice of a run as frozen dataclasses: the model, the recipe, and nothing that needs JAX.
+
+A recipe (`configs/NAME.py`) is a function `config()` that returns a `Config`; `load` finds it by name or path.
+Nothing here says how a choice is carried out. This module imports the standard library only, so that a command
+line can answer `--help` before JAX is loaded.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape and the numerics of one Gemma 2 model (Gemma Team 2024, arXiv:2408.00118, table 1)."""
+
+    layers: int  # transformer blocks; even ones (0-based) are local, odd ones global
+    width: int  # width of the residual stream
+    mlp_width: int  # width of gate and up
+    heads: int  # query heads
+    kv_heads: int  # key/value heads
+    head_width: int  # width of one head
+    query_pre_attn_scalar: float  # scores are q.k times this to the power -1/2
+    vocab_size: int = 256_000  # rows of the embedding, tied to the output
+    window: int = 4096  # tokens a local layer attends to, itself included
+    max_length: int = 8192  # trained context length
+    attn_softcap: float | None = 50.0  # attention scores are squashed to (-cap, cap)
+    final_softcap: float | None = 30.0  # logits are squashed to (-cap, cap)
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # epsilon of every RMSNorm
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "vocab_size", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}; "
+                "each key/value head serves a whole number of query heads"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"model.head_width {self.head_width} is odd; RoPE rotates pairs, use an even width")
+        for name in ("query_pre_attn_scalar", "rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("attn_softcap", "final_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; use a positive cap, or None for no cap")
+
+    @property
+    def query_groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+    def layer_windows(self, length: int) -> list[int]:
+        """How many tokens back, itself included, each layer sees in a sequence of `length` tokens."""
+        return [min(self.window, length) if layer % 2 == 0 else length for layer in range(self.layers)]
+
+    def parameter_count(self) -> int:
+        """Parameters of the model; the tied embedding counts once."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_width * self.width
+        block = attention + 3 * self.width * self.mlp_width + 4 * self.width
+        return self.vocab_size * self.width + self.layers * block + self.width
+
+    def forward_flops(self, length: int) -> float:
+        """FLOPs of one forward pass per token of a `length`-token sequence.
+
+        A multiply-add is two. Logits are counted, the embedding lookup is not; attention counts the causal half,
+        within the window, as in the PaLM paper's MFU (arXiv:2204.02311, appendix B) less its masked half.
+        """
+        matrices = self.parameter_count() - (4 * self.layers + 1) * self.width
+        pairs = sum(_causal_pairs(length, window) for window in self.layer_windows(length))
+        return 2 * matrices + 4 * self.heads * self.head_width * pairs / length
+
+
+def _causal_pairs(length: int, window: int) -> int:
+    """Pairs (i, j) with 0 <= i - j < window in a sequence of `length` tokens."""
+    window = min(window, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+GEMMA2_2B = ModelConfig(
+    layers=26, width=2304, mlp_width=9216, heads=8, kv_heads=4, head_width=256, query_pre_attn_scalar=256
+)
+GEMMA2_9B = ModelConfig(
+    layers=42, width=3584, mlp_width=14336, heads=16, kv_heads=8, head_width=256, query_pre_attn_scalar=256
+)
+GEMMA2_27B = ModelConfig(
+    layers=46, width=4608, mlp_width=36864, heads=32, kv_heads=16, head_width=128, query_pre_attn_scalar=144
+)
+# Small enough to train on a laptop, with every trait of the large ones: heads times head width is not the model
+# width (as in 9B), and the window is shorter than the sequence.
+GEMMA2_TINY = ModelConfig(
+    layers=6,
+    width=192,
+    mlp_width=576,
+    heads=4,
+    kv_heads=2,
+    head_width=64,
+    query_pre_attn_scalar=64,
+    vocab_size=4096,
+    window=128,
+    max_length=512,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters: LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353), rank-stabilised (arXiv:2312.03732)."""
+
+    kind: Literal["none", "lora", "dora"] = "none"  # none trains the model's own weights
+    rank: int = 32  # columns of A, rows of B
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # chance that an input of A is dropped in training
+    targets: tuple[str, ...] = ("attn/*", "mlp/*")  # patterns over attn/{q,k,v,o} and mlp/{gate,up,down}
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is {self.rank}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not self.targets:
+            raise ValueError("adapter.targets is empty; name at least one, for instance 'attn/q'")
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and how it becomes rows of tokens."""
+
+    kind: Literal["text", "instructions"] = "instructions"  # loss on every token, or on completions only
+    train: str = "python-docs"  # built-in python-docs, or JSONL/Parquet: a file, a directory or a glob
+    eval: str = ""  # held-out data, likewise; empty: every eval_fraction-th document of the training data
+    eval_fraction: float = 0.02  # share of documents held out when eval is empty
+    tokenizer: str = ""  # a directory or hub id; empty: the one beside the initial weights
+    text_key: str = "text"  # column of plain text (kind text)
+    prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
+    completion_key: str = "completion"  # column of completions, likewise
+    prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
+    packing: bool = True  # several documents in a row, kept apart by segment ids
+    seed: int = 1234  # of the order of documents
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101) with linear warmup and cosine decay."""
+
+    lr: float  # peak learning rate
+    min_lr: float = 0.0  # learning rate at the end of the decay
+    warmup_steps: int = 10  # steps from 0 to the peak
+    decay_steps: int | None = None  # step at which min_lr is reached; None: the run's last
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.033  # decoupled, on matrices only: norms and DoRA magnitudes are exempt
+    clip_norm: float = 1.0  # largest global norm of the gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Sizes and rhythm of the training loop."""
+
+    sequence_length: int = 2048  # tokens in a row
+    global_batch_size: int = 128  # rows per optimizer step, over all devices
+    micro_batch_size: int = 1  # rows per forward pass on each of the data x fsdp shards
+    seed: int = 5678  # of initial weights, adapters and dropout
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 50  # steps between evaluations; one more follows the last step
+    eval_batches: int = 10  # batches of an evaluation, at most
+    checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
+    keep_checkpoints: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if f.name != "seed" and getattr(self, f.name) < 1:
+                raise ValueError(f"train.{f.name} is {getattr(self, f.name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Precision, kernels and memory."""
+
+    dtype: DType = "bfloat16"  # of activations and matrix products (which accumulate in float32)
+    trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
+    frozen_dtype: DType = "bfloat16"  # of weights that are not
+    attention: Literal["auto", "xla"] = "auto"  # implementation of attention
+    remat: Literal["none", "dots", "block"] = "block"  # kept for the backward pass: all, matrix products, inputs
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1, for all the devices that are left."""
+
+    data: int = -1  # copies of the model, each with its rows of the batch
+    fsdp: int = 1  # shards of weights and optimizer state, gathered layer by layer; also splits the batch
+    tensor: int = 1  # shards of heads, MLP width and vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """An XLA trace for XProf or TensorBoard, under WORKDIR/profile."""
+
+    start: int = 0  # first step traced, counted from this process's first step
+    steps: int = 0  # steps traced; 0 traces nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. `python -m gemma2_jax.train --config NAME` carries it out."""
+
+    name: str  # of the recipe
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
+    workdir: str = ""  # where everything the run writes goes; empty: runs/NAME
+    steps: int = 100  # optimizer steps
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.train.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"train.sequence_length {self.train.sequence_length} is beyond the model's context of "
+                f"{self.model.max_length}; shorten it, or raise model.max_length if that is meant"
+            )
+
+    @property
+    def output(self) -> Path:
+        """The working directory."""
+        return Path(self.workdir or f"runs/{self.name}")
+
+
+def pretrain(name: str, model: ModelConfig, **changes) -> Config:
+    """A pretraining run from random weights, with Megatron-Bridge's defaults for Gemma 2."""
+    base = Config(
+        name=name,
+        model=model,
+        data=DataConfig(kind="text"),
+        optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
+        train=TrainConfig(
+            sequence_length=4096,
+            global_batch_size=32,
+            micro_batch_size=2,
+            seed=1234,
+            eval_every=500,
+            eval_batches=32,
+            checkpoint_every=500,
+        ),
+        steps=300_000,
+    )
+    return replace(base, **changes)
+
+
+def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
+    """A fine-tuning run from given weights, with Megatron-Bridge's defaults for Gemma 2."""
+    if kind == "sft":
+        adapter, lr = AdapterConfig(), 5e-6
+    else:
+        adapter, lr = AdapterConfig(kind=kind, rank=32, alpha=64.0 if kind == "dora" else 32.0), 1e-4
+    base = Config(
+        name=name,
+        model=model,
+        adapter=adapter,
+        data=DataConfig(kind="instructions", seed=5678),
+        optim=OptimConfig(lr=lr, warmup_steps=10),
+        init=init,
+        steps=100,
+    )
+    return replace(base, **changes)
+
+
+def recipe_names() -> list[str]:
+    """Names that `load` knows."""
+    return sorted(path.stem for path in _recipe_folder().glob("*.py") if path.stem != "__init__")
+
+
+def load(name: str) -> Config:
+    """The recipe of that name, or the one in that Python file, whose `config()` is called."""
+    path = Path(name) if name.endswith(".py") else _recipe_folder() / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file")
+    spec = importlib.util.spec_from_file_location(f"gemma2_jax.configs.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "config", None)):
+        raise ValueError(f"{path} has no function config(); a recipe is a function config() that returns a Config")
+    return module.config()
+
+
+def to_text(config: Config) -> str:
+    """Every field as a line `group.field = value`: what `--print` shows and a run keeps as config.txt."""
+    return "".join(f"{key} = {value!r}\n" for key, value in _flat(config))
+
+
+def _flat(node, prefix: str = ""):
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def _recipe_folder() -> Path:
+    spec = importlib.util.find_spec("gemma2_jax.configs")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
