@@ -5,6 +5,7 @@ Nothing here says how a choice is carried out. This module imports the standard 
 line can answer `--help` before JAX is loaded.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -36,7 +37,16 @@ class ModelConfig:
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "vocab_size", "window"):
+        for name in (
+            "layers",
+            "width",
+            "mlp_width",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "vocab_size",
+            "window",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
@@ -45,13 +55,17 @@ class ModelConfig:
                 "each key/value head serves a whole number of query heads"
             )
         if self.head_width % 2:
-            raise ValueError(f"model.head_width {self.head_width} is odd; RoPE rotates pairs, use an even width")
+            raise ValueError(
+                f"model.head_width {self.head_width} is odd; RoPE rotates pairs, use an even width"
+            )
         for name in ("query_pre_attn_scalar", "rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be positive")
         for name in ("attn_softcap", "final_softcap"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; use a positive cap, or None for no cap")
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}; use a positive cap, or None for no cap"
+                )
 
     @property
     def query_groups(self) -> int:
@@ -147,7 +161,9 @@ class DataConfig:
     text_key: str = "text"  # column of plain text (kind text)
     prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
     completion_key: str = "completion"  # column of completions, likewise
-    prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
+    prompt_template: str = (
+        ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
+    )
     packing: bool = True  # several documents in a row, kept apart by segment ids
     seed: int = 1234  # of the order of documents
 
@@ -199,8 +215,10 @@ class ComputeConfig:
     trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
     frozen_dtype: DType = "bfloat16"  # of weights that are not
     attention: Literal["auto", "xla"] = "auto"  # implementation of attention
-    remat: Literal["none", "dots", "block"] = "block"  # kept for the backward pass: all, matrix products, inputs
-    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    remat: Literal["none", "dots", "block"] = (
+        "block"  # kept for the backward pass: all, matrix products, inputs
+    )
+    loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +251,9 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
+    init: str = (
+        ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
+    )
     workdir: str = ""  # where everything the run writes goes; empty: runs/NAME
     steps: int = 100  # optimizer steps
 
@@ -273,7 +293,9 @@ def pretrain(name: str, model: ModelConfig, **changes) -> Config:
     return replace(base, **changes)
 
 
-def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
+def finetune(
+    name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes
+) -> Config:
     """A fine-tuning run from given weights, with Megatron-Bridge's defaults for Gemma 2."""
     if kind == "sft":
         adapter, lr = AdapterConfig(), 5e-6
@@ -302,19 +324,46 @@ def load(name: str) -> Config:
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file")
+        raise ValueError(
+            f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file"
+        )
     spec = importlib.util.spec_from_file_location(f"gemma2_jax.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "config", None)):
-        raise ValueError(f"{path} has no function config(); a recipe is a function config() that returns a Config")
+        raise ValueError(
+            f"{path} has no function config(); a recipe is a function config() that returns a Config"
+        )
     return module.config()
 
 
 def to_text(config: Config) -> str:
     """Every field as a line `group.field = value`: what `--print` shows and a run keeps as config.txt."""
     return "".join(f"{key} = {value!r}\n" for key, value in _flat(config))
+
+
+def from_text(text: str, source: str = "config.txt") -> Config:
+    """The config that `to_text` wrote. Raises ValueError naming the line that is not one of its own."""
+    groups: dict[str, dict] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        key, separator, value = line.partition(" = ")
+        group, _, name = key.rpartition(".")
+        try:
+            groups.setdefault(group, {})[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`") from error
+        if not separator:
+            raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`")
+    types = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    try:
+        nested = {name: kind(**groups.pop(name, {})) for name, kind in types.items()}
+        config = Config(**nested, **groups.pop("", {}))
+    except TypeError as error:
+        raise ValueError(f"{source} is of another version of this program: {error}") from error
+    if groups:
+        raise ValueError(f"{source} is of another version of this program: unknown groups {sorted(groups)}")
+    return config
 
 
 def _flat(node, prefix: str = ""):

@@ -1,0 +1,126 @@
+"""LoRA and DoRA as variables beside the weights they adapt, selected by a filter.
+
+`attach` gives projections an `Adapter`; training with adapters is then training the variables of type
+`AdapterParam` where full training trains those of type `nnx.Param`. Shapes come from the projection's einsum: A has
+the contracted letters and R, B has R and the produced letters, DoRA's magnitude the produced letters. Adapters act
+on activations, so a frozen weight needs no gradient.
+
+Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353; section 4.3: the norm is a
+constant to the gradient). Agrees with Hugging Face PEFT without dropout; with dropout, our DoRA drops inputs of the
+low-rank branch only.
+"""
+
+import fnmatch
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma2_jax import dims
+from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.model import Einsum, Gemma2
+
+
+class AdapterParam(nnx.Variable):
+    """A variable of an adapter: the filter of adapter training."""
+
+
+def trainable(config: AdapterConfig) -> type[nnx.Variable]:
+    """The filter that says which variables a run trains."""
+    return nnx.Param if config.kind == "none" else AdapterParam
+
+
+class Adapter(nnx.Module):
+    """The low-rank update of one projection, stacked over layers like its weight."""
+
+    def __init__(self, base: Einsum, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        inputs, rest = base.equation.split(",")
+        weight, outputs = rest.split("->")
+        contracted = "".join(letter for letter in weight if letter not in outputs)
+        produced = "".join(letter for letter in weight if letter in outputs)
+        free = "".join(letter for letter in inputs if letter in outputs)
+        self.weight, self.contracted, self.produced = weight, contracted, produced
+        self.down = f"{inputs},{contracted}R->{free}R"
+        self.up = f"{free}R,R{produced}->{outputs}"
+        self.scale, self.dropout, self.dtype = config.scale, config.dropout, base.dtype
+        self.letters = {"a": f"L{contracted}R", "b": f"LR{produced}"}
+        # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
+        bound = 1 / math.sqrt(math.prod(dims.shape(contracted, model)))
+        shape_a, shape_b = (dims.shape(letters, model, config.rank) for letters in self.letters.values())
+        self.a = AdapterParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
+        self.b = AdapterParam(jnp.zeros(shape_b))
+        self.m: AdapterParam | None = nnx.data(None)
+        if config.kind == "dora":
+            self.letters = self.letters | {"m": f"L{produced}"}
+            self.m = AdapterParam(self._norm(base.w[...], self.a[...], self.b[...], "L"))
+
+    def __call__(self, x, y, w, key):
+        """Adapted output, from the projection's input x, plain output y and weight w (one layer's)."""
+        a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
+        if self.dropout and key is not None:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        y = y + self.scale * jnp.einsum(self.up, jnp.einsum(self.down, x, a), b)
+        if self.m is None:
+            return y
+        norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))
+        return (y * (self.m[...] / norm)).astype(y.dtype)
+
+    def merged(self, w_L: jax.Array) -> jax.Array:
+        """The stacked weight with the update added, float32: the projection that needs no adapter."""
+        w, a, b = (x.astype(jnp.float32) for x in (w_L, self.a[...], self.b[...]))
+        update = jnp.einsum(
+            f"L{self.contracted}R,LR{self.produced}->L{self.weight}", a, b, precision="highest"
+        )
+        w = w + self.scale * update
+        if self.m is None:
+            return w
+        axes = tuple(1 + self.weight.index(letter) for letter in self.contracted)
+        ratio = self.m[...] / jnp.sqrt(jnp.sum(jnp.square(w), axes))
+        return w * jnp.expand_dims(ratio, axes)
+
+    def _norm(self, w, a, b, stack: str) -> jax.Array:
+        """Column norms of W + scale * A B, float32 [*stack, produced], without forming that matrix.
+
+        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column.
+        """
+        w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
+        W, C, P = stack + self.weight, stack + self.contracted, stack + self.produced
+        product = jnp.einsum(f"{C}R,{W}->{stack}R{self.produced}", a, w, precision="highest")
+        gram = jnp.einsum(f"{C}R,{C}Z->{stack}RZ", a, a, precision="highest")
+        b_gram = jnp.einsum(f"{stack}RZ,{stack}Z{self.produced}->{stack}R{self.produced}", gram, b)
+        square = jnp.einsum(f"{W},{W}->{P}", w, w, precision="highest")
+        cross = jnp.sum(b * (2 * self.scale * product + self.scale**2 * b_gram), axis=len(stack))
+        return jnp.sqrt(square + cross)
+
+
+def attach(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
+    """Gives the projections that `config.targets` match an adapter; kind "none" gives none.
+
+    Raises ValueError where a target matches no projection.
+    """
+    if config.kind == "none":
+        return
+    found = projections(model)
+    for pattern in config.targets:
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"adapter.targets: {pattern!r} matches nothing; there are {', '.join(found)}")
+    for name, base in found.items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
+            base.adapter = Adapter(base, config, model.config, rngs=rngs)
+
+
+def merge(model: Gemma2) -> None:
+    """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it."""
+    for base in projections(model).values():
+        if isinstance(base.adapter, Adapter):
+            base.w[...] = base.adapter.merged(base.w[...]).astype(base.w.dtype)
+            base.adapter = None
+
+
+def projections(model: Gemma2) -> dict[str, Einsum]:
+    """Every projection by the name that targets match: attn/q, ..., mlp/down."""
+    return {
+        "/".join(map(str, path[1:])): node for path, node in nnx.iter_graph(model) if isinstance(node, Einsum)
+    }

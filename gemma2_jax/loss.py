@@ -1,0 +1,95 @@
+"""Next-token cross-entropy on soft-capped logits that never exist all at once.
+
+Logits are formed for a chunk of tokens at a time. The gradient is formed in the same pass, since a chunk's logits
+give its share of it at once: three matrix products in all instead of the four of a recomputed one, and no logits
+kept. The embedding's gradient is formed only where it is asked for, so a frozen one costs nothing.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gemma2_jax.mesh import constrain
+
+
+def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
+    """Sum of weighted negative log-likelihoods, float32 scalar (nats).
+
+    Args:
+      hidden_BTD: final hidden states, in the compute dtype; logits are hidden @ embedding^T, accumulated in float32.
+      embedding_VD: tied embedding, cast to the compute dtype.
+      targets_BT: int32 token ids to be predicted.
+      weights_BT: float32; 0 leaves a position out.
+      softcap: logits become cap * tanh(logit / cap); None leaves them.
+      chunk: positions of each row whose [B, chunk, V] logits exist at one time.
+    """
+    T = targets_BT.shape[1]
+    count = -(-T // chunk)
+    size = -(-T // count)
+
+    def chunks(x_BT):
+        B, _, *rest = x_BT.shape
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, count * size - T)) + ((0, 0),) * len(rest))
+        return jnp.moveaxis(x_BT.reshape(B, count, size, *rest), 1, 0)
+
+    inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
+    with jax.named_scope("loss"):
+        return _chunked(softcap, inputs[0], embedding_VD.astype(hidden_BTD.dtype), *inputs[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
+    """The sum over C chunks."""
+
+    def step(total, inputs):
+        loss, _ = _one_chunk(softcap, embedding_VD, *inputs)
+        return total + loss, None
+
+    return jax.lax.scan(step, jnp.float32(0), (hidden_CBTD, targets_CBT, weights_CBT))[0]
+
+
+def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
+    """`_chunked`, and its gradients already formed but for the factor that comes from above."""
+    wanted = embedding_VD.perturbed
+    embedding_VD = embedding_VD.value
+
+    def step(carry, inputs):
+        total, grad_VD = carry
+        hidden_BTD = inputs[0]
+        loss, grad_BTV = _one_chunk(softcap, embedding_VD, *inputs)
+        grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
+        if wanted:
+            grad_VD += jnp.einsum("BTV,BTD->VD", grad_BTV, hidden_BTD, preferred_element_type=jnp.float32)
+        return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BTD")
+
+    start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if wanted else None
+    inputs = hidden_CBTD.value, targets_CBT.value, weights_CBT.value
+    (total, grad_VD), grad_CBTD = jax.lax.scan(step, start, inputs)
+    return total, (grad_CBTD, grad_VD)
+
+
+def _backward(softcap, gradients, cotangent):
+    grad_CBTD, grad_VD = gradients
+    if grad_VD is not None:
+        grad_VD = (cotangent * grad_VD).astype(grad_CBTD.dtype)
+    return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), grad_VD, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
+    """Loss of one chunk, and its gradient by the logits before the cap, float32."""
+    raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
+    raw_BTV = constrain(raw_BTV, "BTV")
+    squashed_BTV = None if softcap is None else jnp.tanh(raw_BTV / softcap)
+    logits_BTV = raw_BTV if squashed_BTV is None else softcap * squashed_BTV
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # A comparison and a sum instead of a gather: they stay within each shard of the vocabulary.
+    hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    nll_BT = log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
+    grad_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]
+    if squashed_BTV is not None:
+        grad_BTV *= 1 - jnp.square(squashed_BTV)
+    return jnp.sum(nll_BT * weights_BT), grad_BTV

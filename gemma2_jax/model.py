@@ -1,0 +1,274 @@
+"""Gemma 2 in Flax NNX: Einsum, RMSNorm, RoPE, Attention, MLP, Block, Gemma2.
+
+The modules describe one model and hold its weights with Hugging Face's values: the query scale, 1 + w of the norms
+and sqrt(D) of the embedding are applied at run time. Layers are alike but for their window, so their weights are
+stacked ([L, ...]) and scanned over, with the window as data. Meshes, training and caches' lifetimes are decided by
+callers.
+
+Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gemma2_jax import attention, dims
+from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.mesh import constrain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, "Cache | None"]]
+Cache = tuple[jax.Array, jax.Array]  # keys and values, [L, B, S, K, H] (a layer's share lacks L)
+
+Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
+
+INIT_STD = 0.02
+
+
+class Update(Protocol):
+    """What an adapter adds to a projection; see `lora`."""
+
+    def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
+
+
+class Einsum(nnx.Module):
+    """A weight applied by an einsum whose letters are its shape, its sharding and its use.
+
+    `equation` is like "BTD,DNH->BTNH". The stored weight has a leading L: one slice per layer, as `jax.lax.scan`
+    takes them. `adapter`, where there is one, may change the output.
+    """
+
+    def __init__(self, equation: str, config: ModelConfig, *, std: float, dtype, rngs: nnx.Rngs):
+        self.equation = equation
+        self.weight_dims = equation.split(",")[1].split("->")[0]
+        self.letters = {"w": "L" + self.weight_dims}
+        self.dtype = dtype
+        shape = dims.shape(self.letters["w"], config)
+        self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.adapter: Update | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        w = constrain(self.w[...].astype(self.dtype), self.weight_dims)
+        y = jnp.einsum(self.equation, x, w)
+        if self.adapter is not None:
+            y = self.adapter(x, y, w, key)
+        return constrain(y, self.equation.split("->")[1])
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + w), in float32 and cast back (arXiv:1910.07467; Gemma's w is zero-centred)."""
+
+    def __init__(self, config: ModelConfig, *, stacked: bool):
+        self.letters = {"w": "LD" if stacked else "D"}
+        self.eps = config.norm_eps
+        self.w = nnx.Param(jnp.zeros(dims.shape(self.letters["w"], config)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * (1 + self.w[...].astype(jnp.float32))).astype(x_BTD.dtype)
+
+
+def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles (arXiv:2104.09864), float32 [B, T, 1, H / 2]."""
+    half = config.head_width // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE over the whole head width, first half against second half, in float32."""
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around whatever `attend` is: the whole sequence, or a cache."""
+
+    def __init__(self, config: ModelConfig, *, std_out: float, dtype, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, dtype=dtype, rngs=rngs)
+        self.q = make("BTD,DNH->BTNH", std=INIT_STD)
+        self.k = make("BTD,DKH->BTKH", std=INIT_STD)
+        self.v = make("BTD,DKH->BTKH", std=INIT_STD)
+        self.o = make("BTNH,NHD->BTD", std=std_out)
+
+    def __call__(self, x_BTD, rope, attend: Attend, key):
+        key_q, key_k, key_v, key_o = _split(key, 4)
+        q_BTNH = rotate(self.q(x_BTD, key_q), rope)
+        k_BTKH = rotate(self.k(x_BTD, key_k), rope)
+        v_BTKH = self.v(x_BTD, key_v)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
+        return self.o(out_BTNH, key_o), cache
+
+
+class MLP(nnx.Module):
+    """GeGLU: down(gelu_tanh(gate) * up) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, std_out: float, dtype, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, dtype=dtype, rngs=rngs)
+        self.gate = make("BTD,DF->BTF", std=INIT_STD)
+        self.up = make("BTD,DF->BTF", std=INIT_STD)
+        self.down = make("BTF,FD->BTD", std=std_out)
+
+    def __call__(self, x_BTD, key):
+        key_gate, key_up, key_down = _split(key, 3)
+        gate_BTF = jax.nn.gelu(self.gate(x_BTD, key_gate), approximate=True)
+        return self.down(gate_BTF * self.up(x_BTD, key_up), key_down)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each between a norm before and a norm after, on the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        std_out = INIT_STD / math.sqrt(2 * config.layers)
+        self.pre_attn_norm = RMSNorm(config, stacked=True)
+        self.attn = Attention(config, std_out=std_out, dtype=dtype, rngs=rngs)
+        self.post_attn_norm = RMSNorm(config, stacked=True)
+        self.pre_mlp_norm = RMSNorm(config, stacked=True)
+        self.mlp = MLP(config, std_out=std_out, dtype=dtype, rngs=rngs)
+        self.post_mlp_norm = RMSNorm(config, stacked=True)
+
+    def __call__(self, x_BTD, rope, attend: Attend, key):
+        key_attn, key_mlp = _split(key, 2)
+        with jax.named_scope("attention"):
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn)
+            x_BTD = constrain(x_BTD + self.post_attn_norm(out_BTD), "BTD")
+        with jax.named_scope("mlp"):
+            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key_mlp)
+            x_BTD = constrain(x_BTD + self.post_mlp_norm(out_BTD), "BTD")
+        return x_BTD, cache
+
+
+class Gemma2(nnx.Module):
+    """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.remat = compute.remat
+        self.dtype = jnp.dtype(compute.dtype)
+        self.attend, _ = attention.choose(compute.attention)
+        self.letters = {"embedding": "VD"}
+        shape = dims.shape("VD", config)
+        self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.blocks = Block(config, dtype=self.dtype, rngs=rngs)
+        self.final_norm = RMSNorm(config, stacked=False)
+
+    def __call__(self, tokens_BT, positions_BT, segments_BT, key: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 positions for RoPE, from 0 in each document.
+          segments_BT: int32; a token attends within its segment only. Padding is a segment of its own.
+          key: for adapter dropout; None for none.
+        """
+
+        def attend(window, _cache, q, k, v):
+            return self._attend(self.attend, q, k, v, segments_BT, window), None
+
+        windows = self.config.layer_windows(tokens_BT.shape[1])
+        return self._run(tokens_BT, positions_BT, windows, attend, None, key)[0]
+
+    def prefill(self, tokens_BT, length: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of prompts that start at position 0 (padded at the end), and a cache of `length` slots."""
+        B, T = tokens_BT.shape
+
+        def attend(window, _cache, q, k, v):
+            pad = ((0, 0), (0, length - T), (0, 0), (0, 0))
+            return self._attend(self.attend, q, k, v, segments_BT, window), (jnp.pad(k, pad), jnp.pad(v, pad))
+
+        segments_BT = jnp.zeros((B, T), jnp.int32)
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        return self._run(tokens_BT, positions_BT, self.config.layer_windows(T), attend, None, None)
+
+    def extend(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states of new tokens of which each row's stand at `positions_BT`, and the cache with them in."""
+
+        def attend(window, cache, q, k, v):
+            rows = jnp.arange(q.shape[0])[:, None]
+            k, v = (old.at[rows, positions_BT].set(new) for old, new in zip(cache, (k, v), strict=True))
+            return self._attend(attention.attend_cached, q, k, v, positions_BT, window), (k, v)
+
+        windows = self.config.layer_windows(cache[0].shape[2])
+        return self._run(tokens_BT, positions_BT, windows, attend, cache, None)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped logits, float32 [..., V], of hidden states [..., D]."""
+        logits = jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            self.embedding[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _attend(self, implementation, q, k, v, rows_BT, window):
+        scale = self.config.query_pre_attn_scalar**-0.5
+        return implementation(q, k, v, rows_BT, window, scale=scale, softcap=self.config.attn_softcap)
+
+    def _run(self, tokens_BT, positions_BT, windows: list[int], attend, cache, key):
+        """Embedding, scanned blocks, final norm; `attend(window, cache, q, k, v)` is one layer's attention."""
+        with jax.named_scope("embedding"):
+            table = constrain(self.embedding[...], "VD").astype(self.dtype)
+            x_BTD = table[tokens_BT] * jnp.asarray(math.sqrt(self.config.width), self.dtype)
+            x_BTD = constrain(x_BTD, "BTD")
+        rope = rope_angles(positions_BT, self.config)
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            weights, window, cache, key = inputs
+            block = nnx.merge(graph, weights)
+            return block(x_BTD, rope, partial(attend, window, cache), key)
+
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+        layers = (weights, jnp.asarray(windows, jnp.int32), cache, keys)
+        x_BTD, cache = jax.lax.scan(rematerialized(layer, self.remat), x_BTD, layers)
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_BTD), cache
+
+
+def rematerialized(layer: Callable, policy: str) -> Callable:
+    """`layer` with its backward pass recomputing what `policy` (ComputeConfig.remat) does not keep."""
+    match policy:
+        case "none":
+            return layer
+        case "dots":
+            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+        case "block":
+            return jax.checkpoint(layer, prevent_cse=False)
+    raise ValueError(f"compute.remat {policy!r} is unknown; there are none, dots and block")
+
+
+def letters(model: Gemma2) -> dict[str, str]:
+    """The dims of every variable by its path: {"blocks/attn/q/w": "LDNH", ...}."""
+    return {
+        "/".join((*map(str, path), name)): dims
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for name, dims in getattr(node, "letters", {}).items()
+    }
+
+
+def flat(state: nnx.State) -> Weights:
+    """The arrays of a state by path, as everything outside the model holds them."""
+    return flatten_dict(nnx.to_pure_dict(state), sep="/")
+
+
+def rebuild(graph: nnx.GraphDef, *weights: Weights) -> Gemma2:
+    """The model of that structure with these arrays, each given once by its path."""
+    return nnx.merge(
+        graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/")
+    )
+
+
+def _split(key: jax.Array | None, n: int):
+    return [None] * n if key is None else jax.random.split(key, n)

@@ -1,0 +1,42 @@
+"""The optimizer: AdamW with clipping, a warmup-cosine schedule, and a decay mask, as an optax chain."""
+
+import optax
+
+from gemma2_jax.config import OptimConfig
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by steps already taken: linear to the peak at the last warmup step, then a cosine to `min_lr`.
+
+    The first step takes lr / warmup_steps, not 0, and the last takes min_lr.
+    """
+    last = config.decay_steps or steps
+    warmup = min(config.warmup_steps, last - 1)
+    curve = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else config.lr,
+        peak_value=config.lr,
+        warmup_steps=warmup,
+        decay_steps=last,
+        end_value=config.min_lr,
+    )
+    return lambda taken: curve(taken + 1)
+
+
+def optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:
+    """The chain for weights of these dims (by path). Vectors (norms, magnitudes) are not decayed."""
+    decayed = {path: _is_matrix(path) for path in letters}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: {path: decayed[path] for path in params},
+        ),
+    )
+
+
+def _is_matrix(path: str) -> bool:
+    return not (path.endswith("norm/w") or path.endswith("adapter/m"))

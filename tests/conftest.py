@@ -1,0 +1,11 @@
+"""Eight virtual CPU devices for the whole suite; full float32 matrix products, as torch has them on CPU."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,75 @@
+"""The models that ours are compared with, and configs that bite.
+
+Each config is a real one shrunk: sequences are three windows long, the number of layers is odd for one of them, head
+width times heads is not the model width where that holds for the real one. Weights are random and large enough for
+attention scores and logits to reach their caps, norm weights are far from zero.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import transformers
+
+from gemma2_jax import config as configs
+from gemma2_jax.config import ModelConfig
+
+SMALL = dict(vocab_size=384, window=8, max_length=64)
+BITING = {
+    "2b": replace(
+        configs.GEMMA2_2B, layers=3, width=36, mlp_width=96, heads=4, kv_heads=2, head_width=16,
+        query_pre_attn_scalar=16, **SMALL,
+    ),
+    "9b": replace(
+        configs.GEMMA2_9B, layers=4, width=56, mlp_width=80, heads=4, kv_heads=2, head_width=16,
+        query_pre_attn_scalar=16, **SMALL,
+    ),
+    "27b": replace(
+        configs.GEMMA2_27B, layers=2, width=36, mlp_width=112, heads=8, kv_heads=4, head_width=8,
+        query_pre_attn_scalar=4.5, **SMALL,
+    ),
+}  # fmt: skip
+
+
+def hf_config(config: ModelConfig, **changes) -> transformers.Gemma2Config:
+    """The transformers config of the same model, written out by hand: it must not come from our own mapping."""
+    return transformers.Gemma2Config(
+        num_hidden_layers=config.layers,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        query_pre_attn_scalar=config.query_pre_attn_scalar,
+        vocab_size=config.vocab_size,
+        sliding_window=config.window,
+        max_position_embeddings=config.max_length,
+        attn_logit_softcapping=config.attn_softcap,
+        final_logit_softcapping=config.final_softcap,
+        rms_norm_eps=config.norm_eps,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        attn_implementation="eager",
+        **changes,
+    )
+
+
+def hf_model(config: ModelConfig, seed: int = 0, gain: float = 1.0) -> transformers.Gemma2ForCausalLM:
+    """A float32 transformers model with random weights that bite; `gain` scales the spread of its scores."""
+    model = transformers.Gemma2ForCausalLM(hf_config(config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    spread = {"q_proj": 4.0 * gain, "k_proj": 4.0 * gain, "embed_tokens": 4.0}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                std = parameter.shape[1] ** -0.5 * next((s for key, s in spread.items() if key in name), 1.0)
+                parameter.normal_(0, std, generator=generator)
+    return model
+
+
+def state_dict(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """A torch model's parameters by name, float32, each once."""
+    return {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
