@@ -1,8 +1,8 @@
 """Gemma 2 attention in jnp: causal, per-layer window, soft-capped scores, grouped queries, packed segments.
 
-This is the definition, and the implementation wherever no kernel is faster. Queries are taken a block at a time, each
-block's scores are recomputed in the backward pass, and keys beyond a block's last query are not touched, so no
-[T, S] array of scores exists for long sequences.
+This is the definition, and the implementation wherever no kernel is faster. Long sequences are taken in blocks of
+queries against blocks of keys (FlashAttention-2, arXiv:2307.08691): no [T, T] array of scores exists, forward or
+backward, and blocks beyond the window or in the future are not visited.
 """
 
 from functools import partial
@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
-
-# Blocks are unrolled: few enough to compile quickly, at least this many queries each to keep matrices large.
-MAX_BLOCKS, MIN_BLOCK = 16, 256
+BLOCK = 512  # queries, and keys, taken at a time; sequences up to this long are one block
 
 
 def choose(name: str):
@@ -25,7 +23,7 @@ def choose(name: str):
     raise ValueError(f"compute.attention {name!r} is unknown; there are auto and xla")
 
 
-def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None):
+def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None, block: int = BLOCK):
     """Causal attention of a sequence to itself.
 
     Args:
@@ -34,25 +32,130 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
       window: int32 scalar, may be traced: query i sees keys j of its segment with 0 <= i - j < window.
       scale: multiplies q.k before the cap.
       softcap: scores become cap * tanh(score / cap); None leaves them.
+      block: queries, and keys, taken at a time.
 
     Returns:
       [B, T, N, H] in the dtype of v. Scores and softmax are float32 (Gemma 2, arXiv:2408.00118, section 2).
     """
     T = q_BTNH.shape[1]
-    block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
-    position_T = jnp.arange(T)
+    if block >= T:
+        mask_BTS = _mask(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT, window)
+        return masked_softmax(q_BTNH, k_BTKH, v_BTKH, mask_BTS, scale=scale, softcap=softcap)
+    padding = -T % block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+    return _blocked((scale, softcap, block), q, k, v, segments_BT, jnp.int32(window))[:, :T]
 
-    @partial(jax.checkpoint, static_argnums=(0, 1))
-    def one_block(start, stop, q_BTNH, k_BTKH, v_BTKH):
-        distance_TS = position_T[start:stop, None] - position_T[None, :stop]
-        same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
-        mask_BTS = (distance_TS >= 0) & (distance_TS < window) & same_BTS
-        return masked_softmax(
-            q_BTNH[:, start:stop], k_BTKH[:, :stop], v_BTKH[:, :stop], mask_BTS, scale=scale, softcap=softcap
-        )
 
-    blocks = [one_block(start, min(start + block, T), q_BTNH, k_BTKH, v_BTKH) for start in range(0, T, block)]
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    """`attend` for T a multiple of the block."""
+    return _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
+
+
+def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    scale, softcap, block = settings
+    K = k_BTKH.shape[2]
+
+    def query_block(i):
+        q = _group(_take(q_BTNH, i, block), K)
+
+        def key_block(j, carry):
+            top, total, out = carry
+            scores, _ = _scores(q, _take(k_BTKH, j, block), i, j, segments_BT, window, settings)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            v = _take(v_BTKH, j, block)
+            added = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + added
+
+        B, T, K_, G, H = q.shape
+        start = jnp.full((B, K_, G, T), MASKED), jnp.zeros((B, K_, G, T)), jnp.zeros((B, K_, G, T, H))
+        top, total, out = jax.lax.fori_loop(_first(i, block, window), i + 1, key_block, start)
+        return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
+
+    out, log_z = jax.lax.map(query_block, jnp.arange(q_BTNH.shape[1] // block))
+    out_BTNH = _ungroup(jnp.einsum("IBKGTH->BITKGH", out))
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, window, out_BTNH, log_z)
+
+
+def _blocked_backward(settings, residuals, cotangent_BTNH):
+    scale, softcap, block = settings
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, window, out_BTNH, log_z = residuals
+    K = k_BTKH.shape[2]
+
+    def query_block(carry, i):
+        q, out, cotangent = (_group(_take(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
+        delta = jnp.einsum("BTKGH,BTKGH->BKGT", out, cotangent, preferred_element_type=jnp.float32)
+
+        def key_block(j, carry):
+            dq, dk_BTKH, dv_BTKH = carry
+            k, v = _take(k_BTKH, j, block), _take(v_BTKH, j, block)
+            scores, slope = _scores(q, k, i, j, segments_BT, window, settings)
+            weights = jnp.exp(scores - log_z[i][..., None])
+            d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", cotangent, v, preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - delta[..., None]) * slope * scale).astype(q.dtype)
+            product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dv_BTKH = _add(dv_BTKH, j, product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), cotangent))
+            dk_BTKH = _add(dk_BTKH, j, product("BKGTS,BTKGH->BSKH", d_scores, q))
+            return dq + product("BKGTS,BSKH->BTKGH", d_scores, k), dk_BTKH, dv_BTKH
+
+        start = jnp.zeros(q.shape, jnp.float32), *carry
+        dq, *carry = jax.lax.fori_loop(_first(i, block, window), i + 1, key_block, start)
+        return tuple(carry), dq.astype(q.dtype)
+
+    start = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
+    (dk_BTKH, dv_BTKH), dq = jax.lax.scan(query_block, start, jnp.arange(q_BTNH.shape[1] // block))
+    dq_BTNH = _ungroup(jnp.einsum("IBTKGH->BITKGH", dq))
+    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _scores(q_BTKGH, k_BSKH, i, j, segments_BT, window, settings):
+    """Masked scores of query block i against key block j, and the cap's slope, float32 [B, K, G, T, S]."""
+    scale, softcap, block = settings
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    squashed = None if softcap is None else jnp.tanh(scores / softcap)
+    within = jnp.arange(block)
+    mask_BTS = _mask(
+        i * block + within, j * block + within, _take(segments_BT, i, block), _take(segments_BT, j, block), window
+    )
+    scores = scores if squashed is None else softcap * squashed
+    slope = 1.0 if squashed is None else 1 - jnp.square(squashed)
+    return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
+
+
+def _mask(i_T, j_S, segments_BT, segments_BS, window):
+    """[B, T, S]: which keys each query sees. This is the one place that says so."""
+    distance_TS = i_T[:, None] - j_S
+    return (distance_TS >= 0) & (distance_TS < window) & (segments_BT[:, :, None] == segments_BS[:, None])
+
+
+def _first(i, block: int, window):
+    """The first key block that any query of block i sees."""
+    return jnp.maximum(i * block - window + 1, 0) // block
+
+
+def _take(x_BT, i, block: int):
+    return jax.lax.dynamic_slice_in_dim(x_BT, i * block, block, axis=1)
+
+
+def _add(x_BT, j, block_BT):
+    block = block_BT.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(x_BT, _take(x_BT, j, block) + block_BT, j * block, axis=1)
+
+
+def _group(x_BTNH, K: int):
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H)
+
+
+def _ungroup(x_BITKGH):
+    B, blocks, T, K, G, H = x_BITKGH.shape
+    return x_BITKGH.reshape(B, blocks * T, K * G, H)
 
 
 def attend_cached(q_BTNH, k_BSKH, v_BSKH, positions_BT, window, *, scale: float, softcap: float | None):
@@ -67,13 +170,11 @@ def attend_cached(q_BTNH, k_BSKH, v_BSKH, positions_BT, window, *, scale: float,
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
     """Soft-capped attention under an explicit mask (True: attend); the cap comes before the mask."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-    return out.reshape(B, T, N, H)
+    return out.reshape(q_BTNH.shape)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -55,17 +55,13 @@ class ModelConfig:
                 "each key/value head serves a whole number of query heads"
             )
         if self.head_width % 2:
-            raise ValueError(
-                f"model.head_width {self.head_width} is odd; RoPE rotates pairs, use an even width"
-            )
+            raise ValueError(f"model.head_width {self.head_width} is odd; RoPE rotates pairs, use an even width")
         for name in ("query_pre_attn_scalar", "rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be positive")
         for name in ("attn_softcap", "final_softcap"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(
-                    f"model.{name} is {getattr(self, name)}; use a positive cap, or None for no cap"
-                )
+                raise ValueError(f"model.{name} is {getattr(self, name)}; use a positive cap, or None for no cap")
 
     @property
     def query_groups(self) -> int:
@@ -161,9 +157,7 @@ class DataConfig:
     text_key: str = "text"  # column of plain text (kind text)
     prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
     completion_key: str = "completion"  # column of completions, likewise
-    prompt_template: str = (
-        ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
-    )
+    prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
     packing: bool = True  # several documents in a row, kept apart by segment ids
     seed: int = 1234  # of the order of documents
 
@@ -215,9 +209,7 @@ class ComputeConfig:
     trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
     frozen_dtype: DType = "bfloat16"  # of weights that are not
     attention: Literal["auto", "xla"] = "auto"  # implementation of attention
-    remat: Literal["none", "dots", "block"] = (
-        "block"  # kept for the backward pass: all, matrix products, inputs
-    )
+    remat: Literal["none", "dots", "block"] = "block"  # kept for the backward pass: all, matrix products, inputs
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
 
@@ -251,9 +243,7 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    init: str = (
-        ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
-    )
+    init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
     workdir: str = ""  # where everything the run writes goes; empty: runs/NAME
     steps: int = 100  # optimizer steps
 
@@ -274,9 +264,7 @@ class Config:
 
 def pretrain(name: str, model: ModelConfig, **changes) -> Config:
     """A pretraining run from random weights, with Megatron-Bridge's defaults for Gemma 2."""
-    base = Config(
-        name=name,
-        model=model,
+    defaults = dict(
         data=DataConfig(kind="text"),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
         train=TrainConfig(
@@ -290,27 +278,22 @@ def pretrain(name: str, model: ModelConfig, **changes) -> Config:
         ),
         steps=300_000,
     )
-    return replace(base, **changes)
+    return Config(name=name, model=model, **(defaults | changes))
 
 
-def finetune(
-    name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes
-) -> Config:
+def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
     """A fine-tuning run from given weights, with Megatron-Bridge's defaults for Gemma 2."""
     if kind == "sft":
         adapter, lr = AdapterConfig(), 5e-6
     else:
         adapter, lr = AdapterConfig(kind=kind, rank=32, alpha=64.0 if kind == "dora" else 32.0), 1e-4
-    base = Config(
-        name=name,
-        model=model,
+    defaults = dict(
         adapter=adapter,
         data=DataConfig(kind="instructions", seed=5678),
         optim=OptimConfig(lr=lr, warmup_steps=10),
-        init=init,
         steps=100,
     )
-    return replace(base, **changes)
+    return Config(name=name, model=model, init=init, **(defaults | changes))
 
 
 def recipe_names() -> list[str]:
@@ -324,17 +307,13 @@ def load(name: str) -> Config:
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file"
-        )
+        raise ValueError(f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file")
     spec = importlib.util.spec_from_file_location(f"gemma2_jax.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "config", None)):
-        raise ValueError(
-            f"{path} has no function config(); a recipe is a function config() that returns a Config"
-        )
+        raise ValueError(f"{path} has no function config(); a recipe is a function config() that returns a Config")
     return module.config()
 
 

@@ -44,15 +44,15 @@ class Adapter(nnx.Module):
         self.down = f"{inputs},{contracted}R->{free}R"
         self.up = f"{free}R,R{produced}->{outputs}"
         self.scale, self.dropout, self.dtype = config.scale, config.dropout, base.dtype
-        self.letters = {"a": f"L{contracted}R", "b": f"LR{produced}"}
+        self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
         bound = 1 / math.sqrt(math.prod(dims.shape(contracted, model)))
-        shape_a, shape_b = (dims.shape(letters, model, config.rank) for letters in self.letters.values())
+        shape_a, shape_b = (dims.shape(letters, model, config.rank) for _, letters in self.letters)
         self.a = AdapterParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
         self.b = AdapterParam(jnp.zeros(shape_b))
         self.m: AdapterParam | None = nnx.data(None)
         if config.kind == "dora":
-            self.letters = self.letters | {"m": f"L{produced}"}
+            self.letters += (("m", f"L{produced}"),)
             self.m = AdapterParam(self._norm(base.w[...], self.a[...], self.b[...], "L"))
 
     def __call__(self, x, y, w, key):
@@ -70,9 +70,7 @@ class Adapter(nnx.Module):
     def merged(self, w_L: jax.Array) -> jax.Array:
         """The stacked weight with the update added, float32: the projection that needs no adapter."""
         w, a, b = (x.astype(jnp.float32) for x in (w_L, self.a[...], self.b[...]))
-        update = jnp.einsum(
-            f"L{self.contracted}R,LR{self.produced}->L{self.weight}", a, b, precision="highest"
-        )
+        update = jnp.einsum(f"L{self.contracted}R,LR{self.produced}->L{self.weight}", a, b, precision="highest")
         w = w + self.scale * update
         if self.m is None:
             return w
@@ -121,6 +119,4 @@ def merge(model: Gemma2) -> None:
 
 def projections(model: Gemma2) -> dict[str, Einsum]:
     """Every projection by the name that targets match: attn/q, ..., mlp/down."""
-    return {
-        "/".join(map(str, path[1:])): node for path, node in nnx.iter_graph(model) if isinstance(node, Einsum)
-    }
+    return {"/".join(map(str, path[1:])): node for path, node in nnx.iter_graph(model) if isinstance(node, Einsum)}

@@ -46,9 +46,9 @@ class Einsum(nnx.Module):
     def __init__(self, equation: str, config: ModelConfig, *, std: float, dtype, rngs: nnx.Rngs):
         self.equation = equation
         self.weight_dims = equation.split(",")[1].split("->")[0]
-        self.letters = {"w": "L" + self.weight_dims}
+        self.letters = (("w", "L" + self.weight_dims),)
         self.dtype = dtype
-        shape = dims.shape(self.letters["w"], config)
+        shape = dims.shape("L" + self.weight_dims, config)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
@@ -64,9 +64,10 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * (1 + w), in float32 and cast back (arXiv:1910.07467; Gemma's w is zero-centred)."""
 
     def __init__(self, config: ModelConfig, *, stacked: bool):
-        self.letters = {"w": "LD" if stacked else "D"}
+        letters = "LD" if stacked else "D"
+        self.letters = (("w", letters),)
         self.eps = config.norm_eps
-        self.w = nnx.Param(jnp.zeros(dims.shape(self.letters["w"], config)))
+        self.w = nnx.Param(jnp.zeros(dims.shape(letters, config)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -154,7 +155,7 @@ class Gemma2(nnx.Module):
         self.remat = compute.remat
         self.dtype = jnp.dtype(compute.dtype)
         self.attend, _ = attention.choose(compute.attention)
-        self.letters = {"embedding": "VD"}
+        self.letters = (("embedding", "VD"),)
         shape = dims.shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks = Block(config, dtype=self.dtype, rngs=rngs)
@@ -254,7 +255,7 @@ def letters(model: Gemma2) -> dict[str, str]:
         "/".join((*map(str, path), name)): dims
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Module)
-        for name, dims in getattr(node, "letters", {}).items()
+        for name, dims in getattr(node, "letters", ())
     }
 
 
@@ -265,9 +266,7 @@ def flat(state: nnx.State) -> Weights:
 
 def rebuild(graph: nnx.GraphDef, *weights: Weights) -> Gemma2:
     """The model of that structure with these arrays, each given once by its path."""
-    return nnx.merge(
-        graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/")
-    )
+    return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
 
 
 def _split(key: jax.Array | None, n: int):

@@ -25,8 +25,8 @@ BITING = {
         query_pre_attn_scalar=16, **SMALL,
     ),
     "27b": replace(
-        configs.GEMMA2_27B, layers=2, width=36, mlp_width=112, heads=8, kv_heads=4, head_width=8,
-        query_pre_attn_scalar=4.5, **SMALL,
+        configs.GEMMA2_27B, layers=2, width=40, mlp_width=112, heads=8, kv_heads=4, head_width=8,
+        query_pre_attn_scalar=5, **SMALL,
     ),
 }  # fmt: skip
 

@@ -1,0 +1,10 @@
+"""Fine-tunes all weights of Gemma 2 27B, with Megatron-Bridge's defaults.
+
+python -m gemma2_jax.train --config 27b_sft --data.train 'dialogues/*.jsonl'
+"""
+
+from gemma2_jax.config import GEMMA2_27B, Config, finetune
+
+
+def config() -> Config:
+    return finetune("27b_sft", GEMMA2_27B, "google/gemma-2-27b", "sft")

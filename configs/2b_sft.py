@@ -1,0 +1,10 @@
+"""Fine-tunes all weights of Gemma 2 2B, with Megatron-Bridge's defaults.
+
+python -m gemma2_jax.train --config 2b_sft --data.train 'dialogues/*.jsonl'
+"""
+
+from gemma2_jax.config import GEMMA2_2B, Config, finetune
+
+
+def config() -> Config:
+    return finetune("2b_sft", GEMMA2_2B, "google/gemma-2-2b", "sft")

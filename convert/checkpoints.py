@@ -1,0 +1,365 @@
+"""Any checkpoint as one thing: what it is, which arrays it has, and those arrays, placed as asked.
+
+`open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load` reads of each array
+the slices that this process's devices need. Nothing here writes. A folder is one of these:
+
+    huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards
+    peft         adapter_config.json, adapter_model.safetensors
+    orbax        weights/ and adapter/, or one of them: Orbax checkpoints of nested dicts of our arrays; config.json
+                 and adapter_config.json as above
+    run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import SingleDeviceSharding
+
+from gemma2_jax import config as configs, dims
+from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.convert import table, tensors
+from gemma2_jax.convert.folder import tokenizer_folder
+from gemma2_jax.convert.hf_config import model_config
+from gemma2_jax.convert.peft_config import adapter_config
+from gemma2_jax.convert.table import Row
+from gemma2_jax.convert.tensors import Tensors, read_json
+
+Abstract = dict[str, jax.ShapeDtypeStruct]  # arrays by path: shape, dtype and, if it matters, sharding
+
+
+class Source(Protocol):
+    """One store of arrays."""
+
+    @property
+    def shapes(self) -> Abstract:
+        """Every array as it is stored."""
+        ...
+
+    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
+        """Arrays of this store in the dtype and sharding of `wanted`, whose shapes are right."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a folder holds. `sources` have the arrays."""
+
+    format: Literal["huggingface", "peft", "orbax", "run"]
+    path: Path
+    model: ModelConfig | None = None  # None: an adapter whose model is not at hand
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # kind "none": there is none
+    base: str = ""  # the model under the adapter as its maker named it: a folder or Hub id
+    hf: dict[str, Any] | None = None  # the config.json that came with the weights
+    tokenizer: Path | None = None  # the folder with the tokenizer
+    beside: tuple[Path, ...] = ()  # folders whose small files go where the weights go; of two alike the later
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def shapes(self) -> Abstract:
+        """Shape and stored dtype of every array."""
+        return {path: shape for source in self.sources for path, shape in source.shapes.items()}
+
+
+def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
+    """Finds out what a folder, or a model on the Hugging Face Hub, is. Reads headers only.
+
+    Args:
+      path: a folder, or a Hub id such as google/gemma-2-2b.
+      base: the model that an adapter is for. By default the folder that its config names, if it is there.
+
+    Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
+    """
+    folder = _folder(path)
+    under = open_checkpoint(base) if base is not None else None
+    for is_one, opened in _FORMATS:
+        if is_one(folder):
+            return opened(folder, under)
+    found = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
+    raise ValueError(
+        f"{folder} is no checkpoint that this program knows: it holds {found}. Known are Hugging Face folders "
+        "(config.json, model.safetensors or its shards and index), PEFT adapters (adapter_config.json, "
+        "adapter_model.safetensors), Orbax folders (weights/ or adapter/) and runs (config.txt, checkpoints/)"
+    )
+
+
+def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
+    """The arrays of `wanted`, by path, in its dtypes and shardings (none: on the first device).
+
+    Raises ValueError naming an array that the checkpoint lacks, or has in another shape.
+    """
+    shapes = checkpoint.shapes
+    for path, want in wanted.items():
+        if path not in shapes:
+            raise ValueError(f"{checkpoint.path} has no {path}; it holds {_inventory(checkpoint)}")
+        if shapes[path].shape != want.shape:
+            raise ValueError(
+                f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape "
+                f"{shapes[path].shape}, and {want.shape} is wanted"
+            )
+    found: dict[str, jax.Array] = {}
+    for source in checkpoint.sources:
+        found |= source.load({path: want for path, want in wanted.items() if path in source.shapes})
+    return {path: found[path] for path in wanted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Safetensors:
+    """Hugging Face's or PEFT's tensors, stacked and laid out as ours while they are read."""
+
+    rows: dict[str, Row]
+    size: dict[str, int]
+    tensors: Tensors
+    shapes: Abstract
+
+    @classmethod
+    def open(cls, folder: Path, files: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+        table.claim(table.their_shapes(rows, model, rank), files.shapes, folder)
+        shapes: Abstract = {}
+        for row in rows:
+            dtype = jnp.result_type(*(files.dtypes[name] for name in row.names(model.layers)))
+            shapes[row.path] = jax.ShapeDtypeStruct(dims.shape(row.letters, model, rank), dtype)
+        return cls(rows={row.path: row for row in rows}, size=dims.sizes(model, rank), tensors=files, shapes=shapes)
+
+    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
+        return {path: self._array(path, want) for path, want in wanted.items()}
+
+    def _array(self, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+        @cache  # devices that hold copies of one slice ask for it once each
+        def part(index: table.Index):
+            return self.rows[path].join(self.size, want.dtype, self.tensors.read, index)
+
+        return jax.make_array_from_callback(want.shape, _sharding(want), part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Orbax:
+    """An Orbax checkpoint of a nested dict of our arrays."""
+
+    folder: epath.Path
+    shapes: Abstract
+
+    @classmethod
+    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+        shapes = _orbax_shapes(folder)
+        table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
+        return cls(folder=epath.Path(folder.absolute()), shapes=shapes)
+
+    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
+        if not wanted:
+            return {}
+        as_wanted = {
+            path: ocp.ArrayRestoreArgs(dtype=want.dtype, sharding=_sharding(want)) for path, want in wanted.items()
+        }
+        args = ocp.args.PyTreeRestore(
+            item=unflatten_dict(wanted, sep="/"),
+            restore_args=unflatten_dict(as_wanted, sep="/"),
+            partial_restore=True,
+        )
+        handler = ocp.PyTreeCheckpointHandler()
+        tree: Any = handler.restore(self.folder, args=args)
+        handler.close()
+        return dict(flatten_dict(tree, sep="/"))
+
+
+def _orbax_shapes(folder: Path) -> Abstract:
+    handler = ocp.PyTreeCheckpointHandler()
+    tree: Any = handler.metadata(epath.Path(folder.absolute())).tree
+    handler.close()
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def _sharding(want: jax.ShapeDtypeStruct):
+    return want.sharding or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _item(folder: Path) -> Path | None:
+    """Where the arrays of an Orbax checkpoint are: Orbax's second API puts them one folder down."""
+    return next((at for at in (folder, folder / "state") if (at / "_METADATA").is_file()), None)
+
+
+def _is_huggingface(folder: Path) -> bool:
+    return any((folder / f"{tensors.MODEL}{end}").is_file() for end in ("", ".index.json"))
+
+
+def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
+    _no_base(folder, under)
+    hf = read_json(folder / "config.json")
+    model = model_config(hf, folder / "config.json")
+    files = Tensors(folder, tensors.MODEL)
+    if files.shapes.pop(table.HEAD, None):
+        whole = (slice(None),) * 2
+        table.check_tied(files.read(table.HEAD, whole), files.read(table.MODEL[0].name, whole), folder)
+    return Checkpoint(
+        format="huggingface",
+        path=folder,
+        model=model,
+        hf=hf,
+        tokenizer=tokenizer_folder(folder),
+        beside=(folder,),
+        sources=(_Safetensors.open(folder, files, table.MODEL, model),),
+    )
+
+
+def _is_peft(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("adapter_config.json", tensors.ADAPTER))
+
+
+def _open_peft(folder: Path, under: Checkpoint | None) -> Checkpoint:
+    peft = read_json(folder / "adapter_config.json")
+    files = Tensors(folder, tensors.ADAPTER)
+    projections = [
+        name
+        for name in table.PROJECTIONS
+        if any(other in files.shapes for row in table.adapter_rows(name).values() for other in row.names(1))
+    ]
+    adapter = adapter_config(peft, projections, folder / "adapter_config.json")
+    tokenizer = tokenizer_folder(folder)
+    alone = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, beside=(folder,))
+    source = partial(_Safetensors.open, folder, files, table.rows(adapter))
+    return _with_base(alone, under, source, peft.get("base_model_name_or_path"))
+
+
+def _is_orbax(folder: Path) -> bool:
+    return any(_item(folder / name) for name in ("weights", "adapter"))
+
+
+def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
+    weights, adapter = _item(folder / "weights"), _item(folder / "adapter")
+    only = Checkpoint(format="orbax", path=folder, tokenizer=tokenizer_folder(folder), beside=(folder,))
+    if weights:
+        _no_base(folder, under)
+        hf = read_json(folder / "config.json")
+        model = model_config(hf, folder / "config.json")
+        under = replace(only, model=model, hf=hf, sources=(_Orbax.open(weights, table.MODEL, model),))
+    if not adapter:
+        assert under is not None
+        return under
+    peft = read_json(folder / "adapter_config.json")
+    paths = _orbax_shapes(adapter)
+    projections = [
+        name for name in table.PROJECTIONS if any(row.path in paths for row in table.adapter_rows(name).values())
+    ]
+    adapted = replace(only, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
+    source = partial(_Orbax.open, adapter, table.rows(adapted.adapter))
+    return _with_base(adapted, under, source, peft.get("base_model_name_or_path"))
+
+
+def _run_step(folder: Path) -> tuple[Path, Path] | None:
+    """The folder of a run and that of its newest step, or of the step that `folder` is."""
+    folder = folder.absolute()
+    if folder.name.isdigit() and (folder.parents[1] / "config.txt").is_file():
+        return folder.parents[1], folder
+    if not (folder / "config.txt").is_file() or not (folder / "checkpoints").is_dir():
+        return None
+    steps = [step for step in (folder / "checkpoints").iterdir() if step.name.isdigit()]
+    return (folder, max(steps, key=lambda step: int(step.name))) if steps else None
+
+
+def _is_run(folder: Path) -> bool:
+    return _run_step(folder) is not None
+
+
+def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
+    _no_base(folder, under)
+    found = _run_step(folder)
+    assert found is not None
+    workdir, step = found
+    config = configs.from_text((workdir / "config.txt").read_text(), str(workdir / "config.txt"))
+    params = _item(step / "params")
+    if params is None:
+        raise ValueError(f"{step} has no params; name another of {workdir / 'checkpoints'}")
+    kept = workdir / "tokenizer"
+    hf = read_json(kept / "config.json") if (kept / "config.json").is_file() else None
+    run = Checkpoint(
+        format="run",
+        path=folder,
+        model=config.model,
+        adapter=config.adapter,
+        hf=hf,
+        tokenizer=tokenizer_folder(kept),
+        beside=(kept,),
+    )
+    if config.adapter.kind == "none":
+        whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model),))
+        start = _local(config.init)
+        return _after(start, whole) if start else whole
+    if not config.init:
+        raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
+    source = partial(_Orbax.open, params, table.rows(config.adapter))
+    return _with_base(run, open_checkpoint(config.init), source, config.init)
+
+
+# Tried in this order; a folder is the first that it can be.
+_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None], Checkpoint]], ...] = (
+    (_is_orbax, _open_orbax),
+    (_is_run, _open_run),
+    (_is_huggingface, _open_huggingface),
+    (_is_peft, _open_peft),
+)
+
+
+def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, name: str | None) -> Checkpoint:
+    """An adapter on its model, by default the folder `name`; without a model the shapes of its arrays are unknown."""
+    under = under or _local(name)
+    if under is None:
+        return replace(alone, base=name or "")
+    if under.adapter.kind != "none":
+        raise ValueError(f"{under.path} has an adapter already, {alone.path} is another; merge the first one first")
+    model = alone.model or under.model
+    sources = (*under.sources, source(model, alone.adapter.rank))
+    return _after(under, replace(alone, model=model, base=name or str(under.path), sources=sources))
+
+
+def _after(under: Checkpoint, above: Checkpoint) -> Checkpoint:
+    """`above` with what it lacks beside its weights, and the model that it started from has."""
+    return replace(
+        above,
+        hf=above.hf or under.hf,
+        tokenizer=above.tokenizer or under.tokenizer,
+        beside=(*under.beside, *above.beside),
+    )
+
+
+def _local(name: str | None) -> Checkpoint | None:
+    return open_checkpoint(name) if name and Path(name).is_dir() else None
+
+
+def _no_base(folder: Path, under: Checkpoint | None) -> None:
+    if under is not None:
+        raise ValueError(f"{folder} is not an adapter alone, so it takes no base model; {under.path} was given as one")
+
+
+def _inventory(checkpoint: Checkpoint) -> str:
+    parts = [f"{len(source.shapes)} arrays such as {next(iter(source.shapes))}" for source in checkpoint.sources]
+    return " and ".join(parts) or f"an adapter whose model is not at hand ({checkpoint.base or 'not named'})"
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder that is meant; a Hub id's files are downloaded, once."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; name the folder that holds it")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"there is no folder {path}")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"there is no folder {path}, and the Hub did not give a model of that name: {error}. Gemma's are gated: "
+            "accept the licence on its page and run `hf auth login`"
+        ) from error

@@ -1,0 +1,51 @@
+"""Folders that appear whole or not at all, and the small files that travel with weights.
+
+What the files of a checkpoint mean is not known here.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What transformers, PEFT or a server reads beside the weights and their config.
+_CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
+
+
+@contextmanager
+def appearing(path: Path, size: int) -> Iterator[Path]:
+    """A folder to write about `size` bytes into, which becomes `path` when the block ends without an error.
+
+    Raises ValueError where `path` holds something already, or the disk has no room.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; delete it, or write somewhere else")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename stays within one disk. A killed run leaves it behind; the next one starts anew.
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise ValueError(
+            f"{path} needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free; write to another disk"
+        )
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def tokenizer_folder(*folders: Path) -> Path | None:
+    """The first of these folders that holds a tokenizer."""
+    return next((folder for folder in folders if any(file.is_file() for file in folder.glob("tokenizer*"))), None)
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copies the tokenizer, the chat template and the generation config that `source` has."""
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,72 @@
+"""PEFT's adapter_config.json and our AdapterConfig, both ways.
+
+Which projections an adapter has is read from its tensors, not from target_modules, which may be a regular expression.
+What this program does not have is refused by name. The tensors are `table`'s.
+"""
+
+from typing import Any
+
+from gemma2_jax.config import AdapterConfig
+from gemma2_jax.convert import table
+from gemma2_jax.convert.hf_config import need
+
+# Keys that are read below, and those that change nothing once an adapter is trained.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
+_INERT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_pattern", "megatron_core", "loftq_config", "eva_config"),
+    *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+# The other ways to start (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights that the adapter is added to.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def adapter_config(peft: dict[str, Any], projections: list[str], source: object) -> AdapterConfig:
+    """The adapter that an adapter_config.json describes, on those projections ("attn/q").
+
+    Raises ValueError naming a key that is missing, or one that asks for what this program does not implement.
+    """
+    if peft.get("peft_type") != "LORA":
+        raise ValueError(f"{source}: peft_type is {peft.get('peft_type')!r}; this program has 'LORA' only")
+    rank, alpha = need(peft, "r", source), need(peft, "lora_alpha", source)
+    if peft.get("init_lora_weights") not in _STARTS:
+        raise ValueError(
+            f"{source}: init_lora_weights is {peft['init_lora_weights']!r}, so the adapter is to changed base weights;"
+            " save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
+        )
+    uniform = {"rank_pattern": rank, "alpha_pattern": alpha}
+    for key, value in peft.items():
+        if key in uniform and value and set(value.values()) == {uniform[key]}:
+            continue
+        if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
+            raise ValueError(f"{source}: {key} is {value!r}, which this program does not have; train without it")
+    if not projections:
+        raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
+    return AdapterConfig(
+        kind="dora" if peft.get("use_dora") else "lora",
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(peft.get("use_rslora")),
+        dropout=peft.get("lora_dropout") or 0.0,
+        targets=tuple(projections),
+    )
+
+
+def peft_config(adapter: AdapterConfig, base: str) -> dict[str, Any]:
+    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.kind == "dora",
+        "target_modules": [table.PROJECTIONS[name].name.split(".")[-2] for name in table.targets(adapter)],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }

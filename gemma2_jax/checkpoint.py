@@ -1,0 +1,87 @@
+"""Orbax checkpoints of a run: trained weights, optimizer, step and data position, as one atomic step.
+
+A step is a folder WORKDIR/checkpoints/STEP that appears whole or not at all. Only trained weights are kept: with
+adapters that is the adapters alone, and the frozen weights come from where the run started. Writing overlaps with
+training; what is written is copied off the devices first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from gemma2_jax.model import Weights
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = workdir.absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep), cleanup_tmp_directories=True, create=True
+        )
+        handlers = ocp.DefaultCheckpointHandlerRegistry()
+        for item, handler in (
+            ("params", ocp.StandardCheckpointHandler()),
+            ("optimizer", ocp.StandardCheckpointHandler()),
+            ("loop", ocp.JsonCheckpointHandler()),
+        ):
+            save, restore = ocp.checkpoint_args.get_registered_args_cls(handler)
+            handlers.add(item, save, handler)
+            handlers.add(item, restore, handler)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> None:
+        """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(_nested(params)),
+                optimizer=ocp.args.StandardSave(_nested(optimizer)),
+                loop=ocp.args.JsonSave(loop),
+            ),
+        )
+
+    def restore(self, step: int, params: Weights, optimizer: Any) -> tuple[Weights, Any, dict]:
+        """A step's contents, shaped and placed like the abstract arrays given."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_nested(params)),
+                optimizer=ocp.args.StandardRestore(_nested(optimizer)),
+                loop=ocp.args.JsonRestore(),
+            ),
+        )
+        return _by_path(restored["params"]), _by_path(restored["optimizer"]), restored["loop"]
+
+
+def _nested(tree: Any) -> Any:
+    """Every dict of paths in the tree as nested dicts, which are what Orbax names arrays by."""
+    return jax.tree.map(
+        lambda node: unflatten_dict(node, sep="/") if isinstance(node, dict) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, dict),
+    )
+
+
+def _by_path(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda node: flatten_dict(node, sep="/") if isinstance(node, dict) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, dict),
+    )

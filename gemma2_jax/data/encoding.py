@@ -1,0 +1,198 @@
+"""From documents to tokens: each document encoded once, into files that are memory-mapped ever after.
+
+A store holds whole documents, whatever the length of a row: `packing` cuts them. Which tokens are learnt is decided
+here: all of a plain text, the completion after a prompt, what the assistant says in a conversation; and the <eos>
+at the end. Memory does not grow with the documents.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data import python_docs, sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FORMAT = 1  # raise it when other tokens or other files are written for the same documents
+_TOGETHER = 1000  # documents encoded in one call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Encoded documents one after another, memory-mapped."""
+
+    tokens: np.ndarray  # int32 [tokens]
+    learnt: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
+    offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a directory, or of a Hugging Face hub id; ValueError when there is none that will do."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        raise ValueError(f"{path} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer at {path!r}: it is neither a directory nor a hub id that can be reached ({error})"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"the tokenizer of {path} has no tokenizer.json; convert it to a fast one")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no bos_token or no eos_token; a document needs both")
+    return tokenizer
+
+
+def encode(
+    examples: Sequence[sources.Example], tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Of each document, its tokens from <bos> to <eos>, and which of them count in the loss when predicted.
+
+    A prompt and its completion are encoded apart and put together as they are, with no space between and no chat
+    format; so are the turns of a conversation, which the tokenizer's chat template writes. Raises ValueError naming
+    the document when the template does not take it.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(bos, int) and isinstance(eos, int)  # load_tokenizer made sure
+    documents = [_pieces(example, tokenizer) for example in examples]
+    texts = [text for pieces in documents for text, _ in pieces]
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    for example, pieces in zip(examples, documents, strict=True):
+        tokens: list[int] = []
+        learnt: list[bool] = []
+        for _, learn in pieces:
+            piece = next(ids)
+            tokens += piece
+            learnt += [learn] * len(piece)
+        if tokens[:1] != [bos]:  # chat templates write it, and so may prompts
+            tokens.insert(0, bos)
+            learnt.insert(0, False)
+        learnt[0] = False  # nothing comes before it to predict it from
+        ends_learnt = not example.messages or example.messages[-1]["role"] == "assistant"
+        yield [*tokens, eos], [*learnt, ends_learnt]
+
+
+def _pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+    """The document as texts to be encoded apart, and whether each is learnt."""
+    if not example.messages:
+        return [(example.prompt, False), (example.completion, True)]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{example.where}: 'messages' need a chat template, which {tokenizer.name_or_path} does not have; "
+            "set data.tokenizer to one that has, such as google/gemma-2-2b-it"
+        )
+    try:
+        return _turns(list(example.messages), tokenizer)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"{example.where}: the chat template does not take these messages: {error}") from error
+
+
+def _turns(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+    """A conversation as the chat template writes it, divided around what the assistant says.
+
+    Learnt is what follows the model's cue, up to the end-of-turn token but not the newline after it, which the
+    template adds. That is what the model says when it is cued with `add_generation_prompt`.
+    """
+
+    def written(messages: list[dict[str, str]], cue: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
+
+    whole, done = written(messages), ""
+    pieces = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = written(messages[:turn], cue=True)
+        after = (written(messages[: turn + 1]) if turn + 1 < len(messages) else whole).rstrip()
+        if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
+            raise ValueError(f"it writes what leads up to message {turn + 1} in another way when more follows")
+        pieces += [(before.removeprefix(done), False), (after.removeprefix(before), True)]
+        done = after
+    return [*pieces, (whole.removeprefix(done), False)]
+
+
+def build(
+    data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", cache: Path, *, show: bool = False
+) -> Store:
+    """The store of one split: the one in `cache` when nothing that it depends on has changed, else a new one.
+
+    A store is written beside its place and then renamed, so that one in its place is whole. Processes that share
+    `cache` wait for the first; on a file system without locks each writes, and the first to end wins. `show` tells
+    of the progress. Raises ValueError when the split has no documents, or one that is malformed.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    place = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
+    with (cache / "lock").open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{split}-") as folder:
+                written = Path(folder) / "store"
+                _write(written, data, split, tokenizer, show=show)
+                try:
+                    written.rename(place)
+                except OSError:
+                    if not place.exists():  # it does when another process was first
+                        raise
+    return Store(
+        tokens=np.memmap(place / "tokens", np.int32, "r"),
+        learnt=np.memmap(place / "learnt", np.bool_, "r"),
+        offsets=np.load(place / "offsets.npy", mmap_mode="r"),
+    )
+
+
+def _write(
+    folder: Path, data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", *, show: bool
+) -> None:
+    folder.mkdir()
+    offsets = array("q", [0])
+    columns = (TextColumn("documents"), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True, quiet=not show)
+    console.print(f"tokenising {split} data from {sources.source(data, split)}")
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with (folder / "tokens").open("wb") as tokens_file, (folder / "learnt").open("wb") as learnt_file, progress:
+        task = progress.add_task("", total=None)
+        for examples in itertools.batched(sources.examples(data, split), _TOGETHER):
+            tokens, learnt = zip(*encode(examples, tokenizer), strict=True)
+            np.fromiter(itertools.chain(*tokens), np.int32).tofile(tokens_file)
+            np.fromiter(itertools.chain(*learnt), np.bool_).tofile(learnt_file)
+            offsets.extend(itertools.islice(itertools.accumulate(map(len, tokens), initial=offsets[-1]), 1, None))
+            progress.advance(task, len(examples))
+    if len(offsets) == 1:
+        raise ValueError(
+            f"data.eval_fraction {data.eval_fraction} leaves no documents for {split} in {data.train}; "
+            "change it, or set data.eval"
+        )
+    np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+
+
+def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A digest of everything that the tokens of a split depend on."""
+    where = sources.source(data, split)
+    if where == sources.PYTHON_DOCS:
+        read: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
+    else:
+        read = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.files(where)]
+    choices = [data.kind, data.text_key, data.prompt_key, data.completion_key, data.prompt_template]
+    share = None if data.eval else data.eval_fraction
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    everything = json.dumps([_FORMAT, split, choices, share, read, ids, tokenizer.backend_tokenizer.to_str()])
+    return hashlib.blake2b(everything.encode(), digest_size=8).hexdigest()

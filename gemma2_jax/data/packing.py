@@ -1,0 +1,150 @@
+"""From a store of documents to rows of a fixed length: which documents share a row, and a row's arrays.
+
+Plain texts are put end to end and cut; other documents are kept whole, several to a row where they fit, or one to a
+row. A plan of pieces is made from the lengths alone; rows are read from the store when asked for, in any order.
+Batches, epochs and processes are the business of `pipeline`.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma2_jax.data.encoding import Store
+
+_OPEN_ROWS = 1000  # rows that best-fit chooses from; more fill rows better and take longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of `length` tokens by number. Row i consists of pieces starts[i] up to starts[i + 1]."""
+
+    store: Store
+    length: int  # tokens in a row, T
+    begins: np.ndarray  # int64 [pieces]: where in the store a piece begins
+    lengths: np.ndarray  # int64 [pieces]: how many tokens of the row it takes
+    ends: np.ndarray  # int64 [pieces]: where in the store its document ends
+    starts: np.ndarray  # int64 [rows + 1]: the first piece of each row, and the number of pieces
+    documents: int  # documents in the rows, whole or cut
+    truncated: int  # documents of them that lost their end
+    dropped: int  # documents left out, because all that would be learnt was in the end they lost
+    targets: int  # tokens that count in the loss, over all rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the rows, padding not counted."""
+        return int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row's arrays, all [T].
+
+        tokens (int32) is the input, 0 where padded; targets (int32) the token after each in the same document, and
+        weights (float32) 1 where that counts in the loss, both 0 where there is none; segments (int32) tells the
+        row's documents apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
+        """
+        arrays = blank(self.length)
+        at = 0
+        for segment, piece in enumerate(range(self.starts[index], self.starts[index + 1]), start=1):
+            begin, length = int(self.begins[piece]), int(self.lengths[piece])
+            known = min(length, int(self.ends[piece]) - begin - 1)  # tokens whose next is in the document
+            here, after = slice(at, at + length), slice(begin + 1, begin + 1 + known)
+            arrays["tokens"][here] = self.store.tokens[begin : begin + length]
+            arrays["segments"][here] = segment
+            arrays["positions"][here] = np.arange(length)
+            arrays["targets"][at : at + known] = self.store.tokens[after]
+            arrays["weights"][at : at + known] = self.store.learnt[after]
+            at += length
+        return arrays
+
+
+def blank(length: int) -> dict[str, np.ndarray]:
+    """A row that is all padding."""
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")
+    }
+    return arrays | {"weights": np.zeros(length, np.float32)}
+
+
+def pack(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> Rows:
+    """The rows of a store's documents, whose order is shuffled by `seed`.
+
+    With `packing`, documents are cut where a row ends (`cut`) or kept whole; without, each has its own row. A whole
+    document that is longer than a row loses its end, and one whose learnt tokens are all there is dropped: both are
+    counted. Raises ValueError when none is left.
+    """
+    # RandomState's stream never changes; default_rng's may with NumPy, and a resumed run would see other rows.
+    order = np.random.RandomState(seed).permutation(len(store.offsets) - 1)
+    begins, ends = store.offsets[order], store.offsets[order + 1]
+    learnt = int(np.count_nonzero(store.learnt))
+    if packing and cut:
+        return _cut(store, begins, ends, length=length, targets=learnt)
+    long = np.flatnonzero(ends - begins > length)
+    keeps = [store.learnt[begins[i] + 1 : begins[i] + length + 1].any() for i in long]
+    lost = sum(int(np.count_nonzero(store.learnt[begins[i] + length + 1 : ends[i]])) for i in long)
+    dropped = long[~np.array(keeps, bool)]
+    begins, ends = np.delete(begins, dropped), np.delete(ends, dropped)
+    if not len(begins):
+        raise ValueError(f"every document's learnt tokens begin after the first {length}; raise train.sequence_length")
+    lengths = np.minimum(ends - begins, length)
+    row = best_fit(lengths, length) if packing else np.arange(len(lengths))
+    place = np.argsort(row, kind="stable")
+    return Rows(
+        store=store,
+        length=length,
+        begins=begins[place],
+        lengths=lengths[place],
+        ends=ends[place],
+        starts=np.concatenate([[0], np.cumsum(np.bincount(row))]),
+        documents=len(begins),
+        truncated=len(long) - len(dropped),
+        dropped=len(dropped),
+        targets=learnt - lost,
+    )
+
+
+def _cut(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
+    """Documents end to end, a row every `length` tokens: its last target is the next row's first token."""
+    lengths = ends - begins
+    document_ends = np.cumsum(lengths)  # in the line of documents, as all below until it is said otherwise
+    document_starts = document_ends - lengths
+    rows = -(-(document_ends[-1] - 1) // length)  # a last token alone in a row would have no target
+    stop = min(document_ends[-1], rows * length)
+    edges = np.union1d(np.arange(0, stop, length), document_starts[document_starts < stop])
+    document = np.searchsorted(document_ends, edges, side="right")
+    return Rows(
+        store=store,
+        length=length,
+        begins=begins[document] + edges - document_starts[document],  # in the store
+        lengths=np.diff(edges, append=stop),
+        ends=ends[document],  # in the store
+        starts=np.append(np.searchsorted(edges, np.arange(0, stop, length)), len(edges)),
+        documents=len(begins),
+        truncated=0,
+        dropped=0,
+        targets=targets,
+    )
+
+
+def best_fit(lengths: np.ndarray, length: int) -> np.ndarray:
+    """The row of each document, int64, when one after another goes to the open row that it fills best.
+
+    At most `_OPEN_ROWS` rows are open; to open another, the fullest is closed. Rows are numbered as they open.
+    """
+    rows = np.empty(len(lengths), np.int64)
+    space: list[tuple[int, int]] = []  # (tokens left, row) of the open rows, in order
+    opened = 0
+    for document, need in enumerate(lengths.tolist()):
+        best = bisect_left(space, (need, 0))
+        if best < len(space):
+            left, row = space.pop(best)
+        else:
+            left, row, opened = length, opened, opened + 1
+        rows[document] = row
+        if left > need:
+            insort(space, (left - need, row))
+        if len(space) > _OPEN_ROWS:
+            space.pop(0)
+    return rows

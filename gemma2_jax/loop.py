@@ -1,0 +1,92 @@
+"""A run from its first step to its last: `train`, which reads like the list of what it does.
+
+Everything that can be decided beforehand is decided before the loop, as values; the loop itself has no modes. It
+waits for the device only to log a step whose successor is already under way, and to evaluate.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from gemma2_jax import report, resume
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax.config import Config
+from gemma2_jax.data import pipeline
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.metrics import Metrics
+from gemma2_jax.profiling import Trace
+from gemma2_jax.step import Batch, Program, State
+
+
+def train(config: Config) -> None:
+    """Carries out the run. The same config and working directory resume it.
+
+    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss is no longer finite, and
+    OSError when the disk does not take what is written.
+    """
+    console = Console()
+    mesh = make_mesh(config.mesh)
+    program = Program(config, mesh)
+    with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
+        source = resume.open_source(config)
+        resume.claim_workdir(config, checkpoints.latest)
+        tokenizer = resume.keep_tokenizer(config, source)
+        batches, held_out = _data(config, tokenizer)
+        compile_started = time.perf_counter()
+        train_step = jax.jit(program.train_step, donate_argnums=0).lower(program.state, program.batch).compile()
+        eval_step = jax.jit(program.eval_step).lower(program.state, program.batch).compile()
+        compile_seconds = time.perf_counter() - compile_started
+        state, loop = resume.start(program, source, checkpoints)
+        if loop is not None:
+            batches.set_state(loop["data"])
+        first = 0 if loop is None else loop["step"]
+        report.startup(console, program, source, batches, held_out, train_step, compile_seconds, first)
+
+        def evaluate(state: State) -> float:
+            return mean_loss(eval_step, state, (place(program, batch) for batch in held_out))
+
+        with Metrics(config, console, first_step=first) as log, Trace(config, first) as trace:
+            for step in range(first + 1, config.steps + 1):
+                trace.before(step)
+                state, values = train_step(state, place(program, next(batches)))
+                log.step(step, values)
+                if due(step, config.train.eval_every, config.steps):
+                    log.evaluation(step, evaluate(state))
+                if due(step, config.train.checkpoint_every, config.steps):
+                    loop = {"step": step, "data": batches.get_state()}
+                    checkpoints.save(step, state.params, state.optimizer, loop)
+    report.ending(console, config)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and after the last, is done after this one."""
+    return step % every == 0 or step == last
+
+
+def place(program: Program, batch: dict[str, np.ndarray]) -> Batch:
+    """This process's rows as its part of the global arrays."""
+    return {
+        name: jax.make_array_from_process_local_data(program.batch[name].sharding, rows) for name, rows in batch.items()
+    }
+
+
+def mean_loss(eval_step: Callable, state: State, batches) -> float:
+    """Loss per target token (nats) over batches, which are all dispatched before the first is waited for."""
+    sums = [eval_step(state, batch) for batch in batches]
+    losses, targets = zip(*jax.device_get(sums), strict=True)
+    return float(sum(losses) / max(sum(targets), 1))
+
+
+def _data(config: Config, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalBatches]:
+    sizes = dict(
+        sequence_length=config.train.sequence_length,
+        batch_size=config.train.global_batch_size,
+        cache=config.output / "data",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    batches = pipeline.train_batches(config.data, tokenizer, **sizes)
+    return batches, pipeline.eval_batches(config.data, tokenizer, max_batches=config.train.eval_batches, **sizes)

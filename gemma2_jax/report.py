@@ -1,0 +1,99 @@
+"""What a run prints before its first step, so that a reader can audit it, and after its last."""
+
+from collections import Counter
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from gemma2_jax import attention
+from gemma2_jax.config import Config
+from gemma2_jax.step import Program
+
+
+def startup(
+    console: Console, program: Program, source, batches, held_out, compiled, compile_seconds: float, first: int
+):
+    """Prints the block; `compiled` is the compiled step, `first` the step the run goes on from."""
+    if jax.process_index() != 0:
+        return
+    config = program.config
+    train, mesh = config.train, program.mesh
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows_per_pass = train.micro_batch_size * shards
+    tokens = train.global_batch_size * train.sequence_length
+    resumed = f"resumes after step {first}" if first else "starts"
+    weights = f"{source.format} {source.path}" if source else f"random (train.seed {train.seed})"
+    device = jax.devices()[0]
+    lines = {
+        "run": f"{config.name}, {resumed}, to step {config.steps}",
+        "weights": weights,
+        "parameters": parameters(program),
+        "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
+        + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),
+        "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} process(es); mesh "
+        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
+        f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
+        "model FLOPs": flops(config),
+        "optimizer": f"AdamW, lr {config.optim.lr:g} -> {config.optim.min_lr:g} cosine after {config.optim.warmup_steps} "
+        f"warmup steps, decay {config.optim.weight_decay:g}, clip {config.optim.clip_norm:g}",
+        "training data": f"{config.data.train}: {batches.summary}",
+        "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
+        "attention": attention.choose(config.compute.attention)[1],
+        "memory": memory(compiled) + f"; compiled in {compile_seconds:.1f} s",
+        "output": str(config.output),
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        grid.add_row(f"[bold]{name}[/bold]", text)
+    console.print(grid, highlight=False)
+
+
+def ending(console: Console, config: Config) -> None:
+    """Says where the result is, and what one would do with it next."""
+    if jax.process_index() != 0:
+        return
+    adapted = config.adapter.kind != "none"
+    chat = ' --chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else ' --prompt "The"'
+    what, form = ("adapter", "peft") if adapted else ("weights", "hf")
+    console.print(
+        f"\nThe {what} of step {config.steps}: {config.output}/checkpoints/{config.steps}/params", highlight=False
+    )
+    console.print(f"Generate: python -m gemma2_jax.generate --checkpoint {config.output}{chat}", highlight=False)
+    console.print(
+        f"Export:   python -m gemma2_jax.convert {config.output} {config.output}-{form} --to {form}", highlight=False
+    )
+
+
+def parameters(program: Program) -> str:
+    """Parameters by group, and the share that is trained."""
+    groups: Counter[str] = Counter()
+    for path, leaf in {**program.params, **program.frozen}.items():
+        groups[_group(path)] += leaf.size
+    trained, total = sum(leaf.size for leaf in program.params.values()), groups.total()
+    parts = " + ".join(f"{name} {size:,}" for name, size in groups.items())
+    return f"{parts} = {total:,}; trained {trained:,} ({trained / total:.2%})"
+
+
+def flops(config: Config) -> str:
+    """Model FLOPs of a token, by a stated convention."""
+    passes = 3 if config.adapter.kind == "none" else 2
+    per_token = passes * config.model.forward_flops(config.train.sequence_length)
+    convention = "forward and both backward products" if passes == 3 else "forward and the backward product by inputs"
+    return f"{per_token / 1e9:.3g} GFLOP a token ({convention}; attention counted causal and windowed, unpacked)"
+
+
+def memory(compiled) -> str:
+    """Memory of the compiled step on each device."""
+    stats = compiled.memory_analysis()
+    kept, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    return f"{kept / 2**20:,.0f} MiB state and batch + {temporary / 2**20:,.0f} MiB temporaries a device"
+
+
+def _group(path: str) -> str:
+    if "/adapter/" in path:
+        return "adapters"
+    if path.endswith("norm/w"):
+        return "norms"
+    return path.split("/")[1] if path.startswith("blocks/") else path

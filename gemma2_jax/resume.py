@@ -1,0 +1,92 @@
+"""Where a run starts: its own newest checkpoint, else the weights it was given, else random ones."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from gemma2_jax import config as configs
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax.config import Config
+from gemma2_jax.convert import checkpoints as formats
+from gemma2_jax.convert.hf_config import hf_config
+from gemma2_jax.data.pipeline import load_tokenizer
+from gemma2_jax.metrics import truncate_after
+from gemma2_jax.step import Program, State
+
+# A run may go on with other values of these; a change of anything else would make it another run.
+FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
+FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
+FREE += ("compute.loss_chunk", "name")
+
+
+def open_source(config: Config) -> formats.Checkpoint | None:
+    """The checkpoint that `init` names, or None for random weights; ValueError where it is of another model."""
+    if not config.init:
+        return None
+    source = formats.open_checkpoint(config.init)
+    if source.model is None:
+        raise ValueError(f"init {config.init} is an adapter without a model; give the model it belongs to")
+    if source.adapter.kind != "none":
+        raise ValueError(
+            f"init {config.init} has a {source.adapter.kind} adapter; merge it first with "
+            f"python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
+        )
+    for field in dataclasses.fields(config.model):
+        ours, theirs = getattr(config.model, field.name), getattr(source.model, field.name)
+        if ours != theirs and field.name != "max_length":
+            raise ValueError(
+                f"init {config.init} is a checkpoint of another model: its {field.name} is {theirs}, and "
+                f"model.{field.name} is {ours}; choose the recipe of that model, or set model.{field.name}"
+            )
+    return source
+
+
+def claim_workdir(config: Config, latest: int | None) -> None:
+    """Writes config.txt, or holds the config against the one there; ValueError where it is another run's."""
+    path = config.output / "config.txt"
+    if latest is not None and path.exists():
+        before = dict(line.split(" = ", 1) for line in path.read_text().splitlines())
+        now = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
+        changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE)]
+        if changed:
+            changes = "; ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
+            raise ValueError(
+                f"{config.output} holds another run: {changes}. Give another --workdir, or that run's values"
+            )
+    truncate_after(config.output / "metrics.jsonl", latest or 0)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(configs.to_text(config))
+    beside.replace(path)
+
+
+def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
+    """The run's tokenizer, kept with a config.json under WORKDIR/tokenizer so that the run stands on its own."""
+    folder = config.data.tokenizer or (source and source.tokenizer)
+    if not folder:
+        raise ValueError("no tokenizer: init has none beside its weights, so set data.tokenizer to a folder or hub id")
+    tokenizer = load_tokenizer(str(folder))
+    if len(tokenizer) > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
+            "use the model's own tokenizer"
+        )
+    kept = config.output / "tokenizer"
+    tokenizer.save_pretrained(kept)
+    (kept / "config.json").write_text(json.dumps(hf_config(config.model, config.compute.frozen_dtype), indent=2) + "\n")
+    return tokenizer
+
+
+def start(program: Program, source: formats.Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:
+    """The state to go on from, and what the loop saved with it if it is the run's own."""
+    # This run's own checkpoint comes first, then the weights given, then random ones.
+    latest = checkpoints.latest
+    if latest is None or program.frozen:
+        base = formats.load(source, program.base) if source else program.random_base()
+    if latest is None:
+        return program.fresh(base), None
+    params, optimizer, loop = checkpoints.restore(latest, program.params, program.state.optimizer)
+    frozen = base if program.frozen else {}
+    step = jax.device_put(np.int32(latest), program.state.step.sharding)
+    return State(step=step, params=params, frozen=frozen, optimizer=optimizer), loop

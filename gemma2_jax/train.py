@@ -1,0 +1,78 @@
+"""`python -m gemma2_jax.train --config NAME`: trains what a recipe says. The command line only; `loop` is the run.
+
+Nothing here imports JAX before the arguments are understood, so that `--help`, `--print` and mistakes answer at once.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from gemma2_jax import config as configs
+from gemma2_jax.config import Config
+
+DEFAULT_RECIPE = "tiny_lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Pretrains or fine-tunes Gemma 2.
+
+    The defaults shown are those of the recipe that --config names. Fields may also be given as group.field=value.
+    The same command on the same --workdir resumes.
+    """
+
+    config: str = DEFAULT_RECIPE  # recipe: a name in configs/, or a Python file
+    print: bool = False  # show the resolved config, and stop
+    run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command that these arguments give. Exits with a message where they are not understood."""
+    arguments = [
+        f"--{key}={value}" if (key := _assigned(argument)) and (value := argument.partition("=")[2]) else argument
+        for argument in arguments
+    ]
+    name = _option(arguments, "--config") or DEFAULT_RECIPE
+    try:
+        recipe = configs.load(name)
+        return tyro.cli(
+            Command, args=arguments, prog="python -m gemma2_jax.train", default=Command(config=name, run=recipe)
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    if command.print:
+        print(configs.to_text(command.run), end="")
+        return
+    from gemma2_jax import loop
+
+    try:
+        loop.train(command.run)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _assigned(argument: str) -> str | None:
+    """The key of `group.field=value`."""
+    match = re.match(r"([a-z][\w.-]*)=", argument)
+    return match and match[1]
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option that decides the defaults of the others, before those are parsed."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+if __name__ == "__main__":
+    main()

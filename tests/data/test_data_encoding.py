@@ -1,0 +1,137 @@
+"""Documents as tokens: which of them are learnt, and the store that keeps them."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data import encoding
+from gemma2_jax.data.sources import Example
+
+
+def encoded(tokenizer, **document):
+    """The tokens as strings, and those of them that are learnt, by position."""
+    ((ids, learnt),) = encoding.encode([Example(where="a:1", **document)], tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert len(tokens) == len(learnt)
+    return tokens, {at: tokens[at] for at in range(len(tokens)) if learnt[at]}
+
+
+def talk(*contents):
+    return tuple({"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents))
+
+
+def test_text_is_learnt_whole(tokenizer):
+    tokens, learnt = encoded(tokenizer, completion="if x")
+    assert tokens == ["<bos>", "if", "Ġx", "<eos>"]
+    assert learnt == {1: "if", 2: "Ġx", 3: "<eos>"}
+
+
+def test_completion_is_learnt_and_the_prompt_is_not(tokenizer):
+    tokens, learnt = encoded(tokenizer, prompt="if x", completion=": y")
+    assert tokens == ["<bos>", "if", "Ġx", ":", "Ġy", "<eos>"]
+    assert learnt == {3: ":", 4: "Ġy", 5: "<eos>"}
+
+
+def test_answers_are_learnt_in_every_turn(tokenizer):
+    tokens, learnt = encoded(tokenizer, messages=talk("if", "or ", "in", "is"))
+    assert tokens == [
+        *("<bos>", "<start_of_turn>", "user", "Ċ", "if", "<end_of_turn>", "Ċ"),
+        *("<start_of_turn>", "mode", "l", "Ċ", "or", "<end_of_turn>", "Ċ"),
+        *("<start_of_turn>", "user", "Ċ", "in", "<end_of_turn>", "Ċ"),
+        *("<start_of_turn>", "mode", "l", "Ċ", "is", "<end_of_turn>", "Ċ", "<eos>"),
+    ]
+    assert learnt == {11: "or", 12: "<end_of_turn>", 24: "is", 25: "<end_of_turn>", 27: "<eos>"}
+
+
+def test_a_conversation_is_what_the_template_writes(tokenizer):
+    messages = talk("a\n\n b", "  c\n", "d", "<e>\n\n")
+    ((ids, _),) = encoding.encode([Example(where="a:1", messages=messages)], tokenizer)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False) + "<eos>"
+
+
+def test_what_follows_the_last_answer_is_not_learnt(tokenizer):
+    _, learnt = encoded(tokenizer, messages=talk("if", "or", "in"))
+    assert learnt == {11: "or", 12: "<end_of_turn>"}
+
+
+def test_bos_comes_once(tokenizer):
+    tokens, learnt = encoded(tokenizer, prompt="<bos>if", completion="x")
+    assert tokens == ["<bos>", "if", "x", "<eos>"]
+    assert learnt == {2: "x", 3: "<eos>"}
+    tokens, _ = encoded(tokenizer, messages=talk("if", "or"))
+    assert tokens.count("<bos>") == 1
+
+
+def test_batches_of_documents_do_not_mix(tokenizer):
+    documents = [
+        Example(where="a:1", completion="if x"),
+        Example(where="a:2", messages=talk("if", "or", "in", "is")),
+        Example(where="a:3", prompt="if", completion="x"),
+    ]
+    apart = [next(encoding.encode([document], tokenizer)) for document in documents]
+    assert list(encoding.encode(documents, tokenizer)) == apart
+
+
+def test_messages_that_the_template_does_not_take_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"a:1: the chat template does not take these messages: .*must alternate"):
+        encoded(tokenizer, messages=talk("if", "or")[1:])
+    other = copy.copy(tokenizer)
+    other.chat_template = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"a:1: .*message 2 in another way when more follows"):
+        encoded(other, messages=talk("if", "or", "in", "is"))
+    other.chat_template = None
+    with pytest.raises(ValueError, match=r"a:1: 'messages' need a chat template, .*set data.tokenizer"):
+        encoded(other, messages=talk("if", "or"))
+
+
+def test_tokenizers_that_will_not_do_are_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no tokenizer; it needs tokenizer.json"):
+        encoding.load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no tokenizer at '/no/such': it is neither a directory nor a hub id"):
+        encoding.load_tokenizer("/no/such")
+
+
+def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path, tokenizer, monkeypatch):
+    calls = []
+    encode = encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *given: calls.append(1) or encode(*given))
+    monkeypatch.setattr(encoding, "_TOGETHER", 2)
+    path = jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"})
+    data = DataConfig(kind="text", train=path, eval=path)
+
+    def build(data=data, split="train"):
+        calls.clear()
+        store = encoding.build(data, split, tokenizer, tmp_path / "cache")
+        ids = tokenizer.convert_tokens_to_ids(
+            ["<bos>", "if", "Ġx", "<eos>", "<bos>", "or", "<eos>", "<bos>", "in", "<eos>"]
+        )
+        np.testing.assert_array_equal(store.tokens[:10], ids)
+        np.testing.assert_array_equal(store.learnt[:10], [0, 1, 1, 1, 0, 1, 1, 0, 1, 1])
+        np.testing.assert_array_equal(store.offsets[:4], [0, 4, 7, 10])
+        return len(calls)
+
+    assert build() == 2  # three documents, two at a time
+    assert build() == 0
+    assert build(DataConfig(kind="text", train=path, eval=path, packing=False, seed=1)) == 0  # no other tokens
+    assert build(split="eval") == 2
+    jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"}, {"text": "is"})
+    assert build() == 2
+    jsonl({"text": "if x", "prompt": "q", "completion": "a"})
+    with pytest.raises(AssertionError):
+        build(DataConfig(kind="instructions", train=path, eval=path))
+
+
+def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "_TOGETHER", 1)
+    path = jsonl({"text": "a"}, {"text": "b"}, "{")
+    with pytest.raises(ValueError, match=r"data.jsonl:3: not JSON"):
+        encoding.build(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+def test_a_split_without_documents_is_an_error(jsonl, tmp_path, tokenizer):
+    data = DataConfig(kind="text", train=jsonl({"text": "a"}))
+    with pytest.raises(ValueError, match=r"data.eval_fraction 0.02 leaves no documents for eval in .*set data.eval"):
+        encoding.build(data, "eval", tokenizer, tmp_path / "cache")

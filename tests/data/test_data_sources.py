@@ -1,0 +1,132 @@
+"""Documents from files: what is read, and what each malformed one is told."""
+
+import sys
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data import sources
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+
+
+def read(path, **choices):
+    # Held out from another file, so that all of this one is training data.
+    return list(sources.examples(DataConfig(**{"train": str(path), "eval": "python-docs"} | choices), "train"))
+
+
+def test_text(jsonl):
+    path = jsonl({"text": "a"}, {"text": "b\n", "id": 1})
+    assert [(e.prompt, e.completion, e.messages) for e in read(path, kind="text")] == [("", "a", ()), ("", "b\n", ())]
+    assert [e.where for e in read(path, kind="text")] == [f"{path}:1", f"{path}:2"]
+
+
+def test_instructions(jsonl):
+    (pair,) = read(jsonl({"prompt": "Q ", "completion": "A"}))
+    assert (pair.prompt, pair.completion, pair.messages) == ("Q ", "A", ())
+    (pair,) = read(jsonl({"q": "Q", "a": "A"}), prompt_key="q", completion_key="a")
+    assert (pair.prompt, pair.completion) == ("Q", "A")
+    (talk,) = read(jsonl({"messages": TALK, "prompt": "unused"}))
+    assert (talk.messages, talk.completion) == (tuple(TALK), "")
+    (filled,) = read(
+        jsonl({"context": "C{}", "question": "Q?", "completion": "A"}),
+        prompt_template="{{}} Context: {context} Question: {question} Answer:",
+    )
+    assert (filled.prompt, filled.completion) == ("{} Context: C{} Question: Q? Answer:", "A")
+
+
+def test_directories_and_globs_are_read_in_the_order_of_names(jsonl, tmp_path):
+    jsonl({"text": "2"}, name="b.jsonl")
+    jsonl({"text": "3"}, name="c.jsonl")
+    jsonl({"text": "unread"}, name="c.txt")
+    parquet.write_table(pyarrow.table({"text": ["1"]}), tmp_path / "a.parquet")
+    assert [e.completion for e in read(tmp_path, kind="text")] == ["1", "2", "3"]
+    assert [e.completion for e in read(tmp_path / "[bc].jsonl", kind="text")] == ["2", "3"]
+
+
+def test_parquet_holds_the_same(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"messages": [TALK], "id": [7]}), path)
+    assert read(path) == [sources.Example(where=f"{path} row 1", messages=tuple(TALK))]
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    with pytest.raises(ValueError, match=r"a.parquet row 2: 'text' is of type NoneType; it must be a string"):
+        read(path, kind="text")
+    path.write_text("not that")
+    with pytest.raises(ValueError, match=r"a.parquet: not Parquet"):
+        read(path, kind="text")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a.parquet needs pyarrow: pip install 'gemma2-jax\[parquet\]'"):
+        read(tmp_path)
+
+
+GOOD = {"prompt": "Q", "completion": "A"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"prompt": ', "not JSON .*each line holds one JSON object"),
+        ("[1]", "holds a list; each line holds one JSON object"),
+        ("", "the line is blank; remove it"),
+        ("  ", "the line is blank; remove it"),
+        ({"question": "Q"}, "has neither 'messages' nor 'prompt' .*it has 'question'"),
+        ({"prompt": "Q", "answer": "A"}, r"has no 'completion' \(data.completion_key\); it has 'prompt', 'answer'"),
+        ({"prompt": 1, "completion": "A"}, "'prompt' is of type int; it must be a string"),
+        ({"prompt": "Q", "completion": ["A"]}, "'completion' is of type list; it must be a string"),
+        ({"prompt": "Q", "completion": " \n"}, "'completion' is empty"),
+        ({"messages": "Q"}, "'messages' is of type str; it must be a list"),
+        ({"messages": [*TALK, {"role": "user"}]}, "message 3 must have a 'role' and a 'content', both strings"),
+        ({"messages": TALK[:1]}, "no message has the role 'assistant'"),
+        ({"messages": []}, "no message has the role 'assistant'"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
+    ],
+)
+def test_malformed_lines_are_named(jsonl, bad, message):
+    with pytest.raises(ValueError, match=rf"data.jsonl:2: {message}"):
+        read(jsonl(GOOD, bad, GOOD))
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl:1: not JSON"):
+        read(tmp_path)
+
+
+def test_malformed_text_and_templates_are_named(jsonl):
+    with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'text' \(data.text_key\); it has 'body'"):
+        read(jsonl({"body": "a"}), kind="text")
+    with pytest.raises(ValueError, match=r"data.jsonl:1: 'text' is empty"):
+        read(jsonl({"text": ""}), kind="text")
+    with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'x' \(data.prompt_template\); it has 'prompt', "):
+        read(jsonl(GOOD), prompt_template="{x}")
+    with pytest.raises(ValueError, match=r"data.prompt_template '\{x': .*; write a brace itself twice"):
+        read(jsonl(GOOD), prompt_template="{x")
+
+
+def test_sources_without_documents_are_errors(jsonl, tmp_path):
+    with pytest.raises(ValueError, match=r"no data at '.*nothing': give 'python-docs', a .jsonl or"):
+        read(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"no data at"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"data.jsonl is empty"):
+        read(jsonl())
+    with pytest.raises(ValueError, match=r"data.csv is neither .jsonl nor .parquet"):
+        read(jsonl(GOOD, name="data.csv"))
+
+
+def test_held_out_documents_depend_on_what_they_say_alone(jsonl):
+    records = [{"text": str(number)} for number in range(500)]
+    data = DataConfig(kind="text", train=jsonl(*records), eval_fraction=0.1)
+    held_out = {e.completion for e in sources.examples(data, "eval")}
+    trained_on = {e.completion for e in sources.examples(data, "train")}
+    assert len(held_out) + len(trained_on) == 500
+    assert not held_out & trained_on
+    assert 30 < len(held_out) < 70
+    jsonl(*records[250:], *records[:250])
+    assert {e.completion for e in sources.examples(data, "eval")} == held_out
