@@ -39,7 +39,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         _convert(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

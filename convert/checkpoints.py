@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -46,6 +47,10 @@ class Source(Protocol):
 
     def load(self, wanted: Abstract) -> dict[str, jax.Array]:
         """Arrays of this store in the dtype and sharding of `wanted`, whose shapes are right."""
+        ...
+
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        """One whole array in the host's memory, once."""
         ...
 
 
@@ -111,6 +116,11 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     return {path: found[path] for path in wanted}
 
 
+def read(checkpoint: Checkpoint, path: str, dtype: np.dtype) -> np.ndarray:
+    """One array of the checkpoint in the host's memory, where `load` would hold it twice."""
+    return next(source for source in checkpoint.sources if path in source.shapes).read(path, dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Safetensors:
     """Hugging Face's or PEFT's tensors, stacked and laid out as ours while they are read."""
@@ -139,6 +149,10 @@ class _Safetensors:
 
         return jax.make_array_from_callback(want.shape, _sharding(want), part)
 
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        row = self.rows[path]
+        return row.join(self.size, dtype, self.tensors.read, (slice(None),) * len(row.letters))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Orbax:
@@ -156,25 +170,32 @@ class _Orbax:
     def load(self, wanted: Abstract) -> dict[str, jax.Array]:
         if not wanted:
             return {}
-        as_wanted = {
-            path: ocp.ArrayRestoreArgs(dtype=want.dtype, sharding=_sharding(want)) for path, want in wanted.items()
-        }
-        args = ocp.args.PyTreeRestore(
-            item=unflatten_dict(wanted, sep="/"),
-            restore_args=unflatten_dict(as_wanted, sep="/"),
-            partial_restore=True,
+        return self._restore(
+            {path: ocp.ArrayRestoreArgs(dtype=want.dtype, sharding=_sharding(want)) for path, want in wanted.items()}
         )
+
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        return self._restore({path: ocp.RestoreArgs(dtype=dtype, restore_type=np.ndarray)})[path]
+
+    def _restore(self, how: dict[str, Any]) -> dict[str, Any]:
         handler = ocp.PyTreeCheckpointHandler()
-        tree: Any = handler.restore(self.folder, args=args)
+        item = unflatten_dict({path: self.shapes[path] for path in how}, sep="/")
+        args = ocp.args.PyTreeRestore(item, unflatten_dict(how, sep="/"), partial_restore=True)
+        tree = handler.restore(self.folder, args=args)
         handler.close()
-        return dict(flatten_dict(tree, sep="/"))
+        return _flat(tree)
 
 
 def _orbax_shapes(folder: Path) -> Abstract:
     handler = ocp.PyTreeCheckpointHandler()
-    tree: Any = handler.metadata(epath.Path(folder.absolute())).tree
+    tree = handler.metadata(epath.Path(folder.absolute())).tree
     handler.close()
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten_dict(tree, sep="/").items()}
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves: Any = flatten_dict(tree, sep="/")
+    return leaves
 
 
 def _sharding(want: jax.ShapeDtypeStruct):
@@ -195,18 +216,22 @@ def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
     files = Tensors(folder, tensors.MODEL)
-    if files.shapes.pop(table.HEAD, None):
+    head = files.shapes.pop(table.HEAD, None)
+    source = _Safetensors.open(folder, files, table.MODEL, model)
+    if head:
         whole = (slice(None),) * 2
         table.check_tied(files.read(table.HEAD, whole), files.read(table.MODEL[0].name, whole), folder)
-    return Checkpoint(
+    found = Checkpoint(
         format="huggingface",
         path=folder,
         model=model,
         hf=hf,
         tokenizer=tokenizer_folder(folder),
         beside=(folder,),
-        sources=(_Safetensors.open(folder, files, table.MODEL, model),),
+        sources=(source,),
     )
+    # With an adapter beside the model, transformers loads both.
+    return _open_peft(folder, found) if _is_peft(folder) else found
 
 
 def _is_peft(folder: Path) -> bool:
@@ -216,11 +241,7 @@ def _is_peft(folder: Path) -> bool:
 def _open_peft(folder: Path, under: Checkpoint | None) -> Checkpoint:
     peft = read_json(folder / "adapter_config.json")
     files = Tensors(folder, tensors.ADAPTER)
-    projections = [
-        name
-        for name in table.PROJECTIONS
-        if any(other in files.shapes for row in table.adapter_rows(name).values() for other in row.names(1))
-    ]
+    projections = table.adapted(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in files.shapes)
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
     tokenizer = tokenizer_folder(folder)
     alone = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, beside=(folder,))
@@ -244,10 +265,7 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
         assert under is not None
         return under
     peft = read_json(folder / "adapter_config.json")
-    paths = _orbax_shapes(adapter)
-    projections = [
-        name for name in table.PROJECTIONS if any(row.path in paths for row in table.adapter_rows(name).values())
-    ]
+    projections = table.adapted(_orbax_shapes(adapter))
     adapted = replace(only, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
     source = partial(_Orbax.open, adapter, table.rows(adapted.adapter))
     return _with_base(adapted, under, source, peft.get("base_model_name_or_path"))

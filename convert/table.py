@@ -9,7 +9,7 @@ are stored, in which dtype and on which device is decided by callers: a tensor i
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,17 +66,16 @@ class Row:
         # Within a group only the first letter can be cut while reading; the others are cut from what was read.
         letters = self.layer_dims.replace(" ", "")
         lengths = {letter: len(spans[letter]) if letter in inner else size[letter] for letter in letters}
-        rest = tuple(
-            slice(None) if letter in inner else slice(spans[letter].start, spans[letter].stop) for letter in letters
-        )
+        rest = tuple(slice(None) if letter in inner else index[self.letters.index(letter)] for letter in letters)
+
+        def layer(name: str) -> np.ndarray:
+            return rearrange(read(name, theirs), f"{self.layout} -> {self.layer_dims}", **lengths)[rest]
+
+        if not self.stacked:
+            return layer(self.name).astype(dtype, copy=False)
         ours = np.empty([len(span) for span in spans.values()], dtype)
-        names = self.names(size["L"])
-        for name, part in zip(
-            [names[layer] for layer in spans["L"]] if self.stacked else names,
-            ours if self.stacked else [ours],
-            strict=True,
-        ):
-            part[...] = rearrange(read(name, theirs), f"{self.layout} -> {self.layer_dims}", **lengths)[rest]
+        for at, number in enumerate(spans["L"]):
+            ours[at] = layer(self.name.format(L=number))
         return ours
 
     def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -127,6 +126,16 @@ def targets(adapter: AdapterConfig) -> list[str]:
     if adapter.kind == "none":
         return []
     return [name for name in PROJECTIONS if any(fnmatch.fnmatch(name, target) for target in adapter.targets)]
+
+
+def adapted(found: Iterable[str]) -> list[str]:
+    """The projections of which an adapter's array is found, by our path or by PEFT's name with {L} for the layer."""
+    names = set(found)
+    return [
+        projection
+        for projection in PROJECTIONS
+        if any(row.path in names or row.name in names for row in adapter_rows(projection).values())
+    ]
 
 
 def rows(adapter: AdapterConfig) -> tuple[Row, ...]:

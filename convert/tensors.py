@@ -122,7 +122,10 @@ def write(
         # The library wants contiguous arrays; and a copy does not keep alive the stack that it was cut from.
         held = {name: np.array(tensor, order="C") for name, tensor in islice(stream, len(names))}
         assert {name: array.nbytes for name, array in held.items()} == {name: sizes[name] for name in names}
-        save_file(held, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(held, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file} could not be written: {error}") from error
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library lets only its user read a file
         wrote(sum(sizes[name] for name in names))
     if len(shards) > 1:

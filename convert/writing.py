@@ -21,7 +21,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from gemma2_jax import lora
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
 from gemma2_jax.convert import folder, table, tensors
-from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, load
+from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.convert.peft_config import peft_config
 from gemma2_jax.convert.table import Row
@@ -91,13 +91,12 @@ class Job:
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.targets(self.source.adapter):
             return self._merged(projection, row.path, want)
-        return np.asarray(load(self.source, {row.path: want})[row.path])
+        return read(self.source, row.path, want.dtype)
 
     def _merged(self, projection: str, path: str, want: jax.ShapeDtypeStruct) -> np.ndarray:
         parts = {part: row.path for part, row in table.adapter_rows(projection).items()}
         paths = {part: at for part, at in {"w": path, **parts}.items() if at in self.source.shapes}
-        arrays = load(self.source, {at: self.source.shapes[at] for at in paths.values()})
-        held = {part: np.asarray(arrays[at]) for part, at in paths.items()}
+        held = {part: read(self.source, at, self.source.shapes[at].dtype) for part, at in paths.items()}
         merged = np.empty(want.shape, want.dtype)
         for layer in range(len(merged)):  # float32 copies of a whole stack would be many times its size
             merged[layer] = self._merge(projection, **{part: x[layer : layer + 1] for part, x in held.items()})[0]
@@ -132,7 +131,7 @@ def write(job: Job, target: Path, wrote: Callable[[int], None] = lambda size: No
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
-    source, model = job.source, job.source.model
+    source, model, target = job.source, job.source.model, target.absolute()
     assert model is not None
     with folder.appearing(target, job.size) as partial_target:
         if job.to != "peft":

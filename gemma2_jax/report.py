@@ -1,5 +1,6 @@
 """What a run prints before its first step, so that a reader can audit it, and after its last."""
 
+import shlex
 from collections import Counter
 
 import jax
@@ -54,16 +55,16 @@ def ending(console: Console, config: Config) -> None:
     """Says where the result is, and what one would do with it next."""
     if jax.process_index() != 0:
         return
-    adapted = config.adapter.kind != "none"
-    chat = ' --chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else ' --prompt "The"'
-    what, form = ("adapter", "peft") if adapted else ("weights", "hf")
-    console.print(
-        f"\nThe {what} of step {config.steps}: {config.output}/checkpoints/{config.steps}/params", highlight=False
-    )
-    console.print(f"Generate: python -m gemma2_jax.generate --checkpoint {config.output}{chat}", highlight=False)
-    console.print(
-        f"Export:   python -m gemma2_jax.convert {config.output} {config.output}-{form} --to {form}", highlight=False
-    )
+    what, form = ("weights", "hf") if config.adapter.kind == "none" else ("adapter", "peft")
+    chat = '--chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else '--prompt "The"'
+    workdir = shlex.quote(str(config.output))
+    exported = shlex.quote(f"{config.output}-{form}")
+    for line in (
+        f"\nThe {what} of step {config.steps}: {config.output}/checkpoints/{config.steps}/params",
+        f"Generate:  python -m gemma2_jax.generate --checkpoint {workdir} {chat}",
+        f"Export:    python -m gemma2_jax.convert {workdir} {exported} --to {form}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def parameters(program: Program) -> str:

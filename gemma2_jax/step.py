@@ -14,8 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma2_jax import dims, lora, model, optim
-from gemma2_jax import mesh as meshes
+from gemma2_jax import dims, lora, mesh as meshes, model, optim
 from gemma2_jax.config import Config
 from gemma2_jax.loss import cross_entropy
 from gemma2_jax.model import Gemma2, Weights

@@ -31,10 +31,7 @@ class Command:
 
 def parse(arguments: list[str]) -> Command:
     """The command that these arguments give. Exits with a message where they are not understood."""
-    arguments = [
-        f"--{key}={value}" if (key := _assigned(argument)) and (value := argument.partition("=")[2]) else argument
-        for argument in arguments
-    ]
+    arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
     name = _option(arguments, "--config") or DEFAULT_RECIPE
     try:
         recipe = configs.load(name)
@@ -56,12 +53,6 @@ def main() -> None:
         loop.train(command.run)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-
-
-def _assigned(argument: str) -> str | None:
-    """The key of `group.field=value`."""
-    match = re.match(r"([a-z][\w.-]*)=", argument)
-    return match and match[1]
 
 
 def _option(arguments: list[str], name: str) -> str | None:

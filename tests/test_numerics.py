@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from gemma2_jax.convert.table import from_hf, to_hf
 from peers import BITING, hf_model, state_dict
 
-from gemma2_jax import attention, model
-from gemma2_jax import config as configs
+from gemma2_jax import attention, config as configs, model
 from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.convert.table import from_hf, to_hf
 from gemma2_jax.loss import cross_entropy
 from gemma2_jax.model import Gemma2, Weights
 

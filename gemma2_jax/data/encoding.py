@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FORMAT = 1  # raise it when other tokens or other files are written for the same documents
-_TOGETHER = 1000  # documents encoded in one call
+_TOGETHER = 256  # documents encoded in one call; memory is a few hundred bytes for each of their tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,8 +92,8 @@ def _joined(pieces: Iterable[str]) -> Iterator[str]:
 def _answer(entry: _Entry) -> str:
     """The docstring's first paragraphs, as many as fit; empty when they make no answer."""
     paragraphs = entry.doc.split("\n\n")
-    first = entry.name.rpartition(".")[2]
-    if len(paragraphs) > 1 and re.match(rf"([\w.]*\.)?{re.escape(first)}\(|\*\*|.*\n(\*\*|==)", paragraphs[0]):
+    own = entry.name.rpartition(".")[2]
+    if len(paragraphs) > 1 and re.match(rf"([\w.]*\.)?{re.escape(own)}\(|\*\*|.*\n(\*\*|==)", paragraphs[0]):
         paragraphs = paragraphs[1:]  # a signature, or a heading
     taken: list[str] = []
     for paragraph in paragraphs:

@@ -1,6 +1,7 @@
 """Documents as tokens: which of them are learnt, and the store that keeps them."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def test_bos_comes_once(tokenizer):
     tokens, learnt = encoded(tokenizer, prompt="<bos>if", completion="x")
     assert tokens == ["<bos>", "if", "x", "<eos>"]
     assert learnt == {2: "x", 3: "<eos>"}
+    assert encoded(tokenizer, completion="<bos>x") == (["<bos>", "x", "<eos>"], {1: "x", 2: "<eos>"})
     tokens, _ = encoded(tokenizer, messages=talk("if", "or"))
     assert tokens.count("<bos>") == 1
 
@@ -118,9 +120,15 @@ def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path,
     assert build(split="eval") == 2
     jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"}, {"text": "is"})
     assert build() == 2
-    jsonl({"text": "if x", "prompt": "q", "completion": "a"})
-    with pytest.raises(AssertionError):
-        build(DataConfig(kind="instructions", train=path, eval=path))
+
+
+@pytest.mark.parametrize("choices", [{"kind": "instructions"}, {"text_key": "prompt"}, {"eval": ""}])
+def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
+    path = jsonl(*({"text": f"if {number}", "prompt": "x", "completion": "y"} for number in range(200)))
+    data = DataConfig(kind="text", train=path, eval=path)
+    first = encoding.build(data, "train", tokenizer, tmp_path / "cache")
+    other = encoding.build(replace(data, **choices), "train", tokenizer, tmp_path / "cache")
+    assert first.tokens.tolist() != other.tokens.tolist()
 
 
 def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monkeypatch):

@@ -70,10 +70,10 @@ def test_whole_documents_share_rows():
 
 def test_without_packing_each_document_has_a_row():
     documents = store([2, 30, 31, 32, 1], [2, 20, 1], [2, 10, 1])
-    rows = packing.pack(documents, length=5, packing=False, cut=True, seed=SEED)
-    assert arrays(rows)["tokens"] == [[2, 10, 1, 0, 0], [2, 20, 1, 0, 0], [2, 30, 31, 32, 1]]
-    assert arrays(rows)["segments"] == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert arrays(rows)["weights"] == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+    rows = packing.pack(documents, length=6, packing=False, cut=True, seed=SEED)
+    assert arrays(rows)["tokens"] == [[2, 10, 1, 0, 0, 0], [2, 20, 1, 0, 0, 0], [2, 30, 31, 32, 1, 0]]
+    assert arrays(rows)["segments"] == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
+    assert arrays(rows)["weights"] == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,0 +1,203 @@
+"""Runs from end to end: killed and resumed, evaluated, refused; every one the real command or the real loop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gemma2_jax import config as configs, loop
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.step import Program
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("train.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=1", "train.eval_batches=1")
+SMALL += ("model.layers=2", "data.eval_fraction=0.002")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Recipes of the tiny model name assets/ relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def small(name: str, workdir: Path, **changes) -> Config:
+    """The tiny recipe on short rows and two layers, from random weights, over all eight devices."""
+    recipe = configs.load(name)
+    return replace(
+        recipe,
+        model=replace(recipe.model, layers=2),
+        data=replace(recipe.data, tokenizer="assets/tiny-gemma2", eval_fraction=0.002),
+        train=replace(
+            recipe.train,
+            sequence_length=64,
+            global_batch_size=8,
+            micro_batch_size=1,
+            eval_batches=1,
+            eval_every=1,
+            checkpoint_every=10,
+        ),
+        **{"init": "", "workdir": str(workdir), "steps": 20} | changes,
+    )
+
+
+def command(config: Config) -> list[str]:
+    """The command line that gives this config."""
+    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(config.name)).splitlines())
+    lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
+    changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
+    return [sys.executable, "-m", "gemma2_jax.train", "--config", config.name, *changed]
+
+
+def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Everything in a checkpoint, by name."""
+    config = configs.from_text((workdir / "config.txt").read_text())
+    program = Program(config, make_mesh(config.mesh))
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        params, optimizer, state = checkpoints.restore(step, program.params, program.state.optimizer)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(optimizer)}
+    return {**params, **leaves, "loop": json.dumps(state, sort_keys=True)}
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora", "dora"])
+def test_killed_and_resumed_equals_straight(kind, tmp_path):
+    """Ten steps, kill -9, resumed to twenty: weights, optimizer and data position are those of twenty straight."""
+    straight, broken = (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))
+    if kind != "sft":
+        broken, straight = (replace(c, adapter=replace(c.adapter, dropout=0.1)) for c in (broken, straight))
+    loop.train(straight)
+    process = subprocess.Popen(
+        command(broken), env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    complete = tmp_path / "broken" / "checkpoints" / "10"
+    while not complete.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    assert complete.exists(), output
+    assert not (complete.parent / "20").exists(), "it was over before it was killed"
+    loop.train(broken)
+    expected, got = saved(tmp_path / "straight", 20), saved(tmp_path / "broken", 20)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    losses = [
+        {line["step"]: line["loss"] for line in lines_of(tmp_path / name) if "loss" in line}
+        for name in ("straight", "broken")
+    ]
+    assert losses[0] == losses[1]
+    assert list(losses[1]) == list(range(1, 21)), "a step is missing, or logged twice"
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    config = small("tiny_lora", tmp_path, steps=2)
+    loop.train(config)
+    before = lines_of(tmp_path)
+    loop.train(config)
+    assert lines_of(tmp_path) == before
+    assert "python -m gemma2_jax.generate --checkpoint" in capsys.readouterr().out
+
+
+def test_what_a_run_writes(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=3)
+    loop.train(config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "data",
+    }  # fmt: skip
+    assert configs.from_text((tmp_path / "config.txt").read_text()) == config
+    lines = lines_of(tmp_path)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {"step", "loss", "grad_norm", "lr", "tokens_per_s"} <= steps[0].keys()
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 2, 3]
+    # Only what was trained is kept.
+    program = Program(config, make_mesh(config.mesh))
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        params, _, _ = checkpoints.restore(3, program.params, program.state.optimizer)
+    assert params
+    assert all("/adapter/" in path for path in params)
+
+
+def test_another_run_in_the_same_workdir_is_refused(tmp_path):
+    loop.train(small("tiny_lora", tmp_path, steps=1))
+    other = small("tiny_lora", tmp_path, steps=2)
+    other = replace(other, optim=replace(other.optim, lr=1.0))
+    with pytest.raises(ValueError, match=r"holds another run: optim.lr was 0.005 and is 1.0"):
+        loop.train(other)
+
+
+def test_accumulated_steps_equal_whole_steps(tmp_path):
+    """Four passes of two rows give the gradient of one pass of eight."""
+    for name, rows in (("whole", 8), ("passes", 2)):
+        config = small("tiny_sft", tmp_path / name, steps=2)
+        config = replace(config, train=replace(config.train, micro_batch_size=rows), mesh=MeshConfig(data=1))
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        program = Program(config, mesh)
+        with jax.set_mesh(mesh):
+            state = program.fresh(program.random_base())
+            rng = np.random.default_rng(0)
+            batch = {key: rng.integers(0, 2, leaf.shape).astype(leaf.dtype) for key, leaf in program.batch.items()}
+            batch["tokens"] = rng.integers(0, 4096, batch["tokens"].shape, np.int32)
+            batch["targets"] = np.roll(batch["tokens"], -1, axis=1)
+            batch["segments"] = np.sort(batch["segments"], axis=1)
+            state, metrics = jax.jit(program.train_step)(state, loop.place(program, batch))
+        if name == "whole":
+            expected = metrics, state.params
+    np.testing.assert_allclose(metrics["loss"], expected[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], expected[0]["grad_norm"], rtol=1e-5)
+    assert metrics["target_tokens"] == batch["weights"].sum()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = small("tiny_sft", tmp_path, steps=9)
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    with pytest.raises(FloatingPointError, match=r"the loss of step . is (nan|inf); lower optim.lr"):
+        loop.train(config)
+
+
+def test_profile_writes_a_trace(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=3)
+    loop.train(replace(config, profile=configs.ProfileConfig(start=1, steps=1)))
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    text = traces[0].read_bytes()
+    for scope in (b"attention", b"mlp", b"loss", b"optimizer", b"embedding"):
+        assert scope in text, f"no scope {scope}"
+
+
+def refused(*arguments: str) -> str:
+    """What the command prints when it ends with an error; never a traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "gemma2_jax.train", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    return " ".join((result.stdout + result.stderr).replace("│", " ").split())
+
+
+def test_mistakes_on_the_command_line():
+    assert "did you mean 27b_lora?" in refused("--config", "27_lora")
+    assert "--optim.lr FLOAT" in refused("--optm.lr", "1")
+    assert "Expected one of ('none', 'lora', 'dora')" in refused("adapter.kind=qlora")
+    assert "could not convert string to float: 'fast'" in refused("optim.lr=fast")
+
+
+def test_a_batch_that_does_not_divide(tmp_path):
+    message = refused("--workdir", str(tmp_path / "w"), "train.global_batch_size=60", "train.micro_batch_size=16")
+    assert "train.global_batch_size 60 does not divide over micro batch 16 x data 1 x fsdp 1 = 16" in message
+    assert "use 64" in message
+    assert not (tmp_path / "w").exists()
