@@ -63,7 +63,7 @@ def _convert(arguments: Arguments) -> None:
     )
     with progress.Progress(*columns) as bar:
         task = bar.add_task("", total=job.size)
-        write(job, arguments.dst, wrote=lambda size: bar.advance(task, size))
+        write(job, arguments.dst, moved=lambda size: bar.advance(task, size))
     print(f"wrote {arguments.dst}: {_summary(job)}\n{_usage(job, arguments.dst)}")
 
 
@@ -83,20 +83,22 @@ def _describe(source: "Checkpoint") -> str:
 
 
 def _summary(job: "Job") -> str:
+    from rich.filesize import decimal
+
     dtypes = sorted({shape.dtype.name for shape in job.shapes.values()})
-    what = "the adapter" if job.to == "peft" else "the merged model" if job.merge else "the model"
-    return f"{what}, {job.size / 1e9:.3f} GB of {' and '.join(dtypes)}"
+    what = ("merged " if job.merge else "") + " and ".join(job.groups)
+    return f"{what}, {decimal(job.size)} of {' and '.join(dtypes)}"
 
 
 def _usage(job: "Job", target: Path) -> str:
-    match job.to:
-        case "hf":
-            return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
-        case "peft":
-            base = job.source.base or "its base model"
-            return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {base}"
-        case "orbax":
-            return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"
+    if job.to == "hf":
+        return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+    if job.to == "peft":
+        base = job.source.base or "its base model"
+        return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {base}"
+    if "adapter" in job.groups:
+        return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
+    return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"
 
 
 if __name__ == "__main__":

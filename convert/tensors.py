@@ -101,14 +101,14 @@ def write(
     stem: str,
     sizes: dict[str, int],
     tensors: Iterable[tuple[str, np.ndarray]],
-    wrote: Callable[[int], None],
+    moved: Callable[[float], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes `tensors` as `stem`, or as numbered files and an index where they take more than `shard_bytes`.
 
     Args:
       sizes: bytes of each tensor, in the order in which `tensors` come.
-      wrote: told the bytes of each file that is on disk.
+      moved: told of bytes: half of a tensor's when it has been read, half when it is on disk.
     """
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
@@ -120,14 +120,17 @@ def write(
     stream = iter(tensors)
     for file, names in zip(files if len(shards) > 1 else [stem], shards, strict=True):
         # The library wants contiguous arrays; and a copy does not keep alive the stack that it was cut from.
-        held = {name: np.array(tensor, order="C") for name, tensor in islice(stream, len(names))}
+        held = dict[str, np.ndarray]()
+        for name, tensor in islice(stream, len(names)):
+            held[name] = np.array(tensor, order="C")
+            moved(tensor.nbytes / 2)
         assert {name: array.nbytes for name, array in held.items()} == {name: sizes[name] for name in names}
         try:
             save_file(held, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file} could not be written: {error}") from error
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library lets only its user read a file
-        wrote(sum(sizes[name] for name in names))
+        moved(sum(sizes[name] for name in names) / 2)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}

@@ -126,8 +126,8 @@ def _adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
     return gemma
 
 
-def write(job: Job, target: Path, wrote: Callable[[int], None] = lambda size: None) -> None:
-    """Carries out a job; `wrote` is told of bytes as they reach the disk.
+def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: None) -> None:
+    """Carries out a job; `moved` is told of bytes: half of them as they are read, half as they reach the disk.
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
@@ -141,14 +141,14 @@ def write(job: Job, target: Path, wrote: Callable[[int], None] = lambda size: No
             tensors.write_json(partial_target / "adapter_config.json", peft_config(job.adapter, source.base))
         for name, rows in job.groups.items():
             if job.to == "orbax":
-                _write_orbax(partial_target / name, job, rows, wrote)
+                _write_orbax(partial_target / name, job, rows, moved)
             else:
-                _write_safetensors(partial_target, job, rows, wrote)
+                _write_safetensors(partial_target, job, rows, moved)
         for beside in source.beside:
             folder.carry(beside, partial_target)
 
 
-def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], wrote: Callable[[int], None]) -> None:
+def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
     assert job.source.model is not None
     sizes = {
         name: _bytes(job.shapes[row.path]) // (job.source.model.layers if row.stacked else 1)
@@ -157,18 +157,23 @@ def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], wrote: Cal
     }
     stream = (pair for row in rows for pair in row.split(job.array(row)))
     if job.to == "peft":  # which reads one file only
-        tensors.write(target, tensors.ADAPTER, sizes, stream, wrote, shard_bytes=sys.maxsize)
+        tensors.write(target, tensors.ADAPTER, sizes, stream, moved, shard_bytes=sys.maxsize)
     else:
-        tensors.write(target, tensors.MODEL, sizes, stream, wrote)
+        tensors.write(target, tensors.MODEL, sizes, stream, moved)
 
 
-def _write_orbax(target: Path, job: Job, rows: tuple[Row, ...], wrote: Callable[[int], None]) -> None:
+def _write_orbax(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
+    # Orbax's stable API writes whole trees only; what its next one writes in parts, both read.
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False  # nothing changes them while they are written
     with context:
         for row in rows:
-            ocp.partial.save(str(target), unflatten_dict({row.path: job.array(row)}, sep="/"))
-            wrote(_bytes(job.shapes[row.path]))
+            array = job.array(row)
+            moved(array.nbytes / 2)
+            ocp.partial.save(str(target), unflatten_dict({row.path: array}, sep="/"))
+            moved(array.nbytes / 2)
+            del array  # before the next one is read
         ocp.partial.finalize(str(target))
 
 

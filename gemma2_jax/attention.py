@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
 # Queries, and keys, taken at a time: on CPU a block's scores stay in the cache of one core.
@@ -159,23 +160,35 @@ def _ungroup(x_BITKGH):
     return x_BITKGH.reshape(B, blocks * T, K * G, H)
 
 
-def attend_cached(q_BTNH, k_BSKH, v_BSKH, positions_BT, window, *, scale: float, softcap: float | None):
+def attend_cached(q_BTNH, k_BKSH, v_BKSH, positions_BT, window, *, scale: float, softcap: float | None):
     """Attention of a few new queries to a cache in which key j of a row stands in slot j.
 
-    Query at position i sees slots j with 0 <= i - j < window. Shapes, dtypes and the rest are as in `attend`.
+    Query at position i sees slots j with 0 <= i - j < window. Heads come before slots, so that a step reads the cache
+    as it lies; dtypes and the rest are as in `attend`.
     """
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])
+    K, S = k_BKSH.shape[1:3]
+    # Rows of one matrix per key/value head: its queries of every position.
+    q_BKQH = rearrange(q_BTNH, "B T (K G) H -> B K (T G) H", K=K)
+    distance_BTS = positions_BT[:, :, None] - jnp.arange(S)
     mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-    return masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
+    mask_BQS = jnp.repeat(mask_BTS, q_BTNH.shape[2] // K, axis=1)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    weights = _softmax(scores, mask_BQS[:, None], softcap).astype(v_BKSH.dtype)
+    out_BKQH = jnp.einsum("BKQS,BKSH->BKQH", weights, v_BKSH)
+    return rearrange(out_BKQH, "B K (T G) H -> B T (K G) H", T=q_BTNH.shape[1])
 
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
     """Soft-capped attention under an explicit mask (True: attend); the cap comes before the mask."""
     q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
     return out.reshape(q_BTNH.shape)
+
+
+def _softmax(scores, mask, softcap: float | None):
+    """Weights over the last dim of float32 scores, capped and then masked."""
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)

@@ -11,7 +11,8 @@ Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from operator import itemgetter
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from gemma2_jax import attention, dims
 from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.mesh import constrain
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, "Cache | None"]]
-Cache = tuple[jax.Array, jax.Array]  # keys and values, [L, B, S, K, H] (a layer's share lacks L)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Cache = Any  # keys and values of every layer, each [B, K, S, H]: a list of pairs, or a pair stacked on L
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 
@@ -158,7 +159,7 @@ class Gemma2(nnx.Module):
         self.letters = (("embedding", "VD"),)
         shape = dims.shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.blocks = Block(config, dtype=self.dtype, rngs=rngs)
+        self.blocks: Block | nnx.List[Block] = Block(config, dtype=self.dtype, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
 
     def __call__(self, tokens_BT, positions_BT, segments_BT, key: jax.Array | None = None) -> jax.Array:
@@ -182,8 +183,9 @@ class Gemma2(nnx.Module):
         B, T = tokens_BT.shape
 
         def attend(window, _cache, q, k, v):
-            pad = ((0, 0), (0, length - T), (0, 0), (0, 0))
-            return self._attend(self.attend, q, k, v, segments_BT, window), (jnp.pad(k, pad), jnp.pad(v, pad))
+            pad = ((0, 0), (0, 0), (0, length - T), (0, 0))
+            cache = tuple(constrain(jnp.pad(jnp.einsum("BTKH->BKTH", new), pad), "BKSH") for new in (k, v))
+            return self._attend(self.attend, q, k, v, segments_BT, window), cache
 
         segments_BT = jnp.zeros((B, T), jnp.int32)
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -192,12 +194,17 @@ class Gemma2(nnx.Module):
     def extend(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states of new tokens of which each row's stand at `positions_BT`, and the cache with them in."""
 
+        def put(old_KSH, new_TKH, positions_T):
+            return old_KSH.at[:, positions_T].set(jnp.einsum("TKH->KTH", new_TKH))
+
         def attend(window, cache, q, k, v):
-            rows = jnp.arange(q.shape[0])[:, None]
-            k, v = (old.at[rows, positions_BT].set(new) for old, new in zip(cache, (k, v), strict=True))
+            pairs = zip(cache, (k, v), strict=True)
+            cache = [constrain(jax.vmap(put)(old, new, positions_BT), "BKSH") for old, new in pairs]
+            # Else XLA fuses the update into each of its readers, and copies the whole cache for it (CPU, one row).
+            k, v = jax.lax.optimization_barrier(cache)
             return self._attend(attention.attend_cached, q, k, v, positions_BT, window), (k, v)
 
-        windows = self.config.layer_windows(cache[0].shape[2])
+        windows = self.config.layer_windows(jax.tree.leaves(cache)[0].shape[-2])
         return self._run(tokens_BT, positions_BT, windows, attend, cache, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -222,6 +229,20 @@ class Gemma2(nnx.Module):
             x_BTD = table[tokens_BT] * jnp.asarray(math.sqrt(self.config.width), self.dtype)
             x_BTD = constrain(x_BTD, "BTD")
         rope = rope_angles(positions_BT, self.config)
+        x_BTD, cache = self._layers(x_BTD, rope, windows, attend, cache, key)
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_BTD), cache
+
+    def _layers(self, x_BTD, rope, windows: list[int], attend, cache, key):
+        """Every block in turn: scanned, or written out where `unstack` took them apart."""
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+        if not isinstance(self.blocks, Block):
+            caches = []
+            for number, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
+                old, key = (None if each is None else each[number] for each in (cache, keys))
+                x_BTD, new = block(x_BTD, rope, partial(attend, window, old), key)
+                caches.append(new)
+            return x_BTD, caches
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
@@ -229,11 +250,8 @@ class Gemma2(nnx.Module):
             block = nnx.merge(graph, weights)
             return block(x_BTD, rope, partial(attend, window, cache), key)
 
-        keys = None if key is None else jax.random.split(key, self.config.layers)
         layers = (weights, jnp.asarray(windows, jnp.int32), cache, keys)
-        x_BTD, cache = jax.lax.scan(rematerialized(layer, self.remat), x_BTD, layers)
-        with jax.named_scope("final_norm"):
-            return self.final_norm(x_BTD), cache
+        return jax.lax.scan(rematerialized(layer, self.remat), x_BTD, layers)
 
 
 def rematerialized(layer: Callable, policy: str) -> Callable:
@@ -267,6 +285,18 @@ def flat(state: nnx.State) -> Weights:
 def rebuild(graph: nnx.GraphDef, *weights: Weights) -> Gemma2:
     """The model of that structure with these arrays, each given once by its path."""
     return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
+
+
+def unstack(whole: Gemma2) -> Gemma2:
+    """The same model with a block per layer, blocks/0/attn/q/w and so on: for the same work, code L times as long.
+
+    It is worth it where each weight is used for few tokens, so that cutting it out of the stack takes as long.
+    """
+    assert isinstance(whole.blocks, Block)
+    graph, weights = nnx.split(whole.blocks)
+    layers = (jax.tree.map(itemgetter(number), weights) for number in range(whole.config.layers))
+    whole.blocks = nnx.List([nnx.merge(graph, layer) for layer in layers])
+    return whole
 
 
 def _split(key: jax.Array | None, n: int):

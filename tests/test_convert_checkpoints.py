@@ -1,6 +1,7 @@
 """Checkpoints as folders: told apart, read by slices, written whole or not at all, and exact through every format."""
 
 import json
+import logging
 import resource
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from peers import BITING, hf_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, mesh as meshes
@@ -88,12 +90,15 @@ def test_shards_are_read_and_written(hf, tmp_path, monkeypatch, dtype):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files == sorted(file.name for file in ours.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    with safe_open(ours / files[0], framework="np") as opened:
+        assert opened.metadata() == {"format": "pt"}  # transformers 4 wants to be told
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _stored(ours).values())
     assert _same(_stored(_convert(ours, tmp_path / "back", "hf")), _stored(hf["2b", dtype]))
 
 
 @pytest.mark.parametrize("name", BITING)
-def test_transformers_loads_what_is_written(hf, tmp_path, caplog, name):
+def test_transformers_loads_what_is_written(hf, tmp_path, monkeypatch, caplog, name):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
     target = _convert(_convert(hf[name, "float32"], tmp_path / "orbax", "orbax"), tmp_path / "hf", "hf")
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info.values()), info
@@ -357,7 +362,7 @@ def test_command_line(hf, tmp_path, monkeypatch, capsys):
     main()
     said = capsys.readouterr().out
     assert "as a Hugging Face model: Gemma 2 of 3 layers, 66,132 parameters" in said
-    assert "wrote out: the model, 0.000 GB of float32" in said
+    assert "wrote out: weights, 264.5 kB of float32" in said
     with pytest.raises(SystemExit, match=r"error: .* exists already"):
         main()
 

@@ -1,4 +1,4 @@
-"""Adapters between PEFT and ours, both ways: the same tensors, the same model, and nothing PEFT has dropped silently."""
+"""Adapters between PEFT and ours, both ways: the same tensors, the same model, nothing dropped silently."""
 
 import functools
 import json
@@ -201,6 +201,9 @@ def test_choices_that_lose_the_adapter_are_refused(base, theirs, tmp_path):
         Job(source=adapted, to="peft", merge=True)
     with pytest.raises(ValueError, match="has no adapter; leave out --merge"):
         Job(source=plain, to="hf", merge=True)
+    both = _convert(adapted, tmp_path / "both", "orbax")
+    with pytest.raises(ValueError, match=r"both has an adapter already, .*dora is another; merge the first one first"):
+        open_checkpoint(theirs["dora"], base=both)
     with pytest.raises(ValueError, match="is not an adapter alone, so it takes no base model"):
         open_checkpoint(base, base=base)
 

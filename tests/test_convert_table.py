@@ -173,6 +173,7 @@ def test_a_missing_key_is_named_and_never_defaulted(key):
         ("layer_types", ["sliding_attention", "full_attention"] * 20),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
         ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("sliding_window", None),
         ("hidden_size", "3584"),

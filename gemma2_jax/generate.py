@@ -1,0 +1,177 @@
+"""`python -m gemma2_jax.generate --checkpoint PATH --prompt TEXT`: text from any checkpoint. The command line only.
+
+It opens the checkpoint (`convert`), makes tokens of text and text of tokens, and prints; `decode` does the work.
+Nothing here imports JAX before the arguments are understood, so that `--help` and mistakes answer at once.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+
+from gemma2_jax.config import ComputeConfig, DType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from gemma2_jax.convert.checkpoints import Checkpoint
+    from gemma2_jax.decode import Generator, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Continues prompts, or answers them (--chat), with a Gemma 2 checkpoint of any format.
+
+    Text goes to standard output; how fast it came, to standard error.
+    """
+
+    checkpoint: str  # a training run's folder, a Hugging Face or Orbax folder, or a Hub id
+    adapter: str | None = None  # an adapter to put on it: a PEFT or Orbax folder
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # give it again for several; none: standard input is one
+    chat: bool = False  # prompts are what a user says: write them as the tokenizer's chat template does
+    max_new_tokens: int = 100  # a text ends after so many, or with <eos> or <end_of_turn>
+    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
+    top_k: int | None = None  # draw from the k most likely tokens
+    top_p: float | None = None  # of those, from the fewest, most likely first, with this much of the probability
+    seed: int = 0  # of the draws
+    dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
+
+
+def main() -> None:
+    """Parses, loads, generates; exits with a sentence where that cannot be done."""
+    command = tyro.cli(Command, prog="python -m gemma2_jax.generate")
+    try:
+        _generate(command)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _generate(command: Command) -> None:
+    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.data.encoding import load_tokenizer
+    from gemma2_jax.decode import Sampling
+
+    sampling = Sampling(
+        temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, seed=command.seed
+    )
+    path = command.adapter or command.checkpoint
+    checkpoint = open_checkpoint(path, base=command.checkpoint if command.adapter else None)
+    if checkpoint.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there")
+    tokenizer = load_tokenizer(str(checkpoint.tokenizer))
+    prompts = command.prompt or (sys.stdin.read(),)
+    tokens = [encode(prompt, tokenizer, chat=command.chat) for prompt in prompts]
+    generator = load(checkpoint, command.dtype)
+    chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stops(tokenizer))
+    speed = Speed(sum(map(len, tokens)))
+    texts = [Text(tokenizer) for _ in prompts]
+    for new in speed.timed(chunks):
+        pieces = [text.add(tokens) for text, tokens in zip(texts, new, strict=True)]
+        if len(prompts) == 1:
+            print(pieces[0], end="", flush=True)
+    if len(prompts) == 1:
+        print(texts[0].rest())
+    else:
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            print(f"[{number}] {prompt}\n{text.whole}\n")
+    print(speed, file=sys.stderr)
+
+
+def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
+    """The model of a checkpoint, ready to generate, on the first device.
+
+    An adapter is added into the weights: apart it would slow down every step, and no other adapter takes its place.
+    """
+    import jax
+    from flax import nnx
+
+    from gemma2_jax import lora, model
+    from gemma2_jax.convert import checkpoints
+    from gemma2_jax.decode import Generator
+
+    config = checkpoint.model
+    if config is None:
+        raise ValueError(f"{checkpoint.path} is an adapter whose model is not at hand; give both, as --checkpoint MODEL "
+                         f"--adapter {checkpoint.path}")
+    compute = ComputeConfig(dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+    def create() -> model.Gemma2:
+        whole = model.Gemma2(config, compute, rngs=nnx.Rngs(0))
+        lora.attach(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
+        return whole
+
+    graph, shapes = nnx.split(nnx.eval_shape(create))
+    wanted = {
+        path: jax.ShapeDtypeStruct(w.shape, w.dtype if "norm/" in path or "/adapter/" in path else compute.dtype)
+        for path, w in model.flat(shapes).items()
+    }
+    weights = checkpoints.load(checkpoint, wanted)
+    if checkpoint.adapter.kind != "none":
+        whole = model.rebuild(graph, weights)
+        weights.clear()
+        lora.merge(whole)
+        graph, state = nnx.split(whole)
+        weights = model.flat(state)
+    return Generator(graph, weights)
+
+
+def encode(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
+    """A prompt's tokens from <bos> on; with `chat` as a user's turn, with the model's turn opened after it."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --chat")
+        turn = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return tokens if tokens[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *tokens]
+
+
+def stops(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
+    """Tokens after which there is no more: <eos>, and <end_of_turn> where the tokenizer has it."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[token] for token in (tokenizer.eos_token, "<end_of_turn>") if token in vocabulary}
+
+
+class Text:
+    """The text of tokens that come a few at a time."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    @property
+    def whole(self) -> str:
+        """All of it so far."""
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def add(self, tokens: list[int]) -> str:
+        """What can be shown now that it could not before: a character may be spread over tokens yet to come."""
+        self._tokens += tokens
+        return self._from(self.whole.rstrip("\ufffd"))
+
+    def rest(self) -> str:
+        """What is left to show when no more comes."""
+        return self._from(self.whole)
+
+    def _from(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown += len(new)
+        return new
+
+
+class Speed:
+    """Tokens a second, of the prompts and of what follows them; not counting compilation."""
+
+    def __init__(self, prompt_tokens: int):
+        import jax.monitoring
+
+        self._counts, self._seconds, self._compiling = [prompt_tokens, 0], [0.0, 0.0], 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._event)
+
+    def timed(self, chunks: "Iterator[Tokens]") -> "Iterator[Tokens]":
+        """`chunks`, watched: the first comes with the prompts, the others are decoded."""
+        for phase in (0, *itertools.repeat(1)):
