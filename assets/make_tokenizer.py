@@ -13,26 +13,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gemma2_jax.data import python_docs
+from gemma2_jax.data.encoding import gemma_chat_template
 
 _OUTPUT = Path(__file__).parent / "tiny-gemma2"
 _ENTRIES = 4096
 _SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-_CHAT_TEMPLATE = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {{- raise_exception('System role not supported') }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif %}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-    {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<start_of_turn>model\\n' }}
-{%- endif %}
-"""
 
 
 def main() -> None:
@@ -65,7 +50,7 @@ def main() -> None:
     _OUTPUT.mkdir(exist_ok=True)
     tokenizer.save(str(_OUTPUT / "tokenizer.json"), pretty=False)
     (_OUTPUT / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (_OUTPUT / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+    (_OUTPUT / "chat_template.jinja").write_text(gemma_chat_template(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -96,13 +96,13 @@ def _causal_pairs(length: int, window: int) -> int:
 
 
 GEMMA2_2B = ModelConfig(
-    layers=26, width=2304, mlp_width=9216, heads=8, kv_heads=4, head_width=256, query_pre_attn_scalar=256
+    layers=26, width=2304, mlp_width=9216, heads=8, kv_heads=4, head_width=256, query_pre_attn_scalar=256.0
 )
 GEMMA2_9B = ModelConfig(
-    layers=42, width=3584, mlp_width=14336, heads=16, kv_heads=8, head_width=256, query_pre_attn_scalar=256
+    layers=42, width=3584, mlp_width=14336, heads=16, kv_heads=8, head_width=256, query_pre_attn_scalar=256.0
 )
 GEMMA2_27B = ModelConfig(
-    layers=46, width=4608, mlp_width=36864, heads=32, kv_heads=16, head_width=128, query_pre_attn_scalar=144
+    layers=46, width=4608, mlp_width=36864, heads=32, kv_heads=16, head_width=128, query_pre_attn_scalar=144.0
 )
 # Small enough to train on a laptop, with every trait of the large ones: heads times head width is not the model
 # width (as in 9B), and the window is shorter than the sequence.
@@ -113,7 +113,7 @@ GEMMA2_TINY = ModelConfig(
     heads=4,
     kv_heads=2,
     head_width=64,
-    query_pre_attn_scalar=64,
+    query_pre_attn_scalar=64.0,
     vocab_size=4096,
     window=128,
     max_length=512,
@@ -151,8 +151,8 @@ class DataConfig:
 
     kind: Literal["text", "instructions"] = "instructions"  # loss on every token, or on completions only
     train: str = "python-docs"  # built-in python-docs, or JSONL/Parquet: a file, a directory or a glob
-    eval: str = ""  # held-out data, likewise; empty: every eval_fraction-th document of the training data
-    eval_fraction: float = 0.02  # share of documents held out when eval is empty
+    eval: str = ""  # held-out data, likewise; empty: a share of the training data, set apart by hash
+    eval_fraction: float = 0.02  # share of documents set apart when eval is empty
     tokenizer: str = ""  # a directory or hub id; empty: the one beside the initial weights
     text_key: str = "text"  # column of plain text (kind text)
     prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
@@ -164,6 +164,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,19 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.033  # decoupled, on matrices only: norms and DoRA magnitudes are exempt
     clip_norm: float = 1.0  # largest global norm of the gradient
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("min_lr", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"optim.decay_steps is {self.decay_steps}; use at least 1, or None for the run's last step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +227,10 @@ class ComputeConfig:
     remat: Literal["none", "dots", "block"] = "block"  # kept for the backward pass: all, matrix products, inputs
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
+    def __post_init__(self) -> None:
+        if self.loss_chunk < 1:
+            raise ValueError(f"compute.loss_chunk is {self.loss_chunk}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -228,6 +247,10 @@ class ProfileConfig:
 
     start: int = 0  # first step traced, counted from this process's first step
     steps: int = 0  # steps traced; 0 traces nothing
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.steps < 0:
+            raise ValueError(f"profile.start {self.start} and profile.steps {self.steps} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

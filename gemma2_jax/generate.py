@@ -6,7 +6,6 @@ Nothing here imports JAX before the arguments are understood, so that `--help` a
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from gemma2_jax.convert.checkpoints import Checkpoint
-    from gemma2_jax.decode import Generator, Tokens
+    from gemma2_jax.decode import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +53,7 @@ def _generate(command: Command) -> None:
     from gemma2_jax.data.encoding import load_tokenizer
     from gemma2_jax.decode import Sampling
 
-    sampling = Sampling(
-        temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, seed=command.seed
-    )
+    sampling = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, seed=command.seed)
     path = command.adapter or command.checkpoint
     checkpoint = open_checkpoint(path, base=command.checkpoint if command.adapter else None)
     if checkpoint.tokenizer is None:
@@ -66,18 +63,22 @@ def _generate(command: Command) -> None:
     tokens = [encode(prompt, tokenizer, chat=command.chat) for prompt in prompts]
     generator = load(checkpoint, command.dtype)
     chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stops(tokenizer))
-    speed = Speed(sum(map(len, tokens)))
+    clock = Clock()
+    times, counts = [clock()], []
     texts = [Text(tokenizer) for _ in prompts]
-    for new in speed.timed(chunks):
+    for new in chunks:
+        times.append(clock())
+        counts.append(sum(map(len, new)))
         pieces = [text.add(tokens) for text, tokens in zip(texts, new, strict=True)]
         if len(prompts) == 1:
             print(pieces[0], end="", flush=True)
     if len(prompts) == 1:
         print(texts[0].rest())
-    else:
-        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if len(prompts) > 1:
             print(f"[{number}] {prompt}\n{text.whole}\n")
-    print(speed, file=sys.stderr)
+    prefill, decode = speed(sum(map(len, tokens)), times[1] - times[0]), speed(sum(counts[1:]), times[-1] - times[1])
+    print(f"prefill {prefill}; decode {decode}; compiled in {clock.compiling:.1f} s", file=sys.stderr)
 
 
 def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
@@ -94,8 +95,10 @@ def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
 
     config = checkpoint.model
     if config is None:
-        raise ValueError(f"{checkpoint.path} is an adapter whose model is not at hand; give both, as --checkpoint MODEL "
-                         f"--adapter {checkpoint.path}")
+        raise ValueError(
+            f"{checkpoint.path} is an adapter whose model is not at hand; give both, as --checkpoint MODEL "
+            f"--adapter {checkpoint.path}"
+        )
     compute = ComputeConfig(dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
     def create() -> model.Gemma2:
@@ -125,8 +128,10 @@ def encode(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> 
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --chat")
         turn = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return tokens if tokens[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *tokens]
+    tokens = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+    bos = tokenizer.bos_token_id
+    assert isinstance(bos, int)  # load_tokenizer made sure
+    return tokens if tokens[:1] == [bos] else [bos, *tokens]
 
 
 def stops(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
@@ -163,15 +168,27 @@ class Text:
         return new
 
 
-class Speed:
-    """Tokens a second, of the prompts and of what follows them; not counting compilation."""
+class Clock:
+    """Seconds, but for those that JAX spends compiling."""
 
-    def __init__(self, prompt_tokens: int):
+    def __init__(self):
         import jax.monitoring
 
-        self._counts, self._seconds, self._compiling = [prompt_tokens, 0], [0.0, 0.0], 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._event)
+        self.compiling = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def timed(self, chunks: "Iterator[Tokens]") -> "Iterator[Tokens]":
-        """`chunks`, watched: the first comes with the prompts, the others are decoded."""
-        for phase in (0, *itertools.repeat(1)):
+    def __call__(self) -> float:
+        return time.perf_counter() - self.compiling
+
+    def _listen(self, event: str, duration_secs: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compiling += duration_secs
+
+
+def speed(tokens: int, seconds: float) -> str:
+    """How many tokens, and how many of them a second."""
+    return f"{tokens:,} tokens" + (f" at {tokens / seconds:,.0f} tokens/s" if tokens else "")
+
+
+if __name__ == "__main__":
+    main()

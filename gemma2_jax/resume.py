@@ -10,6 +10,7 @@ from gemma2_jax import config as configs
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.convert import checkpoints as formats
+from gemma2_jax.convert.folder import carry
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.data.pipeline import load_tokenizer
 from gemma2_jax.metrics import truncate_after
@@ -73,8 +74,13 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
             "use the model's own tokenizer"
         )
     kept = config.output / "tokenizer"
+    dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
+    original = source.hf if source else None
+    kept.mkdir(exist_ok=True)
+    if source and source.tokenizer:
+        carry(source.tokenizer, kept)
     tokenizer.save_pretrained(kept)
-    (kept / "config.json").write_text(json.dumps(hf_config(config.model, config.compute.frozen_dtype), indent=2) + "\n")
+    (kept / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
     return tokenizer
 
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import sys
 import tempfile
 from array import array
@@ -29,6 +30,9 @@ from gemma2_jax.data import python_docs, sources
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
+_TURNS = ["<start_of_turn>", "<end_of_turn>"]
 _FORMAT = 1  # raise it when other tokens or other files are written for the same documents
 _TOGETHER = 256  # documents encoded in one call; memory is a few hundred bytes for each of their tokens
 
@@ -56,9 +60,18 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {path} has no tokenizer.json; convert it to a fast one")
+    if tokenizer.chat_template is None and tokenizer.convert_tokens_to_ids(_TURNS) != [tokenizer.unk_token_id] * 2:
+        # Tokenizers of the models that are not instruction-tuned know the tokens, but not the format.
+        tokenizer.chat_template = gemma_chat_template()
+        logger.warning("%s has no chat template; conversations are written in Gemma's format", path)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no bos_token or no eos_token; a document needs both")
     return tokenizer
+
+
+def gemma_chat_template() -> str:
+    """The format that Gemma 2's instruction-tuned models were trained on, as a Jinja template."""
+    return (Path(__file__).parent / "gemma_chat_template.jinja").read_text(encoding="utf-8")
 
 
 def encode(

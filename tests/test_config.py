@@ -1,0 +1,143 @@
+"""Configs, recipes and the command line: sizes, golden texts, and mistakes that are told apart."""
+
+import dataclasses
+import difflib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemma2_jax import config as configs, train
+from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
+
+GOLDEN = Path(__file__).parent / "golden" / "configs"
+REAL = [f"{size}_{kind}" for size in ("2b", "9b", "27b") for kind in ("pretrain", "sft", "lora", "dora")]
+TINY = [f"tiny_{kind}" for kind in ("pretrain", "sft", "lora", "dora")]
+
+
+def test_there_are_these_recipes():
+    assert configs.recipe_names() == sorted(REAL + TINY)
+
+
+@pytest.mark.parametrize("name", REAL + TINY)
+def test_recipes_are_golden(name):
+    """A recipe says what it said. Where it is meant to change, write the new text: UPDATE_GOLDEN=1 pytest."""
+    path, text = GOLDEN / f"{name}.txt", configs.to_text(configs.load(name))
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    changes = "\n".join(difflib.unified_diff(path.read_text().splitlines(), text.splitlines(), lineterm=""))
+    assert not changes, changes
+    assert configs.from_text(text) == configs.load(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "gflops"),
+    [
+        (GEMMA2_2B, 2_614_341_888, (16.99, 17.97)),
+        (GEMMA2_9B, 9_241_705_984, (59.68, 62.85)),
+        (GEMMA2_27B, 27_227_128_320, (167.99, 171.46)),
+    ],
+)
+def test_sizes(model, parameters, gflops):
+    """Parameters as in the released checkpoints; training GFLOP per token at 4096 and 8192 tokens."""
+    assert model.parameter_count() == parameters
+    for length, expected in zip((4096, 8192), gflops, strict=True):
+        assert 3 * model.forward_flops(length) / 1e9 == pytest.approx(expected, abs=0.006)
+
+
+def test_what_is_often_wrong():
+    """Values that other programs have had wrong."""
+    assert GEMMA2_9B.mlp_width == 14336
+    assert GEMMA2_9B.query_pre_attn_scalar == 256
+    assert GEMMA2_27B.query_pre_attn_scalar == 144
+    assert {m.window for m in (GEMMA2_2B, GEMMA2_9B, GEMMA2_27B)} == {4096}
+
+
+def test_megatron_bridge_defaults():
+    """The table of its Gemma 2 recipes."""
+    pretrain, sft, lora, dora = (configs.load(f"9b_{kind}") for kind in ("pretrain", "sft", "lora", "dora"))
+    assert (pretrain.optim.lr, pretrain.optim.min_lr, pretrain.optim.warmup_steps) == (3e-4, 3e-5, 500)
+    assert (pretrain.train.global_batch_size, pretrain.train.micro_batch_size) == (32, 2)
+    assert (pretrain.train.sequence_length, pretrain.steps, pretrain.train.seed) == (4096, 300_000, 1234)
+    assert (sft.optim.lr, sft.optim.min_lr, sft.optim.warmup_steps, sft.steps) == (5e-6, 0.0, 10, 100)
+    assert (lora.adapter.rank, lora.adapter.alpha, lora.optim.lr) == (32, 32.0, 1e-4)
+    assert (dora.adapter.rank, dora.adapter.alpha, dora.optim.lr) == (32, 64.0, 1e-4)
+    for config in (sft, lora, dora):
+        assert (config.train.sequence_length, config.train.global_batch_size, config.train.seed) == (2048, 128, 5678)
+        assert (config.optim.b1, config.optim.b2, config.optim.eps, config.optim.weight_decay) == (0.9, 0.95, 1e-8, 0.033)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 6, "kv_heads": 4}, "model.heads 6 is not a multiple of model.kv_heads 4"),
+        ({"head_width": 15}, "model.head_width 15 is odd"),
+        ({"layers": 0}, "model.layers is 0; it must be at least 1"),
+        ({"attn_softcap": 0.0}, "use a positive cap, or None for no cap"),
+    ],
+)
+def test_impossible_models(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(GEMMA2_2B, **change)
+
+
+def test_config_text_of_another_version():
+    text = configs.to_text(configs.load("2b_lora"))
+    with pytest.raises(ValueError, match=r"another version of this program: .*'colour'"):
+        configs.from_text(text + "optim.colour = 'red'\n")
+    with pytest.raises(ValueError, match=r"another version of this program: unknown groups \['paint'\]"):
+        configs.from_text(text + "paint.colour = 'red'\n")
+    with pytest.raises(ValueError, match=r"config.txt:2: .model.layers = __import__"):
+        configs.from_text("name = 'x'\nmodel.layers = __import__('os').getcwd()\n")
+
+
+def test_both_ways_of_naming_a_field():
+    dashed = train.parse(["--config", "9b_dora", "--optim.lr", "0.5", "--train.sequence-length", "1024"])
+    assigned = train.parse(["optim.lr=0.5", "train.sequence_length=1024", "--config=9b_dora"])
+    assert dashed == assigned
+    assert dashed.run.optim.lr == 0.5
+    assert dashed.run.adapter.alpha == 64.0
+    assert train.parse(["--steps", "7", "workdir=a=b", "init="]).run.workdir == "a=b"
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from gemma2_jax.config import GEMMA2_2B, finetune\n\n"
+        "def config():\n    return finetune('mine', GEMMA2_2B, 'somewhere', 'lora', steps=3)\n"
+    )
+    assert configs.load(str(path)).steps == 3
+    path.write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"has no function config\(\)"):
+        configs.load(str(path))
+
+
+@pytest.mark.parametrize("module", ["train", "generate", "convert"])
+def test_help_answers_at_once(module):
+    """In about a second, of which the interpreter takes some: JAX is not loaded."""
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_module('gemma2_jax.{module}', run_name='__main__')"
+    checked = f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr)); {code}"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip() == "False"
+    assert time.perf_counter() - started < 5
+
+
+def test_help_lists_every_field():
+    text = subprocess.run(
+        [sys.executable, "-m", "gemma2_jax.train", "--config", "27b_lora", "--help"],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
+    ).stdout  # fmt: skip
+    for line in configs.to_text(configs.load("27b_lora")).splitlines():
+        key = line.split(" = ")[0].replace("_", "-")
+        shown = re.search(rf"--{re.escape(key)}[^\n]*", text)
+        assert shown, f"--{key} is not listed"
+    for first in ("--config", "--workdir", "--steps", "--init", "--print"):
+        assert first in text
+    assert "peak learning rate (default: 0.0001)" in " ".join(text.split())
