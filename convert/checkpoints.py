@@ -33,8 +33,7 @@ from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
 from gemma2_jax.convert.table import Row
 from gemma2_jax.convert.tensors import Tensors, read_json
-
-Abstract = dict[str, jax.ShapeDtypeStruct]  # arrays by path: shape, dtype and, if it matters, sharding
+from gemma2_jax.model import Abstract
 
 
 class Source(Protocol):

@@ -49,15 +49,13 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
     return _blocked((scale, softcap, block), q, k, v, segments_BT, jnp.int32(window))[:, :T]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+def _blocked_value(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     """`attend` for T a multiple of the block."""
     return _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
 
 
 def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    scale, softcap, block = settings
-    K = k_BTKH.shape[2]
+    block, K = settings[2], k_BTKH.shape[2]
 
     def query_block(i):
         q = _group(_take(q_BTNH, i, block), K)
@@ -83,7 +81,7 @@ def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
 
 
 def _blocked_backward(settings, residuals, cotangent_BTNH):
-    scale, softcap, block = settings
+    scale, _, block = settings
     q_BTNH, k_BTKH, v_BTKH, segments_BT, window, out_BTNH, log_z = residuals
     K = k_BTKH.shape[2]
 
@@ -113,6 +111,7 @@ def _blocked_backward(settings, residuals, cotangent_BTNH):
     return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
 
 
+_blocked = jax.custom_vjp(_blocked_value, nondiff_argnums=(0,))
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
@@ -120,13 +119,14 @@ def _scores(q_BTKGH, k_BSKH, i, j, segments_BT, window, settings):
     """Masked scores of query block i against key block j, and the cap's slope, float32 [B, K, G, T, S]."""
     scale, softcap, block = settings
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    squashed = None if softcap is None else jnp.tanh(scores / softcap)
+    slope = 1.0
+    if softcap is not None:
+        squashed = jnp.tanh(scores / softcap)
+        scores, slope = softcap * squashed, 1 - jnp.square(squashed)
     within = jnp.arange(block)
     mask_BTS = _mask(
         i * block + within, j * block + within, _take(segments_BT, i, block), _take(segments_BT, j, block), window
     )
-    scores = scores if squashed is None else softcap * squashed
-    slope = 1.0 if squashed is None else 1 - jnp.square(squashed)
     return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
 
 

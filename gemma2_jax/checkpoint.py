@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint.checkpoint_args import get_registered_args_cls
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from gemma2_jax.model import Weights
+from gemma2_jax.model import Abstract, Weights
 
 
 class Checkpoints:
@@ -30,7 +31,7 @@ class Checkpoints:
             ("optimizer", ocp.StandardCheckpointHandler()),
             ("loop", ocp.JsonCheckpointHandler()),
         ):
-            save, restore = ocp.checkpoint_args.get_registered_args_cls(handler)
+            save, restore = get_registered_args_cls(handler)
             handlers.add(item, save, handler)
             handlers.add(item, restore, handler)
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
@@ -57,7 +58,7 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, params: Weights, optimizer: Any) -> tuple[Weights, Any, dict]:
+    def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
         """A step's contents, shaped and placed like the abstract arrays given."""
         restored = self._manager.restore(
             step,

@@ -12,7 +12,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16"]
 
@@ -193,7 +193,7 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(f"optim.decay_steps is {self.decay_steps}; use at least 1, or None for the run's last step")
+            raise ValueError(f"optim.decay_steps is {self.decay_steps}; use 1 or more, or None for the last step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,7 @@ class Config:
 
 def pretrain(name: str, model: ModelConfig, **changes) -> Config:
     """A pretraining run from random weights, with Megatron-Bridge's defaults for Gemma 2."""
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         data=DataConfig(kind="text"),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
         train=TrainConfig(
@@ -310,7 +310,7 @@ def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lor
         adapter, lr = AdapterConfig(), 5e-6
     else:
         adapter, lr = AdapterConfig(kind=kind, rank=32, alpha=64.0 if kind == "dora" else 32.0), 1e-4
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         adapter=adapter,
         data=DataConfig(kind="instructions", seed=5678),
         optim=OptimConfig(lr=lr, warmup_steps=10),
@@ -357,7 +357,7 @@ def from_text(text: str, source: str = "config.txt") -> Config:
             raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`") from error
         if not separator:
             raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`")
-    types = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
     try:
         nested = {name: kind(**groups.pop(name, {})) for name, kind in types.items()}
         config = Config(**nested, **groups.pop("", {}))

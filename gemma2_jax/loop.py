@@ -6,6 +6,7 @@ waits for the device only to log a step whose successor is already under way, an
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,7 +82,7 @@ def mean_loss(eval_step: Callable, state: State, batches) -> float:
 
 
 def _data(config: Config, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalBatches]:
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         sequence_length=config.train.sequence_length,
         batch_size=config.train.global_batch_size,
         cache=config.output / "data",

@@ -84,13 +84,13 @@ def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     """Loss of one chunk, and its gradient by the logits before the cap, float32."""
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
     raw_BTV = constrain(raw_BTV, "BTV")
-    squashed_BTV = None if softcap is None else jnp.tanh(raw_BTV / softcap)
-    logits_BTV = raw_BTV if squashed_BTV is None else softcap * squashed_BTV
+    logits_BTV, slope_BTV = raw_BTV, 1.0
+    if softcap is not None:
+        squashed_BTV = jnp.tanh(raw_BTV / softcap)
+        logits_BTV, slope_BTV = softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A comparison and a sum instead of a gather: they stay within each shard of the vocabulary.
     hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     nll_BT = log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
     grad_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]
-    if squashed_BTV is not None:
-        grad_BTV *= 1 - jnp.square(squashed_BTV)
-    return jnp.sum(nll_BT * weights_BT), grad_BTV
+    return jnp.sum(nll_BT * weights_BT), grad_BTV * slope_BTV

@@ -99,16 +99,16 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines()
-    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.replace(path)
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line of metrics, None for one cut short when a process was killed."""
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for one cut short when a process was killed."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return None
+        return math.inf

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Cache = Any  # keys and values of every layer, each [B, K, S, H]: a list of pairs, or a pair stacked on L
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
+Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
 
 INIT_STD = 0.02
 
@@ -279,7 +280,7 @@ def letters(model: Gemma2) -> dict[str, str]:
 
 def flat(state: nnx.State) -> Weights:
     """The arrays of a state by path, as everything outside the model holds them."""
-    return flatten_dict(nnx.to_pure_dict(state), sep="/")
+    return cast(Weights, flatten_dict(nnx.to_pure_dict(state), sep="/"))
 
 
 def rebuild(graph: nnx.GraphDef, *weights: Weights) -> Gemma2:

@@ -24,7 +24,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 def optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:
     """The chain for weights of these dims (by path). Vectors (norms, magnitudes) are not decayed."""
-    decayed = {path: _is_matrix(path) for path in letters}
+    decayed = {path: not path.endswith(("norm/w", "adapter/m")) for path in letters}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -33,10 +33,6 @@ def optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: {path: decayed[path] for path in params},
+            mask=decayed,
         ),
     )
-
-
-def _is_matrix(path: str) -> bool:
-    return not (path.endswith("norm/w") or path.endswith("adapter/m"))

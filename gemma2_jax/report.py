@@ -19,7 +19,7 @@ def startup(
     if jax.process_index() != 0:
         return
     config = program.config
-    train, mesh = config.train, program.mesh
+    train, optim, mesh = config.train, config.optim, program.mesh
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows_per_pass = train.micro_batch_size * shards
     tokens = train.global_batch_size * train.sequence_length
@@ -37,8 +37,8 @@ def startup(
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
         "model FLOPs": flops(config),
-        "optimizer": f"AdamW, lr {config.optim.lr:g} -> {config.optim.min_lr:g} cosine after {config.optim.warmup_steps} "
-        f"warmup steps, decay {config.optim.weight_decay:g}, clip {config.optim.clip_norm:g}",
+        "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
+        f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
         "attention": attention.choose(config.compute.attention)[1],

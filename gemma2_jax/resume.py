@@ -14,6 +14,7 @@ from gemma2_jax.convert.folder import carry
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.data.pipeline import load_tokenizer
 from gemma2_jax.metrics import truncate_after
+from gemma2_jax.model import Weights
 from gemma2_jax.step import Program, State
 
 # A run may go on with other values of these; a change of anything else would make it another run.
@@ -88,11 +89,14 @@ def start(program: Program, source: formats.Checkpoint | None, checkpoints: Chec
     """The state to go on from, and what the loop saved with it if it is the run's own."""
     # This run's own checkpoint comes first, then the weights given, then random ones.
     latest = checkpoints.latest
-    if latest is None or program.frozen:
-        base = formats.load(source, program.base) if source else program.random_base()
     if latest is None:
-        return program.fresh(base), None
+        return program.fresh(_base(program, source)), None
     params, optimizer, loop = checkpoints.restore(latest, program.params, program.state.optimizer)
-    frozen = base if program.frozen else {}
+    frozen = _base(program, source) if program.frozen else {}
     step = jax.device_put(np.int32(latest), program.state.step.sharding)
     return State(step=step, params=params, frozen=frozen, optimizer=optimizer), loop
+
+
+def _base(program: Program, source: formats.Checkpoint | None) -> Weights:
+    """The model's weights, trained or frozen, before any step."""
+    return formats.load(source, program.base) if source else program.random_base()

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma2_jax import dims, lora, mesh as meshes, model, optim
 from gemma2_jax.config import Config
 from gemma2_jax.loss import cross_entropy
-from gemma2_jax.model import Gemma2, Weights
+from gemma2_jax.model import Abstract, Gemma2, Weights
 
 Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
@@ -26,11 +26,11 @@ BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "pos
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer"], meta_fields=[])
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Everything a step reads and replaces."""
+    """Everything a step reads and replaces; of arrays, or of their shapes alone."""
 
-    step: jax.Array  # int32 scalar: steps taken
-    params: Weights  # what is trained
-    frozen: Weights  # the rest
+    step: Any  # int32 scalar: steps taken
+    params: Any  # Weights: what is trained
+    frozen: Any  # Weights: the rest
     optimizer: Any  # optax state of `params`
 
 
@@ -63,12 +63,12 @@ class Program:
         return State(step=scalar((), jnp.int32), params=self.params, frozen=self.frozen, optimizer=optimizer)
 
     @property
-    def base(self) -> Weights:
+    def base(self) -> Abstract:
         """Abstract weights of the model itself, whichever are trained."""
         return {path: w for path, w in {**self.params, **self.frozen}.items() if "/adapter/" not in path}
 
     @property
-    def batch(self) -> Batch:
+    def batch(self) -> Abstract:
         """Abstract global batch."""
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
         sharding = NamedSharding(self.mesh, dims.used("BT"))
@@ -165,7 +165,7 @@ class Program:
     def _rngs(self, stream: int) -> nnx.Rngs:
         return nnx.Rngs(jax.random.fold_in(jax.random.key(self.config.train.seed), stream))
 
-    def _abstract(self, weights: Weights, dtype: str) -> Weights:
+    def _abstract(self, weights: Weights, dtype: str) -> Abstract:
         return {
             path: jax.ShapeDtypeStruct(w.shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path]))
             for path, w in weights.items()

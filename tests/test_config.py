@@ -69,7 +69,12 @@ def test_megatron_bridge_defaults():
     assert (dora.adapter.rank, dora.adapter.alpha, dora.optim.lr) == (32, 64.0, 1e-4)
     for config in (sft, lora, dora):
         assert (config.train.sequence_length, config.train.global_batch_size, config.train.seed) == (2048, 128, 5678)
-        assert (config.optim.b1, config.optim.b2, config.optim.eps, config.optim.weight_decay) == (0.9, 0.95, 1e-8, 0.033)
+        assert (config.optim.b1, config.optim.b2, config.optim.eps, config.optim.weight_decay) == (
+            0.9,
+            0.95,
+            1e-8,
+            0.033,
+        )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,9 @@ def test_a_recipe_of_ones_own(tmp_path):
 @pytest.mark.parametrize("module", ["train", "generate", "convert"])
 def test_help_answers_at_once(module):
     """In about a second, of which the interpreter takes some: JAX is not loaded."""
-    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_module('gemma2_jax.{module}', run_name='__main__')"
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_module('gemma2_jax.{module}', run_name='__main__')"
+    )
     checked = f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr)); {code}"
     started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True)

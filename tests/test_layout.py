@@ -21,7 +21,9 @@ ORDER = (
     ("loop",), ("train", "generate"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-FILES = sorted([*(ROOT / "gemma2_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py"), *(ROOT / "configs").glob("*.py")])
+FILES = sorted(
+    [*(ROOT / "gemma2_jax").rglob("*.py"), *(ROOT / "convert").glob("*.py"), *(ROOT / "configs").glob("*.py")]
+)
 
 
 def unit(path: Path) -> str:

@@ -1,0 +1,104 @@
+"""Meshes over virtual devices: what divides, where arrays lie, and that a sharded step equals an unsharded one."""
+
+import re
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from peers import BITING
+
+from gemma2_jax import config as configs, mesh as meshes
+from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
+from gemma2_jax.loop import place
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.step import Program
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=-1, fsdp=-1), "at most one may be -1"),
+        (MeshConfig(data=-1, tensor=3), "does not divide the 8 devices"),
+        (MeshConfig(data=2, tensor=2), "is 4 devices, but there are 8; set one axis to -1"),
+        (MeshConfig(data=0), "every axis must be at least 1"),
+    ],
+)
+def test_impossible_meshes(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_mesh(config)
+
+
+def program(kind: str, mesh: MeshConfig, devices: int = 8, **changes) -> Program:
+    config = configs.finetune(
+        "test",
+        BITING["9b"],
+        "",
+        kind,
+        train=TrainConfig(sequence_length=32, global_batch_size=8),
+        compute=ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8),
+        # A large epsilon: else Adam blows the rounding of the smallest gradients up to whole steps.
+        optim=configs.OptimConfig(lr=1e-2, warmup_steps=0, eps=1e-2),
+        mesh=mesh,
+    )
+    return Program(replace(config, **changes), make_mesh(mesh, jax.devices()[:devices]))
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"mesh.tensor 8 does not divide the query heads of 4; use a divisor of 4"):
+        program("sft", MeshConfig(tensor=8))
+    with pytest.raises(ValueError, match=r"global_batch_size 12 does not divide over .* = 8 rows a pass; use 16"):
+        program("sft", MeshConfig(), train=TrainConfig(sequence_length=32, global_batch_size=12))
+
+
+def test_shardings_read_off_the_arrays():
+    whole = program("dora", MeshConfig(data=2, fsdp=2, tensor=2))
+    state = whole.fresh(whole.random_base())
+    got = {path: w.sharding.spec for path, w in {**state.params, **state.frozen}.items()}
+    assert got["embedding"] == P("tensor", "fsdp")
+    assert got["blocks/attn/q/w"] == P(None, "fsdp", "tensor", None)
+    assert got["blocks/attn/o/w"] == P(None, "tensor", None, "fsdp")
+    assert got["blocks/mlp/down/w"] == P(None, "tensor", "fsdp")
+    assert got["blocks/mlp/gate/adapter/a"] == P(None, "fsdp", None)
+    assert got["blocks/mlp/gate/adapter/b"] == P(None, None, "tensor")
+    assert got["blocks/mlp/gate/adapter/m"] == P(None, "tensor")
+    assert got["final_norm/w"] == P("fsdp")
+    assert got.keys() == whole.letters.keys()
+    moments = jax.tree.leaves(state.optimizer, is_leaf=lambda x: isinstance(x, dict))
+    for moment in (m for m in moments if isinstance(m, dict)):
+        assert {path: w.sharding for path, w in moment.items()} == {
+            path: w.sharding for path, w in state.params.items()
+        }
+
+
+@pytest.mark.parametrize("kind", ["sft", "dora"])
+def test_sharded_steps_equal_unsharded_ones(kind):
+    """Loss and weights after three steps: float32 sums in another order, so 1e-5 of a weight's norm."""
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 384, (8, 32), np.int32),
+        "targets": rng.integers(0, 384, (8, 32), np.int32),
+        "segments": np.sort(rng.integers(1, 4, (8, 32), np.int32), axis=1),
+        "positions": np.tile(np.arange(32, dtype=np.int32), (8, 1)),
+        "weights": rng.integers(0, 2, (8, 32)).astype(np.float32),
+    }
+    results = []
+    for run in (program(kind, MeshConfig(), devices=1), program(kind, mesh)):
+        with jax.set_mesh(run.mesh):
+            state = run.fresh(run.random_base())
+            step = jax.jit(run.train_step, donate_argnums=0)
+            for _ in range(3):
+                state, metrics = step(state, place(run, batch))
+        results.append((metrics, jax.device_get(state.params)))
+    (expected, weights), (got, others) = results
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-5)
+    for path, w in weights.items():
+        error = np.linalg.norm(others[path] - w) / np.linalg.norm(w)
+        assert error < 1e-5, f"{path}: relative L2 error {error:.2e}"
+
+
+def test_constrain_without_a_mesh_is_nothing():
+    x = np.ones((2, 3, 4))
+    assert meshes.constrain(x, "BTD") is x
