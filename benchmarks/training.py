@@ -1,23 +1,23 @@
-"""One training step of the same small model here and with transformers and peft, full and LoRA, on CPU in float32.
+"""Training steps of the same small model here and with transformers and peft, full and LoRA, on CPU in float32.
 
-Both sides get the same weights, rows, AdamW, clipping and targets, and are compared in loss before they are timed.
-Attention is eager in transformers: its Gemma 2 has no other that caps scores. `cpu` runs each case in a process of
-its own, so that peak memory is the case's.
+Both sides have the same weights, rows, AdamW, clipping and targets; the losses of their first steps are compared.
+`cpu` runs it.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peer import MODELS, our_weights, transformers_model
 from gemma2_jax import config as configs
-from gemma2_jax.config import GEMMA2_TINY, ModelConfig
+from gemma2_jax.config import ModelConfig
 
-ROWS, LENGTH, STEPS = 16, 256, 8
-# The layers' share of the work is nearer to that of the large models.
-SMALL = replace(GEMMA2_TINY, layers=8, width=384, mlp_width=1536, heads=6, kv_heads=3)
-MODELS = {"tiny (3.7M)": GEMMA2_TINY, "small (19M)": SMALL}
+ROWS, LENGTH, STEPS = 16, 256, 10
+Step = Callable[[], float]  # takes a step, and returns its loss
 
 
 def rows(model: ModelConfig) -> np.ndarray:
@@ -25,8 +25,7 @@ def rows(model: ModelConfig) -> np.ndarray:
     return np.random.default_rng(0).integers(3, model.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
 
 
-def ours(model: ModelConfig, kind: str) -> tuple[float, Callable[[], float]]:
-    """The first step's loss, and a function that takes a step and returns its loss."""
+def ours(model: ModelConfig, kind: str, weights: Path) -> Step:
     import jax
 
     from gemma2_jax.loop import place
@@ -35,9 +34,8 @@ def ours(model: ModelConfig, kind: str) -> tuple[float, Callable[[], float]]:
 
     recipe = configs.load(f"tiny_{kind}")
     config = replace(recipe, model=model, init="", optim=replace(recipe.optim, warmup_steps=0, weight_decay=0.0))
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    program = Program(config, mesh)
-    state = program.fresh(program.random_base())
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+    state = program.fresh(our_weights(model, weights))
     step = jax.jit(program.train_step, donate_argnums=0).lower(program.state, program.batch).compile()
     tokens = rows(model)
     batch = place(
@@ -56,31 +54,21 @@ def ours(model: ModelConfig, kind: str) -> tuple[float, Callable[[], float]]:
         state, metrics = step(state, batch)
         return float(metrics["loss"])
 
-    return once(), once
+    return once
 
 
-def transformers(model: ModelConfig, kind: str) -> tuple[float, Callable[[], float]]:
-    """The same with transformers, and peft for LoRA."""
+def transformers(model: ModelConfig, kind: str, weights: Path) -> Step:
     import peft
     import torch
-    import transformers as hf
 
     recipe = configs.load(f"tiny_{kind}")
-    torch.manual_seed(0)
-    whole = hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(
-            num_hidden_layers=model.layers, hidden_size=model.width, intermediate_size=model.mlp_width,
-            num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_width,
-            query_pre_attn_scalar=int(model.query_pre_attn_scalar), vocab_size=model.vocab_size,
-            sliding_window=model.window, max_position_embeddings=model.max_length, attn_implementation="eager",
-        )
-    )  # fmt: skip
+    whole = transformers_model(model)
     if kind == "lora":
         targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-        adapter = recipe.adapter
-        whole = peft.get_peft_model(
-            whole, peft.LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=targets)
+        adapter = peft.LoraConfig(
+            r=recipe.adapter.rank, lora_alpha=int(recipe.adapter.alpha), target_modules=targets, lora_dropout=0.0
         )
+        whole = peft.get_peft_model(whole, adapter)
     whole.train()
     trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.optim.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -95,15 +83,15 @@ def transformers(model: ModelConfig, kind: str) -> tuple[float, Callable[[], flo
         optimizer.step()
         return loss.item()
 
-    return once(), once
+    return once
 
 
-def measure(start: Callable[[ModelConfig, str], tuple[float, Callable[[], float]]], model: str, kind: str) -> dict:
-    """Tokens per second of the median of `STEPS` steps, the first (and compiling) left out."""
-    first_loss, once = start(MODELS[model], kind)
-    seconds = []
+def measure(start: Callable[..., Step], model: str, kind: str, weights: Path) -> tuple[float, list[float]]:
+    """Tokens per second by the median of `STEPS` steps, and the losses; the first step is not timed."""
+    once = start(MODELS[model], kind, weights)
+    losses, seconds = [once()], []
     for _ in range(STEPS):
         began = time.perf_counter()
-        once()
+        losses.append(once())
         seconds.append(time.perf_counter() - began)
-    return {"tokens_per_s": ROWS * LENGTH / float(np.median(seconds)), "first_loss": first_loss}
+    return ROWS * LENGTH / statistics.median(seconds), losses

@@ -5,6 +5,10 @@ adapters that is the adapters alone, and the frozen weights come from where the 
 training; what is written is copied off the devices first.
 """
 
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_args import get_registered_args_cls
 from orbax.checkpoint.checkpoint_managers import LatestN
+from rich.filesize import decimal
 
 from gemma2_jax.model import Abstract, Weights
 
@@ -22,6 +27,8 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
+        # Orbax logs, with its stack, what it then raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep), cleanup_tmp_directories=True, create=True
         )
@@ -40,7 +47,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -48,15 +56,37 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> None:
-        """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(_nested(params)),
-                optimizer=ocp.args.StandardSave(_nested(optimizer)),
-                loop=ocp.args.JsonSave(loop),
-            ),
-        )
+        """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON.
+
+        Raises OSError where the disk has no room for it, or the step before it could not be written.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(
+                f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
+                f"make room, and the same command resumes after step {self.latest or 0}"
+            )
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_nested(params)),
+                    optimizer=ocp.args.StandardSave(_nested(optimizer)),
+                    loop=ocp.args.JsonSave(loop),
+                ),
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what Orbax raises for a failed write, here or in a thread of its own, into one sentence."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder}: {str(error).splitlines()[0]}; "
+                f"once that is mended, the same command resumes after step {self.latest or 0}"
+            ) from error
 
     def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
         """A step's contents, shaped and placed like the abstract arrays given."""

@@ -209,10 +209,11 @@ class TrainConfig:
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
+    wandb: str = ""  # Weights & Biases project that metrics go to as well; empty: none
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            if f.name != "seed" and getattr(self, f.name) < 1:
+            if f.type is int and f.name != "seed" and getattr(self, f.name) < 1:
                 raise ValueError(f"train.{f.name} is {getattr(self, f.name)}; it must be at least 1")
 
 
@@ -278,6 +279,16 @@ class Config:
                 f"train.sequence_length {self.train.sequence_length} is beyond the model's context of "
                 f"{self.model.max_length}; shorten it, or raise model.max_length if that is meant"
             )
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of training on one token: the forward pass, and as much again for each backward product.
+
+        There are two, by inputs and by weights; a frozen base has the first only. `ModelConfig.forward_flops` says
+        what is counted. Recomputed work is not.
+        """
+        products = 2 if self.adapter.kind == "none" else 1
+        return (1 + products) * self.model.forward_flops(self.train.sequence_length)
 
     @property
     def output(self) -> Path:

@@ -49,8 +49,10 @@ class Sampling:
     @property
     def settings(self) -> dict[str, float]:
         """What is set, by name: the names are compiled in, the values are arguments."""
-        fields = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
-        return {name: value for name, value in fields.items() if value is not None} if self.temperature else {}
+        if self.temperature == 0:
+            return {}
+        fields = {"temperature": self.temperature, "seed": self.seed, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in fields.items() if value is not None and (name, value) != ("top_p", 1)}
 
 
 GREEDY = Sampling()

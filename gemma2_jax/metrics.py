@@ -4,6 +4,8 @@ The loop hands over a step's device arrays and goes on; they are read when the n
 that the device is never waited for with nothing to do.
 """
 
+import hashlib
+import importlib
 import json
 import math
 import time
@@ -14,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gemma2_jax.config import Config
+from gemma2_jax.config import Config, to_text
 
 PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a bar on
 
@@ -25,6 +27,7 @@ class Metrics:
     def __init__(self, config: Config, console: Console, *, first_step: int):
         self._config, self._console = config, console
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
+        self._wandb = _wandb(config) if config.train.wandb and self._file is not None else None
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._tokens = config.train.global_batch_size * config.train.sequence_length
         self._clock, self._clock_step = time.perf_counter(), first_step
@@ -46,6 +49,8 @@ class Metrics:
         self._bar.stop()
         if self._file is not None:
             self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if failed is None else 1)
 
     def restart_clock(self, step: int) -> None:
         """Leaves what happened since the last step (compiling, evaluating) out of the speed."""
@@ -72,7 +77,8 @@ class Metrics:
         if step % self._config.train.log_every and step != self._config.steps:
             return
         self._clock, self._clock_step = now, step
-        self._write({"step": step, **read, "tokens_per_s": round(speed, 1)})
+        tflops = speed * self._config.training_flops / jax.device_count() / 1e12
+        self._write({"step": step, **read, "tokens_per_s": round(speed, 1), "tflops_per_device": round(tflops, 4)})
         text = f"loss {read['loss']:.4f}  {speed:,.0f} tokens/s{self._eval_text}"
         self._bar.update(self._task, completed=step, text=text)
         if self._bar.disable and (now - self._last_line > PLAIN_LINE_SECONDS or step == self._config.steps):
@@ -88,10 +94,28 @@ class Metrics:
     def _write(self, line: dict) -> None:
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(line, step=line["step"])
 
     def _say(self, text: str) -> None:
         if self._file is not None:
             self._console.print(text, highlight=False)
+
+
+def _wandb(config: Config):
+    """The run's page at Weights & Biases, the same one when it resumes."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"train.wandb is {config.train.wandb!r}, but wandb is not installed: pip install 'gemma2-jax[wandb]', or "
+            "leave train.wandb empty"
+        ) from error
+    lines = dict(line.split(" = ", 1) for line in to_text(config).splitlines())
+    page = hashlib.blake2b(str(config.output.absolute()).encode(), digest_size=8).hexdigest()
+    return wandb.init(
+        project=config.train.wandb, name=config.name, id=page, resume="allow", dir=config.output, config=lines
+    )
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -36,7 +36,9 @@ def startup(
         + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
-        "model FLOPs": flops(config),
+        "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token "
+        f"({'forward, and both backward products' if config.adapter.kind == 'none' else 'forward, and backward by inputs'};"
+        " attention causal, windowed, unpacked)",
         "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
@@ -75,14 +77,6 @@ def parameters(program: Program) -> str:
     trained, total = sum(leaf.size for leaf in program.params.values()), groups.total()
     parts = " + ".join(f"{name} {size:,}" for name, size in groups.items())
     return f"{parts} = {total:,}; trained {trained:,} ({trained / total:.2%})"
-
-
-def flops(config: Config) -> str:
-    """Model FLOPs of a token, by a stated convention."""
-    passes = 3 if config.adapter.kind == "none" else 2
-    per_token = passes * config.model.forward_flops(config.train.sequence_length)
-    convention = "forward and both backward products" if passes == 3 else "forward and the backward product by inputs"
-    return f"{per_token / 1e9:.3g} GFLOP a token ({convention}; attention counted causal and windowed, unpacked)"
 
 
 def memory(compiled) -> str:

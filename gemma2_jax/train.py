@@ -53,6 +53,9 @@ def main() -> None:
         loop.train(command.run)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes after its newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def _option(arguments: list[str], name: str) -> str | None:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -201,3 +204,71 @@ def test_a_batch_that_does_not_divide(tmp_path):
     assert "train.global_batch_size 60 does not divide over micro batch 16 x data 1 x fsdp 1 = 16" in message
     assert "use 64" in message
     assert not (tmp_path / "w").exists()
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """Nothing half-written, the last whole step kept, and a sentence that says what to do."""
+    config = small("tiny_lora", tmp_path, steps=20)
+    usage = shutil.disk_usage(tmp_path)
+
+    def shrinking(path):
+        return usage._replace(free=0 if (tmp_path / "checkpoints" / "10").exists() else usage.free)
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    with pytest.raises(OSError, match=r"step 20 needs .* has 0 bytes free; make room, .* resumes after step 10"):
+        loop.train(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+    monkeypatch.undo()
+    loop.train(config)
+    assert (tmp_path / "checkpoints" / "20").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files, as POSIX can")
+def test_a_write_that_fails(tmp_path):
+    """A disk that fills up while Orbax writes: one sentence, no step, and the same command goes on."""
+    config = small("tiny_sft", tmp_path, steps=1)
+    limited = f"ulimit -f 1500; exec {shlex.join(command(config))}"
+    result = subprocess.run(
+        ["bash", "-c", limited], env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "error: a checkpoint could not be written to" in result.stderr
+    assert "the same command resumes after step 0" in result.stderr
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=2000)
+    process = subprocess.Popen(
+        command(config),
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while not (tmp_path / "checkpoints" / "10").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted; the same command resumes after its newest checkpoint" in error
+
+
+def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):
+    config = small("tiny_lora", tmp_path, steps=1)
+    config = replace(config, train=replace(config.train, wandb="a-project"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ValueError, match=r"pip install 'gemma2-jax\[wandb\]'"):
+        loop.train(config)
+    started, logged, finished = [], [], []
+    page = SimpleNamespace(
+        log=lambda line, step: logged.append((step, line)), finish=lambda exit_code: finished.append(0)
+    )
+    fake = SimpleNamespace(init=lambda **options: started.append(options) or page)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    loop.train(config)
+    assert started[0]["project"] == "a-project"
+    assert started[0]["config"]["optim.lr"] == "0.005"
+    assert [line for _, line in logged] == lines_of(tmp_path)
+    assert finished == [0]

@@ -1,0 +1,76 @@
+"""Training steps and generation here and with transformers and peft, on this CPU, in one run: speed and memory.
+
+    python -m benchmarks.cpu
+
+Each side of each case is a process of its own, one after another, so that its peak memory is its own and neither
+waits for the other's threads.
+"""
+
+import multiprocessing
+import os
+import resource
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import generation, training
+from benchmarks.peer import MODELS, save_weights
+
+
+def apart(function: Callable, *arguments):
+    """(result, peak resident MiB) of a call in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_measured, (function, *arguments))
+
+
+def _measured(function: Callable, *arguments):
+    result = function(*arguments)
+    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    console = Console()
+    packages = " ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
+    table = Table(title=f"float32 on {os.cpu_count()} CPU cores; {packages}", title_justify="left")
+    for column in ("case", "here, tokens/s", "peer, tokens/s", "ratio", "here, MiB", "peer, MiB", "agreement"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    with tempfile.TemporaryDirectory() as folder:
+        for model in MODELS:
+            weights = Path(folder) / f"{model}.npz"
+            apart(save_weights, MODELS[model], weights)
+            for kind in ("sft", "lora"):
+                sides = [apart(training.measure, side, model, kind, weights) for side in SIDES[training]]
+                losses = np.array([side[0][1] for side in sides])
+                add(
+                    table, f"{model}: training, {kind}", sides, f"loss within {np.abs(losses[0] - losses[1]).max():.1e}"
+                )
+            for batch in (1, 8):
+                sides = [apart(generation.measure, side, model, batch, weights) for side in SIDES[generation]]
+                same = np.mean(np.array(sides[0][0][1]) == np.array(sides[1][0][1]))
+                add(table, f"{model}: generation, {batch} row(s)", sides, f"{same:.1%} of tokens")
+    console.print(table)
+
+
+SIDES = {
+    training: (training.ours, training.transformers),
+    generation: (generation.ours, generation.transformers),
+}
+
+
+def add(table: Table, case: str, sides: list, agreement: str) -> None:
+    (here, _), here_memory = sides[0]
+    (peer, _), peer_memory = sides[1]
+    speeds = f"{here:,.0f}", f"{peer:,.0f}", f"{here / peer:.2f}"
+    table.add_row(case, *speeds, f"{here_memory:,.0f}", f"{peer_memory:,.0f}", agreement)
+
+
+if __name__ == "__main__":
+    main()
