@@ -29,11 +29,13 @@ def train(config: Config) -> None:
     OSError when the disk does not take what is written.
     """
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width of its own
     mesh = make_mesh(config.mesh)
     program = Program(config, mesh)
+    source = resume.open_source(config)
     with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
-        source = resume.open_source(config)
-        resume.claim_workdir(config, checkpoints.latest)
+        changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
         batches, held_out = _data(config, tokenizer)
         compile_started = time.perf_counter()
@@ -44,7 +46,7 @@ def train(config: Config) -> None:
         if loop is not None:
             batches.set_state(loop["data"])
         first = 0 if loop is None else loop["step"]
-        report.startup(console, program, source, batches, held_out, train_step, compile_seconds, first)
+        report.startup(console, program, source, batches, held_out, train_step, compile_seconds, first, changes)
 
         def evaluate(state: State) -> float:
             return mean_loss(eval_step, state, (place(program, batch) for batch in held_out))
@@ -55,6 +57,7 @@ def train(config: Config) -> None:
                 state, values = train_step(state, place(program, next(batches)))
                 log.step(step, values)
                 if due(step, config.train.eval_every, config.steps):
+                    log.flush()
                     log.evaluation(step, evaluate(state))
                 if due(step, config.train.checkpoint_every, config.steps):
                     loop = {"step": step, "data": batches.get_state()}

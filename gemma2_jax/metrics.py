@@ -52,10 +52,6 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if failed is None else 1)
 
-    def restart_clock(self, step: int) -> None:
-        """Leaves what happened since the last step (compiling, evaluating) out of the speed."""
-        self._clock, self._clock_step = time.perf_counter(), step
-
     def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of `step` (steps taken) and logs those of the step before it."""
         self.flush()
@@ -86,7 +82,8 @@ class Metrics:
             self._say(f"step {step}/{self._config.steps}  {text}")
 
     def evaluation(self, step: int, loss: float) -> None:
-        """Logs a held-out loss (nats per target token)."""
+        """Logs a held-out loss (nats per target token), whose time is left out of the speed of training."""
+        self._clock = time.perf_counter()
         self._write({"step": step, "eval_loss": loss})
         self._eval_text = f"  held-out {loss:.4f}"
         self._say(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")

@@ -9,13 +9,27 @@ from rich.table import Table
 
 from gemma2_jax import attention
 from gemma2_jax.config import Config
+from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.data.pipeline import Batches, EvalBatches
 from gemma2_jax.step import Program
 
 
 def startup(
-    console: Console, program: Program, source, batches, held_out, compiled, compile_seconds: float, first: int
-):
-    """Prints the block; `compiled` is the compiled step, `first` the step the run goes on from."""
+    console: Console,
+    program: Program,
+    source: Checkpoint | None,
+    batches: Batches,
+    held_out: EvalBatches,
+    compiled: jax.stages.Compiled,
+    seconds: float,
+    first: int,
+    changes: list[str],
+) -> None:
+    """Prints the block.
+
+    `compiled` is the compiled step, which took `seconds`; `first` is the step the run goes on from, and `changes` says
+    how its config differs from what it was before.
+    """
     if jax.process_index() != 0:
         return
     config = program.config
@@ -36,17 +50,18 @@ def startup(
         + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
-        "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token "
-        f"({'forward, and both backward products' if config.adapter.kind == 'none' else 'forward, and backward by inputs'};"
-        " attention causal, windowed, unpacked)",
+        "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, backward by inputs"
+        f"{'' if program.frozen else ' and by weights'}; attention causal and windowed, as if unpacked)",
         "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
         "attention": attention.choose(config.compute.attention)[1],
-        "memory": memory(compiled) + f"; compiled in {compile_seconds:.1f} s",
+        "memory": memory(compiled) + f"; compiled in {seconds:.1f} s",
         "output": str(config.output),
     }
+    if changes:
+        lines["changed"] = "; ".join(changes)
     grid = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         grid.add_row(f"[bold]{name}[/bold]", text)

@@ -45,22 +45,31 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     return source
 
 
-def claim_workdir(config: Config, latest: int | None) -> None:
-    """Writes config.txt, or holds the config against the one there; ValueError where it is another run's."""
-    path = config.output / "config.txt"
+def claim_workdir(config: Config, latest: int | None) -> list[str]:
+    """Writes config.txt, or holds the config against the one there; ValueError where it is another run's.
+
+    Returns what has changed and may, as sentences.
+    """
+    path, changes = config.output / "config.txt", {}
     if latest is not None and path.exists():
-        before = dict(line.split(" = ", 1) for line in path.read_text().splitlines())
-        now = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
-        changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE)]
-        if changed:
-            changes = "; ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
+        before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
+        changes = {key: f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]}
+        others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
+        if others:
             raise ValueError(
-                f"{config.output} holds another run: {changes}. Give another --workdir, or that run's values"
+                f"{config.output} holds another run: {others}. Give another --workdir, or that run's values"
             )
+        if "steps" in changes and config.optim.decay_steps is None:
+            changes["steps"] += ", which the learning rate follows from here on (optim.decay_steps would fix it)"
     truncate_after(config.output / "metrics.jsonl", latest or 0)
     beside = path.with_suffix(".tmp")
     beside.write_text(configs.to_text(config))
     beside.replace(path)
+    return list(changes.values())
+
+
+def _lines(text: str) -> dict[str, str]:
+    return dict(line.split(" = ", 1) for line in text.splitlines())
 
 
 def keep_tokenizer(config: Config, source: formats.Checkpoint | None):

@@ -135,12 +135,15 @@ def test_what_a_run_writes(tmp_path):
     assert all("/adapter/" in path for path in params)
 
 
-def test_another_run_in_the_same_workdir_is_refused(tmp_path):
+def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
     loop.train(small("tiny_lora", tmp_path, steps=1))
     other = small("tiny_lora", tmp_path, steps=2)
     other = replace(other, optim=replace(other.optim, lr=1.0))
     with pytest.raises(ValueError, match=r"holds another run: optim.lr was 0.005 and is 1.0"):
         loop.train(other)
+    capsys.readouterr()
+    loop.train(small("tiny_lora", tmp_path, steps=2))
+    assert "changed steps was 1 and is 2, which the learning rate follows" in " ".join(capsys.readouterr().out.split())
 
 
 def test_accumulated_steps_equal_whole_steps(tmp_path):
