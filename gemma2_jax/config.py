@@ -205,7 +205,7 @@ class TrainConfig:
     micro_batch_size: int = 1  # rows per forward pass on each of the data x fsdp shards
     seed: int = 5678  # of initial weights, adapters and dropout
     log_every: int = 1  # steps between lines of metrics.jsonl
-    eval_every: int = 50  # steps between evaluations; one more follows the last step
+    eval_every: int = 50  # steps between evaluations; one precedes the first step, one follows the last
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept

@@ -52,6 +52,8 @@ def train(config: Config) -> None:
             return mean_loss(eval_step, state, (place(program, batch) for batch in held_out))
 
         with Metrics(config, console, first_step=first) as log, Trace(config, first) as trace:
+            if loop is None:
+                log.evaluation(0, evaluate(state))
             for step in range(first + 1, config.steps + 1):
                 trace.before(step)
                 state, values = train_step(state, place(program, next(batches)))

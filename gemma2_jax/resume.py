@@ -61,7 +61,7 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
             )
         if "steps" in changes and config.optim.decay_steps is None:
             changes["steps"] += ", which the learning rate follows from here on (optim.decay_steps would fix it)"
-    truncate_after(config.output / "metrics.jsonl", latest or 0)
+    truncate_after(config.output / "metrics.jsonl", -1 if latest is None else latest)
     beside = path.with_suffix(".tmp")
     beside.write_text(configs.to_text(config))
     beside.replace(path)

@@ -126,7 +126,7 @@ def test_what_a_run_writes(tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert {"step", "loss", "grad_norm", "lr", "tokens_per_s"} <= steps[0].keys()
-    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 3]
     # Only what was trained is kept.
     program = Program(config, make_mesh(config.mesh))
     with Checkpoints(tmp_path, keep=9) as checkpoints:
