@@ -160,22 +160,19 @@ def _ungroup(x_BITKGH):
     return x_BITKGH.reshape(B, blocks * T, K * G, H)
 
 
-def attend_cached(q_BTNH, k_BKSH, v_BKSH, positions_BT, window, *, scale: float, softcap: float | None):
-    """Attention of a few new queries to a cache in which key j of a row stands in slot j.
+def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None):
+    """Attention of one query a row, at `position_B`, to a cache of the last S tokens up to and including it.
 
-    Query at position i sees slots j with 0 <= i - j < window. Heads come before slots, so that a step reads the cache
-    as it lies; dtypes and the rest are as in `attend`.
+    The token at position p is in slot p mod S. Heads come before slots, so that a step reads the cache as it lies;
+    dtypes and the rest are as in `attend`, [B, N, H] is returned.
     """
     K, S = k_BKSH.shape[1:3]
-    # Rows of one matrix per key/value head: its queries of every position.
-    q_BKQH = rearrange(q_BTNH, "B T (K G) H -> B K (T G) H", K=K)
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(S)
-    mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-    mask_BQS = jnp.repeat(mask_BTS, q_BTNH.shape[2] // K, axis=1)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    weights = _softmax(scores, mask_BQS[:, None], softcap).astype(v_BKSH.dtype)
-    out_BKQH = jnp.einsum("BKQS,BKSH->BKQH", weights, v_BKSH)
-    return rearrange(out_BKQH, "B K (T G) H -> B T (K G) H", T=q_BTNH.shape[1])
+    age_BS = (position_B[:, None] - jnp.arange(S)) % S
+    mask_BS = age_BS <= position_B[:, None]  # older than the first token: an empty slot
+    q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
+    return rearrange(jnp.einsum("BKGS,BKSH->BKGH", weights, v_BKSH), "B K G H -> B (K G) H")
 
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):

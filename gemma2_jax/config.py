@@ -258,7 +258,6 @@ class ProfileConfig:
 class Config:
     """One run. `python -m gemma2_jax.train --config NAME` carries it out."""
 
-    name: str  # of the recipe
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -268,7 +267,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
-    workdir: str = ""  # where everything the run writes goes; empty: runs/NAME
+    workdir: str  # where everything the run writes goes
     steps: int = 100  # optimizer steps
 
     def __post_init__(self) -> None:
@@ -293,11 +292,11 @@ class Config:
     @property
     def output(self) -> Path:
         """The working directory."""
-        return Path(self.workdir or f"runs/{self.name}")
+        return Path(self.workdir)
 
 
 def pretrain(name: str, model: ModelConfig, **changes) -> Config:
-    """A pretraining run from random weights, with Megatron-Bridge's defaults for Gemma 2."""
+    """A pretraining run from random weights in runs/NAME, with Megatron-Bridge's defaults for Gemma 2."""
     defaults: dict[str, Any] = dict(
         data=DataConfig(kind="text"),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
@@ -312,11 +311,11 @@ def pretrain(name: str, model: ModelConfig, **changes) -> Config:
         ),
         steps=300_000,
     )
-    return Config(name=name, model=model, **(defaults | changes))
+    return Config(**({"workdir": f"runs/{name}", "model": model} | defaults | changes))
 
 
 def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
-    """A fine-tuning run from given weights, with Megatron-Bridge's defaults for Gemma 2."""
+    """A fine-tuning run from given weights in runs/NAME, with Megatron-Bridge's defaults for Gemma 2."""
     if kind == "sft":
         adapter, lr = AdapterConfig(), 5e-6
     else:
@@ -327,7 +326,7 @@ def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lor
         optim=OptimConfig(lr=lr, warmup_steps=10),
         steps=100,
     )
-    return Config(name=name, model=model, init=init, **(defaults | changes))
+    return Config(**({"workdir": f"runs/{name}", "model": model, "init": init} | defaults | changes))
 
 
 def recipe_names() -> list[str]:

@@ -193,7 +193,7 @@ def choose(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.A
 def _prefill(graph, weights, tokens_BT, lengths_B, stop, settings, *, slots: int):
     """The state after the first new token of each row, and what `_fetch` takes."""
     model: Gemma2 = nnx.merge(graph, weights)
-    hidden_BTD, cache = model.prefill(tokens_BT, slots)
+    hidden_BTD, cache = model.prefill(tokens_BT, lengths_B, slots)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     token_B = choose(model.logits(last_BD), lengths_B, settings)
     stopped_B = jnp.isin(token_B, stop)
@@ -212,9 +212,9 @@ def _decode(graph, weights, state: State, steps, stop, settings):
 
     def one_step(carry):
         step, state, tokens_BC, counts_B = carry
-        hidden_BTD, cache = model.extend(state.token_B[:, None], state.position_B[:, None], state.cache)
+        hidden_BD, cache = model.extend(state.token_B, state.position_B, state.cache)
         position_B = state.position_B + 1
-        token_B = choose(model.logits(hidden_BTD[:, 0]), position_B, settings)
+        token_B = choose(model.logits(hidden_BD), position_B, settings)
         token_B = jnp.where(state.stopped_B, PAD, token_B)
         stopped_B = state.stopped_B | jnp.isin(token_B, stop)
         after = State(token_B=token_B, position_B=position_B, stopped_B=stopped_B, cache=cache)

@@ -26,8 +26,8 @@ class Metrics:
 
     def __init__(self, config: Config, console: Console, *, first_step: int):
         self._config, self._console = config, console
+        self._wandb = _wandb(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
-        self._wandb = _wandb(config) if config.train.wandb and self._file is not None else None
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._tokens = config.train.global_batch_size * config.train.sequence_length
         self._clock, self._clock_step = time.perf_counter(), first_step
@@ -111,7 +111,7 @@ def _wandb(config: Config):
     lines = dict(line.split(" = ", 1) for line in to_text(config).splitlines())
     page = hashlib.blake2b(str(config.output.absolute()).encode(), digest_size=8).hexdigest()
     return wandb.init(
-        project=config.train.wandb, name=config.name, id=page, resume="allow", dir=config.output, config=lines
+        project=config.train.wandb, name=config.output.name, id=page, resume="allow", dir=config.output, config=lines
     )
 
 

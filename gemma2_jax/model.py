@@ -9,7 +9,7 @@ Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, Protocol, cast
@@ -24,7 +24,7 @@ from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.mesh import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Cache = Any  # keys and values of every layer, each [B, K, S, H]: a list of pairs, or a pair stacked on L
+Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, [B, K, S, H]: see attention.attend_cached
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
@@ -173,40 +173,44 @@ class Gemma2(nnx.Module):
           key: for adapter dropout; None for none.
         """
 
-        def attend(window, _cache, q, k, v):
+        def attend(window, _, q, k, v):
             return self._attend(self.attend, q, k, v, segments_BT, window), None
 
-        windows = self.config.layer_windows(tokens_BT.shape[1])
-        return self._run(tokens_BT, positions_BT, windows, attend, None, key)[0]
+        return self._run(tokens_BT, positions_BT, attend, key=key)[0]
 
-    def prefill(self, tokens_BT, length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of prompts that start at position 0 (padded at the end), and a cache of `length` slots."""
+    def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of prompts, [B, T, D], and a cache of them for `slots` tokens, of blocks that stand apart.
+
+        Prompts start at position 0 and are padded at the end. A local layer's cache holds no more than its window.
+        """
         B, T = tokens_BT.shape
+        segments_BT = jnp.zeros((B, T), jnp.int32)
 
-        def attend(window, _cache, q, k, v):
-            pad = ((0, 0), (0, 0), (0, length - T), (0, 0))
-            cache = tuple(constrain(jnp.pad(jnp.einsum("BTKH->BKTH", new), pad), "BKSH") for new in (k, v))
+        def attend(window, slots, q, k, v):
+            last_B1 = lengths_B[:, None] - 1
+            position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(slots)) % slots, 0)
+            cache = [jnp.take_along_axis(new, position_BS[:, :, None, None], axis=1) for new in (k, v)]
+            cache = tuple(constrain(jnp.einsum("BSKH->BKSH", new), "BKSH") for new in cache)
             return self._attend(self.attend, q, k, v, segments_BT, window), cache
 
-        segments_BT = jnp.zeros((B, T), jnp.int32)
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        return self._run(tokens_BT, positions_BT, self.config.layer_windows(T), attend, None, None)
+        return self._run(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
 
-    def extend(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states of new tokens of which each row's stand at `positions_BT`, and the cache with them in."""
+    def extend(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, D] of one new token a row, which stands at `position_B`, and the cache with it in."""
 
-        def put(old_KSH, new_TKH, positions_T):
-            return old_KSH.at[:, positions_T].set(jnp.einsum("TKH->KTH", new_TKH))
+        def put(old_KSH, new_1KH, position):
+            return old_KSH.at[:, position % old_KSH.shape[1]].set(new_1KH[0])
 
-        def attend(window, cache, q, k, v):
+        def attend(_, cache, q, k, v):
             pairs = zip(cache, (k, v), strict=True)
-            cache = [constrain(jax.vmap(put)(old, new, positions_BT), "BKSH") for old, new in pairs]
+            cache = [constrain(jax.vmap(put)(old, new, position_B), "BKSH") for old, new in pairs]
             # Else XLA fuses the update into each of its readers, and copies the whole cache for it (CPU, one row).
             k, v = jax.lax.optimization_barrier(cache)
-            return self._attend(attention.attend_cached, q, k, v, positions_BT, window), (k, v)
+            return self._attend(attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
 
-        windows = self.config.layer_windows(jax.tree.leaves(cache)[0].shape[-2])
-        return self._run(tokens_BT, positions_BT, windows, attend, cache, None)
+        hidden_BTD, cache = self._run(token_B[:, None], position_B[:, None], attend, cache)
+        return hidden_BTD[:, 0], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped logits, float32 [..., V], of hidden states [..., D]."""
@@ -219,40 +223,44 @@ class Gemma2(nnx.Module):
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _attend(self, implementation, q, k, v, rows_BT, window):
+    def _attend(self, implementation, *inputs):
         scale = self.config.query_pre_attn_scalar**-0.5
-        return implementation(q, k, v, rows_BT, window, scale=scale, softcap=self.config.attn_softcap)
+        return implementation(*inputs, scale=scale, softcap=self.config.attn_softcap)
 
-    def _run(self, tokens_BT, positions_BT, windows: list[int], attend, cache, key):
-        """Embedding, scanned blocks, final norm; `attend(window, cache, q, k, v)` is one layer's attention."""
+    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None, key=None):
+        """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
         with jax.named_scope("embedding"):
             table = constrain(self.embedding[...], "VD").astype(self.dtype)
             x_BTD = table[tokens_BT] * jnp.asarray(math.sqrt(self.config.width), self.dtype)
             x_BTD = constrain(x_BTD, "BTD")
         rope = rope_angles(positions_BT, self.config)
-        x_BTD, cache = self._layers(x_BTD, rope, windows, attend, cache, key)
+        windows = self.config.layer_windows(tokens_BT.shape[1])
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+        layers = self._scanned if isinstance(self.blocks, Block) else self._one_by_one
+        x_BTD, cache = layers(x_BTD, rope, attend, windows, cache, keys)
         with jax.named_scope("final_norm"):
             return self.final_norm(x_BTD), cache
 
-    def _layers(self, x_BTD, rope, windows: list[int], attend, cache, key):
-        """Every block in turn: scanned, or written out where `unstack` took them apart."""
-        keys = None if key is None else jax.random.split(key, self.config.layers)
-        if not isinstance(self.blocks, Block):
-            caches = []
-            for number, (block, window) in enumerate(zip(self.blocks, windows, strict=True)):
-                old, key = (None if each is None else each[number] for each in (cache, keys))
-                x_BTD, new = block(x_BTD, rope, partial(attend, window, old), key)
-                caches.append(new)
-            return x_BTD, caches
+    def _scanned(self, x_BTD, rope, attend, windows, cache, keys):
+        assert cache is None  # those of local and global layers differ in length: `unstack` first
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            weights, window, cache, key = inputs
+            weights, window, key = inputs
             block = nnx.merge(graph, weights)
-            return block(x_BTD, rope, partial(attend, window, cache), key)
+            return block(x_BTD, rope, partial(attend, window, None), key)
 
-        layers = (weights, jnp.asarray(windows, jnp.int32), cache, keys)
+        layers = (weights, jnp.asarray(windows, jnp.int32), keys)
         return jax.lax.scan(rematerialized(layer, self.remat), x_BTD, layers)
+
+    def _one_by_one(self, x_BTD, rope, attend, windows, cache, keys):
+        assert isinstance(self.blocks, nnx.List)
+        none, kept = [None] * len(windows), []
+        keys = none if keys is None else keys
+        for block, window, old, key in zip(self.blocks, windows, cache or none, keys, strict=True):
+            x_BTD, new = block(x_BTD, rope, partial(attend, window, old), key)
+            kept.append(new)
+        return x_BTD, kept
 
 
 def rematerialized(layer: Callable, policy: str) -> Callable:

@@ -41,7 +41,7 @@ def startup(
     weights = f"{source.format} {source.path}" if source else f"random (train.seed {train.seed})"
     device = jax.devices()[0]
     lines = {
-        "run": f"{config.name}, {resumed}, to step {config.steps}",
+        "run": f"{config.output}, {resumed}, to step {config.steps}",
         "weights": weights,
         "parameters": parameters(program),
         "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
@@ -58,7 +58,6 @@ def startup(
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
         "attention": attention.choose(config.compute.attention)[1],
         "memory": memory(compiled) + f"; compiled in {seconds:.1f} s",
-        "output": str(config.output),
     }
     if changes:
         lines["changed"] = "; ".join(changes)

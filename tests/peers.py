@@ -40,7 +40,7 @@ def hf_config(config: ModelConfig, **changes) -> transformers.Gemma2Config:
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
         head_dim=config.head_width,
-        query_pre_attn_scalar=config.query_pre_attn_scalar,
+        query_pre_attn_scalar=int(config.query_pre_attn_scalar),  # it takes no other
         vocab_size=config.vocab_size,
         sliding_window=config.window,
         max_position_embeddings=config.max_length,

@@ -98,7 +98,7 @@ def test_config_text_of_another_version():
     with pytest.raises(ValueError, match=r"another version of this program: unknown groups \['paint'\]"):
         configs.from_text(text + "paint.colour = 'red'\n")
     with pytest.raises(ValueError, match=r"config.txt:2: .model.layers = __import__"):
-        configs.from_text("name = 'x'\nmodel.layers = __import__('os').getcwd()\n")
+        configs.from_text("steps = 1\nmodel.layers = __import__('os').getcwd()\n")
 
 
 def test_both_ways_of_naming_a_field():

@@ -316,7 +316,7 @@ def _run(workdir: Path, config: Config, steps: dict[int, dict[str, np.ndarray]])
 
 def _config(init: Path, adapter: AdapterConfig) -> Config:
     model = replace(BITING["2b"], max_length=2048)
-    return Config(name="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
+    return Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
 
 
 def test_a_full_run_is_its_newest_step(hf, tmp_path):

@@ -181,7 +181,9 @@ def test_a_run_with_an_adapter(base, theirs, tmp_path, kind):
     workdir = tmp_path / "run"
     workdir.mkdir()
     train = configs.TrainConfig(sequence_length=64)
-    config = Config(name="x", model=CONFIG, adapter=KINDS[kind], optim=OptimConfig(lr=1.0), train=train, init=str(base))
+    config = Config(
+        workdir="x", model=CONFIG, adapter=KINDS[kind], optim=OptimConfig(lr=1.0), train=train, init=str(base)
+    )
     (workdir / "config.txt").write_text(configs.to_text(config))
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(5, load(loaded, trained), {"count": jnp.zeros(())}, {})

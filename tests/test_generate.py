@@ -115,24 +115,40 @@ def logits_of(graph, weights, method, *inputs):
     return whole.logits(hidden), cache
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_cached_logits_equal_a_forward_pass(apart):
-    """Prompts of 3 and 6 tokens, then four tokens at once, then one at a time; layers stacked, and a block each."""
-    config, lengths = BITING["27b"], np.array([3, 6])
-    whole = model.rebuild(graph_of("27b"), from_hf(state_dict(hf_model(config)), config))
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 30))
-    positions = np.broadcast_to(np.arange(30), tokens.shape)
-    expected = logits_of(*nnx.split(whole), Gemma2.__call__, tokens, positions, np.ones_like(tokens))[0]
-    graph, weights = nnx.split(model.unstack(whole) if apart else whole)
-    logits, cache = logits_of(graph, weights, partial(Gemma2.prefill, length=32), tokens[:, :6])
-    rows, at = [[new[:length]] for new, length in zip(logits, lengths, strict=True)], lengths
-    for count in (4, *[1] * 20):
-        now = at[:, None] + np.arange(count)
-        logits, cache = logits_of(graph, weights, Gemma2.extend, np.take_along_axis(tokens, now, 1), now, cache)
-        rows, at = [[*row, new] for row, new in zip(rows, logits, strict=True)], at + count
-    for row, logits, end in zip(rows, expected, at, strict=True):
-        # Logits reach 20, of which float32 keeps 1e-6; sums are taken in another order.
-        np.testing.assert_allclose(np.concatenate(row), logits[:end], atol=2e-5, rtol=0)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_logits_equal_a_forward_pass(name):
+    """After prompts of 3 and 20 tokens, the second more than two windows long, a token at a time."""
+    config, lengths = BITING[name], np.array([3, 20])
+    whole = model.rebuild(graph_of(name), from_hf(state_dict(hf_model(config)), config))
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
+    positions = np.broadcast_to(np.arange(40), tokens.shape)
+    expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, tokens, positions, np.ones_like(tokens))
+    graph, weights = nnx.split(model.unstack(whole))
+    logits, cache = logits_of(graph, weights, partial(Gemma2.prefill, slots=48), tokens[:, :20], lengths)
+    rows = [[new[:length]] for new, length in zip(logits, lengths, strict=True)]
+    for position in lengths + np.arange(20)[:, None]:
+        new, cache = logits_of(graph, weights, Gemma2.extend, tokens[[0, 1], position], position, cache)
+        rows = [[*row, logits[None]] for row, logits in zip(rows, new, strict=True)]
+    for row, logits, length in zip(rows, expected, lengths, strict=True):
+        # Logits reach 20: this is 5e-6 of them, for sums taken in another order under scores that reach the cap.
+        np.testing.assert_allclose(np.concatenate(row), logits[: length + 20], atol=1e-4, rtol=0)
+
+
+def test_local_layers_keep_no_more_than_their_window():
+    """8 tokens in layer 0, all of the 48 asked for in layer 1."""
+    made = generator("27b")
+    tokens, lengths = np.full((2, 32), 5, np.int32), np.array([3, 20], np.int32)
+    state, _ = decode._prefill(made.graph, made.weights, tokens, lengths, np.array([], np.int32), {}, slots=48)
+    assert [k.shape for k, _ in state.cache] == [(2, 4, 8, 8), (2, 4, 48, 8)]
+
+
+def test_blocks_apart_are_the_same_model():
+    tokens = np.array(prompts_of("27b", 20))
+    whole = model.rebuild(graph_of("27b"), weights_of("27b"))
+    inputs = tokens, np.arange(20)[None], np.ones_like(tokens)
+    expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, *inputs)
+    found, _ = logits_of(*nnx.split(model.unstack(whole)), Gemma2.__call__, *inputs)
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (4, 500)).astype(np.float32)

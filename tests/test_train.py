@@ -53,12 +53,12 @@ def small(name: str, workdir: Path, **changes) -> Config:
     )
 
 
-def command(config: Config) -> list[str]:
+def command(name: str, config: Config) -> list[str]:
     """The command line that gives this config."""
-    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(config.name)).splitlines())
+    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(name)).splitlines())
     lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
     changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
-    return [sys.executable, "-m", "gemma2_jax.train", "--config", config.name, *changed]
+    return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
 
 
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -83,7 +83,10 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
         broken, straight = (replace(c, adapter=replace(c.adapter, dropout=0.1)) for c in (broken, straight))
     loop.train(straight)
     process = subprocess.Popen(
-        command(broken), env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(f"tiny_{kind}", broken),
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     complete = tmp_path / "broken" / "checkpoints" / "10"
     while not complete.exists() and process.poll() is None:
@@ -230,7 +233,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_a_write_that_fails(tmp_path):
     """A disk that fills up while Orbax writes: one sentence, no step, and the same command goes on."""
     config = small("tiny_sft", tmp_path, steps=1)
-    limited = f"ulimit -f 1500; exec {shlex.join(command(config))}"
+    limited = f"ulimit -f 2500; exec {shlex.join(command('tiny_sft', config))}"
     result = subprocess.run(
         ["bash", "-c", limited], env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True
     )
@@ -244,7 +247,7 @@ def test_a_write_that_fails(tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     config = small("tiny_lora", tmp_path, steps=2000)
     process = subprocess.Popen(
-        command(config),
+        command("tiny_lora", config),
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -273,5 +276,55 @@ def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):
     loop.train(config)
     assert started[0]["project"] == "a-project"
     assert started[0]["config"]["optim.lr"] == "0.005"
+    assert started[0]["name"] == tmp_path.name
     assert [line for _, line in logged] == lines_of(tmp_path)
     assert finished == [0]
+
+
+def copied(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "assets" / "tiny-gemma2", folder)
+    return folder
+
+
+def from_checkpoint(init: Path, workdir: Path, **data) -> Config:
+    """The tiny recipe as it is, but for where it starts and what it reads."""
+    recipe = configs.load("tiny_lora")
+    train = replace(recipe.train, micro_batch_size=2)
+    data_config = replace(recipe.data, **data)
+    return replace(recipe, init=str(init), workdir=str(workdir), steps=1, train=train, data=data_config)
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    """Each a sentence that names the file or the field, before anything is written."""
+    workdir, folder = tmp_path / "run", copied(tmp_path)
+    with pytest.raises(ValueError, match=r"no folder .*nowhere"):
+        loop.train(from_checkpoint(tmp_path / "nowhere", workdir))
+    config = from_checkpoint(folder, workdir)
+    with pytest.raises(ValueError, match=r"its layers is 6, and model.layers is 2; choose the recipe of that model"):
+        loop.train(replace(config, model=replace(config.model, layers=2)))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors.*(truncated|cut|shorter|incomplete)"):
+        loop.train(config)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors"):
+        loop.train(config)
+    assert not workdir.exists()
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    workdir, path = tmp_path / "run", tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    for bad, message in (
+        (f"{good}\n{good[:-3]}\n", r"data.jsonl:2: .*JSON"),
+        (f"{good}\n\n{good}\n", r"data.jsonl:2: .*empty"),
+        (f'{good}\n{good}\n{{"question": "a"}}\n', r"data.jsonl:3: .*question"),
+        ("", r"data.jsonl.*(empty|no documents)"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(path)))
+    with pytest.raises(ValueError, match=r"missing.jsonl"):
+        loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(tmp_path / "missing.jsonl")))

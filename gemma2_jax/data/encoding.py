@@ -159,7 +159,12 @@ def build(
         if not place.exists():
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"{split}-") as folder:
                 written = Path(folder) / "store"
-                _write(written, data, split, tokenizer, show=show)
+                try:
+                    _write(written, data, split, tokenizer, show=show)
+                except OSError as error:
+                    raise OSError(
+                        f"tokenised data could not be written to {cache} ({error}); make room there, or run elsewhere"
+                    ) from error
                 try:
                     written.rename(place)
                 except OSError:
