@@ -9,6 +9,7 @@ waits for the other's threads.
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -39,7 +40,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     console = Console()
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
-    table = Table(title=f"float32 on {os.cpu_count()} CPU cores; {packages}", title_justify="left")
+    table = Table(title=f"float32 on {os.cpu_count()} CPU cores; {packages}", title_justify="left", width=118)
     for column in ("case", "here, tokens/s", "peer, tokens/s", "ratio", "here, MiB", "peer, MiB", "agreement"):
         table.add_column(column, justify="left" if column == "case" else "right")
     with tempfile.TemporaryDirectory() as folder:
@@ -69,6 +70,7 @@ def add(table: Table, case: str, sides: list, agreement: str) -> None:
     (here, _), here_memory = sides[0]
     (peer, _), peer_memory = sides[1]
     speeds = f"{here:,.0f}", f"{peer:,.0f}", f"{here / peer:.2f}"
+    print(f"{case}: {' and '.join(speeds[:2])} tokens/s", file=sys.stderr)
     table.add_row(case, *speeds, f"{here_memory:,.0f}", f"{peer_memory:,.0f}", agreement)
 
 

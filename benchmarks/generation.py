@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.peer import MODELS, our_weights, transformers_model
 from gemma2_jax.config import ModelConfig
 
-PROMPT, NEW, CALLS = 64, 256, 5
+PROMPT, NEW, CALLS = 64, 128, 3
 Tokens = list[list[int]]  # new tokens of each row
 
 
