@@ -57,11 +57,12 @@ class Adapter(nnx.Module):
 
     def __call__(self, x, y, w, key):
         """Adapted output, from the projection's input x, plain output y and weight w (one layer's)."""
-        a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
+        # The scale goes into B, which is small, and not over the activations.
+        a, b = self.a[...].astype(self.dtype), (self.scale * self.b[...]).astype(self.dtype)
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        y = y + self.scale * jnp.einsum(self.up, jnp.einsum(self.down, x, a), b)
+        y = y + jnp.einsum(self.up, jnp.einsum(self.down, x, a), b)
         if self.m is None:
             return y
         norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))
