@@ -319,7 +319,7 @@ def test_data_that_cannot_be_used(tmp_path):
     good = json.dumps({"prompt": "a", "completion": "b"})
     for bad, message in (
         (f"{good}\n{good[:-3]}\n", r"data.jsonl:2: .*JSON"),
-        (f"{good}\n\n{good}\n", r"data.jsonl:2: .*empty"),
+        (f"{good}\n\n{good}\n", r"data.jsonl:2: the line is blank; remove it"),
         (f'{good}\n{good}\n{{"question": "a"}}\n', r"data.jsonl:3: .*question"),
         ("", r"data.jsonl.*(empty|no documents)"),
     ):
