@@ -40,7 +40,8 @@ def transformers(model: ModelConfig, batch: int, weights: Path) -> Callable[[], 
     import torch
 
     whole, tokens = transformers_model(model).eval(), torch.tensor(prompts(model, batch))
-    options = dict(attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
+    whole.generation_config.eos_token_id = None  # no token ends a row, as ours were not told of one
+    options = dict(attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW)
     return lambda: whole.generate(tokens, **options)[:, PROMPT:].tolist()
 
 

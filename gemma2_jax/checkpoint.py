@@ -83,8 +83,9 @@ class Checkpoints:
         try:
             yield
         except (ValueError, RuntimeError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
             raise OSError(
-                f"a checkpoint could not be written to {self.folder}: {str(error).splitlines()[0]}; "
+                f"a checkpoint could not be written to {self.folder}: {reason}; "
                 f"once that is mended, the same command resumes after step {self.latest or 0}"
             ) from error
 

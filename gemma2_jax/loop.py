@@ -1,7 +1,7 @@
 """A run from its first step to its last: `train`, which reads like the list of what it does.
 
 Everything that can be decided beforehand is decided before the loop, as values; the loop itself has no modes. It
-waits for the device only to log a step whose successor is already under way, and to evaluate.
+waits for the device only to log a step whose successor is already under way, to evaluate, and to save.
 """
 
 import time
@@ -25,8 +25,8 @@ from gemma2_jax.step import Batch, Program, State
 def train(config: Config) -> None:
     """Carries out the run. The same config and working directory resume it.
 
-    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss is no longer finite, and
-    OSError when the disk does not take what is written.
+    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss or its gradient is no longer
+    finite, and OSError when the disk does not take what is written.
     """
     console = Console()
     if not console.is_terminal:
@@ -62,6 +62,7 @@ def train(config: Config) -> None:
                     log.flush()
                     log.evaluation(step, evaluate(state))
                 if due(step, config.train.checkpoint_every, config.steps):
+                    log.flush()  # which ends the run before weights that are not finite are saved
                     loop = {"step": step, "data": batches.get_state()}
                     checkpoints.save(step, state.params, state.optimizer, loop)
     report.ending(console, config)

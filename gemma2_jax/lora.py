@@ -69,15 +69,21 @@ class Adapter(nnx.Module):
         return (y * (self.m[...] / norm)).astype(y.dtype)
 
     def merged(self, w_L: jax.Array) -> jax.Array:
-        """The stacked weight with the update added, float32: the projection that needs no adapter."""
-        w, a, b = (x.astype(jnp.float32) for x in (w_L, self.a[...], self.b[...]))
-        update = jnp.einsum(f"L{self.contracted}R,LR{self.produced}->L{self.weight}", a, b, precision="highest")
-        w = w + self.scale * update
-        if self.m is None:
-            return w
-        axes = tuple(1 + self.weight.index(letter) for letter in self.contracted)
-        ratio = self.m[...] / jnp.sqrt(jnp.sum(jnp.square(w), axes))
-        return w * jnp.expand_dims(ratio, axes)
+        """The stacked weight with the update added, in float32 and rounded once: it needs no adapter.
+
+        Layers are taken one by one, as the whole stack in float32 would be twice the weight itself.
+        """
+        axes = tuple(self.weight.index(letter) for letter in self.contracted)
+
+        def layer(inputs):
+            w, a, b, m = inputs
+            update = jnp.einsum(f"{self.contracted}R,R{self.produced}->{self.weight}", a, b, precision="highest")
+            w = w.astype(jnp.float32) + self.scale * update
+            if m is not None:
+                w *= jnp.expand_dims(m / jnp.sqrt(jnp.sum(jnp.square(w), axes)), axes)
+            return w.astype(w_L.dtype)
+
+        return jax.lax.map(layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
 
     def _norm(self, w, a, b, stack: str) -> jax.Array:
         """Column norms of W + scale * A B, float32 [*stack, produced], without forming that matrix.
@@ -114,7 +120,7 @@ def merge(model: Gemma2) -> None:
     """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it."""
     for base in projections(model).values():
         if isinstance(base.adapter, Adapter):
-            base.w[...] = base.adapter.merged(base.w[...]).astype(base.w.dtype)
+            base.w[...] = base.adapter.merged(base.w[...])
             base.adapter = None
 
 

@@ -59,7 +59,7 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
         if isinstance(axis, str) and size % mesh.shape[axis]:
             raise ValueError(
                 f"mesh.{axis} {mesh.shape[axis]} does not divide the {dims.DIMS[letter].meaning} of {size}; "
-                f"use a divisor of {math.gcd(size, mesh.shape[axis])} or another axis"
+                f"use a divisor of {size}, or another axis"
             )
 
 

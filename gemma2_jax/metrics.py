@@ -58,17 +58,18 @@ class Metrics:
         self._pending = step, values, self._tokens
 
     def flush(self) -> None:
-        """Logs what is pending, waiting for it. Raises FloatingPointError where the loss is not finite."""
+        """Logs what is pending, waiting for it. Raises FloatingPointError where loss or gradient is not finite."""
         if self._pending is None:
             return
         (step, values, tokens), self._pending = self._pending, None
         read = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
         now = time.perf_counter()
         speed = tokens * (step - self._clock_step) / max(now - self._clock, 1e-9)
-        if not math.isfinite(read["loss"]):
+        if not (math.isfinite(read["loss"]) and math.isfinite(read["grad_norm"])):
             raise FloatingPointError(
-                f"the loss of step {step} is {read['loss']}; lower optim.lr, or resume from an earlier checkpoint in "
-                f"{self._config.output / 'checkpoints'} with other data"
+                f"step {step} has loss {read['loss']} and gradient norm {read['grad_norm']}; it was not saved. "
+                "Start again in another --workdir with a lower optim.lr, a lower optim.clip_norm or more "
+                "optim.warmup_steps"
             )
         if step % self._config.train.log_every and step != self._config.steps:
             return

@@ -71,6 +71,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.norm_eps
         self.w = nnx.Param(jnp.zeros(dims.shape(letters, config)))
 
+    @jax.named_scope("norm")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
@@ -104,11 +105,14 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, rope, attend: Attend, key):
         key_q, key_k, key_v, key_o = _split(key, 4)
-        q_BTNH = rotate(self.q(x_BTD, key_q), rope)
-        k_BTKH = rotate(self.k(x_BTD, key_k), rope)
-        v_BTKH = self.v(x_BTD, key_v)
-        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-        return self.o(out_BTNH, key_o), cache
+        with jax.named_scope("qkv"):
+            q_BTNH = rotate(self.q(x_BTD, key_q), rope)
+            k_BTKH = rotate(self.k(x_BTD, key_k), rope)
+            v_BTKH = self.v(x_BTD, key_v)
+        with jax.named_scope("attend"):
+            out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
+        with jax.named_scope("o"):
+            return self.o(out_BTNH, key_o), cache
 
 
 class MLP(nnx.Module):
@@ -122,8 +126,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD, key):
         key_gate, key_up, key_down = _split(key, 3)
-        gate_BTF = jax.nn.gelu(self.gate(x_BTD, key_gate), approximate=True)
-        return self.down(gate_BTF * self.up(x_BTD, key_up), key_down)
+        with jax.named_scope("gate_up"):
+            gate_BTF = jax.nn.gelu(self.gate(x_BTD, key_gate), approximate=True)
+            inner_BTF = gate_BTF * self.up(x_BTD, key_up)
+        with jax.named_scope("down"):
+            return self.down(inner_BTF, key_down)
 
 
 class Block(nnx.Module):

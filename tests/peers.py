@@ -12,8 +12,11 @@ import torch
 import transformers
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.config import ComputeConfig, ModelConfig
 
+torch.set_num_threads(1)  # more are slower on models this small, and far slower beside another busy process
+
+F32 = ComputeConfig(dtype="float32", remat="block")
 SMALL = dict(vocab_size=384, window=8, max_length=64)
 BITING = {
     "2b": replace(
@@ -68,6 +71,14 @@ def hf_model(config: ModelConfig, seed: int = 0, gain: float = 1.0) -> transform
                 std = parameter.shape[1] ** -0.5 * next((s for key, s in spread.items() if key in name), 1.0)
                 parameter.normal_(0, std, generator=generator)
     return model
+
+
+def rows_of(config: ModelConfig, batch: int = 2, length: int | None = None, seed: int = 0):
+    """Random tokens, three windows and a bit long, with their positions and segments."""
+    length = length or 3 * config.window + 3
+    tokens = np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
+    positions = np.broadcast_to(np.arange(length), tokens.shape)
+    return tokens, positions, np.ones_like(tokens)
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, np.ndarray]:

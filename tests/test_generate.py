@@ -130,8 +130,8 @@ def test_cached_logits_equal_a_forward_pass(name):
         new, cache = logits_of(graph, weights, Gemma2.extend, tokens[[0, 1], position], position, cache)
         rows = [[*row, logits[None]] for row, logits in zip(rows, new, strict=True)]
     for row, logits, length in zip(rows, expected, lengths, strict=True):
-        # Logits reach 20: this is 5e-6 of them, for sums taken in another order under scores that reach the cap.
-        np.testing.assert_allclose(np.concatenate(row), logits[: length + 20], atol=1e-4, rtol=0)
+        # Logits reach 20. Against float64 arithmetic the cache is off by at most 1.7e-5, the whole pass by 2.6e-5.
+        np.testing.assert_allclose(np.concatenate(row), logits[: length + 20], atol=5e-5, rtol=0)
 
 
 def test_local_layers_keep_no_more_than_their_window():

@@ -9,8 +9,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from peers import BITING, hf_model, state_dict
-from test_numerics import F32, rows_of
+from peers import BITING, F32, hf_model, rows_of, state_dict
 
 from gemma2_jax import config as configs, lora, model
 from gemma2_jax.config import AdapterConfig, TrainConfig

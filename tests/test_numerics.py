@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from peers import BITING, hf_model, state_dict
+from peers import BITING, F32, hf_model, rows_of, state_dict
 
 from gemma2_jax import attention, config as configs, model
 from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.convert.table import from_hf, to_hf
 from gemma2_jax.loss import cross_entropy
 from gemma2_jax.model import Gemma2, Weights
-
-F32 = ComputeConfig(dtype="float32", remat="block")
 
 
 def build(config: ModelConfig, compute: ComputeConfig = F32):
@@ -31,14 +29,6 @@ def weights_of(peer, config: ModelConfig) -> Weights:
 def logits_of(graph, weights, tokens, positions, segments):
     ours = model.rebuild(graph, weights)
     return ours.logits(ours(tokens, positions, segments))
-
-
-def rows_of(config: ModelConfig, batch: int = 2, length: int | None = None, seed: int = 0):
-    """Random tokens, three windows and a bit long, with their positions and segments."""
-    length = length or 3 * config.window + 3
-    tokens = np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
-    positions = np.broadcast_to(np.arange(length), tokens.shape)
-    return tokens, positions, np.ones_like(tokens)
 
 
 def scores_of(peer, tokens):
