@@ -38,6 +38,41 @@ class Update(Protocol):
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
 
 
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
+
+    On CPU, XLA's libraries copy the first operand if it is not summed over its last dims, the second if not over its
+    first, and compute what made it in that order. So x comes first and its order of summed dims is kept, where einsum
+    sorts them; and the gradient by w has the smaller of its operands first.
+    """
+    first, second, result = equation.replace("->", ",").split(",")
+    summed = [letter for letter in first if letter not in result]
+    kept = [letter for letter in first + second if letter not in summed]
+    axes = [first.index(letter) for letter in summed], [second.index(letter) for letter in summed]
+    return jnp.transpose(jnp.tensordot(x, w, axes), [kept.index(letter) for letter in result])
+
+
+product = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
+def _product_forward(equation, x, w):
+    return _product(equation, x.value, w.value), (x.value, w.value, x.perturbed, w.perturbed)
+
+
+def _product_backward(equation, residuals, grad):
+    x, w, x_perturbed, w_perturbed = residuals
+    inputs, weight, outputs = equation.replace("->", ",").split(",")
+    grad_x = _product(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
+    if not w_perturbed:
+        return grad_x, None
+    if x.size <= grad.size:
+        return grad_x, _product(f"{inputs},{outputs}->{weight}", x, grad)
+    return grad_x, _product(f"{outputs},{inputs}->{weight}", grad, x)
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
 class Einsum(nnx.Module):
     """A weight applied by an einsum whose letters are its shape, its sharding and its use.
 
@@ -56,7 +91,7 @@ class Einsum(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         w = constrain(self.w[...].astype(self.dtype), self.weight_dims)
-        y = jnp.einsum(self.equation, x, w)
+        y = product(self.equation, x, w)
         if self.adapter is not None:
             y = self.adapter(x, y, w, key)
         return constrain(y, self.equation.split("->")[1])

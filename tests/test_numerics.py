@@ -1,6 +1,7 @@
 """The model against transformers with eager attention: logits, loss, gradients, padding, packing, bfloat16."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +224,35 @@ def test_attention_holds_no_square_of_scores():
     step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
     memory = step.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2 * T * T * 4 / 2, "of two heads' f32 scores, half would already be too much"
+
+
+EQUATIONS = ("BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DR->BTR", "BTR,RNH->BTNH")
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_products_equal_einsum(equation):
+    sizes = dict(B=2, T=16, D=12, N=3, H=4, F=20, R=2)
+    inputs, weight, _ = equation.replace("->", ",").split(",")
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = (
+        jax.random.normal(k, [sizes[c] for c in letters]) for k, letters in zip(keys, (inputs, weight), strict=True)
+    )
+    got, expected = (
+        jax.vjp(lambda x, w, f=f: f(equation, x, w), x, w)
+        for f in (model.product, partial(jnp.einsum, precision="highest"))
+    )
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    cotangent = jnp.cos(expected[0])
+    for a, b in zip(got[1](cotangent), expected[1](cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["BTF,FR->BTR", "BTR,RF->BTF"])
+def test_products_transpose_no_large_operand(equation):
+    """Compiled for CPU, the gradient of an adapter makes no copy of the activations."""
+    B, T, F, R = 4, 64, 96, 8
+    x, w = ((B, T, F), (F, R)) if equation.startswith("BTF") else ((B, T, R), (R, F))
+    gradients = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(model.product(equation, jnp.exp(x), w)))))
+    text = gradients.lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (w, x))).compile().as_text()
+    assert f"f32[{B * T},{F}]" in text
+    assert f"f32[{F},{B * T}]" not in text
