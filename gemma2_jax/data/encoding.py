@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 import tempfile
 from array import array
@@ -48,6 +49,7 @@ class Store:
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """The tokenizer in a directory, or of a Hugging Face hub id; ValueError when there is none that will do."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
