@@ -99,22 +99,24 @@ class Job:
         held = {part: read(self.source, at, self.source.shapes[at].dtype) for part, at in paths.items()}
         merged = np.empty(want.shape, want.dtype)
         for layer in range(len(merged)):  # float32 copies of a whole stack would be many times its size
-            merged[layer] = self._merge(projection, **{part: x[layer : layer + 1] for part, x in held.items()})[0]
+            merged[layer] = self._merge(
+                projection, want.dtype, **{part: x[layer : layer + 1] for part, x in held.items()}
+            )[0]
         return merged
 
     @cached_property
     def _merge(self) -> Callable:
-        """lora's merge of one projection, on arrays: `merge(name, w=, a=, b=, m=)`."""
+        """lora's merge of one projection, on arrays: `merge(name, dtype, w=, a=, b=, m=)`."""
         assert self.source.model is not None
         skeleton = nnx.eval_shape(partial(_adapted, self.source.model, self.source.adapter))
         found = {name: base.adapter for name, base in lora.projections(skeleton).items()}
 
-        @partial(jax.jit, static_argnums=0)
-        def merge(name: str, w: jax.Array, **variables: jax.Array) -> jax.Array:
+        @partial(jax.jit, static_argnums=(0, 1))
+        def merge(name: str, dtype: np.dtype, w: jax.Array, **variables: jax.Array) -> jax.Array:
             adapter = found[name]
             assert isinstance(adapter, lora.Adapter)
             graph, _ = nnx.split(adapter)
-            return nnx.merge(graph, nnx.State(variables)).merged(w)
+            return nnx.merge(graph, nnx.State(variables)).merged(w, dtype)
 
         return merge
 

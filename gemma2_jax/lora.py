@@ -68,8 +68,8 @@ class Adapter(nnx.Module):
         norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))
         return (y * (self.m[...] / norm)).astype(y.dtype)
 
-    def merged(self, w_L: jax.Array) -> jax.Array:
-        """The stacked weight with the update added, in float32 and rounded once: it needs no adapter.
+    def merged(self, w_L: jax.Array, dtype) -> jax.Array:
+        """The stacked weight with the update added in float32, and rounded once to `dtype`: it needs no adapter.
 
         Layers are taken one by one, as the whole stack in float32 would be twice the weight itself.
         """
@@ -81,7 +81,7 @@ class Adapter(nnx.Module):
             w = w.astype(jnp.float32) + self.scale * update
             if m is not None:
                 w *= jnp.expand_dims(m / jnp.sqrt(jnp.sum(jnp.square(w), axes)), axes)
-            return w.astype(w_L.dtype)
+            return w.astype(dtype)
 
         return jax.lax.map(layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
 
@@ -120,7 +120,7 @@ def merge(model: Gemma2) -> None:
     """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it."""
     for base in projections(model).values():
         if isinstance(base.adapter, Adapter):
-            base.w[...] = base.adapter.merged(base.w[...])
+            base.w[...] = base.adapter.merged(base.w[...], base.w.dtype)
             base.adapter = None
 
 
