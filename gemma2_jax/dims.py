@@ -5,6 +5,7 @@ weight's shape, initial sharding and use are written once, in its einsum. `dim` 
 an axis of the mesh.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
@@ -25,7 +26,7 @@ class Dim:
 
 DIMS = {
     "B": Dim("batch", used=("data", "fsdp")),
-    "T": Dim("query position"),
+    "T": Dim("query position", used="tensor"),  # between blocks: sequence parallelism (arXiv:2205.05198)
     "S": Dim("key position"),
     "D": Dim("model width", stored="fsdp"),  # stored split and used whole is ZeRO-3 (arXiv:1910.02054)
     "N": Dim("query heads", stored="tensor", used="tensor"),
@@ -39,14 +40,27 @@ DIMS = {
 }
 
 
-def stored(letters: str) -> PartitionSpec:
-    """How a weight with these dims is kept between uses."""
-    return PartitionSpec(*(DIMS[letter].stored for letter in letters))
+def stored(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
+    """How a weight with these dims is kept between uses, on a mesh of these axis sizes.
+
+    Key/value heads fewer than the shards of their axis are kept whole: each shard uses the one that its queries need.
+    """
+    return PartitionSpec(*(_whole_or(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)))
 
 
-def used(letters: str) -> PartitionSpec:
-    """How an activation, or a weight at the moment of use, is spread."""
-    return PartitionSpec(*(DIMS[letter].used for letter in letters))
+def used(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
+    """How an activation, or a weight at the moment of use, is spread on a mesh of these axis sizes.
+
+    Positions have the tensor axis where no other dim could have it: between blocks, not within them.
+    """
+    claimed = [DIMS[letter].used for letter in letters if letter != "T"]
+    axes = [None if d == "T" and DIMS[d].used in claimed else DIMS[d].used for d in letters]
+    return PartitionSpec(*map(_whole_or, axes, letters, shape, [mesh] * len(letters)))
+
+
+def _whole_or(axis: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
+    """The axis, or None for the dims that may stay whole where it does not divide them: K, and T of one token."""
+    return None if letter in "KT" and isinstance(axis, str) and size % mesh[axis] else axis
 
 
 def sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:

@@ -5,6 +5,7 @@ pinned with `constrain`, and XLA's partitioner places the collectives in between
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -42,6 +43,11 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
+    if train.sequence_length % mesh.shape["tensor"]:
+        raise ValueError(
+            f"mesh.tensor {mesh.shape['tensor']} does not divide train.sequence_length {train.sequence_length}, whose "
+            "positions it splits between blocks; change one of them"
+        )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     per_pass = train.micro_batch_size * shards
     if train.global_batch_size % per_pass:
@@ -56,20 +62,21 @@ def check(config: Config, mesh: Mesh) -> None:
 def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
     for letter, size in dims.sizes(model).items():
         axis = dims.DIMS[letter].stored
-        if isinstance(axis, str) and size % mesh.shape[axis]:
+        if isinstance(axis, str) and size % mesh.shape[axis] and (letter != "K" or mesh.shape[axis] % size):
             raise ValueError(
                 f"mesh.{axis} {mesh.shape[axis]} does not divide the {dims.DIMS[letter].meaning} of {size}; "
                 f"use a divisor of {size}, or another axis"
             )
 
 
-def stored(mesh: Mesh, letters: str) -> NamedSharding:
+def stored(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
     """Sharding of a stored weight with these dims."""
-    return NamedSharding(mesh, dims.stored(letters))
+    return NamedSharding(mesh, dims.stored(letters, shape, mesh.shape))
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh (`jax.set_mesh`) as its dims say; unchanged where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, dims.used(letters))
+    return jax.lax.with_sharding_constraint(x, dims.used(letters, x.shape, mesh.shape))

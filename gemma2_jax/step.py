@@ -71,7 +71,7 @@ class Program:
     def batch(self) -> Abstract:
         """Abstract global batch."""
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
-        sharding = NamedSharding(self.mesh, dims.used("BT"))
+        sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used))
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
 
     def random_base(self) -> Weights:
@@ -167,7 +167,7 @@ class Program:
 
     def _abstract(self, weights: Weights, dtype: str) -> Abstract:
         return {
-            path: jax.ShapeDtypeStruct(w.shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path]))
+            path: jax.ShapeDtypeStruct(w.shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path], w.shape))
             for path, w in weights.items()
         }
 

@@ -124,7 +124,9 @@ def test_load_reads_slices_into_any_sharding(hf, tmp_path, to):
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     wanted = {
         row.path: jax.ShapeDtypeStruct(
-            source.shapes[row.path].shape, jnp.bfloat16, sharding=meshes.stored(mesh, row.letters)
+            source.shapes[row.path].shape,
+            jnp.bfloat16,
+            sharding=meshes.stored(mesh, row.letters, source.shapes[row.path].shape),
         )
         for row in table.MODEL
     }
@@ -148,8 +150,8 @@ def test_a_device_s_slice_is_all_that_is_read(hf, monkeypatch):
         return part
 
     monkeypatch.setattr(tensors.Tensors, "read", counted)
-    sharding = meshes.stored(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH")
     shape = source.shapes["blocks/attn/q/w"]
+    sharding = meshes.stored(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH", shape.shape)
     load(source, {"blocks/attn/q/w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)})
     # Three layers, two slices, each once although four devices have it.
     assert sizes == [64 * 36 * 4 // 2] * 6

@@ -262,7 +262,10 @@ def test_a_mesh_gives_the_same_tokens():
     prompts = prompts_of("27b", 5, 9, 12, 3)
     letters = model.letters(model.rebuild(graph_of("27b"), weights_of("27b")))
     with jax.set_mesh(mesh):
-        placed = {path: jax.device_put(w, meshes.stored(mesh, letters[path])) for path, w in weights_of("27b").items()}
+        placed = {
+            path: jax.device_put(w, meshes.stored(mesh, letters[path], w.shape))
+            for path, w in weights_of("27b").items()
+        }
         spread = Generator(graph_of("27b"), placed)
         found = spread.generate(prompts, max_new_tokens=20)
     assert {len(w.sharding.device_set) for w in jax.tree.leaves(spread.weights)} == {8}

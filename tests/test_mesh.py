@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from peers import BITING
 
-from gemma2_jax import config as configs, mesh as meshes
+from gemma2_jax import config as configs, dims, mesh as meshes
 from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.loop import place
 from gemma2_jax.mesh import make_mesh
@@ -72,10 +72,18 @@ def test_shardings_read_off_the_arrays():
         }
 
 
-@pytest.mark.parametrize("kind", ["sft", "dora"])
-def test_sharded_steps_equal_unsharded_ones(kind):
+@pytest.mark.parametrize(
+    ("kind", "model", "mesh"),
+    [
+        ("sft", "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("dora", "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("lora", "9b", MeshConfig(fsdp=8)),
+        ("sft", "27b", MeshConfig(tensor=8)),  # twice its key/value heads
+        ("dora", "9b", MeshConfig(data=2, tensor=4)),
+    ],
+)
+def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
     """Loss and weights after three steps: float32 sums in another order, so 1e-5 of a weight's norm."""
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 384, (8, 32), np.int32),
@@ -85,7 +93,7 @@ def test_sharded_steps_equal_unsharded_ones(kind):
         "weights": rng.integers(0, 2, (8, 32)).astype(np.float32),
     }
     results = []
-    for run in (program(kind, MeshConfig(), devices=1), program(kind, mesh)):
+    for run in (program(kind, MeshConfig(), devices=1, model=BITING[model]), program(kind, mesh, model=BITING[model])):
         with jax.set_mesh(run.mesh):
             state = run.fresh(run.random_base())
             step = jax.jit(run.train_step, donate_argnums=0)
@@ -97,6 +105,36 @@ def test_sharded_steps_equal_unsharded_ones(kind):
     for path, w in weights.items():
         error = np.linalg.norm(others[path] - w) / np.linalg.norm(w)
         assert error < 1e-5, f"{path}: relative L2 error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dora"])
+def test_what_a_tensor_parallel_step_communicates(kind, capfd):
+    """Positions are gathered for the blocks; logits and MLP are not, and XLA finds no resharding it cannot do."""
+    run = program(kind, MeshConfig(tensor=8), model=BITING["27b"])
+    with jax.set_mesh(run.mesh):
+        text = jax.jit(run.train_step).lower(run.state, run.batch).compile().as_text()
+    assert "rematerialization" not in capfd.readouterr().err
+    collectives = "all-gather|all-reduce|reduce-scatter|all-to-all"
+    shapes = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(rf"= f32\[([\d,]+)\]\S* (?:{collectives})\(", text)
+    }
+    assert (1, 32, 40) in shapes, "no [B, T, D] of whole rows: are positions spread?"
+    config = BITING["27b"]
+    large = {config.vocab_size, config.vocab_size // 8, config.mlp_width}
+    assert not [shape for shape in shapes if large & set(shape)]
+
+
+def test_positions_have_the_tensor_axis_where_nothing_else_has_it():
+    """Sequence parallelism between blocks; and fewer key/value heads than shards are kept whole."""
+    mesh = {"data": 2, "fsdp": 1, "tensor": 4}
+    batch = ("data", "fsdp")
+    assert dims.used("BTD", (2, 32, 56), mesh) == P(batch, "tensor", None)
+    assert dims.used("BTD", (2, 1, 56), mesh) == P(batch, None, None)
+    assert dims.used("BTF", (2, 32, 80), mesh) == P(batch, None, "tensor")
+    assert dims.used("BTKH", (2, 32, 4, 16), mesh) == P(batch, None, "tensor", None)
+    assert dims.used("BTKH", (2, 32, 2, 16), mesh) == P(batch, None, None, None)
+    assert dims.stored("LDKH", (4, 56, 2, 16), mesh) == P(None, "fsdp", None, None)
+    assert dims.stored("LDKH", (4, 56, 4, 16), mesh) == P(None, "fsdp", "tensor", None)
 
 
 def test_constrain_without_a_mesh_is_nothing():
