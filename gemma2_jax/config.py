@@ -239,7 +239,7 @@ class MeshConfig:
 
     data: int = -1  # copies of the model, each with its rows of the batch
     fsdp: int = 1  # shards of weights and optimizer state, gathered layer by layer; also splits the batch
-    tensor: int = 1  # shards of heads, MLP width and vocabulary
+    tensor: int = 1  # shards of heads, MLP width and vocabulary, and of positions between blocks
 
 
 @dataclass(frozen=True, kw_only=True)

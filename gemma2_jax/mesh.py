@@ -43,10 +43,12 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
-    if train.sequence_length % mesh.shape["tensor"]:
+    tensor, length = mesh.shape["tensor"], train.sequence_length
+    if length % tensor:
+        below = length // tensor * tensor
         raise ValueError(
-            f"mesh.tensor {mesh.shape['tensor']} does not divide train.sequence_length {train.sequence_length}, whose "
-            "positions it splits between blocks; change one of them"
+            f"mesh.tensor {tensor} does not divide train.sequence_length {length}, whose positions it splits between "
+            f"blocks; use {f'{below} or ' if below else ''}{below + tensor} positions, or another mesh.tensor"
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     per_pass = train.micro_batch_size * shards
@@ -65,7 +67,7 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
         if isinstance(axis, str) and size % mesh.shape[axis] and (letter != "K" or mesh.shape[axis] % size):
             raise ValueError(
                 f"mesh.{axis} {mesh.shape[axis]} does not divide the {dims.DIMS[letter].meaning} of {size}; "
-                f"use a divisor of {size}, or another axis"
+                f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
             )
 
 

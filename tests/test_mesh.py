@@ -48,6 +48,12 @@ def program(kind: str, mesh: MeshConfig, devices: int = 8, **changes) -> Program
 def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"mesh.tensor 8 does not divide the query heads of 4; use a divisor of 4"):
         program("sft", MeshConfig(tensor=8))
+    odd = replace(BITING["9b"], heads=8, kv_heads=2, mlp_width=80)
+    with pytest.raises(ValueError, match=r"tensor 8 does not divide train.sequence_length 30.*; use 24 or 32"):
+        program("sft", MeshConfig(tensor=8), model=odd, train=TrainConfig(sequence_length=30, global_batch_size=8))
+    six = replace(BITING["9b"], heads=24, kv_heads=12, mlp_width=80)
+    with pytest.raises(ValueError, match=r"the key/value heads of 12; use a divisor or a multiple of 12"):
+        program("sft", MeshConfig(tensor=8), model=six)
     with pytest.raises(ValueError, match=r"global_batch_size 12 does not divide over .* = 8 rows a pass; use 16"):
         program("sft", MeshConfig(), train=TrainConfig(sequence_length=32, global_batch_size=12))
 
@@ -114,14 +120,12 @@ def test_what_a_tensor_parallel_step_communicates(kind, capfd):
     with jax.set_mesh(run.mesh):
         text = jax.jit(run.train_step).lower(run.state, run.batch).compile().as_text()
     assert "rematerialization" not in capfd.readouterr().err
-    collectives = "all-gather|all-reduce|reduce-scatter|all-to-all"
-    shapes = {
-        tuple(map(int, shape.split(","))) for shape in re.findall(rf"= f32\[([\d,]+)\]\S* (?:{collectives})\(", text)
-    }
-    assert (1, 32, 40) in shapes, "no [B, T, D] of whole rows: are positions spread?"
+    found = re.findall(r"= f32\[([\d,]+)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all)\(", text)
+    collectives = {(name, tuple(map(int, shape.split(",")))) for shape, name in found}
+    assert ("all-gather", (1, 32, 40)) in collectives, "positions are not spread between blocks"
     config = BITING["27b"]
     large = {config.vocab_size, config.vocab_size // 8, config.mlp_width}
-    assert not [shape for shape in shapes if large & set(shape)]
+    assert not [(name, shape) for name, shape in collectives if large & set(shape)]
 
 
 def test_positions_have_the_tensor_axis_where_nothing_else_has_it():
