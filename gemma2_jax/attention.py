@@ -10,6 +10,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from gemma2_jax.mesh import axis_size
 
 MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
 # Queries, and keys, taken at a time: on CPU a block's scores stay in the cache of one core.
@@ -30,6 +33,9 @@ def choose(name: str):
 def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None, block: int = 64):
     """Causal attention of a sequence to itself.
 
+    On a mesh with context shards, positions are in the order of `mesh.balanced`, for which each shard gathers the keys
+    and values of all.
+
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values after RoPE, in the compute dtype; N is a multiple of K.
       segments_BT: int32; positions attend within their own segment only.
@@ -41,28 +47,60 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
     Returns:
       [B, T, N, H] in the dtype of v. Scores and softmax are float32 (Gemma 2, arXiv:2408.00118, section 2).
     """
+    shards = axis_size("context")
+    if shards > 1:
+        spread = PartitionSpec(None, "context")
+        return jax.shard_map(
+            partial(_attend_shard, (scale, softcap, block), shards),
+            in_specs=(spread, spread, spread, spread, PartitionSpec()),
+            out_specs=spread,
+            axis_names={"context"},
+            check_vma=False,
+        )(q_BTNH, k_BTKH, v_BTKH, segments_BT, jnp.int32(window))
     T = q_BTNH.shape[1]
     block = min(block, T)
     padding = -T % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
-    return _blocked((scale, softcap, block), q, k, v, segments_BT, jnp.int32(window))[:, :T]
+    order = jnp.arange(q.shape[1] // block)
+    return _blocked((scale, softcap, block), q, k, v, segments_BT, segments_BT, order, jnp.int32(window))[:, :T]
 
 
-def _blocked_value(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    """`attend` for T a multiple of the block."""
-    return _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
+def _attend_shard(settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    """`attend` of one context shard: its own queries, an early and a late piece of the row, to the keys of all."""
+    scale, softcap, block = settings
+    piece = q_BTNH.shape[1] // 2
+    block = max(size for size in range(1, min(block, piece) + 1) if piece % size == 0)
+    k, v, all_segments = (_in_order(x, shards) for x in (k_BTKH, v_BTKH, segments_BT))
+    shard = jax.lax.axis_index("context")
+    within = jnp.arange(piece // block)
+    order = jnp.concatenate([within + at * (piece // block) for at in (shard, 2 * shards - 1 - shard)])
+    return _blocked((scale, softcap, block), q_BTNH, k, v, segments_BT, all_segments, order, window)
 
 
-def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+def _in_order(x_BT, shards: int):
+    """The whole of what context shards hold in the order of `mesh.balanced`, as it was before."""
+    x_BCPT = jax.lax.all_gather(x_BT.reshape(x_BT.shape[0], 2, -1, *x_BT.shape[2:]), "context", axis=1)
+    x_BPT = jnp.concatenate([x_BCPT[:, :, 0], x_BCPT[:, ::-1, 1]], axis=1)
+    return x_BPT.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
+
+
+def _blocked_value(settings, *inputs):
+    """`attend` for whole blocks; query block i of those given is block order[i] of the sequence."""
+    return _blocked_forward(settings, *inputs)[0]
+
+
+def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window):
     block, K = settings[2], k_BTKH.shape[2]
 
-    def query_block(i):
-        q = _group(_take(q_BTNH, i, block), K)
+    def query_block(inputs):
+        i, at = inputs
+        q, segments = _group(_take(q_BTNH, i, block), K), _take(q_segments_BT, i, block)
 
         def key_block(j, carry):
             top, total, out = carry
-            scores, _ = _scores(q, _take(k_BTKH, j, block), i, j, segments_BT, window, settings)
+            k, other = _take(k_BTKH, j, block), _take(k_segments_BT, j, block)
+            scores, _ = _scores(q, k, _mask(at, j, segments, other, window), settings)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -72,27 +110,30 @@ def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
 
         B, T, K_, G, H = q.shape
         start = jnp.full((B, K_, G, T), MASKED), jnp.zeros((B, K_, G, T)), jnp.zeros((B, K_, G, T, H))
-        top, total, out = jax.lax.fori_loop(_first(i, block, window), i + 1, key_block, start)
+        top, total, out = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
         return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
 
-    out, log_z = jax.lax.map(query_block, jnp.arange(q_BTNH.shape[1] // block))
+    out, log_z = jax.lax.map(query_block, (jnp.arange(len(order)), order))
     out_BTNH = _ungroup(jnp.einsum("IBKGTH->BITKGH", out))
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, window, out_BTNH, log_z)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z)
 
 
 def _blocked_backward(settings, residuals, cotangent_BTNH):
     scale, _, block = settings
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, window, out_BTNH, log_z = residuals
+    q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z = residuals
     K = k_BTKH.shape[2]
 
-    def query_block(carry, i):
+    def query_block(carry, inputs):
+        i, at = inputs
+        segments = _take(q_segments_BT, i, block)
         q, out, cotangent = (_group(_take(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
         delta = jnp.einsum("BTKGH,BTKGH->BKGT", out, cotangent, preferred_element_type=jnp.float32)
 
         def key_block(j, carry):
             dq, dk_BTKH, dv_BTKH = carry
             k, v = _take(k_BTKH, j, block), _take(v_BTKH, j, block)
-            scores, slope = _scores(q, k, i, j, segments_BT, window, settings)
+            mask_BTS = _mask(at, j, segments, _take(k_segments_BT, j, block), window)
+            scores, slope = _scores(q, k, mask_BTS, settings)
             weights = jnp.exp(scores - log_z[i][..., None])
             d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", cotangent, v, preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - delta[..., None]) * slope * scale).astype(q.dtype)
@@ -102,38 +143,35 @@ def _blocked_backward(settings, residuals, cotangent_BTNH):
             return dq + product("BKGTS,BSKH->BTKGH", d_scores, k), dk_BTKH, dv_BTKH
 
         start = jnp.zeros(q.shape, jnp.float32), *carry
-        dq, *carry = jax.lax.fori_loop(_first(i, block, window), i + 1, key_block, start)
+        dq, *carry = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
         return tuple(carry), dq.astype(q.dtype)
 
     start = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
-    (dk_BTKH, dv_BTKH), dq = jax.lax.scan(query_block, start, jnp.arange(q_BTNH.shape[1] // block))
+    (dk_BTKH, dv_BTKH), dq = jax.lax.scan(query_block, start, (jnp.arange(len(order)), order))
     dq_BTNH = _ungroup(jnp.einsum("IBTKGH->BITKGH", dq))
-    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None
+    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None, None, None
 
 
 _blocked = jax.custom_vjp(_blocked_value, nondiff_argnums=(0,))
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _scores(q_BTKGH, k_BSKH, i, j, segments_BT, window, settings):
-    """Masked scores of query block i against key block j, and the cap's slope, float32 [B, K, G, T, S]."""
-    scale, softcap, block = settings
+def _scores(q_BTKGH, k_BSKH, mask_BTS, settings):
+    """Masked scores of a block of queries against a block of keys, and the cap's slope, float32 [B, K, G, T, S]."""
+    scale, softcap, _ = settings
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     slope = 1.0
     if softcap is not None:
         squashed = jnp.tanh(scores / softcap)
         scores, slope = softcap * squashed, 1 - jnp.square(squashed)
-    within = jnp.arange(block)
-    mask_BTS = _mask(
-        i * block + within, j * block + within, _take(segments_BT, i, block), _take(segments_BT, j, block), window
-    )
     return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
 
 
-def _mask(i_T, j_S, segments_BT, segments_BS, window):
-    """[B, T, S]: which keys each query sees. This is the one place that says so."""
-    distance_TS = i_T[:, None] - j_S
-    return (distance_TS >= 0) & (distance_TS < window) & (segments_BT[:, :, None] == segments_BS[:, None])
+def _mask(i, j, q_segments_BT, k_segments_BS, window):
+    """[B, T, S]: which keys of block j the queries of block i see. This is the one place that says so."""
+    T, S = q_segments_BT.shape[1], k_segments_BS.shape[1]
+    distance_TS = (i * T + jnp.arange(T))[:, None] - (j * S + jnp.arange(S))
+    return (distance_TS >= 0) & (distance_TS < window) & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
 
 
 def _first(i, block: int, window):

@@ -225,7 +225,8 @@ class ComputeConfig:
     trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
     frozen_dtype: DType = "bfloat16"  # of weights that are not
     attention: Literal["auto", "xla"] = "auto"  # implementation of attention
-    remat: Literal["none", "dots", "block"] = "block"  # kept for the backward pass: all, matrix products, inputs
+    # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
+    remat: Literal["none", "dots", "block", "offload"] = "block"
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
     def __post_init__(self) -> None:
@@ -237,8 +238,10 @@ class ComputeConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1, for all the devices that are left."""
 
+    stage: int = 1  # pipeline stages, each with its run of layers
     data: int = -1  # copies of the model, each with its rows of the batch
     fsdp: int = 1  # shards of weights and optimizer state, gathered layer by layer; also splits the batch
+    context: int = 1  # shards of a row's positions, everywhere; also splits weights and optimizer state as fsdp does
     tensor: int = 1  # shards of heads, MLP width and vocabulary, and of positions between blocks
 
 

@@ -16,7 +16,7 @@ from gemma2_jax import report, resume
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.data import pipeline
-from gemma2_jax.mesh import make_mesh
+from gemma2_jax.mesh import balanced, make_mesh
 from gemma2_jax.metrics import Metrics
 from gemma2_jax.profiling import Trace
 from gemma2_jax.step import Batch, Program, State
@@ -37,7 +37,7 @@ def train(config: Config) -> None:
     with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
         changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
-        batches, held_out = _data(config, tokenizer)
+        batches, held_out = _data(program, tokenizer)
         compile_started = time.perf_counter()
         train_step = jax.jit(program.train_step, donate_argnums=0).lower(program.state, program.batch).compile()
         eval_step = jax.jit(program.eval_step).lower(program.state, program.batch).compile()
@@ -75,9 +75,18 @@ def due(step: int, every: int, last: int) -> bool:
 
 def place(program: Program, batch: dict[str, np.ndarray]) -> Batch:
     """This process's rows as its part of the global arrays."""
-    return {
-        name: jax.make_array_from_process_local_data(program.batch[name].sharding, rows) for name, rows in batch.items()
-    }
+    first = program.rows.start
+
+    def array(like: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
+        rows = balanced(rows, program.mesh.shape["context"])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(like.shape[0])
+            return rows[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+    return {name: array(program.batch[name], rows) for name, rows in batch.items()}
 
 
 def mean_loss(eval_step: Callable, state: State, batches) -> float:
@@ -87,13 +96,14 @@ def mean_loss(eval_step: Callable, state: State, batches) -> float:
     return float(sum(losses) / max(sum(targets), 1))
 
 
-def _data(config: Config, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalBatches]:
+def _data(program: Program, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalBatches]:
+    config = program.config
     sizes: dict[str, Any] = dict(
         sequence_length=config.train.sequence_length,
         batch_size=config.train.global_batch_size,
         cache=config.output / "data",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=program.rows.start // len(program.rows),
+        process_count=config.train.global_batch_size // len(program.rows),
     )
     batches = pipeline.train_batches(config.data, tokenizer, **sizes)
     return batches, pipeline.eval_batches(config.data, tokenizer, max_batches=config.train.eval_batches, **sizes)

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.mesh import constrain
+from gemma2_jax.mesh import axis_size, constrain
 
 
 def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
@@ -25,13 +25,18 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
       chunk: positions of each row whose [B, chunk, V] logits exist at one time.
     """
     T = targets_BT.shape[1]
+    # Every shard of the positions has its part in every chunk.
+    shards = axis_size("context") * axis_size("tensor")
+    shards = shards if T % shards == 0 else 1
     count = -(-T // chunk)
-    size = -(-T // count)
+    size = -(-T // (shards * count))
 
     def chunks(x_BT):
         B, _, *rest = x_BT.shape
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, count * size - T)) + ((0, 0),) * len(rest))
-        return jnp.moveaxis(x_BT.reshape(B, count, size, *rest), 1, 0)
+        x_BT = x_BT.reshape(B, shards, T // shards, *rest)
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, 0), (0, count * size - T // shards)) + ((0, 0),) * len(rest))
+        x_BT = jnp.moveaxis(x_BT.reshape(B, shards, count, size, *rest), 2, 0)
+        return x_BT.reshape(count, B, shards * size, *rest)
 
     inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
@@ -82,6 +87,7 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     """Loss of one chunk, and its gradient by the logits before the cap, float32."""
+    hidden_BTD = constrain(hidden_BTD, "BTD")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
     raw_BTV = constrain(raw_BTV, "BTV")
     logits_BTV, slope_BTV = raw_BTV, 1.0

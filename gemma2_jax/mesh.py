@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gemma2_jax import dims
 from gemma2_jax.config import Config, MeshConfig, ModelConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("stage", "data", "fsdp", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -43,12 +44,15 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
-    tensor, length = mesh.shape["tensor"], train.sequence_length
-    if length % tensor:
-        below = length // tensor * tensor
+    # Context shards take one piece from each half of a row: see `attention.spread`.
+    pieces = math.lcm(mesh.shape["context"] * mesh.shape["tensor"], 2 * mesh.shape["context"])
+    pieces = pieces if mesh.shape["context"] > 1 else mesh.shape["tensor"]
+    if train.sequence_length % pieces:
+        below = train.sequence_length // pieces * pieces
         raise ValueError(
-            f"mesh.tensor {tensor} does not divide train.sequence_length {length}, whose positions it splits between "
-            f"blocks; use {f'{below} or ' if below else ''}{below + tensor} positions, or another mesh.tensor"
+            f"mesh.context {mesh.shape['context']} x mesh.tensor {mesh.shape['tensor']} do not divide "
+            f"train.sequence_length {train.sequence_length}, whose positions they split into {pieces} pieces; "
+            f"use {f'{below} or ' if below else ''}{below + pieces} positions, or another mesh"
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     per_pass = train.micro_batch_size * shards
@@ -62,13 +66,24 @@ def check(config: Config, mesh: Mesh) -> None:
 
 
 def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
+    if mesh.shape["stage"] > model.layers:
+        raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
     for letter, size in dims.sizes(model).items():
-        axis = dims.DIMS[letter].stored
-        if isinstance(axis, str) and size % mesh.shape[axis] and (letter != "K" or mesh.shape[axis] % size):
-            raise ValueError(
-                f"mesh.{axis} {mesh.shape[axis]} does not divide the {dims.DIMS[letter].meaning} of {size}; "
-                f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
-            )
+        axes = dims.DIMS[letter].stored
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        # Stages may differ by a layer; key/value heads fewer than their shards stay whole.
+        if letter == "L" or size % shards == 0 or (letter == "K" and shards % size == 0):
+            continue
+        raise ValueError(
+            f"{' x '.join(f'mesh.{axis} {mesh.shape[axis]}' for axis in axes)} does not divide the "
+            f"{dims.DIMS[letter].meaning} of {size}; "
+            f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
+        )
+
+
+def layers_per_stage(model: ModelConfig, mesh: Mesh) -> int:
+    """Layers of every stage but the last, which has the rest; weights are stored as if it had as many."""
+    return -(-model.layers // mesh.shape["stage"])
 
 
 def stored(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
@@ -78,7 +93,34 @@ def stored(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh (`jax.set_mesh`) as its dims say; unchanged where no mesh is set."""
+    axes = _axes()
+    return jax.lax.with_sharding_constraint(x, dims.used(letters, x.shape, axes)) if axes else x
+
+
+def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
+    """`x` spread over the current mesh as a stored weight with these dims is."""
+    axes = _axes()
+    return jax.lax.with_sharding_constraint(x, dims.stored(letters, x.shape, axes)) if axes else x
+
+
+def balanced(row_T: np.ndarray, shards: int) -> np.ndarray:
+    """Positions (the last dim) in the order in which `shards` context shards hold them, an equal part each.
+
+    Shard i has piece i of 2 x shards pieces, and piece i from the end: under a causal mask all have the same work
+    (the order of Llama 3, arXiv:2407.21783, section 3.3.2).
+    """
+    *rest, length = row_T.shape
+    first, second = np.split(row_T.reshape(*rest, 2 * shards, length // (2 * shards)), 2, axis=-2)
+    return np.stack([first, second[..., ::-1, :]], axis=-2).reshape(row_T.shape)
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the current mesh, 1 where no mesh is set."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def _axes() -> dict[str, int]:
+    """Sizes of the axes of the current mesh that are left to the partitioner: not those of a `shard_map` around."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, dims.used(letters, x.shape, mesh.shape))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}

@@ -196,7 +196,6 @@ class Gemma2(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.remat = compute.remat
         self.dtype = jnp.dtype(compute.dtype)
         self.attend, _ = attention.choose(compute.attention)
         self.letters = (("embedding", "VD"),)
@@ -205,20 +204,19 @@ class Gemma2(nnx.Module):
         self.blocks: Block | nnx.List[Block] = Block(config, dtype=self.dtype, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
 
-    def __call__(self, tokens_BT, positions_BT, segments_BT, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, tokens_BT, positions_BT, segments_BT) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT: int32 token ids.
           positions_BT: int32 positions for RoPE, from 0 in each document.
           segments_BT: int32; a token attends within its segment only. Padding is a segment of its own.
-          key: for adapter dropout; None for none.
         """
+        return self._run(tokens_BT, positions_BT, partial(self.attend_all, segments_BT))[0]
 
-        def attend(window, _, q, k, v):
-            return self._attend(self.attend, q, k, v, segments_BT, window), None
-
-        return self._run(tokens_BT, positions_BT, attend, key=key)[0]
+    def attend_all(self, segments_BT, window, _, q, k, v):
+        """Attention of a layer with that window, of a whole sequence to itself; no cache."""
+        return self._attend(self.attend, q, k, v, segments_BT, window), None
 
     def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts, [B, T, D], and a cache of them for `slots` tokens, of blocks that stand apart.
@@ -269,53 +267,43 @@ class Gemma2(nnx.Module):
         scale = self.config.query_pre_attn_scalar**-0.5
         return implementation(*inputs, scale=scale, softcap=self.config.attn_softcap)
 
-    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None, key=None):
-        """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
+    def embed(self, tokens_BT) -> jax.Array:
+        """The embedding's rows times sqrt(D), [B, T, D] in the compute dtype."""
         with jax.named_scope("embedding"):
             table = constrain(self.embedding[...], "VD").astype(self.dtype)
             x_BTD = table[tokens_BT] * jnp.asarray(math.sqrt(self.config.width), self.dtype)
-            x_BTD = constrain(x_BTD, "BTD")
+            return constrain(x_BTD, "BTD")
+
+    def finish(self, x_BTD) -> jax.Array:
+        """The final norm of what leaves the last block."""
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_BTD)
+
+    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None):
+        """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(tokens_BT.shape[1])
-        keys = None if key is None else jax.random.split(key, self.config.layers)
         layers = self._scanned if isinstance(self.blocks, Block) else self._one_by_one
-        x_BTD, cache = layers(x_BTD, rope, attend, windows, cache, keys)
-        with jax.named_scope("final_norm"):
-            return self.final_norm(x_BTD), cache
+        x_BTD, cache = layers(self.embed(tokens_BT), rope, attend, windows, cache)
+        return self.finish(x_BTD), cache
 
-    def _scanned(self, x_BTD, rope, attend, windows, cache, keys):
+    def _scanned(self, x_BTD, rope, attend, windows, cache):
         assert cache is None  # those of local and global layers differ in length: `unstack` first
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            weights, window, key = inputs
-            block = nnx.merge(graph, weights)
-            return block(x_BTD, rope, partial(attend, window, None), key)
+            weights, window = inputs
+            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, None), None)
 
-        layers = (weights, jnp.asarray(windows, jnp.int32), keys)
-        return jax.lax.scan(rematerialized(layer, self.remat), x_BTD, layers)
+        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32)))
 
-    def _one_by_one(self, x_BTD, rope, attend, windows, cache, keys):
+    def _one_by_one(self, x_BTD, rope, attend, windows, cache):
         assert isinstance(self.blocks, nnx.List)
-        none, kept = [None] * len(windows), []
-        keys = none if keys is None else keys
-        for block, window, old, key in zip(self.blocks, windows, cache or none, keys, strict=True):
-            x_BTD, new = block(x_BTD, rope, partial(attend, window, old), key)
+        kept = []
+        for block, window, old in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
+            x_BTD, new = block(x_BTD, rope, partial(attend, window, old), None)
             kept.append(new)
         return x_BTD, kept
-
-
-def rematerialized(layer: Callable, policy: str) -> Callable:
-    """`layer` with its backward pass recomputing what `policy` (ComputeConfig.remat) does not keep."""
-    match policy:
-        case "none":
-            return layer
-        case "dots":
-            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(layer, policy=saved, prevent_cse=False)
-        case "block":
-            return jax.checkpoint(layer, prevent_cse=False)
-    raise ValueError(f"compute.remat {policy!r} is unknown; there are none, dots and block")
 
 
 def letters(model: Gemma2) -> dict[str, str]:

@@ -16,10 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax import dims, lora, mesh as meshes, model, optim
 from gemma2_jax.config import Config
-from gemma2_jax.loss import cross_entropy
 from gemma2_jax.model import Abstract, Gemma2, Weights
+from gemma2_jax.pipeline import Batch, Pipeline
 
-Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
 
 
@@ -43,6 +42,7 @@ class Program:
         skeleton = nnx.eval_shape(self._create)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
         self.letters = model.letters(skeleton)
+        self.pipeline = Pipeline(skeleton, config, mesh)
         self.params = self._abstract(model.flat(params), config.compute.trained_dtype)
         self.frozen = self._abstract(model.flat(frozen), config.compute.frozen_dtype)
         self.optimizer = optim.optimizer(config.optim, config.steps, {path: self.letters[path] for path in self.params})
@@ -71,15 +71,25 @@ class Program:
     def batch(self) -> Abstract:
         """Abstract global batch."""
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
-        sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used))
+        sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used, "context"))
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+    @cached_property
+    def rows(self) -> range:
+        """Rows of the global batch that this process's devices take: the same for those that share a data shard."""
+        shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        spans = {index[0].indices(shape[0])[:2] for index in indices}
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        assert sum(stop - start for start, stop in spans) == last - first, "make_mesh keeps a process's rows together"
+        return range(first, last)
 
     def random_base(self) -> Weights:
         """Base weights drawn from `train.seed`, made where they are kept."""
 
         def draw() -> Weights:
             drawn = model.flat(nnx.state(self._create(adapters=False)))
-            return {path: w.astype(self.base[path].dtype) for path, w in drawn.items()}
+            return {path: self._padded(path, w.astype(self.base[path].dtype)) for path, w in drawn.items()}
 
         return jax.jit(draw, out_shardings=_shardings(self.base))()
 
@@ -88,10 +98,11 @@ class Program:
 
         def start(base: Weights) -> State:
             whole = self._create(adapters=False)
-            nnx.update(whole, nnx.state(model.rebuild(nnx.graphdef(whole), base)))
+            layers = {path: w[: self.config.model.layers] if self._stacked(path) else w for path, w in base.items()}
+            nnx.update(whole, nnx.state(model.rebuild(nnx.graphdef(whole), layers)))
             lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
             weights = model.flat(nnx.state(whole))
-            params = {path: weights[path].astype(leaf.dtype) for path, leaf in self.params.items()}
+            params = {path: self._padded(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()}
             frozen = {path: base[path] for path in self.frozen}
             return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=self.optimizer.init(params))
 
@@ -99,18 +110,8 @@ class Program:
 
     def train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step over the global batch; the loss is a mean over its target tokens (nats)."""
-        passes = self._micro_batches(batch)
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
-        zero = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.params)
-
-        def accumulate(carry, inputs):
-            index, micro = inputs
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            loss, gradients = jax.value_and_grad(self._loss)(state.params, state.frozen, micro, micro_key)
-            return jax.tree.map(jnp.add, carry, (loss, gradients)), None
-
-        indices = jnp.arange(passes["tokens"].shape[0])
-        (loss, gradients), _ = jax.lax.scan(accumulate, (jnp.float32(0), zero), (indices, passes))
+        loss, gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
         targets = jnp.sum(batch["weights"])
         share = 1 / jnp.maximum(targets, 1)
         gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), gradients, state.params)
@@ -127,34 +128,16 @@ class Program:
 
     def eval_step(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss (nats) and number of target tokens of a batch."""
-
-        def add(total, micro):
-            return total + self._loss(state.params, state.frozen, micro, None), None
-
-        return jax.lax.scan(add, jnp.float32(0), self._micro_batches(batch))[0], jnp.sum(batch["weights"])
+        return self.pipeline.loss(state.params, state.frozen, self._passes(batch)), jnp.sum(batch["weights"])
 
     @property
     def _has_dropout(self) -> bool:
         return self.config.adapter.kind != "none" and self.config.adapter.dropout > 0
 
-    def _loss(self, params: Weights, frozen: Weights, batch: Batch, key) -> jax.Array:
-        whole = model.rebuild(self.graph, params, frozen)
-        hidden_BTD = whole(batch["tokens"], batch["positions"], batch["segments"], key)
-        return cross_entropy(
-            hidden_BTD,
-            whole.embedding[...],
-            batch["targets"],
-            batch["weights"],
-            softcap=self.config.model.final_softcap,
-            chunk=self.config.compute.loss_chunk,
-        )
-
-    def _micro_batches(self, batch: Batch) -> Batch:
+    def _passes(self, batch: Batch) -> Batch:
         """[B, T] as [passes, rows, T], each device's own rows dealt out over the passes."""
-        train = self.config.train
-        rows = train.micro_batch_size * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        passes = train.global_batch_size // rows
-        return {name: x.reshape(rows, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
+        passes = self.pipeline.passes
+        return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create(self, adapters: bool = True) -> Gemma2:
         whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0))
@@ -166,10 +149,23 @@ class Program:
         return nnx.Rngs(jax.random.fold_in(jax.random.key(self.config.train.seed), stream))
 
     def _abstract(self, weights: Weights, dtype: str) -> Abstract:
-        return {
-            path: jax.ShapeDtypeStruct(w.shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path], w.shape))
-            for path, w in weights.items()
-        }
+        def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            shape = (self._layers, *shape[1:]) if self._stacked(path) else shape
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path], shape))
+
+        return {path: leaf(path, w.shape) for path, w in weights.items()}
+
+    @property
+    def _layers(self) -> int:
+        """Layers as stored: each stage has room for as many, and what is over, at the end, is zero and never used."""
+        return meshes.layers_per_stage(self.config.model, self.mesh) * self.mesh.shape["stage"]
+
+    def _stacked(self, path: str) -> bool:
+        return self.letters[path].startswith("L")
+
+    def _padded(self, path: str, w: jax.Array) -> jax.Array:
+        over = self._layers - w.shape[0] if self._stacked(path) else 0
+        return jnp.pad(w, ((0, over), *((0, 0),) * (w.ndim - 1)))
 
 
 def _shardings(tree: Any) -> Any:
