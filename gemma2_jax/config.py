@@ -238,8 +238,8 @@ class ComputeConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1, for all the devices that are left."""
 
-    stage: int = 1  # pipeline stages, each with its run of layers
     data: int = -1  # copies of the model, each with its rows of the batch
+    stage: int = 1  # pipeline stages, each with its run of layers
     fsdp: int = 1  # shards of weights and optimizer state, gathered layer by layer; also splits the batch
     context: int = 1  # shards of a row's positions, everywhere; also splits weights and optimizer state as fsdp does
     tensor: int = 1  # shards of heads, MLP width and vocabulary, and of positions between blocks

@@ -14,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from gemma2_jax import dims
 from gemma2_jax.config import Config, MeshConfig, ModelConfig
 
-AXES = ("stage", "data", "fsdp", "context", "tensor")
+# From the axis that speaks least, once a step, to the one that speaks most. The partitioner also wants axes that
+# `shard_map` takes inside one another (`pipeline`) in this order.
+AXES = ("data", "stage", "fsdp", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
