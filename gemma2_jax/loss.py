@@ -66,7 +66,9 @@ def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
         grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
         if wanted:
             grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
-            grad_VD += grad_DV.T  # this order transposes the small operand where a library must transpose one
+            # This order transposes the small operand where a library must transpose one. The sum is of whole rows,
+            # which meet those of other shards once, after the last chunk.
+            grad_VD = constrain(grad_VD + grad_DV.T, "VD")
         return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BTD")
 
     start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if wanted else None
