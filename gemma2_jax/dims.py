@@ -27,10 +27,10 @@ class Dim:
 
 DIMS = {
     "B": Dim("batch", used=("data", "fsdp")),
-    # Context parallelism everywhere, and between blocks sequence parallelism (arXiv:2205.05198).
-    "T": Dim("query position", used=("context", "tensor")),
+    "T": Dim("query position", used=("context",)),
+    "P": Dim("query position, between blocks", used=("context", "tensor")),  # sequence parallelism (arXiv:2205.05198)
     "S": Dim("key position"),
-    "D": Dim("model width", stored=("fsdp", "context")),  # stored split, used whole: ZeRO-3 (arXiv:1910.02054)
+    "D": Dim("model width"),
     "N": Dim("query heads", stored=("tensor",), used=("tensor",)),
     "K": Dim("key/value heads", stored=("tensor",), used=("tensor",)),
     "G": Dim("query heads per key/value head"),
@@ -41,37 +41,48 @@ DIMS = {
     "L": Dim("layer", stored=("stage",)),
     "R": Dim("adapter rank"),
 }
+# A stored matrix is also split over these, and gathered for its use: ZeRO-3 (arXiv:1910.02054). Context shards work on
+# other tokens with the same weights, as fsdp shards do. The first dim takes them that they divide: gathered along a
+# later one, XLA keeps a transposed copy of the whole stack. Vectors stay whole: gathering them costs more than it saves.
+GATHERED = ("fsdp", "context")
 
 
 def stored(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
-    """How a weight with these dims is kept between uses, split over these axes, given with their sizes.
-
-    Key/value heads fewer than the shards of their axis are kept whole: each shard uses the one that its queries need.
-    """
-    axes = [tuple(axis for axis in DIMS[letter].stored if axis in mesh) for letter in letters]
-    return _spec(axes, letters, shape, mesh)
+    """How a weight with these dims is kept between uses, split over these axes, given with their sizes."""
+    axes = [_dividing(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)]
+    gathered = tuple(axis for axis in GATHERED if axis in mesh)
+    of_layer = letters.removeprefix("L")
+    for at in range(len(letters) - len(of_layer), len(letters) if len(of_layer) > 1 else 0):
+        if shape[at] % _shards((*axes[at], *gathered), mesh) == 0:
+            axes[at] = (*axes[at], *gathered)
+            break
+    return _spec(axes)
 
 
 def used(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
     """How an activation, or a weight at the moment of use, is spread over these axes, given with their sizes.
 
-    Positions have the tensor axis where no other dim could have it: between blocks, not within them. Axes that the
-    mesh lacks are those that the caller has split over already.
+    Axes that the mesh lacks are those that the caller has split over already.
     """
-    claimed = {axis for letter in letters if letter != "T" for axis in DIMS[letter].used}
-    taken = set(mesh) - claimed
-    axes = [tuple(a for a in DIMS[d].used if a in (taken if d == "T" else mesh)) for d in letters]
-    return _spec(axes, letters, shape, mesh)
+    return _spec([_dividing(DIMS[d].used, d, size, mesh) for d, size in zip(letters, shape, strict=True)])
 
 
-def _spec(axes: list[Axes], letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
-    """Those axes for those dims; K, and T of one token, may stay whole where theirs do not divide them."""
-    entries = []
-    for names, letter, size in zip(axes, letters, shape, strict=True):
-        whole = letter in "KT" and size % math.prod(mesh[axis] for axis in names)
-        # The plainest form, which is how JAX itself shows it.
-        entries.append(None if whole or not names else names[0] if len(names) == 1 else names)
-    return PartitionSpec(*entries)
+def _dividing(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
+    """Those of the axes that there are; none for what may stay whole where they do not divide it.
+
+    That is one token's position, and key/value heads fewer than the shards: each uses the one its queries need.
+    """
+    axes = tuple(axis for axis in axes if axis in mesh)
+    return () if letter in "KTP" and size % _shards(axes, mesh) else axes
+
+
+def _shards(axes: Axes, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def _spec(axes: Sequence[Axes]) -> PartitionSpec:
+    """In its plainest form, which is how JAX itself shows it."""
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
 
 
 def sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:

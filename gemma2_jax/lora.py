@@ -43,7 +43,7 @@ class Adapter(nnx.Module):
         self.weight, self.contracted, self.produced = weight, contracted, produced
         self.down = f"{inputs},{contracted}R->{free}R"
         self.up = f"{free}R,R{produced}->{outputs}"
-        self.scale, self.dropout, self.dtype = config.scale, config.dropout, base.dtype
+        self.scale, self.dropout = config.scale, config.dropout
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
         bound = 1 / math.sqrt(math.prod(dims.shape(contracted, model)))
@@ -58,7 +58,7 @@ class Adapter(nnx.Module):
     def __call__(self, x, y, w, key):
         """Adapted output, from the projection's input x, plain output y and weight w (one layer's)."""
         # The scale goes into B, which is small, and not over the activations.
-        a, b = self.a[...].astype(self.dtype), (self.scale * self.b[...]).astype(self.dtype)
+        a, b = self.a[...], self.scale * self.b[...]
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)

@@ -40,7 +40,8 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
 
     inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
-        return _chunked(softcap, inputs[0], embedding_VD.astype(hidden_BTD.dtype), *inputs[1:])
+        embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")  # gathered once for all chunks
+        return _chunked(softcap, inputs[0], embedding_VD, *inputs[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,7 +70,7 @@ def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
             # This order transposes the small operand where a library must transpose one. The sum is of whole rows,
             # which meet those of other shards once, after the last chunk.
             grad_VD = constrain(grad_VD + grad_DV.T, "VD")
-        return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BTD")
+        return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BPD")
 
     start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if wanted else None
     inputs = hidden_CBTD.value, targets_CBT.value, weights_CBT.value
@@ -89,7 +90,7 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     """Loss of one chunk, and its gradient by the logits before the cap, float32."""
-    hidden_BTD = constrain(hidden_BTD, "BTD")
+    hidden_BTD = constrain(constrain(hidden_BTD, "BPD"), "BTD")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
     raw_BTV = constrain(raw_BTV, "BTV")
     logits_BTV, slope_BTV = raw_BTV, 1.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax import dims
 from gemma2_jax.config import Config, MeshConfig, ModelConfig
@@ -70,16 +70,24 @@ def check(config: Config, mesh: Mesh) -> None:
 def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
     if mesh.shape["stage"] > model.layers:
         raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
-    for letter, size in dims.sizes(model).items():
+    sizes = dims.sizes(model)
+    for letter, size in sizes.items():
         axes = dims.DIMS[letter].stored
         shards = math.prod(mesh.shape[axis] for axis in axes)
-        # Stages may differ by a layer; key/value heads fewer than their shards stay whole.
+        # Stages may differ by layers; key/value heads fewer than their shards stay whole.
         if letter == "L" or size % shards == 0 or (letter == "K" and shards % size == 0):
             continue
         raise ValueError(
             f"{' x '.join(f'mesh.{axis} {mesh.shape[axis]}' for axis in axes)} does not divide the "
             f"{dims.DIMS[letter].meaning} of {size}; "
             f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
+        )
+    gathered = math.prod(mesh.shape[axis] for axis in dims.GATHERED)
+    if sizes["D"] % gathered and sizes["F"] % (gathered * mesh.shape["tensor"]):
+        raise ValueError(
+            f"mesh.fsdp {mesh.shape['fsdp']} x mesh.context {mesh.shape['context']} = {gathered} divides neither the "
+            f"model width of {sizes['D']} nor, with mesh.tensor {mesh.shape['tensor']}, the MLP width of {sizes['F']}; "
+            "use a divisor of one of them, and mesh.data for the rest of the devices"
         )
 
 
@@ -103,6 +111,11 @@ def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh as a stored weight with these dims is."""
     axes = _axes()
     return jax.lax.with_sharding_constraint(x, dims.stored(letters, x.shape, axes)) if axes else x
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` whole on every device of the current mesh."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _axes() else x
 
 
 def balanced(row_T: np.ndarray, shards: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gemma2_jax import attention, dims
 from gemma2_jax.config import ComputeConfig, ModelConfig
-from gemma2_jax.mesh import constrain
+from gemma2_jax.mesh import constrain, constrain_stored, replicate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, [B, K, S, H]: see attention.attend_cached
@@ -38,7 +38,7 @@ class Update(Protocol):
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
 
 
-def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _sum(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
 
     On CPU, XLA's libraries copy the first operand if it is not summed over its last dims, the second if not over its
@@ -49,10 +49,23 @@ def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     summed = [letter for letter in first if letter not in result]
     kept = [letter for letter in first + second if letter not in summed]
     axes = [first.index(letter) for letter in summed], [second.index(letter) for letter in summed]
-    return jnp.transpose(jnp.tensordot(x, w, axes), [kept.index(letter) for letter in result])
+    product = jnp.tensordot(x, w, axes, preferred_element_type=dtype)
+    return jnp.transpose(product, [kept.index(letter) for letter in result])
+
+
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` in the dtype of x, with one layer's weight as it is stored.
+
+    The weight is rounded, then gathered; its gradient is formed, and summed over shards, in the weight's own dtype.
+    """
+    return _sum(equation, x, _ready(equation, x, w))
 
 
 product = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
+def _ready(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return constrain(w.astype(x.dtype), equation.replace("->", ",").split(",")[1])
 
 
 def _product_forward(equation, x, w):
@@ -62,12 +75,12 @@ def _product_forward(equation, x, w):
 def _product_backward(equation, residuals, grad):
     x, w, x_perturbed, w_perturbed = residuals
     inputs, weight, outputs = equation.replace("->", ",").split(",")
-    grad_x = _product(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
+    grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, _ready(equation, x, w)) if x_perturbed else None
     if not w_perturbed:
         return grad_x, None
     if x.size <= grad.size:
-        return grad_x, _product(f"{inputs},{outputs}->{weight}", x, grad)
-    return grad_x, _product(f"{outputs},{inputs}->{weight}", grad, x)
+        return grad_x, _sum(f"{inputs},{outputs}->{weight}", x, grad, w.dtype)
+    return grad_x, _sum(f"{outputs},{inputs}->{weight}", grad, x, w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
@@ -90,7 +103,7 @@ class Einsum(nnx.Module):
         self.adapter: Update | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        w = constrain(self.w[...].astype(self.dtype), self.weight_dims)
+        w = self.w[...]
         y = product(self.equation, x, w)
         if self.adapter is not None:
             y = self.adapter(x, y, w, key)
@@ -146,6 +159,7 @@ class Attention(nnx.Module):
             v_BTKH = self.v(x_BTD, key_v)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = constrain(out_BTNH, "BTNH")  # and so its gradient
         with jax.named_scope("o"):
             return self.o(out_BTNH, key_o), cache
 
@@ -183,12 +197,17 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, rope, attend: Attend, key):
         key_attn, key_mlp = _split(key, 2)
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn)
-            x_BTD = constrain(x_BTD + self.post_attn_norm(out_BTD), "BTD")
+            out_BTD, cache = self.attn(_whole(self.pre_attn_norm(x_BTD)), rope, attend, key_attn)
+            x_BTD = constrain(x_BTD + self.post_attn_norm(constrain(out_BTD, "BPD")), "BPD")
         with jax.named_scope("mlp"):
-            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key_mlp)
-            x_BTD = constrain(x_BTD + self.post_mlp_norm(out_BTD), "BTD")
+            out_BTD = self.mlp(_whole(self.pre_mlp_norm(x_BTD)), key_mlp)
+            x_BTD = constrain(x_BTD + self.post_mlp_norm(constrain(out_BTD, "BPD")), "BPD")
         return x_BTD, cache
+
+
+def _whole(x_BTD: jax.Array) -> jax.Array:
+    """Positions that tensor shards share between blocks, gathered once for every product that reads them."""
+    return constrain(constrain(x_BTD, "BPD"), "BTD")
 
 
 class Gemma2(nnx.Module):
@@ -270,9 +289,19 @@ class Gemma2(nnx.Module):
     def embed(self, tokens_BT) -> jax.Array:
         """The embedding's rows times sqrt(D), [B, T, D] in the compute dtype."""
         with jax.named_scope("embedding"):
-            table = constrain(self.embedding[...], "VD").astype(self.dtype)
-            x_BTD = table[tokens_BT] * jnp.asarray(math.sqrt(self.config.width), self.dtype)
-            return constrain(x_BTD, "BTD")
+            # Each shard looks all tokens up among the rows that it stores: those are fewer bytes than the table's.
+            x_BTD = self.embedding[...].astype(self.dtype)[replicate(tokens_BT)] * self._embedding_scale
+            return constrain(x_BTD, "BPD")
+
+    def add_embedding_gradient(self, total_VD, tokens_BT, d_BTD) -> jax.Array:
+        """`total_VD`, float32, with the gradient of `embed` by the embedding added, for that of its result."""
+        with jax.named_scope("embedding"):
+            d_BTD = replicate(d_BTD).astype(jnp.float32) * self._embedding_scale.astype(jnp.float32)
+            return constrain_stored(total_VD.at[replicate(tokens_BT)].add(d_BTD), "VD")
+
+    @property
+    def _embedding_scale(self) -> jax.Array:
+        return jnp.asarray(math.sqrt(self.config.width), self.dtype)
 
     def finish(self, x_BTD) -> jax.Array:
         """The final norm of what leaves the last block."""

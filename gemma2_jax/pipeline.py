@@ -40,7 +40,8 @@ class Pipeline:
     def __init__(self, skeleton: Gemma2, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.graph, self.block_graph = nnx.graphdef(skeleton), nnx.graphdef(skeleton.blocks)
-        self.letters = {path.removeprefix(_BLOCKS): dims_[1:] for path, dims_ in letters(skeleton).items()}
+        # Of one layer's weight, or of one that is no layer's.
+        self.letters = {path.removeprefix(_BLOCKS): dims_.removeprefix("L") for path, dims_ in letters(skeleton).items()}
         self.attend_all = skeleton.attend_all
         self.stages = mesh.shape["stage"]
         self.layers = layers_per_stage(config.model, mesh)
@@ -86,22 +87,20 @@ class Pipeline:
         if key is not None:
             key = jax.random.fold_in(key, self._index("data"))
 
-        def embed(outer, t):
-            return rebuild(self.graph, {**params, **outer}, frozen).embed(self._pass(passes, t)["tokens"])
-
         def head(outer, last_BTD, t):
             return self._head(rebuild(self.graph, {**params, **outer}, frozen), last_BTD, self._pass(passes, t))
 
         def tick(carry, t, *, forward: bool, backward: bool):
             arrived_SBTD, returned_SBTD, kept, sums, outer_sums, loss = carry
             if forward:
+                fresh_BTD = whole.embed(self._pass(passes, t)["tokens"])
                 arrived_SBTD, last_BTD, kept = self._forward(
-                    *weights, arrived_SBTD, embed(outer, t), kept, passes, key, t
+                    *weights, arrived_SBTD, fresh_BTD, kept, passes, key, t
                 )
             d_last_BTD = jnp.zeros_like(returned_SBTD[0])
             if forward and backward:
                 added, (d_outer, d_last_BTD) = jax.value_and_grad(head, (0, 1))(outer, last_BTD, t - self.stages + 1)
-                loss, outer_sums = loss + added, jax.tree.map(jnp.add, outer_sums, d_outer)
+                loss, outer_sums = loss + added, self._added(outer_sums, d_outer)
             if backward:
                 returned_SBTD, d_first_BTD, sums = self._backward(
                     *weights, returned_SBTD, d_last_BTD, kept, sums, passes, key, t
@@ -109,8 +108,9 @@ class Pipeline:
                 if "embedding" in outer:
                     first = t - 2 * (self.stages - 1)
                     d_first_BTD = jnp.where(first >= 0, d_first_BTD, 0)
-                    (d_outer,) = jax.vjp(partial(embed, t=first), outer)[1](d_first_BTD)
-                    outer_sums = jax.tree.map(jnp.add, outer_sums, d_outer)
+                    tokens_BT = self._pass(passes, first)["tokens"]
+                    total_VD = whole.add_embedding_gradient(outer_sums["embedding"], tokens_BT, d_first_BTD)
+                    outer_sums = outer_sums | {"embedding": total_VD}
             return (arrived_SBTD, returned_SBTD, kept, sums, outer_sums, loss), None
 
         nothing_SBTD = self._nothing(passes, whole)
@@ -249,6 +249,12 @@ class Pipeline:
         own = jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
         return jnp.where((number >= 0) & (number < self.passes), own, 0)
 
+    def _added(self, sums: Weights, gradients: Weights) -> Weights:
+        return {
+            path: total + constrain_stored(gradients[path].astype(jnp.float32), self.letters[path])
+            for path, total in sums.items()
+        }
+
     def _nothing(self, passes: Passes, whole: Gemma2) -> jax.Array:
         """Zeros in place of activations at each stage, [S, B, T, D]."""
         B, T = passes["tokens"].shape[1:]
@@ -279,7 +285,7 @@ class Pipeline:
         if mesh.empty:
             return x
         axes = {axis: size for axis, size in self.mesh.shape.items() if axis != "data"}
-        rest = dims.used("BTD", x.shape[-3:], axes)
+        rest = dims.used("BPD", x.shape[-3:], axes)
         return jax.lax.with_sharding_constraint(x, P("stage", *[None] * (x.ndim - 4), *rest))
 
     def _over(self, axis: str, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
