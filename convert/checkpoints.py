@@ -98,13 +98,16 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
 def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     """The arrays of `wanted`, by path, in its dtypes and shardings (none: on the first device).
 
+    Stacks of layers may be wanted longer than they are, with zeros after the last layer.
+
     Raises ValueError naming an array that the checkpoint lacks, or has in another shape.
     """
     shapes = checkpoint.shapes
     for path, want in wanted.items():
         if path not in shapes:
             raise ValueError(f"{checkpoint.path} has no {path}; it holds {_inventory(checkpoint)}")
-        if shapes[path].shape != want.shape:
+        have = shapes[path].shape
+        if have != want.shape and not (path.startswith("blocks/") and have == (have[0], *want.shape[1:]) < want.shape):
             raise ValueError(
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape "
                 f"{shapes[path].shape}, and {want.shape} is wanted"
@@ -144,7 +147,11 @@ class _Safetensors:
     def _array(self, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
         @cache  # devices that hold copies of one slice ask for it once each
         def part(index: table.Index):
-            return self.rows[path].join(self.size, want.dtype, self.tensors.read, index)
+            have = [range(size)[at] for size, at in zip(self.shapes[path].shape, index, strict=True)]
+            there = tuple(slice(at.start, at.stop) for at in have)
+            found = self.rows[path].join(self.size, want.dtype, self.tensors.read, there)
+            missing = len(range(want.shape[0])[index[0]]) - len(have[0])
+            return np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1)) if missing else found
 
         return jax.make_array_from_callback(want.shape, _sharding(want), part)
 
@@ -161,8 +168,12 @@ class _Orbax:
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0, *, of_run: bool = False):
         shapes = _orbax_shapes(folder)
+        if of_run:  # whose pipeline stages may have filled up the stacks with zeros: see `step.Program`
+            for path, shape in table.our_shapes(rows, model, rank).items():
+                if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
+                    shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
         table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
         return cls(folder=epath.Path(folder.absolute()), shapes=shapes)
 
@@ -170,11 +181,17 @@ class _Orbax:
         if not wanted:
             return {}
         return self._restore(
-            {path: ocp.ArrayRestoreArgs(dtype=want.dtype, sharding=_sharding(want)) for path, want in wanted.items()}
+            {
+                path: ocp.ArrayRestoreArgs(
+                    dtype=want.dtype, sharding=_sharding(want), global_shape=want.shape, strict=False
+                )
+                for path, want in wanted.items()
+            }
         )
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        return self._restore({path: ocp.RestoreArgs(dtype=dtype, restore_type=np.ndarray)})[path]
+        whole = self._restore({path: ocp.RestoreArgs(dtype=dtype, restore_type=np.ndarray)})[path]
+        return whole[: self.shapes[path].shape[0]]
 
     def _restore(self, how: dict[str, Any]) -> dict[str, Any]:
         handler = ocp.PyTreeCheckpointHandler()
@@ -306,12 +323,12 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
         beside=(kept,),
     )
     if config.adapter.kind == "none":
-        whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model),))
+        whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model, of_run=True),))
         start = _local(config.init)
         return _after(start, whole) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
-    source = partial(_Orbax.open, params, table.rows(config.adapter))
+    source = partial(_Orbax.open, params, table.rows(config.adapter), of_run=True)
     return _with_base(run, open_checkpoint(config.init), source, config.init)
 
 

@@ -3,6 +3,9 @@
 A step is a folder WORKDIR/checkpoints/STEP that appears whole or not at all. Only trained weights are kept: with
 adapters that is the adapters alone, and the frozen weights come from where the run started. Writing overlaps with
 training; what is written is copied off the devices first.
+
+Any mesh and number of processes may restore what another has saved. Stacks of layers may differ in the zeros that
+follow the last layer, with which pipeline stages are filled up.
 """
 
 import logging
@@ -34,8 +37,8 @@ class Checkpoints:
         )
         handlers = ocp.DefaultCheckpointHandlerRegistry()
         for item, handler in (
-            ("params", ocp.StandardCheckpointHandler()),
-            ("optimizer", ocp.StandardCheckpointHandler()),
+            ("params", ocp.PyTreeCheckpointHandler()),
+            ("optimizer", ocp.PyTreeCheckpointHandler()),
             ("loop", ocp.JsonCheckpointHandler()),
         ):
             save, restore = get_registered_args_cls(handler)
@@ -71,8 +74,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_nested(params)),
-                    optimizer=ocp.args.StandardSave(_nested(optimizer)),
+                    params=ocp.args.PyTreeSave(_nested(params)),
+                    optimizer=ocp.args.PyTreeSave(_nested(optimizer)),
                     loop=ocp.args.JsonSave(loop),
                 ),
             )
@@ -94,12 +97,20 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_nested(params)),
-                optimizer=ocp.args.StandardRestore(_nested(optimizer)),
+                params=_restore_args(_nested(params)),
+                optimizer=_restore_args(_nested(optimizer)),
                 loop=ocp.args.JsonRestore(),
             ),
         )
         return _by_path(restored["params"]), _by_path(restored["optimizer"]), restored["loop"]
+
+
+def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:
+    """How to read a tree of abstract arrays; the first dim of each may be cut, or followed by zeros."""
+    how = jax.tree.map(
+        lambda w: ocp.ArrayRestoreArgs(dtype=w.dtype, sharding=w.sharding, global_shape=w.shape, strict=False), wanted
+    )
+    return ocp.args.PyTreeRestore(wanted, how)
 
 
 def _nested(tree: Any) -> Any:

@@ -25,8 +25,14 @@ class Dim:
     used: Axes = ()  # mesh axes that an activation, or a weight at the moment of use, is spread over
 
 
+# A stored matrix is also split over these, and gathered for its use: ZeRO-3 (arXiv:1910.02054). Context shards work on
+# other tokens with the same weights, as fsdp shards do. The first dim that they divide takes them: gathered along a
+# later one, XLA keeps a transposed copy of the whole stack. Vectors stay whole: they are not worth a gathering.
+GATHERED = ("fsdp", "context")
+
 DIMS = {
     "B": Dim("batch", used=("data", "fsdp")),
+    "E": Dim("batch, fsdp shards together", used=("data",)),
     "T": Dim("query position", used=("context",)),
     "P": Dim("query position, between blocks", used=("context", "tensor")),  # sequence parallelism (arXiv:2205.05198)
     "S": Dim("key position"),
@@ -36,15 +42,12 @@ DIMS = {
     "G": Dim("query heads per key/value head"),
     "H": Dim("head width"),
     "F": Dim("MLP width", stored=("tensor",), used=("tensor",)),
-    # Every stage has a share of the embedding and works on its share of the logits (arXiv:2411.05288).
-    "V": Dim("vocabulary", stored=("stage", "tensor"), used=("stage", "tensor")),
+    # Every device of a data shard, stages alike (arXiv:2411.05288), has its rows of the embedding and makes its share
+    # of the logits of all the tokens there: those are fewer bytes to gather than the embedding and its gradient.
+    "V": Dim("vocabulary", stored=("stage", "tensor"), used=("stage", "tensor", *GATHERED)),
     "L": Dim("layer", stored=("stage",)),
     "R": Dim("adapter rank"),
 }
-# A stored matrix is also split over these, and gathered for its use: ZeRO-3 (arXiv:1910.02054). Context shards work on
-# other tokens with the same weights, as fsdp shards do. The first dim takes them that they divide: gathered along a
-# later one, XLA keeps a transposed copy of the whole stack. Vectors stay whole: gathering them costs more than it saves.
-GATHERED = ("fsdp", "context")
 
 
 def stored(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
@@ -68,12 +71,15 @@ def used(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> Partiti
 
 
 def _dividing(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
-    """Those of the axes that there are; none for what may stay whole where they do not divide it.
+    """Those of the axes that there are; fewer, from the first on, for what need not be split over all of them.
 
-    That is one token's position, and key/value heads fewer than the shards: each uses the one its queries need.
+    That is the vocabulary, one token's position, and key/value heads fewer than the shards, of which each uses the one
+    its queries need.
     """
     axes = tuple(axis for axis in axes if axis in mesh)
-    return () if letter in "KTP" and size % _shards(axes, mesh) else axes
+    while letter in "KTPV" and size % _shards(axes, mesh):
+        axes = axes[:-1]
+    return axes
 
 
 def _shards(axes: Axes, mesh: Mapping[str, int]) -> int:

@@ -40,7 +40,7 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
 
     inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
-        embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")  # gathered once for all chunks
+        embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")
         return _chunked(softcap, inputs[0], embedding_VD, *inputs[1:])
 
 
@@ -67,8 +67,7 @@ def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
         grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
         if wanted:
             grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
-            # This order transposes the small operand where a library must transpose one. The sum is of whole rows,
-            # which meet those of other shards once, after the last chunk.
+            # This order transposes the small operand where a library must transpose one.
             grad_VD = constrain(grad_VD + grad_DV.T, "VD")
         return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BPD")
 
@@ -90,9 +89,9 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     """Loss of one chunk, and its gradient by the logits before the cap, float32."""
-    hidden_BTD = constrain(constrain(hidden_BTD, "BPD"), "BTD")
+    hidden_BTD = constrain(constrain(hidden_BTD, "BPD"), "ESD")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
-    raw_BTV = constrain(raw_BTV, "BTV")
+    raw_BTV = constrain(raw_BTV, "ESV")
     logits_BTV, slope_BTV = raw_BTV, 1.0
     if softcap is not None:
         squashed_BTV = jnp.tanh(raw_BTV / softcap)

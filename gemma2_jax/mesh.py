@@ -46,15 +46,15 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
-    # Context shards take one piece from each half of a row: see `attention.spread`.
-    pieces = math.lcm(mesh.shape["context"] * mesh.shape["tensor"], 2 * mesh.shape["context"])
-    pieces = pieces if mesh.shape["context"] > 1 else mesh.shape["tensor"]
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    # Each context shard has one piece of either half of a row (`balanced`), of which tensor shards have equal parts.
+    pieces = math.lcm(2 * context, context * tensor) if context > 1 else tensor
     if train.sequence_length % pieces:
         below = train.sequence_length // pieces * pieces
         raise ValueError(
-            f"mesh.context {mesh.shape['context']} x mesh.tensor {mesh.shape['tensor']} do not divide "
-            f"train.sequence_length {train.sequence_length}, whose positions they split into {pieces} pieces; "
-            f"use {f'{below} or ' if below else ''}{below + pieces} positions, or another mesh"
+            f"mesh.context {context} x mesh.tensor {tensor} split the positions of a row into {pieces} pieces, which "
+            f"does not divide train.sequence_length {train.sequence_length}; "
+            f"use {f'{below} or ' if below else ''}{below + pieces}, or another mesh"
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     per_pass = train.micro_batch_size * shards

@@ -3,8 +3,8 @@
 A stage holds an equal run of layers, the last one what is left. In a tick, each stage takes one pass forward through
 its layers and an earlier pass backward, so that a pass is live in a stage for 2 x stages - 1 ticks at most, however
 many passes a step has. Ticks at either end, in which some stages have nothing to do, go in one direction only: with
-F and B the times of a stage, a step takes (passes + stages - 1) x (F + B), as 1F1B does (arXiv:2104.04473). One stage is
-the same with nothing to wait for: gradient accumulation.
+F and B the times of a stage, a step takes (passes + stages - 1) x (F + B), as 1F1B does (arXiv:2104.04473). One stage
+is the same with nothing to wait for: gradient accumulation.
 
 The backward pass over layers is written out here rather than left to `jax.grad` over a scan: gradients are added to
 their sums layer by layer, so that no second copy of them exists.
@@ -41,7 +41,9 @@ class Pipeline:
         self.config, self.mesh = config, mesh
         self.graph, self.block_graph = nnx.graphdef(skeleton), nnx.graphdef(skeleton.blocks)
         # Of one layer's weight, or of one that is no layer's.
-        self.letters = {path.removeprefix(_BLOCKS): dims_.removeprefix("L") for path, dims_ in letters(skeleton).items()}
+        self.letters = {
+            path.removeprefix(_BLOCKS): dims_.removeprefix("L") for path, dims_ in letters(skeleton).items()
+        }
         self.attend_all = skeleton.attend_all
         self.stages = mesh.shape["stage"]
         self.layers = layers_per_stage(config.model, mesh)
@@ -94,13 +96,12 @@ class Pipeline:
             arrived_SBTD, returned_SBTD, kept, sums, outer_sums, loss = carry
             if forward:
                 fresh_BTD = whole.embed(self._pass(passes, t)["tokens"])
-                arrived_SBTD, last_BTD, kept = self._forward(
-                    *weights, arrived_SBTD, fresh_BTD, kept, passes, key, t
-                )
+                arrived_SBTD, last_BTD, kept = self._forward(*weights, arrived_SBTD, fresh_BTD, kept, passes, key, t)
             d_last_BTD = jnp.zeros_like(returned_SBTD[0])
             if forward and backward:
                 added, (d_outer, d_last_BTD) = jax.value_and_grad(head, (0, 1))(outer, last_BTD, t - self.stages + 1)
-                loss, outer_sums = loss + added, self._added(outer_sums, d_outer)
+                loss += added
+                outer_sums = {path: total + self._summed(path, d_outer) for path, total in outer_sums.items()}
             if backward:
                 returned_SBTD, d_first_BTD, sums = self._backward(
                     *weights, returned_SBTD, d_last_BTD, kept, sums, passes, key, t
@@ -114,7 +115,9 @@ class Pipeline:
             return (arrived_SBTD, returned_SBTD, kept, sums, outer_sums, loss), None
 
         nothing_SBTD = self._nothing(passes, whole)
-        sums, outer_sums = (jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), part) for part in (weights[0], outer))
+        sums, outer_sums = (
+            jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), part) for part in (weights[0], outer)
+        )
         carry = nothing_SBTD, nothing_SBTD, self._room(*weights, nothing_SBTD, passes, key), sums, outer_sums, 0.0
         full, ends = self.passes, self.stages - 1
         for first, ticks, directions in (
@@ -180,7 +183,9 @@ class Pipeline:
                     args_res=[*weights, x_BTD, inputs], opaque_residuals=opaque, structured_residuals=structured
                 )
                 d_weights, _, d_BTD, _ = vjp(d_BTD)
-                added = {path: constrain_stored(d.astype(jnp.float32), self.letters[path]) for path, d in d_weights.items()}
+                added = {
+                    path: constrain_stored(d.astype(jnp.float32), self.letters[path]) for path, d in d_weights.items()
+                }
                 return d_BTD, {path: total.at[index].add(added[path]) for path, total in sums.items()}
 
             d_BTD, sums = jax.lax.fori_loop(0, layers, layer, (d_BTD, sums))
@@ -249,11 +254,9 @@ class Pipeline:
         own = jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
         return jnp.where((number >= 0) & (number < self.passes), own, 0)
 
-    def _added(self, sums: Weights, gradients: Weights) -> Weights:
-        return {
-            path: total + constrain_stored(gradients[path].astype(jnp.float32), self.letters[path])
-            for path, total in sums.items()
-        }
+    def _summed(self, path: str, gradients: Weights) -> jax.Array:
+        """A gradient, each shard's part of it summed over all, as its weight is stored; float32."""
+        return constrain_stored(gradients[path].astype(jnp.float32), self.letters[path])
 
     def _nothing(self, passes: Passes, whole: Gemma2) -> jax.Array:
         """Zeros in place of activations at each stage, [S, B, T, D]."""

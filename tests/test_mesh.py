@@ -1,9 +1,11 @@
 """Meshes over virtual devices: what divides, where arrays lie, and that a sharded step equals an unsharded one."""
 
 import math
+import os
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from gemma2_jax.config import ComputeConfig, MeshConfig, ModelConfig, TrainConfi
 from gemma2_jax.loop import place
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.step import Program
+
+GOLDEN = Path(__file__).parent / "golden" / "shardings"
 
 
 @pytest.mark.parametrize(
@@ -52,33 +56,48 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"mesh.tensor 8 does not divide the query heads of 4; use a divisor of 4"):
         program("sft", MeshConfig(tensor=8))
     odd = replace(BITING["9b"], heads=8, kv_heads=2, mlp_width=80)
-    with pytest.raises(ValueError, match=r"tensor 8 does not divide train.sequence_length 30.*; use 24 or 32"):
+    with pytest.raises(ValueError, match=r"into 8 pieces, which does not divide .*length 30; use 24 or 32"):
         program("sft", MeshConfig(tensor=8), model=odd, train=TrainConfig(sequence_length=30, global_batch_size=8))
+    with pytest.raises(ValueError, match=r"context 4 .* 8 pieces, which does not divide .*length 36; use 32 or 40"):
+        program("sft", MeshConfig(context=4), train=TrainConfig(sequence_length=36, global_batch_size=8))
     six = replace(BITING["9b"], heads=24, kv_heads=12, mlp_width=80)
     with pytest.raises(ValueError, match=r"the key/value heads of 12; use a divisor or a multiple of 12"):
         program("sft", MeshConfig(tensor=8), model=six)
+    with pytest.raises(ValueError, match=r"mesh.stage 8 is more than the 4 layers; use fewer stages"):
+        program("sft", MeshConfig(stage=8))
+    prime = replace(BITING["9b"], width=57, mlp_width=81)
+    with pytest.raises(ValueError, match=r"mesh.fsdp 4 x mesh.context 2 = 8 divides neither the model width of 57 nor"):
+        program("sft", MeshConfig(fsdp=4, context=2), model=prime)
     with pytest.raises(ValueError, match=r"global_batch_size 12 does not divide over .* = 8 rows a pass; use 16"):
         program("sft", MeshConfig(), train=TrainConfig(sequence_length=32, global_batch_size=12))
 
 
-def test_shardings_read_off_the_arrays():
-    whole = program("dora", MeshConfig(data=2, fsdp=2, tensor=2))
-    state = whole.fresh(whole.random_base())
-    got = {path: w.sharding.spec for path, w in {**state.params, **state.frozen}.items()}
-    assert got["embedding"] == P("tensor", "fsdp")
-    assert got["blocks/attn/q/w"] == P(None, "fsdp", "tensor", None)
-    assert got["blocks/attn/o/w"] == P(None, "tensor", None, "fsdp")
-    assert got["blocks/mlp/down/w"] == P(None, "tensor", "fsdp")
-    assert got["blocks/mlp/gate/adapter/a"] == P(None, "fsdp", None)
-    assert got["blocks/mlp/gate/adapter/b"] == P(None, None, "tensor")
-    assert got["blocks/mlp/gate/adapter/m"] == P(None, "tensor")
-    assert got["final_norm/w"] == P("fsdp")
-    assert got.keys() == whole.letters.keys()
-    moments = jax.tree.leaves(state.optimizer, is_leaf=lambda x: isinstance(x, dict))
-    for moment in (m for m in moments if isinstance(m, dict)):
-        assert {path: w.sharding for path, w in moment.items()} == {
-            path: w.sharding for path, w in state.params.items()
-        }
+@pytest.mark.parametrize("name", [name for name in configs.recipe_names() if not name.startswith("tiny")])
+def test_shardings_are_golden(name):
+    """Shardings of every recipe's state, read off arrays of its model shrunk. To change them, UPDATE_GOLDEN=1 pytest."""
+    recipe = configs.load(name)
+    config = replace(
+        recipe,
+        model=replace(BITING[name.split("_")[0]], layers=3),
+        train=replace(recipe.train, sequence_length=32),
+        mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
+    )
+    run = Program(config, make_mesh(config.mesh))
+    state = run.fresh({path: jax.device_put(np.zeros(w.shape, w.dtype), w.sharding) for path, w in run.base.items()})
+    lines = []
+    for group, arrays in (("trained", state.params), ("frozen", state.frozen)):
+        for path, w in sorted(arrays.items()):
+            lines.append(f"{group} {path} {run.letters[path]} {w.dtype} {w.sharding.spec}\n")
+    for name_, moments in (
+        ("mu", optax.tree.get(state.optimizer, "mu")),
+        ("nu", optax.tree.get(state.optimizer, "nu")),
+    ):
+        for path, w in moments.items():
+            assert w.sharding == state.params[path].sharding, f"{name_} of {path} lies elsewhere than its weight"
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text("".join(lines))
+    assert "".join(lines) == golden.read_text()
 
 
 # Numbers of layers that stages do not divide, and of heads that tensor shards exceed.
@@ -203,17 +222,34 @@ def test_what_a_tensor_parallel_step_communicates(kind, capfd):
     assert not [(name, shape) for name, shape in collectives if large & set(shape)]
 
 
-def test_positions_have_the_tensor_axis_where_nothing_else_has_it():
-    """Sequence parallelism between blocks; and fewer key/value heads than shards are kept whole."""
-    mesh = {"data": 2, "fsdp": 1, "tensor": 4}
-    batch = ("data", "fsdp")
-    assert dims.used("BTD", (2, 32, 56), mesh) == P(batch, "tensor", None)
-    assert dims.used("BTD", (2, 1, 56), mesh) == P(batch, None, None)
-    assert dims.used("BTF", (2, 32, 80), mesh) == P(batch, None, "tensor")
-    assert dims.used("BTKH", (2, 32, 4, 16), mesh) == P(batch, None, "tensor", None)
-    assert dims.used("BTKH", (2, 32, 2, 16), mesh) == P(batch, None, None, None)
-    assert dims.stored("LDKH", (4, 56, 2, 16), mesh) == P(None, "fsdp", None, None)
-    assert dims.stored("LDKH", (4, 56, 4, 16), mesh) == P(None, "fsdp", "tensor", None)
+def test_the_table_of_dims():
+    """Positions are spread further between blocks; what an axis does not divide may stay whole or goes elsewhere."""
+    mesh = {"data": 2, "stage": 2, "fsdp": 2, "context": 1, "tensor": 4}
+    batch, both = ("data", "fsdp"), ("fsdp", "context")
+    assert dims.used("BPD", (2, 32, 56), mesh) == P(batch, ("context", "tensor"), None)
+    assert dims.used("BTD", (2, 32, 56), mesh) == P(batch, "context", None)
+    assert dims.used("BPD", (2, 1, 56), mesh) == P(batch, "context", None)
+    assert dims.used("BTF", (2, 32, 80), mesh) == P(batch, "context", "tensor")
+    assert dims.used("BTKH", (2, 32, 4, 16), mesh) == P(batch, "context", "tensor", None)
+    assert dims.used("BTKH", (2, 32, 2, 16), mesh) == P(batch, "context", None, None)
+    assert dims.used("ESV", (2, 32, 384), mesh) == P("data", None, ("stage", "tensor", *both))
+    assert dims.used("ESV", (2, 32, 8), mesh) == P("data", None, ("stage", "tensor"))
+    assert dims.stored("LDKH", (4, 56, 2, 16), mesh) == P("stage", both, None, None)
+    assert dims.stored("LDKH", (4, 56, 4, 16), mesh) == P("stage", both, "tensor", None)
+    assert dims.stored("LDF", (4, 57, 80), mesh) == P("stage", None, ("tensor", *both))
+    assert dims.stored("LFD", (4, 80, 56), mesh) == P("stage", ("tensor", *both), None)
+    assert dims.stored("VD", (384, 56), mesh) == P(("stage", "tensor", *both), None)
+    assert dims.stored("LD", (4, 56), mesh) == P("stage", None)
+    # Axes that `shard_map` has split over already are not in the mesh.
+    assert dims.used("BTF", (2, 32, 80), {"fsdp": 2, "tensor": 4}) == P("fsdp", None, "tensor")
+
+
+def test_context_shards_have_equal_work():
+    """Two shards of eight positions: the outer pairs, and the inner ones."""
+    row = np.arange(8)
+    np.testing.assert_array_equal(meshes.balanced(row, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(meshes.balanced(row, 1), row)
+    assert [sum(part) for part in np.split(meshes.balanced(np.arange(32), 4), 4)] == [124] * 4
 
 
 def test_constrain_without_a_mesh_is_nothing():
