@@ -80,7 +80,7 @@ def place(program: Program, batch: dict[str, np.ndarray]) -> Batch:
     def array(like: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
         rows = balanced(rows, program.mesh.shape["context"])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(like.shape[0])
             return rows[start - first : stop - first, index[1]]
 

@@ -308,7 +308,7 @@ class Gemma2(nnx.Module):
         with jax.named_scope("final_norm"):
             return self.final_norm(x_BTD)
 
-    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None):
+    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
         """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(tokens_BT.shape[1])

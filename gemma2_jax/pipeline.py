@@ -94,10 +94,10 @@ class Pipeline:
 
         def tick(carry, t, *, forward: bool, backward: bool):
             arrived_SBTD, returned_SBTD, kept, sums, outer_sums, loss = carry
+            last_BTD = d_last_BTD = jnp.zeros_like(returned_SBTD[0])
             if forward:
                 fresh_BTD = whole.embed(self._pass(passes, t)["tokens"])
                 arrived_SBTD, last_BTD, kept = self._forward(*weights, arrived_SBTD, fresh_BTD, kept, passes, key, t)
-            d_last_BTD = jnp.zeros_like(returned_SBTD[0])
             if forward and backward:
                 added, (d_outer, d_last_BTD) = jax.value_and_grad(head, (0, 1))(outer, last_BTD, t - self.stages + 1)
                 loss += added

@@ -79,7 +79,7 @@ class Program:
         """Rows of the global batch that this process's devices take: the same for those that share a data shard."""
         shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
         indices = sharding.addressable_devices_indices_map(shape).values()
-        spans = {index[0].indices(shape[0])[:2] for index in indices}
+        spans = {index[0].indices(shape[0])[:2] for index in indices if index}
         first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
         assert sum(stop - start for start, stop in spans) == last - first, "make_mesh keeps a process's rows together"
         return range(first, last)

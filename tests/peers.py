@@ -7,16 +7,19 @@ attention scores and logits to reach their caps, norm weights are far from zero.
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import torch
 import transformers
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig, TrainConfig
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.step import Program
 
 torch.set_num_threads(1)  # more are slower on models this small, and far slower beside another busy process
 
-F32 = ComputeConfig(dtype="float32", remat="block")
+F32 = ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8)
 SMALL = dict(vocab_size=384, window=8, max_length=64)
 BITING = {
     "2b": replace(
@@ -79,6 +82,22 @@ def rows_of(config: ModelConfig, batch: int = 2, length: int | None = None, seed
     tokens = np.random.default_rng(seed).integers(3, config.vocab_size, (batch, length))
     positions = np.broadcast_to(np.arange(length), tokens.shape)
     return tokens, positions, np.ones_like(tokens)
+
+
+def training_gradients(
+    config: ModelConfig, adapter: AdapterConfig, weights, tokens, positions, segments, targets, counted, key=None
+):
+    """Mean loss and its gradients by path, as a training step forms them, of what `adapter` says is trained."""
+    rows, length = tokens.shape
+    kind = "sft" if adapter.kind == "none" else adapter.kind
+    train = TrainConfig(sequence_length=length, global_batch_size=rows, micro_batch_size=rows)
+    run = configs.finetune("test", config, "", kind, adapter=adapter, train=train, compute=F32)
+    program = Program(run, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    params, frozen = ({path: weights[path] for path in part} for part in (program.params, program.frozen))
+    arrays = dict(tokens=tokens, targets=targets, segments=segments, positions=positions, weights=counted)
+    passes = {name: np.asarray(x)[None] for name, x in arrays.items()}
+    loss, gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
+    return loss / counted.sum(), {path: g / counted.sum() for path, g in gradients.items()}
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from peers import BITING, F32, hf_model, rows_of, state_dict
+from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs, lora, model
 from gemma2_jax.config import AdapterConfig, TrainConfig
@@ -67,11 +67,6 @@ def torch_name(projection: str, layer: int, part: str) -> str:
 
 
 @jax.jit
-def hidden_of(ours: Gemma2, rows, key=None):
-    return ours(*rows, key)
-
-
-@jax.jit
 def logits_of(ours: Gemma2, rows):
     return ours.logits(ours(*rows))
 
@@ -87,21 +82,17 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_logits_and_gradients_equal_peft(name):
     config, ours, peer = pair(ADAPTERS[name])
-    tokens, positions, segments = rows_of(config)
-    target = torch.randn((*tokens.shape, config.vocab_size), generator=torch.Generator().manual_seed(0))
-    expected = peer(torch.tensor(tokens)).logits
-    (expected * target).sum().backward()
-    graph, adapters, rest = nnx.split(ours, lora.AdapterParam, ...)
-
-    def score(adapters):
-        whole = nnx.merge(graph, adapters, rest)
-        logits = whole.logits(whole(tokens, positions, segments))
-        return (logits * target.numpy()).sum(), logits
-
-    gradients, logits = jax.jit(jax.grad(score, has_aux=True))(adapters)
-    np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4, rtol=0)
+    rows = rows_of(config)
+    tokens = torch.tensor(rows[0])
+    expected = peer(tokens, labels=tokens)
+    expected.loss.backward()
+    np.testing.assert_allclose(logits_of(ours, rows), expected.logits.detach().numpy(), atol=1e-4, rtol=0)
+    targets, counted = np.roll(rows[0], -1, axis=1), np.ones(rows[0].shape, np.float32)
+    counted[:, -1] = 0
+    loss, gradients = training_gradients(config, ADAPTERS[name], model.flat(nnx.state(ours)), *rows, targets, counted)
+    np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
     theirs = dict(peer.named_parameters())
-    for path, gradient in model.flat(gradients).items():
+    for path, gradient in gradients.items():
         _, group, projection, _, part = path.split("/")
         for layer, got in enumerate(np.asarray(gradient)):
             wanted = theirs[torch_name(f"{group}/{projection}", layer, part)].grad.numpy()
@@ -130,18 +121,21 @@ def test_new_adapters_change_nothing():
 
 
 def test_dropout_drops_inputs_of_the_adapter_only():
-    config = BITING["2b"]
+    config, adapter = BITING["2b"], AdapterConfig(kind="lora", rank=4, dropout=0.5)
     ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
     rows = rows_of(config)
-    plain = hidden_of(ours, rows)
-    lora.attach(ours, AdapterConfig(kind="lora", rank=4, dropout=0.5), rngs=nnx.Rngs(1))
-    key = jax.random.key(0)
-    np.testing.assert_array_equal(hidden_of(ours, rows, key), plain)  # B is zero: whatever is dropped, nothing changes
+
+    def loss(seed: int | None = None):
+        key = None if seed is None else jax.random.key(seed)
+        weights = model.flat(nnx.state(ours))
+        return training_gradients(config, adapter, weights, *rows, rows[0], np.ones(rows[0].shape, np.float32), key)[0]
+
+    assert loss(0) == loss()  # B is zero: whatever is dropped, nothing changes
     ours.blocks.attn.q.adapter.b[...] = jnp.ones(ours.blocks.attn.q.adapter.b.shape)
-    first, again, other = (hidden_of(ours, rows, jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 0.1
-    assert np.abs(first - hidden_of(ours, rows)).max() > 0.1
+    assert loss(0) == loss(0)
+    assert abs(loss(0) - loss(1)) > 1e-4
+    assert abs(loss(0) - loss()) > 1e-4
 
 
 def test_unknown_target_is_an_error():

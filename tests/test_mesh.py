@@ -74,7 +74,7 @@ def test_what_does_not_divide_is_named():
 
 @pytest.mark.parametrize("name", [name for name in configs.recipe_names() if not name.startswith("tiny")])
 def test_shardings_are_golden(name):
-    """Shardings of every recipe's state, read off arrays of its model shrunk. To change them, UPDATE_GOLDEN=1 pytest."""
+    """Shardings of every recipe's state, read off arrays of its model, shrunk; UPDATE_GOLDEN=1 renews them."""
     recipe = configs.load(name)
     config = replace(
         recipe,

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from peers import BITING, F32, hf_model, rows_of, state_dict
+from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import attention, config as configs, model
-from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.config import AdapterConfig, ComputeConfig, ModelConfig
 from gemma2_jax.convert.table import from_hf, to_hf
-from gemma2_jax.loss import cross_entropy
 from gemma2_jax.model import Gemma2, Weights
 
 
@@ -109,18 +108,11 @@ def test_loss_and_gradients_equal_transformers(name):
     loss = peer(torch.tensor(tokens), labels=labels).loss
     loss.backward()
     expected = {name: parameter.grad.numpy() for name, parameter in peer.named_parameters()}
-    graph = build(config)
     targets, counted = np.roll(tokens, -1, axis=1), (np.roll(labels.numpy(), -1, axis=1) >= 0).astype(np.float32)
     counted[:, -1] = 0
-
-    @jax.value_and_grad
-    def ours(weights):
-        whole = model.rebuild(graph, weights)
-        hidden = whole(tokens, positions, segments)
-        total = cross_entropy(hidden, whole.embedding[...], targets, counted, softcap=config.final_softcap, chunk=8)
-        return total / counted.sum()
-
-    got_loss, gradients = jax.jit(ours)(weights_of(peer, config))
+    got_loss, gradients = training_gradients(
+        config, AdapterConfig(), weights_of(peer, config), tokens, positions, segments, targets, counted
+    )
     np.testing.assert_allclose(got_loss, loss.item(), rtol=1e-5)
     got = to_hf(jax.device_get(gradients), config)
     assert got.keys() == expected.keys()
