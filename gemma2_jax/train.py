@@ -29,15 +29,16 @@ class Command:
     run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
-def parse(arguments: list[str]) -> Command:
-    """The command that these arguments give. Exits with a message where they are not understood."""
+def parse[C](arguments: list[str], command: type[C] = Command, prog: str = "python -m gemma2_jax.train") -> C:
+    """The command that these arguments give. Exits with a message where they are not understood.
+
+    `command` has a field `config`, the recipe, and a field `run`, what the recipe becomes.
+    """
     arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
     name = _option(arguments, "--config") or DEFAULT_RECIPE
     try:
         recipe = configs.load(name)
-        return tyro.cli(
-            Command, args=arguments, prog="python -m gemma2_jax.train", default=Command(config=name, run=recipe)
-        )
+        return tyro.cli(command, args=arguments, prog=prog, default=command(config=name, run=recipe))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
