@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +25,6 @@ from gemma2_jax.config import Config
 from gemma2_jax.traffic import SENT, Collective, per_axis, traffic
 
 if TYPE_CHECKING:
-    import jax
     from jax.sharding import Mesh
 
     from gemma2_jax.step import Program
@@ -51,15 +49,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(train.Recipe):
     """Says whether a training step fits on so many H100s, and what it sends between them, without having any.
 
     The defaults shown are those of the recipe that --config names. Fields may also be given as group.field=value.
     """
 
-    config: str = train.DEFAULT_RECIPE  # recipe: a name in configs/, or a Python file
     gpus: int = PER_HOST  # H100s, 8 a host
-    run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +84,7 @@ class Plan:
         return traffic(self.text, self.program.mesh.shape, self.layers_per_stage)
 
 
-def cluster(gpus: int) -> list[jax.Device]:
+def cluster(gpus: int) -> list:
     """H100s that can be compiled for and nothing else. `prepare` comes before JAX.
 
     Raises ValueError for a number that hosts of 8 do not give, RuntimeError without the extra `plan`.
@@ -110,14 +106,19 @@ def cluster(gpus: int) -> list[jax.Device]:
         ) from error
 
 
+def planned(config: Config, gpus: int) -> Program:
+    """The run of `config` on so many GPUs, before anything is compiled."""
+    from gemma2_jax.mesh import make_mesh
+    from gemma2_jax.step import Program
+
+    return Program(config, make_mesh(config.mesh, cluster(gpus)))
+
+
 def compile_step(config: Config, gpus: int) -> Plan:
     """The training step of `config`, compiled as the loop compiles it."""
     import jax
 
-    from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.step import Program
-
-    program = Program(config, make_mesh(config.mesh, cluster(gpus)))
+    program = planned(config, gpus)
     state, batch = program.state, program.batch  # before the mesh is set: optax runs small operations in here
     with jax.set_mesh(program.mesh):
         started = time.perf_counter()
@@ -209,7 +210,7 @@ def report(console: Console, plan: Plan) -> None:
 
 
 def main() -> None:
-    command = train.parse(sys.argv[1:], Command, "python -m gemma2_jax.plan")
+    command = train.parse(sys.argv[1:], Command, "plan")
     prepare()
     console = Console()
     if not console.is_terminal:

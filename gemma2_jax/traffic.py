@@ -97,7 +97,7 @@ def traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | None = N
 
 
 def per_axis(collectives: Iterable[Collective]) -> dict[str, Counter[str]]:
-    """Bytes that a GPU sends in a step, by mesh axes and kind; collectives run an unknown number of times are not in."""
+    """Bytes that a GPU sends in a step, by mesh axes and kind; without collectives whose `times` is unknown."""
     total: dict[str, Counter[str]] = defaultdict(Counter)
     for c in collectives:
         if c.times is not None:
