@@ -7,6 +7,7 @@ fewest GPUs are sought among powers of two up to 16 and, for each, among the mes
 is run: sizes are those that the compiled step asks for.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -91,6 +92,7 @@ def main() -> None:
         config = cases["27b_lora"]
         cases[f"27b_lora, {length} tokens"] = replace(config, train=replace(config.train, sequence_length=length))
     for name, config in cases.items():
+        print(f"looking for the fewest GPUs that hold {name}", file=sys.stderr)
         found = fewest(config)
         least.append(row(name, found) if found else (name, "more than 16", *[""] * (len(COLUMNS) - 2)))
     show(console, "The fewest GPUs that hold it", least)

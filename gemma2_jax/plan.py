@@ -87,7 +87,7 @@ class Plan:
 def cluster(gpus: int) -> list:
     """H100s that can be compiled for and nothing else. `prepare` comes before JAX.
 
-    Raises ValueError for a number that hosts of 8 do not give, RuntimeError without the extra `plan`.
+    Raises ValueError for a number that hosts of 8 do not give, ImportError without the extra `plan`.
     """
     hosts, rest = divmod(gpus, PER_HOST)
     if not 1 <= gpus <= MOST or (hosts and rest):
@@ -100,8 +100,8 @@ def cluster(gpus: int) -> list:
     try:
         with _quiet():
             return topologies.get_topology_desc(platform="cuda", target_config=H100, topology=shape).devices
-    except Exception as error:
-        raise RuntimeError(
+    except RuntimeError as error:
+        raise ImportError(
             "compiling for GPUs that are not there needs JAX's CUDA plugin and ptxas: pip install 'gemma2-jax[plan]'"
         ) from error
 
@@ -145,7 +145,7 @@ def prepare() -> None:
     """Imports JAX such that it does not look for a GPU, nor complain that there is none."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # no warnings of XLA: a step that does not fit is reported here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA: a step that does not fit is reported here
     with _quiet():
         import jax  # noqa: F401
 
@@ -217,7 +217,7 @@ def main() -> None:
         console.width = 120
     try:
         report(console, compile_step(command.run, command.gpus))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

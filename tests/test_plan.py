@@ -5,6 +5,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from jax.experimental import topologies
+from rich.console import Console
 
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
@@ -114,6 +116,15 @@ def test_impossible_clusters(gpus):
         plan.cluster(gpus)
 
 
+def test_missing_plugin_names_the_extra(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(ImportError, match=r"pip install 'gemma2-jax\[plan\]'"):
+        plan.cluster(8)
+
+
 def small(kind: str = "sft", **mesh: int) -> plan.Plan:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     config = configs.finetune(
@@ -165,13 +176,20 @@ def test_tensor_parallel_layers_gather_and_scatter_positions():
 
 
 @needs_plugin
+@pytest.mark.slow
 def test_64_hosts():
     found = small("lora", data=64, tensor=8)
     assert found.program.mesh.size == 512
     assert {"data", "tensor"} <= set(per_axis(found.traffic))
+    console = Console(width=120, record=True)
+    plan.report(console, found)
+    text = console.export_text()
+    assert "512 x H100 80GB" in text and "mesh data 64 x tensor 8" in text and "frozen weights" in text
+    assert "fits, 75.1 GiB to spare" in text and "│ data " in text and "not counted" not in text
 
 
 @needs_plugin
+@pytest.mark.slow
 def test_depth_does_not_lengthen_compilation():
     """The real step of 27B, eight layers against all of them."""
     config = replace(configs.load("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
