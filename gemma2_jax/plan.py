@@ -75,9 +75,10 @@ class Plan:
         return self.arguments + self.temporaries + self.outputs
 
     @property
-    def layers_per_stage(self) -> int:
-        """Trips of a loop over the layers of one stage of a pipeline, if there is one."""
-        return -(-self.program.config.model.layers // self.program.mesh.shape.get("stage", 1))
+    def layers_per_stage(self) -> int | None:
+        """Trips of a loop over the layers of one stage of a pipeline; None without one."""
+        stages = self.program.mesh.shape.get("stage", 1)
+        return -(-self.program.config.model.layers // stages) if stages > 1 else None
 
     @property
     def traffic(self) -> list[Collective]:

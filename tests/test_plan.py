@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -191,9 +192,11 @@ def test_64_hosts():
 @needs_plugin
 @pytest.mark.slow
 def test_depth_does_not_lengthen_compilation():
-    """The real step of 27B, eight layers against all of them."""
+    """The real step of 27B, eight layers against all of them, in CPU seconds: other processes do not count."""
     config = replace(configs.load("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
-    shallow = plan.compile_step(replace(config, model=replace(config.model, layers=8)), 16)
-    deep = plan.compile_step(config, 16)
-    assert deep.lower_seconds + deep.compile_seconds < 60
-    assert deep.compile_seconds < 1.5 * shallow.compile_seconds + 5
+    seconds = []
+    for layers in (8, config.model.layers):
+        started = time.process_time()
+        plan.compile_step(replace(config, model=replace(config.model, layers=layers)), 16)
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < min(60, 1.5 * seconds[0] + 5), f"8 layers took {seconds[0]:.0f} s, 46 took {seconds[1]:.0f} s"
