@@ -19,6 +19,7 @@ from flax import nnx
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.mesh import constrain
 from gemma2_jax.model import Einsum, Gemma2, product
 
 
@@ -62,7 +63,7 @@ class Adapter(nnx.Module):
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        y = y + product(self.up, product(self.down, x, a), b)
+        y = y + product(self.up, constrain(product(self.down, x, a), self.down.split("->")[1]), b)
         if self.m is None:
             return y
         norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))

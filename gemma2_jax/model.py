@@ -75,6 +75,7 @@ def _product_forward(equation, x, w):
 def _product_backward(equation, residuals, grad):
     x, w, x_perturbed, w_perturbed = residuals
     inputs, weight, outputs = equation.replace("->", ",").split(",")
+    grad = constrain(grad, outputs)  # gathered once for both
     grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, _ready(equation, x, w)) if x_perturbed else None
     if not w_perturbed:
         return grad_x, None
@@ -104,10 +105,9 @@ class Einsum(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         w = self.w[...]
-        y = product(self.equation, x, w)
-        if self.adapter is not None:
-            y = self.adapter(x, y, w, key)
-        return constrain(y, self.equation.split("->")[1])
+        outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
+        y = constrain(product(self.equation, x, w), outputs)
+        return y if self.adapter is None else constrain(self.adapter(x, y, w, key), outputs)
 
 
 class RMSNorm(nnx.Module):
@@ -198,10 +198,10 @@ class Block(nnx.Module):
         key_attn, key_mlp = _split(key, 2)
         with jax.named_scope("attention"):
             out_BTD, cache = self.attn(_whole(self.pre_attn_norm(x_BTD)), rope, attend, key_attn)
-            x_BTD = constrain(x_BTD + self.post_attn_norm(constrain(out_BTD, "BPD")), "BPD")
+            x_BTD = constrain(x_BTD + self.post_attn_norm(out_BTD), "BPD")
         with jax.named_scope("mlp"):
             out_BTD = self.mlp(_whole(self.pre_mlp_norm(x_BTD)), key_mlp)
-            x_BTD = constrain(x_BTD + self.post_mlp_norm(constrain(out_BTD, "BPD")), "BPD")
+            x_BTD = constrain(x_BTD + self.post_mlp_norm(out_BTD), "BPD")
         return x_BTD, cache
 
 

@@ -251,6 +251,8 @@ class Pipeline:
 
     def _layers_of(self, stage, number):
         """Layers that a stage runs for pass `number`: its own, or none where there is no such pass."""
+        if self.stages == 1:
+            return self.layers
         own = jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
         return jnp.where((number >= 0) & (number < self.passes), own, 0)
 

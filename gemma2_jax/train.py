@@ -17,27 +17,31 @@ DEFAULT_RECIPE = "tiny_lora"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Recipe:
+    """A recipe, and the run that it becomes."""
+
+    config: str = DEFAULT_RECIPE  # recipe: a name in configs/, or a Python file
+    run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Recipe):
     """Pretrains or fine-tunes Gemma 2.
 
     The defaults shown are those of the recipe that --config names. Fields may also be given as group.field=value.
     The same command on the same --workdir resumes.
     """
 
-    config: str = DEFAULT_RECIPE  # recipe: a name in configs/, or a Python file
     print: bool = False  # show the resolved config, and stop
-    run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
-def parse(arguments: list[str]) -> Command:
+def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str = "train") -> C:
     """The command that these arguments give. Exits with a message where they are not understood."""
     arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
-    name = _option(arguments, "--config") or DEFAULT_RECIPE
+    recipe = _option(arguments, "--config") or DEFAULT_RECIPE
     try:
-        recipe = configs.load(name)
-        return tyro.cli(
-            Command, args=arguments, prog="python -m gemma2_jax.train", default=Command(config=name, run=recipe)
-        )
+        default = command(config=recipe, run=configs.load(recipe))
+        return tyro.cli(command, args=arguments, prog=f"python -m gemma2_jax.{name}", default=default)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -122,7 +122,7 @@ def test_a_recipe_of_ones_own(tmp_path):
         configs.load(str(path))
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "convert"])
+@pytest.mark.parametrize("module", ["train", "generate", "plan", "convert"])
 def test_help_answers_at_once(module):
     """In about a second, of which the interpreter takes some: JAX is not loaded."""
     code = (

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("config",), ("dims",), ("mesh",), ("attention", "loss"), ("model",), ("lora", "pipeline"), ("optim", "data"),
     ("checkpoint", "step", "decode"), ("convert",), ("metrics", "profiling"), ("report", "resume"),
-    ("loop",), ("train", "generate"),
+    ("loop", "traffic"), ("train", "generate"), ("plan",),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(
