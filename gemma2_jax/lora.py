@@ -40,10 +40,12 @@ class Adapter(nnx.Module):
         weight, outputs = rest.split("->")
         contracted = "".join(letter for letter in weight if letter not in outputs)
         produced = "".join(letter for letter in weight if letter in outputs)
-        free = "".join(letter for letter in inputs if letter in outputs)
         self.weight, self.contracted, self.produced = weight, contracted, produced
-        self.down = f"{inputs},{contracted}R->{free}R"
-        self.up = f"{free}R,R{produced}->{outputs}"
+        # Between blocks positions are spread further (P). An adapter works there, so that what tensor shards sum up for
+        # it is no wider than R, and the sums of the products beside it are left to themselves.
+        inputs, outputs = (letters.replace("BTD", "BPD") for letters in (inputs, outputs))
+        into, out = inputs.replace(contracted, "R"), outputs.replace(produced, "R")
+        self.down, self.up = f"{inputs},{contracted}R->{into}", f"{out},R{produced}->{outputs}"
         self.scale, self.dropout = config.scale, config.dropout
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
@@ -63,7 +65,8 @@ class Adapter(nnx.Module):
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        y = y + product(self.up, constrain(product(self.down, x, a), self.down.split("->")[1]), b)
+        low_BPR = constrain(product(self.down, x, a), "BPR")
+        y = y + product(self.up, constrain(low_BPR, self.up.split(",")[0]), b)
         if self.m is None:
             return y
         norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))

@@ -103,11 +103,12 @@ class Einsum(nnx.Module):
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, spread: jax.Array | None = None) -> jax.Array:
+        """The product; `spread` is x before its positions were gathered, if they were, which adapters take."""
         w = self.w[...]
         outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
         y = constrain(product(self.equation, x, w), outputs)
-        return y if self.adapter is None else constrain(self.adapter(x, y, w, key), outputs)
+        return y if self.adapter is None else constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
 
 
 class RMSNorm(nnx.Module):
@@ -141,6 +142,11 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
 
 
+def _whole(x_BTD: jax.Array) -> jax.Array:
+    """Positions that tensor shards share between blocks, gathered once for every product that reads them."""
+    return constrain(constrain(x_BTD, "BPD"), "BTD")
+
+
 class Attention(nnx.Module):
     """Projections around whatever `attend` is: the whole sequence, or a cache."""
 
@@ -154,9 +160,10 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, rope, attend: Attend, key):
         key_q, key_k, key_v, key_o = _split(key, 4)
         with jax.named_scope("qkv"):
-            q_BTNH = rotate(self.q(x_BTD, key_q), rope)
-            k_BTKH = rotate(self.k(x_BTD, key_k), rope)
-            v_BTKH = self.v(x_BTD, key_v)
+            whole_BTD = _whole(x_BTD)
+            q_BTNH = rotate(self.q(whole_BTD, key_q, x_BTD), rope)
+            k_BTKH = rotate(self.k(whole_BTD, key_k, x_BTD), rope)
+            v_BTKH = self.v(whole_BTD, key_v, x_BTD)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
             out_BTNH = constrain(out_BTNH, "BTNH")  # and so its gradient
@@ -176,8 +183,9 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD, key):
         key_gate, key_up, key_down = _split(key, 3)
         with jax.named_scope("gate_up"):
-            gate_BTF = jax.nn.gelu(self.gate(x_BTD, key_gate), approximate=True)
-            inner_BTF = gate_BTF * self.up(x_BTD, key_up)
+            whole_BTD = _whole(x_BTD)
+            gate_BTF = jax.nn.gelu(self.gate(whole_BTD, key_gate, x_BTD), approximate=True)
+            inner_BTF = gate_BTF * self.up(whole_BTD, key_up, x_BTD)
         with jax.named_scope("down"):
             return self.down(inner_BTF, key_down)
 
@@ -197,17 +205,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, rope, attend: Attend, key):
         key_attn, key_mlp = _split(key, 2)
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attn(_whole(self.pre_attn_norm(x_BTD)), rope, attend, key_attn)
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn)
             x_BTD = constrain(x_BTD + self.post_attn_norm(out_BTD), "BPD")
         with jax.named_scope("mlp"):
-            out_BTD = self.mlp(_whole(self.pre_mlp_norm(x_BTD)), key_mlp)
+            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key_mlp)
             x_BTD = constrain(x_BTD + self.post_mlp_norm(out_BTD), "BPD")
         return x_BTD, cache
-
-
-def _whole(x_BTD: jax.Array) -> jax.Array:
-    """Positions that tensor shards share between blocks, gathered once for every product that reads them."""
-    return constrain(constrain(x_BTD, "BPD"), "BTD")
 
 
 class Gemma2(nnx.Module):
