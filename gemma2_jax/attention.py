@@ -19,9 +19,8 @@ MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block ha
 BLOCKS = {"cpu": 64, "gpu": 512}
 
 
-def choose(name: str):
-    """The attention implementation of that name on this platform, and why it was chosen, as (function, reason)."""
-    platform = jax.default_backend()
+def choose(name: str, platform: str):
+    """The attention implementation of that name on a platform, and why it was chosen, as (function, reason)."""
     implementation = partial(attend, block=BLOCKS.get(platform, 512))
     if name == "auto":
         return implementation, f"xla (no fused kernel for {platform})"

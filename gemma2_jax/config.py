@@ -227,6 +227,9 @@ class ComputeConfig:
     attention: Literal["auto", "xla"] = "auto"  # implementation of attention
     # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
     remat: Literal["none", "dots", "block", "offload"] = "block"
+    gpu_flags: Literal["none", "overlap"] = (
+        "overlap"  # XLA's on GPU: its defaults, or more communication beside compute
+    )
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
     def __post_init__(self) -> None:

@@ -26,8 +26,9 @@ class Dim:
 
 
 # A stored matrix is also split over these, and gathered for its use: ZeRO-3 (arXiv:1910.02054). Context shards work on
-# other tokens with the same weights, as fsdp shards do. The first dim that they divide takes them: gathered along a
-# later one, XLA keeps a transposed copy of the whole stack. Vectors stay whole: they are not worth a gathering.
+# other tokens with the same weights, as fsdp shards do. The first dim that one divides takes it: gathered along a later
+# dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole: they are not worth a gathering. So it is with
+# the embedding and stages that do not divide the vocabulary: each then makes all the logits.
 GATHERED = ("fsdp", "context")
 
 DIMS = {
@@ -44,7 +45,7 @@ DIMS = {
     "F": Dim("MLP width", stored=("tensor",), used=("tensor",)),
     # Every device of a data shard, stages alike (arXiv:2411.05288), has its rows of the embedding and makes its share
     # of the logits of all the tokens there: those are fewer bytes to gather than the embedding and its gradient.
-    "V": Dim("vocabulary", stored=("stage", "tensor"), used=("stage", "tensor", *GATHERED)),
+    "V": Dim("vocabulary", stored=("tensor", "stage"), used=("tensor", "stage", *GATHERED)),
     "L": Dim("layer", stored=("stage",)),
     "R": Dim("adapter rank"),
 }
@@ -53,12 +54,11 @@ DIMS = {
 def stored(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
     """How a weight with these dims is kept between uses, split over these axes, given with their sizes."""
     axes = [_dividing(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)]
-    gathered = tuple(axis for axis in GATHERED if axis in mesh)
-    of_layer = letters.removeprefix("L")
-    for at in range(len(letters) - len(of_layer), len(letters) if len(of_layer) > 1 else 0):
-        if shape[at] % _shards((*axes[at], *gathered), mesh) == 0:
-            axes[at] = (*axes[at], *gathered)
-            break
+    of_layer = range(letters.startswith("L"), len(letters))
+    for axis in ("stage", *GATHERED) if "V" in letters else GATHERED if len(of_layer) > 1 else ():
+        fit = [at for at in of_layer if axis in mesh and shape[at] % _shards((*axes[at], axis), mesh) == 0]
+        if fit and not any(axis in names for names in axes):
+            axes[fit[0]] = (*axes[fit[0]], axis)
     return _spec(axes)
 
 
@@ -71,15 +71,16 @@ def used(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> Partiti
 
 
 def _dividing(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
-    """Those of the axes that there are; fewer, from the first on, for what need not be split over all of them.
+    """Those of the axes that there are; of what need not be split over all of them, those that divide it.
 
     That is the vocabulary, one token's position, and key/value heads fewer than the shards, of which each uses the one
     its queries need.
     """
-    axes = tuple(axis for axis in axes if axis in mesh)
-    while letter in "KTPV" and size % _shards(axes, mesh):
-        axes = axes[:-1]
-    return axes
+    taken: Axes = ()
+    for axis in axes:
+        if axis in mesh and (letter not in "KTPV" or size % _shards((*taken, axis), mesh) == 0):
+            taken = (*taken, axis)
+    return taken
 
 
 def _shards(axes: Axes, mesh: Mapping[str, int]) -> int:

@@ -39,8 +39,9 @@ def train(config: Config) -> None:
         tokenizer = resume.keep_tokenizer(config, source)
         batches, held_out = _data(program, tokenizer)
         compile_started = time.perf_counter()
-        train_step = jax.jit(program.train_step, donate_argnums=0).lower(program.state, program.batch).compile()
-        eval_step = jax.jit(program.eval_step).lower(program.state, program.batch).compile()
+        arguments, options = (program.state, program.batch), program.compiler_options
+        train_step = jax.jit(program.train_step, donate_argnums=0).lower(*arguments).compile(options)
+        eval_step = jax.jit(program.eval_step).lower(*arguments).compile(options)
         compile_seconds = time.perf_counter() - compile_started
         state, loop = resume.start(program, source, checkpoints)
         if loop is not None:

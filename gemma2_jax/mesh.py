@@ -72,23 +72,20 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
     sizes = dims.sizes(model)
     for letter, size in sizes.items():
-        axes = dims.DIMS[letter].stored
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-        # Stages may differ by layers; key/value heads fewer than their shards stay whole.
-        if letter == "L" or size % shards == 0 or (letter == "K" and shards % size == 0):
+        tensor = mesh.shape["tensor"] if "tensor" in dims.DIMS[letter].stored else 1
+        if size % tensor == 0 or (letter == "K" and tensor % size == 0):  # fewer heads than shards stay whole
             continue
         raise ValueError(
-            f"{' x '.join(f'mesh.{axis} {mesh.shape[axis]}' for axis in axes)} does not divide the "
-            f"{dims.DIMS[letter].meaning} of {size}; "
+            f"mesh.tensor {tensor} does not divide the {dims.DIMS[letter].meaning} of {size}; "
             f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
         )
-    gathered = math.prod(mesh.shape[axis] for axis in dims.GATHERED)
-    if sizes["D"] % gathered and sizes["F"] % (gathered * mesh.shape["tensor"]):
-        raise ValueError(
-            f"mesh.fsdp {mesh.shape['fsdp']} x mesh.context {mesh.shape['context']} = {gathered} divides neither the "
-            f"model width of {sizes['D']} nor, with mesh.tensor {mesh.shape['tensor']}, the MLP width of {sizes['F']}; "
-            "use a divisor of one of them, and mesh.data for the rest of the devices"
-        )
+    for axis in dims.GATHERED:
+        if axis not in jax.tree.leaves(tuple(dims.stored("DF", (sizes["D"], sizes["F"]), mesh.shape))):
+            raise ValueError(
+                f"mesh.fsdp {mesh.shape['fsdp']} x mesh.context {mesh.shape['context']}: {axis} divides neither what "
+                f"is left of the model width of {sizes['D']} nor, with mesh.tensor {mesh.shape['tensor']}, of the MLP "
+                f"width of {sizes['F']}; use a smaller {axis}, and mesh.data for the rest of the devices"
+            )
 
 
 def layers_per_stage(model: ModelConfig, mesh: Mesh) -> int:

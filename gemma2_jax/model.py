@@ -108,7 +108,9 @@ class Einsum(nnx.Module):
         w = self.w[...]
         outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
         y = constrain(product(self.equation, x, w), outputs)
-        return y if self.adapter is None else constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
+        return (
+            y if self.adapter is None else constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -216,10 +218,10 @@ class Block(nnx.Module):
 class Gemma2(nnx.Module):
     """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, platform: str | None = None):
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
-        self.attend, _ = attention.choose(compute.attention)
+        self.attend, _ = attention.choose(compute.attention, platform or jax.default_backend())
         self.letters = (("embedding", "VD"),)
         shape = dims.shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))

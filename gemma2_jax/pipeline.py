@@ -152,7 +152,7 @@ class Pipeline:
                     kept = jax.tree.map(lambda all, new: all.at[slot].set(new), kept, self._kept(vjp))
                 return y_BTD, kept
 
-            x_BTD, kept = jax.lax.fori_loop(0, self._layers_of(stage, number), layer, (x_BTD, kept))
+            x_BTD, kept = jax.lax.fori_loop(0, self._trips(stage, number), layer, (x_BTD, kept))
             return self._shift(x_BTD, 1)[None], self._only(x_BTD, self.stages - 1), kept
 
         each, same = P("stage"), P()
@@ -170,7 +170,7 @@ class Pipeline:
             stage = self._index("stage")
             number = t - (2 * (self.stages - 1) - stage)
             d_BTD = jnp.where(stage == self.stages - 1, d_last_BTD, returned_1BTD[0])
-            layers = self._layers_of(stage, number)
+            layers = self._trips(stage, number)
 
             def layer(done, carry):
                 d_BTD, sums = carry
@@ -249,12 +249,15 @@ class Pipeline:
         at = jnp.clip(number, 0, self.passes - 1)
         return _at(passes, at)
 
-    def _layers_of(self, stage, number):
+    def layers_of(self, stage):
+        """Layers that a stage has."""
+        return jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
+
+    def _trips(self, stage, number):
         """Layers that a stage runs for pass `number`: its own, or none where there is no such pass."""
         if self.stages == 1:
             return self.layers
-        own = jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
-        return jnp.where((number >= 0) & (number < self.passes), own, 0)
+        return jnp.where((number >= 0) & (number < self.passes), self.layers_of(stage), 0)
 
     def _summed(self, path: str, gradients: Weights) -> jax.Array:
         """A gradient, each shard's part of it summed over all, as its weight is stored; float32."""
@@ -272,14 +275,10 @@ class Pipeline:
             inputs = self._inputs(passes, 0, 0, key)
             return self._kept(self._vjp(_at(trained, 0), _at(frozen, 0), x_BTD, inputs)[1])
 
-        x_BTD, *others = jax.eval_shape(kept, trained, frozen, nothing_SBTD[0])
         lead = self.stages, self.slots, self.layers
-        zeros = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), (x_BTD, *others))
-        return self._kept_room(zeros)
-
-    def _kept_room(self, zeros: tuple) -> tuple:
-        x, *others = zeros
-        x = self._spread(x)
+        shapes = jax.eval_shape(kept, trained, frozen, nothing_SBTD[0])
+        x, *others = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), shapes)
+        x = jax.tree.map(self._spread, x)  # there may be none: see `remat`
         if self.config.compute.remat == "offload":
             x = jax.device_put(x, jax.memory.Space.Host)
         return x, *others

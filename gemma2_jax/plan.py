@@ -126,7 +126,7 @@ def compile_step(config: Config, gpus: int) -> Plan:
         traced = jax.jit(program.train_step, donate_argnums=0).trace(state, batch)
         lowered = traced.lower(lowering_platforms=("cuda",))
         lowered_at = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(program.compiler_options)
         compiled_at = time.perf_counter()
     memory = compiled.memory_analysis()
     text = compiled.as_text()

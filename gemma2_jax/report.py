@@ -1,5 +1,6 @@
 """What a run prints before its first step, so that a reader can audit it, and after its last."""
 
+import os
 import shlex
 from collections import Counter
 
@@ -52,19 +53,36 @@ def startup(
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
         "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, backward by inputs"
         f"{'' if program.frozen else ' and by weights'}; attention causal and windowed, as if unpacked)",
+        **({"pipeline": pipeline(program)} if mesh.shape["stage"] > 1 else {}),
         "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
-        "attention": attention.choose(config.compute.attention)[1],
+        "attention": attention.choose(config.compute.attention, program.platform)[1],
         "memory": memory(compiled) + f"; compiled in {seconds:.1f} s",
     }
+    if program.platform == "gpu":
+        share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+        flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
+        lines["GPU flags"] = f"{flags} (compute.gpu_flags); XLA_PYTHON_CLIENT_MEM_FRACTION={share}"
     if changes:
         lines["changed"] = "; ".join(changes)
     grid = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         grid.add_row(f"[bold]{name}[/bold]", text)
     console.print(grid, highlight=False)
+
+
+def pipeline(program: Program) -> str:
+    """How layers and passes are dealt out over stages, and the share of a step that stages wait for each other."""
+    stages = program.pipeline
+    layers = [int(stages.layers_of(stage)) for stage in range(stages.stages)]
+    vocabulary = program.config.model.vocab_size
+    twice = f"; all make all logits, as they do not divide {vocabulary:,}" if vocabulary % stages.stages else ""
+    return (
+        f"{stages.stages} stages of {' + '.join(map(str, layers))} layers; {stages.passes} passes, of which at most "
+        f"{stages.slots} are live; bubble {stages.bubble:.1%} = (stages - 1) / (passes + stages - 1){twice}"
+    )
 
 
 def ending(console: Console, config: Config) -> None:

@@ -20,7 +20,7 @@ from gemma2_jax.step import Program, State
 # A run may go on with other values of these; a change of anything else would make it another run.
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
 FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
-FREE += ("compute.loss_chunk", "train.wandb")
+FREE += ("compute.loss_chunk", "compute.gpu_flags", "train.wandb")
 
 
 def open_source(config: Config) -> formats.Checkpoint | None:

@@ -20,6 +20,16 @@ from gemma2_jax.model import Abstract, Gemma2, Weights
 from gemma2_jax.pipeline import Batch, Pipeline
 
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
+# Options of XLA's GPU compiler by `compute.gpu_flags`. Overlap: collectives start early and end late, up to four at a
+# time, and a layer's weights are gathered while the layer before is computed (loops run two bodies a trip).
+GPU_FLAGS: dict[str, dict[str, bool | int]] = {
+    "none": {},
+    "overlap": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    },
+}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer"], meta_fields=[])
@@ -39,6 +49,7 @@ class Program:
     def __init__(self, config: Config, mesh: Mesh):
         meshes.check(config, mesh)
         self.config, self.mesh = config, mesh
+        self.platform: str = mesh.devices.flat[0].platform
         skeleton = nnx.eval_shape(self._create)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
         self.letters = model.letters(skeleton)
@@ -73,6 +84,11 @@ class Program:
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
         sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used, "context"))
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+    @property
+    def compiler_options(self) -> dict[str, bool | int]:
+        """What XLA is told when the steps are compiled."""
+        return GPU_FLAGS[self.config.compute.gpu_flags] if self.platform == "gpu" else {}
 
     @cached_property
     def rows(self) -> range:
@@ -140,7 +156,7 @@ class Program:
         return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create(self, adapters: bool = True) -> Gemma2:
-        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0))
+        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), platform=self.platform)
         if adapters:
             lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
         return whole

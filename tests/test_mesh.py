@@ -66,7 +66,7 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"mesh.stage 8 is more than the 4 layers; use fewer stages"):
         program("sft", MeshConfig(stage=8))
     prime = replace(BITING["9b"], width=57, mlp_width=81)
-    with pytest.raises(ValueError, match=r"mesh.fsdp 4 x mesh.context 2 = 8 divides neither the model width of 57 nor"):
+    with pytest.raises(ValueError, match=r"mesh.fsdp 4 x mesh.context 2: fsdp divides neither .* width of 57 nor"):
         program("sft", MeshConfig(fsdp=4, context=2), model=prime)
     with pytest.raises(ValueError, match=r"global_batch_size 12 does not divide over .* = 8 rows a pass; use 16"):
         program("sft", MeshConfig(), train=TrainConfig(sequence_length=32, global_batch_size=12))
@@ -232,13 +232,15 @@ def test_the_table_of_dims():
     assert dims.used("BTF", (2, 32, 80), mesh) == P(batch, "context", "tensor")
     assert dims.used("BTKH", (2, 32, 4, 16), mesh) == P(batch, "context", "tensor", None)
     assert dims.used("BTKH", (2, 32, 2, 16), mesh) == P(batch, "context", None, None)
-    assert dims.used("ESV", (2, 32, 384), mesh) == P("data", None, ("stage", "tensor", *both))
-    assert dims.used("ESV", (2, 32, 8), mesh) == P("data", None, ("stage", "tensor"))
+    assert dims.used("ESV", (2, 32, 384), mesh) == P("data", None, ("tensor", "stage", *both))
+    assert dims.used("ESV", (2, 32, 8), mesh) == P("data", None, ("tensor", "stage", "context"))
     assert dims.stored("LDKH", (4, 56, 2, 16), mesh) == P("stage", both, None, None)
     assert dims.stored("LDKH", (4, 56, 4, 16), mesh) == P("stage", both, "tensor", None)
-    assert dims.stored("LDF", (4, 57, 80), mesh) == P("stage", None, ("tensor", *both))
+    assert dims.stored("LDF", (4, 57, 80), mesh) == P("stage", "context", ("tensor", "fsdp"))
     assert dims.stored("LFD", (4, 80, 56), mesh) == P("stage", ("tensor", *both), None)
-    assert dims.stored("VD", (384, 56), mesh) == P(("stage", "tensor", *both), None)
+    assert dims.stored("VD", (384, 56), mesh) == P(("tensor", "stage", *both), None)
+    assert dims.stored("VD", (384, 57), mesh | {"stage": 5, "fsdp": 19}) == P(("tensor", "context"), "fsdp")  # as 5 divides none
+    assert dims.stored("VD", (384, 57), mesh | {"stage": 19}) == P(("tensor", *both), "stage")
     assert dims.stored("LD", (4, 56), mesh) == P("stage", None)
     # Axes that `shard_map` has split over already are not in the mesh.
     assert dims.used("BTF", (2, 32, 80), {"fsdp": 2, "tensor": 4}) == P("fsdp", None, "tensor")
@@ -255,3 +257,69 @@ def test_context_shards_have_equal_work():
 def test_constrain_without_a_mesh_is_nothing():
     x = np.ones((2, 3, 4))
     assert meshes.constrain(x, "BTD") is x
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "layers", "passes", "bubble"),
+    [
+        ("27b_pretrain", MeshConfig(data=1, stage=2, tensor=4), [23, 23], 16, "5.9%"),
+        ("2b_pretrain", MeshConfig(data=1, stage=3), [9, 9, 8], 16, "11.1%"),
+        ("9b_sft", MeshConfig(data=1, stage=2), [21, 21], 128, "0.8%"),
+        ("27b_sft", MeshConfig(data=2, stage=4), [12, 12, 12, 10], 64, "4.5%"),
+    ],
+)
+def test_stages_and_their_bubble(name, mesh, layers, passes, bubble):
+    config = replace(configs.load(name), mesh=mesh)
+    run = Program(config, make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]))
+    stages = run.pipeline
+    assert [int(stages.layers_of(stage)) for stage in range(stages.stages)] == layers
+    assert stages.passes == passes and f"{stages.bubble:.1%}" == bubble
+    assert run.base["blocks/mlp/gate/w"].shape[0] == stages.layers * stages.stages
+
+
+def compiled(**changes):
+    """A step of three layers over two stages, compiled; what it keeps is far larger than a batch."""
+    config = ComputeConfig(dtype="float32", loss_chunk=8, remat=changes.pop("remat", "block"))
+    run = program("sft", MeshConfig(data=1, stage=2, fsdp=2, tensor=2), model=biting("2b"), compute=config, **changes)
+    with jax.set_mesh(run.mesh):
+        return run, jax.jit(run.train_step).lower(run.state, run.batch).compile()
+
+
+def test_what_a_stage_keeps_does_not_grow_with_the_passes():
+    """Eight times the passes need room for their tokens and nothing else: [B, T] times five arrays of four bytes."""
+    few, many = (compiled(train=TrainConfig(sequence_length=32, global_batch_size=rows)) for rows in (8, 64))
+    assert (few[0].pipeline.passes, many[0].pipeline.passes) == (4, 32)
+    grown = [run[1].memory_analysis().temp_size_in_bytes for run in (few, many)]
+    one_pass = 32 * 36 * 4  # its activations between two layers
+    assert grown[1] - grown[0] <= 5 * (64 - 8) * 32 * 4 + 2 * one_pass
+
+
+def test_a_pass_that_stages_wait_for_alone():
+    """Fewer passes than stages."""
+    losses = []
+    for mesh, devices in (MeshConfig(data=1), 1), (MeshConfig(data=1, stage=4, fsdp=2), 8):
+        train = TrainConfig(sequence_length=32, global_batch_size=8, micro_batch_size=4)
+        run = program("sft", mesh, devices=devices, model=biting(7), train=train)
+        assert run.pipeline.passes == {1: 2, 8: 1}[devices]
+        with jax.set_mesh(run.mesh):
+            _, metrics = jax.jit(run.train_step)(run.fresh(weights(run)), place(run, batches(True)[0]))
+        losses.append((metrics["loss"], metrics["grad_norm"]))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1), MeshConfig(data=1, stage=2, fsdp=2, tensor=2)], ids=["one", "all"]
+)
+def test_remat_policies_agree(mesh):
+    """Whatever is kept of a block, the gradients are the same; what keeps more takes more memory."""
+    norms, memory = {}, {}
+    for policy in "block", "offload", "dots", "none":
+        compute = ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8, remat=policy)
+        devices = math.prod(vars(mesh).values())
+        run = program("lora", mesh, devices=devices, model=biting("2b"), compute=compute)
+        with jax.set_mesh(run.mesh):
+            step = jax.jit(run.train_step).lower(run.state, run.batch).compile()
+            _, metrics = step(run.fresh(weights(run)), place(run, batches(True)[0]))
+        norms[policy], memory[policy] = float(metrics["grad_norm"]), step.memory_analysis().temp_size_in_bytes
+    np.testing.assert_allclose(list(norms.values()), norms["block"], rtol=1e-5)
+    assert memory["block"] < memory["dots"] < memory["none"]
