@@ -239,7 +239,9 @@ def test_the_table_of_dims():
     assert dims.stored("LDF", (4, 57, 80), mesh) == P("stage", "context", ("tensor", "fsdp"))
     assert dims.stored("LFD", (4, 80, 56), mesh) == P("stage", ("tensor", *both), None)
     assert dims.stored("VD", (384, 56), mesh) == P(("tensor", "stage", *both), None)
-    assert dims.stored("VD", (384, 57), mesh | {"stage": 5, "fsdp": 19}) == P(("tensor", "context"), "fsdp")  # as 5 divides none
+    assert dims.stored("VD", (384, 57), mesh | {"stage": 5, "fsdp": 19}) == P(
+        ("tensor", "context"), "fsdp"
+    )  # as 5 divides none
     assert dims.stored("VD", (384, 57), mesh | {"stage": 19}) == P(("tensor", *both), "stage")
     assert dims.stored("LD", (4, 56), mesh) == P("stage", None)
     # Axes that `shard_map` has split over already are not in the mesh.

@@ -19,6 +19,7 @@ import pytest
 from gemma2_jax import config as configs, loop
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.convert.checkpoints import open_checkpoint, read
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.step import Program
 
@@ -331,3 +332,33 @@ def test_data_that_cannot_be_used(tmp_path):
             loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(path)))
     with pytest.raises(ValueError, match=r"missing.jsonl"):
         loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(tmp_path / "missing.jsonl")))
+
+
+def test_resumes_on_other_meshes(tmp_path):
+    """Stages with a layer too few, then context shards, then one device: weights and losses are those of one mesh."""
+
+    def run(name: str, steps: int, **mesh: int) -> Config:
+        config = small("tiny_sft", tmp_path / name, steps=steps, mesh=MeshConfig(**mesh))
+        return replace(
+            config,
+            model=replace(config.model, layers=3),
+            optim=replace(config.optim, decay_steps=6, eps=1e-2),
+            train=replace(config.train, eval_every=6, checkpoint_every=2),
+        )
+
+    straight = run("straight", 6)
+    loop.train(straight)
+    for steps, mesh in (2, dict(data=1, stage=2, fsdp=2, tensor=2)), (4, dict(data=4, context=2)):
+        moved = run("moved", steps, **mesh)
+        loop.train(moved)
+        stored = open_checkpoint(tmp_path / "moved")
+        assert stored.shapes["blocks/attn/q/w"].shape[0] == 3, "the layer that is none is not part of the model"
+        assert read(stored, "blocks/attn/q/w", np.dtype("float32")).shape[0] == 3
+    loop.train(run("moved", 6))
+    losses = [[line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("straight", "moved")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    expected, got = saved(tmp_path / "straight", 6), saved(tmp_path / "moved", 6)
+    assert got.pop("loop") == expected.pop("loop"), "the data goes on from another position"
+    for name, value in expected.items():
+        error = np.linalg.norm(got[name] - value) / max(np.linalg.norm(value), 1e-30)
+        assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
