@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,30 +58,36 @@ def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
     The weight is rounded, then gathered; its gradient is formed, and summed over shards, in the weight's own dtype.
     """
-    return _sum(equation, x, _ready(equation, x, w))
+    return _product_forward(equation, _Primal(x), _Primal(w))[0]
 
 
 product = jax.custom_vjp(_product, nondiff_argnums=(0,))
 
 
-def _ready(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return constrain(w.astype(x.dtype), equation.replace("->", ",").split(",")[1])
+class _Primal(NamedTuple):
+    """An argument as `defvjp(symbolic_zeros=True)` hands it on."""
+
+    value: jax.Array
+    perturbed: bool = False
 
 
 def _product_forward(equation, x, w):
-    return _product(equation, x.value, w.value), (x.value, w.value, x.perturbed, w.perturbed)
+    weight = equation.replace("->", ",").split(",")[1]
+    gathered = constrain(w.value.astype(x.value.dtype), weight)
+    like_w = jnp.zeros((), w.value.dtype)
+    return _sum(equation, x.value, gathered), (x.value, gathered, like_w, x.perturbed, w.perturbed)
 
 
 def _product_backward(equation, residuals, grad):
-    x, w, x_perturbed, w_perturbed = residuals
+    x, w, like_w, x_perturbed, w_perturbed = residuals
     inputs, weight, outputs = equation.replace("->", ",").split(",")
     grad = constrain(grad, outputs)  # gathered once for both
-    grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, _ready(equation, x, w)) if x_perturbed else None
+    grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
     if not w_perturbed:
         return grad_x, None
     if x.size <= grad.size:
-        return grad_x, _sum(f"{inputs},{outputs}->{weight}", x, grad, w.dtype)
-    return grad_x, _sum(f"{outputs},{inputs}->{weight}", grad, x, w.dtype)
+        return grad_x, _sum(f"{inputs},{outputs}->{weight}", x, grad, like_w.dtype)
+    return grad_x, _sum(f"{outputs},{inputs}->{weight}", grad, x, like_w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

@@ -134,7 +134,7 @@ def small(kind: str = "sft", **mesh: int) -> plan.Plan:
         "",
         kind,
         train=TrainConfig(sequence_length=128, global_batch_size=PASSES * 2 * shards, micro_batch_size=2),
-        compute=ComputeConfig(loss_chunk=64),
+        compute=ComputeConfig(loss_chunk=64, gpu_flags="none"),  # one layer a trip
         mesh=MeshConfig(**{"data": 1, **mesh}),
     )
     return plan.compile_step(config, shards * mesh.get("tensor", 1))
@@ -151,25 +151,28 @@ def test_fsdp_gathers_one_layer_at_a_time():
     matrices = SMALL.parameter_count() - SMALL.vocab_size * SMALL.width - (4 * LAYERS + 1) * SMALL.width
     matrices, norms = matrices // LAYERS, 4 * SMALL.width
     gathered = sum(c.sent for c in per_layer(found, "all-gather"))
-    assert gathered == 2 * (2 * matrices + 4 * norms) * 7 / 8
+    assert gathered == 2 * 2 * matrices * 7 / 8, "bfloat16, twice"
     reduced = sum(c.sent for c in per_layer(found, "reduce-scatter"))
-    assert reduced in [(width * matrices + 4 * norms) * 7 / 8 for width in (2, 4)]
+    assert reduced == 4 * matrices * 7 / 8, "float32, once"
+    assert sum(c.sent for c in per_layer(found, "all-reduce")) == 2 * 4 * norms * 7 / 8
     assert {c.axes for c in found.traffic} == {"fsdp"}
     elsewhere = [c for c in found.traffic if c.times != LAYERS * PASSES]
-    assert max(c.sent for c in elsewhere) <= 2 * 4 * SMALL.vocab_size * SMALL.width, "only the embedding is whole"
+    tokens = 4 * 8 * 2 * 128 * SMALL.width  # float32, of all shards: they go to the embedding, not it to them
+    assert max(c.sent for c in elsewhere) <= tokens * 7 / 8
     assert plan.held(found.program)["trained weights"] == SMALL.parameter_count() * 4 / 8
     assert found.arguments >= sum(plan.held(found.program).values())
 
 
 @needs_plugin
-def test_tensor_parallel_layers_gather_and_scatter_positions():
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_tensor_parallel_layers_gather_and_scatter_positions(kind):
     """Sequence parallelism: [B, T, D] is gathered before products and scattered after; logits stay where they are."""
-    found = small(tensor=8)
+    found = small(kind, tensor=8)
     positions = 2 * (2 * 128 * SMALL.width) * 7 / 8  # bfloat16 [2, 128, D]
-    for kind, most in ("all-gather", 7), ("reduce-scatter", 6):
+    for kind in "all-gather", "reduce-scatter":
         assert {c.axes for c in per_layer(found, kind)} == {"tensor"}
         times = sum(c.sent for c in per_layer(found, kind)) / positions
-        assert 4 <= times <= most, f"{kind}: twice forward, twice backward, and at most once more each; not {times}"
+        assert 6 <= times < 6.2, f"{kind}: twice forward, recomputed and backward; adapters' are narrow. Not {times}"
     assert all(c.sent < positions / 8 for c in per_layer(found, "all-reduce"))
     moved = re.findall(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", found.text)
     sizes = {int(size) for types in moved for shape in re.findall(r"\[([\d,]+)\]", types) for size in shape.split(",")}
