@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gemma2_jax import config as configs
 from gemma2_jax.checkpoint import Checkpoints
@@ -20,7 +21,7 @@ from gemma2_jax.step import Program, State
 # A run may go on with other values of these; a change of anything else would make it another run.
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
 FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
-FREE += ("compute.loss_chunk", "train.wandb")
+FREE += ("compute.loss_chunk", "train.wandb", "hosts.")
 
 
 def open_source(config: Config) -> formats.Checkpoint | None:
@@ -48,8 +49,11 @@ def open_source(config: Config) -> formats.Checkpoint | None:
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
     """Writes config.txt, or holds the config against the one there; ValueError where it is another run's.
 
-    Returns what has changed and may, as sentences.
+    Returns what has changed and may, as sentences. Process 0 does it for all.
     """
+    _check_shared(config, latest)
+    if jax.process_index() != 0:
+        return []
     path, changes = config.output / "config.txt", {}
     if latest is not None and path.exists():
         before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
@@ -68,6 +72,16 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
     return list(changes.values())
 
 
+def _check_shared(config: Config, latest: int | None) -> None:
+    seen = multihost_utils.process_allgather(np.int32(-1 if latest is None else latest)).ravel()
+    others = [index for index, step in enumerate(seen) if step != seen[0]]
+    if others:
+        raise ValueError(
+            f"process {others[0]} finds other checkpoints in {config.output.absolute()} than process 0; "
+            "--workdir must be a folder that all hosts share"
+        )
+
+
 def _lines(text: str) -> dict[str, str]:
     return dict(line.split(" = ", 1) for line in text.splitlines())
 
@@ -83,6 +97,8 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
             f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
             "use the model's own tokenizer"
         )
+    if jax.process_index() != 0:
+        return tokenizer
     kept = config.output / "tokenizer"
     dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
     original = source.hf if source else None
