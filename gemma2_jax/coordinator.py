@@ -22,6 +22,7 @@ import socket
 from typing import Any
 
 SILENCE_SECONDS = 15  # after which a host that does not answer is taken for gone
+_FAREWELL_SECONDS = 10  # for which JAX's service outlasts the first failure; without it the rest would abort
 _SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
 
 
@@ -41,19 +42,15 @@ class Coordinator:
         self._count, self._patience = count, patience
         self._links: dict[int, asyncio.StreamWriter] = {}
         self._names: dict[int, str] = {}
-        self._done: set[int] = set()
-        self._over = asyncio.Event()
+        self._gone: set[int] = set()
+        self._judged, self._over = False, asyncio.Event()
         self._service: Any = None
 
     async def serve(self, listener: socket.socket) -> None:
-        """Returns when the run is over and everyone has been told."""
-        server = await asyncio.start_server(self._attend, sock=listener)
+        """Returns when all have gone, or some while after all have been told to."""
+        await asyncio.start_server(self._attend, sock=listener)
         asyncio.get_running_loop().call_later(self._patience, self._give_up)
         await self._over.wait()
-        server.close()
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                await asyncio.wait_for(link.drain(), 1)
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         keep_alive(writer.get_extra_info("socket"))
@@ -64,8 +61,10 @@ class Coordinator:
             writer.close()  # not one of ours
             return
         if hello["count"] != self._count or index in self._links:
-            other = f"{self._names[index]} has that index" if index in self._links else f"process 0 has {self._count}"
-            _send(writer, verdict=f"{name} asks for a run of {hello['count']} process(es), but {other}")
+            other = f"{self._names[index]} has that index" if index in self._links else f"process 0 for {self._count}"
+            text = f"{name} asks for a run of {hello['count']} process(es), but {other}"
+            _send(writer, verdict=text)
+            self._verdict(text)
             return
         self._links[index], self._names[index] = writer, name
         if len(self._links) == self._count:
@@ -85,31 +84,34 @@ class Coordinator:
             _send(link, service=port, beside=self._names[0])
 
     async def _follow(self, index: int, reader: asyncio.StreamReader) -> None:
-        try:
-            line = await reader.readline()
-        except OSError:
-            line = b""
-        if not line:
+        left = False
+        with contextlib.suppress(OSError):
+            async for line in reader:
+                left = True
+                if reason := json.loads(line)["end"]:
+                    self._verdict(f"{self._names[index]} {reason}", index)
+        if not left:
             self._verdict(f"{self._names[index]} stopped answering", index)
-        elif reason := json.loads(line)["end"]:
-            self._verdict(f"{self._names[index]} {reason}", index)
-        else:
-            self._done.add(index)
-            if len(self._done) == self._count:
-                self._over.set()
+        self._gone.add(index)
+        if len(self._gone) == len(self._links):
+            self._over.set()
 
     def _give_up(self) -> None:
         missing = [str(index) for index in range(self._count) if index not in self._links]
         if missing:
-            self._verdict(f"process(es) {', '.join(missing)} of {self._count} did not come in {self._patience:g} s")
+            self._verdict(
+                f"process(es) {', '.join(missing)} of {self._count} did not come in {self._patience:g} s; "
+                "start the same command for each of them"
+            )
 
     def _verdict(self, text: str, index: int | None = None) -> None:
-        if self._over.is_set():
+        if self._judged:
             return
+        self._judged = True
         for other, link in self._links.items():
             if other != index:
                 _send(link, verdict=text)
-        self._over.set()
+        asyncio.get_running_loop().call_later(_FAREWELL_SECONDS, self._over.set)
 
 
 def _send(link: asyncio.StreamWriter, **message: object) -> None:
@@ -128,9 +130,9 @@ def main() -> None:
 
     async def serve() -> None:
         await Coordinator(arguments.count, arguments.patience).serve(socket.socket(fileno=arguments.listener))
+        os._exit(0)  # the destructor of JAX's service would wait for processes that are gone
 
     asyncio.run(serve())
-    os._exit(0)  # the destructor of JAX's service would wait for processes that are gone
 
 
 if __name__ == "__main__":

@@ -289,6 +289,8 @@ def _meet(place: Place) -> Iterator[_Link]:
     link.settimeout(None)
     with link:
         yield _Link(link, place)
+        with contextlib.suppress(OSError):
+            link.shutdown(socket.SHUT_WR)
 
 
 def _end_soon(status: int) -> None:

@@ -21,7 +21,7 @@ from gemma2_jax.step import Program, State
 # A run may go on with other values of these; a change of anything else would make it another run.
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
 FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
-FREE += ("compute.loss_chunk", "train.wandb", "hosts.")
+FREE += ("compute.loss_chunk", "train.wandb")
 
 
 def open_source(config: Config) -> formats.Checkpoint | None:
@@ -57,7 +57,11 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
     path, changes = config.output / "config.txt", {}
     if latest is not None and path.exists():
         before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
-        changes = {key: f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]}
+        changes = {
+            key: f"{key} was {before.get(key)} and is {now[key]}"
+            for key in now
+            if before.get(key) != now[key] and not key.startswith("hosts.")  # where a run runs is not what it is
+        }
         others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
         if others:
             raise ValueError(
