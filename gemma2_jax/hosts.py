@@ -224,6 +224,7 @@ def _coordinator(place: Place) -> Iterator[None]:
             pass_fds=[listener.fileno()],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
         )
     yield
