@@ -15,6 +15,7 @@ however busy the process was. Imports nothing of JAX but that service.
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -73,11 +74,10 @@ class Coordinator:
 
     def _start(self) -> None:
         """JAX's service, which exists only when all are there, and its port."""
-        from jaxlib import _jax
-
+        jaxlib = importlib.import_module("jaxlib._jax")
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]
-        self._service = _jax.get_distributed_runtime_service(
+        self._service = jaxlib.get_distributed_runtime_service(
             f"[::]:{port}", self._count, shutdown_timeout=_SHUTDOWN_SECONDS
         )
         for link in self._links.values():
@@ -119,7 +119,7 @@ def _send(link: asyncio.StreamWriter, **message: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=Coordinator.__doc__)
     parser.add_argument("--listener", type=int, help="file descriptor of a socket that listens")
     parser.add_argument("--count", type=int, help="processes of the run")
     parser.add_argument("--patience", type=float, help="seconds for all of them to come")

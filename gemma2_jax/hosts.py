@@ -96,7 +96,7 @@ def _open_mpi(environment: Mapping[str, str]) -> dict:
     if count == 1:
         return {}
     local, here = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("RANK", "SIZE"))
-    said = {"count": count, "index": int(environment["OMPI_COMM_WORLD_RANK"])}
+    said: dict = {"count": count, "index": int(environment["OMPI_COMM_WORLD_RANK"])}
     said |= _own_device(local, here, environment)
     launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # such as 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
     job = launcher.partition(";")[0] or environment.get("PMIX_NAMESPACE", "")
@@ -253,8 +253,8 @@ class _Link:
         """Waits until another process has failed, and then ends this one whatever it is doing."""
         told = self._receive() or {"verdict": f"{self._beside} stopped answering, and the coordinator there"}
         if not self._left:
-            line = f"error: {told['verdict']}; every process ends here. The same command resumes after the newest checkpoint"
-            os.write(sys.stderr.fileno(), f"{line}\n".encode())
+            ending = "every process ends here. The same command resumes after the newest checkpoint"
+            os.write(sys.stderr.fileno(), f"error: {told['verdict']}; {ending}\n".encode())
             os._exit(1)
 
     def _send(self, **message: object) -> None:
@@ -283,8 +283,8 @@ def _meet(place: Place) -> Iterator[_Link]:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise OSError(
-                    f"nothing answered at {place.coordinator} for {PATIENCE_SECONDS} s ({error}); is process 0 running, "
-                    "and is that a port of its host which this one may reach?"
+                    f"nothing answered at {place.coordinator} for {PATIENCE_SECONDS} s ({error}); is process 0 "
+                    "running, and is that a port of its host which this one may reach?"
                 ) from error
             time.sleep(0.5)
     link.settimeout(None)

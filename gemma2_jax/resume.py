@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, hosts
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.convert import checkpoints as formats
@@ -49,19 +49,20 @@ def open_source(config: Config) -> formats.Checkpoint | None:
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
     """Writes config.txt, or holds the config against the one there; ValueError where it is another run's.
 
-    Returns what has changed and may, as sentences. Process 0 does it for all.
+    Returns what has changed and may, as sentences. Process 0 does it, and the others find what it wrote.
     """
-    _check_shared(config, latest)
-    if jax.process_index() != 0:
+    path = config.output / "config.txt"
+    with hosts.first("claim_workdir"):
+        if jax.process_index() == 0:
+            return _claim(config, path, latest)
+        _check_joined(config, path)
         return []
-    path, changes = config.output / "config.txt", {}
+
+
+def _claim(config: Config, path: Path, latest: int | None) -> list[str]:
+    changes = {}
     if latest is not None and path.exists():
-        before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
-        changes = {
-            key: f"{key} was {before.get(key)} and is {now[key]}"
-            for key in now
-            if before.get(key) != now[key] and not key.startswith("hosts.")  # where a run runs is not what it is
-        }
+        changes = _differences(config, path)
         others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
         if others:
             raise ValueError(
@@ -76,14 +77,27 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
     return list(changes.values())
 
 
-def _check_shared(config: Config, latest: int | None) -> None:
-    seen = multihost_utils.process_allgather(np.int32(-1 if latest is None else latest)).ravel()
-    others = [index for index, step in enumerate(seen) if step != seen[0]]
-    if others:
+def _check_joined(config: Config, path: Path) -> None:
+    if not path.exists():
         raise ValueError(
-            f"process {others[0]} finds other checkpoints in {config.output.absolute()} than process 0; "
-            "--workdir must be a folder that all hosts share"
+            f"{config.output.absolute()} is not the folder that process 0 writes to; "
+            "give a --workdir that all hosts share"
         )
+    if differences := _differences(config, path):
+        raise ValueError(
+            f"process {jax.process_index()} was not started like process 0: {'; '.join(differences.values())}; "
+            "give all of them the same options"
+        )
+
+
+def _differences(config: Config, path: Path) -> dict[str, str]:
+    """How the config differs from the one in a file, by field; where the run is carried out is left out."""
+    before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
+    return {
+        key: f"{key} was {before.get(key)} and is {now[key]}"
+        for key in now
+        if before.get(key) != now[key] and not key.startswith("hosts.")
+    }
 
 
 def _lines(text: str) -> dict[str, str]:

@@ -16,7 +16,8 @@ from gemma2_jax.step import Program
 ROOT = Path(__file__).parents[1]
 # Each module may import those before it, never those after.
 ORDER = (
-    ("config",), ("coordinator",), ("hosts",), ("dims",), ("mesh",), ("attention",), ("model",), ("lora", "loss"), ("optim", "data"),
+    ("config", "coordinator"), ("hosts",), ("dims",), ("mesh",), ("attention",), ("model",), ("lora", "loss"),
+    ("optim", "data"),
     ("checkpoint", "step", "decode"), ("convert",), ("metrics", "profiling"), ("report", "resume"),
     ("loop",), ("train", "generate"),
 )  # fmt: skip
