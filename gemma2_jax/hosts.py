@@ -179,8 +179,8 @@ def joined(config: HostsConfig) -> Iterator[None]:
             yield
             jax.distributed.shutdown()
         except BaseException as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-                watch.join(SILENCE_SECONDS + 5)  # most likely the echo of another's end, which is about to be told
+            if _is_echo(error):
+                watch.join(SILENCE_SECONDS + 5)  # until which the one that failed has been told of
             interrupted = isinstance(error, KeyboardInterrupt)
             link.leave("was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}")
             _end_soon(130 if interrupted else 1)
@@ -292,6 +292,17 @@ def _meet(place: Place) -> Iterator[_Link]:
         yield _Link(link, place)
         with contextlib.suppress(OSError):
             link.shutdown(socket.SHUT_WR)
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether this is what a collective raises when another process is gone: anything of XLA's but lack of memory."""
+    from jax.errors import JaxRuntimeError
+
+    while error is not None:
+        if isinstance(error, JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__
+    return False
 
 
 def _end_soon(status: int) -> None:
