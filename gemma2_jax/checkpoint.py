@@ -49,7 +49,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, failed, *_) -> None:
+        if failed is not None and jax.process_count() > 1:
+            return  # the others, who would end the write with this process, are about to end themselves
         with self._explained():
             self._manager.close()
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -261,6 +262,26 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """The processes of one run. What is left empty is found from SLURM, Open MPI, Kubernetes or JAX's variables."""
+
+    coordinator: str = ""  # host:port where the processes meet; the host is that of process 0
+    count: int = 0  # processes, of which each host runs at least one; 0: found, else 1
+    index: int = -1  # which of them this one is, from 0; -1: found
+
+    def __post_init__(self) -> None:
+        if self.coordinator and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"hosts.coordinator is {self.coordinator!r}; it must be host:port, such as node-1:5555")
+        if self.count < 0 or self.index < -1:
+            raise ValueError(f"hosts.count {self.count} and hosts.index {self.index} must not be negative")
+        if self.count and self.index >= self.count:
+            raise ValueError(
+                f"hosts.index {self.index} of hosts.count {self.count}: processes count from 0; "
+                f"use 0 to {self.count - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run. `python -m gemma2_jax.train --config NAME` carries it out."""
 
@@ -272,6 +293,7 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
     workdir: str  # where everything the run writes goes
     steps: int = 100  # optimizer steps

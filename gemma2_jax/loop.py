@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gemma2_jax import report, resume
+from gemma2_jax import hosts, report, resume
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.data import pipeline
@@ -37,7 +37,8 @@ def train(config: Config) -> None:
     with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
         changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
-        batches, held_out = _data(program, tokenizer)
+        with hosts.first("tokenise"):
+            batches, held_out = _data(program, tokenizer)
         compile_started = time.perf_counter()
         arguments, options = (program.state, program.batch), program.compiler_options
         train_step = jax.jit(program.train_step, donate_argnums=0).lower(*arguments).compile(options)

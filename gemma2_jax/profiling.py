@@ -10,6 +10,8 @@ class Trace:
 
     def __init__(self, config: Config, first_step: int):
         self._folder = config.output / "profile"
+        if jax.process_count() > 1:
+            self._folder /= f"process-{jax.process_index()}"  # a trace is named after its host, which may run several
         self._start = first_step + config.profile.start + 1
         self._stop = self._start + config.profile.steps
         self._running = False

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax import attention
+from gemma2_jax import attention, hosts
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data.pipeline import Batches, EvalBatches
@@ -47,7 +47,7 @@ def startup(
         "parameters": parameters(program),
         "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
         + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),
-        "devices": f"{jax.device_count()} x {device.device_kind}, {jax.process_count()} process(es); mesh "
+        "devices": f"{jax.device_count()} x {device.device_kind}, {hosts.find(config.hosts, os.environ)}; mesh "
         + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, hosts
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.convert import checkpoints as formats
@@ -48,12 +49,20 @@ def open_source(config: Config) -> formats.Checkpoint | None:
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
     """Writes config.txt, or holds the config against the one there; ValueError where it is another run's.
 
-    Returns what has changed and may, as sentences.
+    Returns what has changed and may, as sentences. Process 0 does it, and the others find what it wrote.
     """
-    path, changes = config.output / "config.txt", {}
+    path = config.output / "config.txt"
+    with hosts.first("claim_workdir"):
+        if jax.process_index() == 0:
+            return _claim(config, path, latest)
+        _check_joined(config, path)
+        return []
+
+
+def _claim(config: Config, path: Path, latest: int | None) -> list[str]:
+    changes = {}
     if latest is not None and path.exists():
-        before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
-        changes = {key: f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]}
+        changes = _differences(config, path)
         others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
         if others:
             raise ValueError(
@@ -66,6 +75,29 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
     beside.write_text(configs.to_text(config))
     beside.replace(path)
     return list(changes.values())
+
+
+def _check_joined(config: Config, path: Path) -> None:
+    if not path.exists():
+        raise ValueError(
+            f"{config.output.absolute()} is not the folder that process 0 writes to; "
+            "give a --workdir that all hosts share"
+        )
+    if differences := _differences(config, path):
+        raise ValueError(
+            f"process {jax.process_index()} was not started like process 0: {'; '.join(differences.values())}; "
+            "give all of them the same options"
+        )
+
+
+def _differences(config: Config, path: Path) -> dict[str, str]:
+    """How the config differs from the one in a file, by field; where the run is carried out is left out."""
+    before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
+    return {
+        key: f"{key} was {before.get(key)} and is {now[key]}"
+        for key in now
+        if before.get(key) != now[key] and not key.startswith("hosts.")
+    }
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -83,6 +115,8 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
             f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
             "use the model's own tokenizer"
         )
+    if jax.process_index() != 0:
+        return tokenizer
     kept = config.output / "tokenizer"
     dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
     original = source.hf if source else None

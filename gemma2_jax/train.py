@@ -51,10 +51,11 @@ def main() -> None:
     if command.print:
         print(configs.to_text(command.run), end="")
         return
-    from gemma2_jax import loop
+    from gemma2_jax import hosts, loop
 
     try:
-        loop.train(command.run)
+        with hosts.joined(command.run.hosts):
+            loop.train(command.run)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

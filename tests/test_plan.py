@@ -159,20 +159,22 @@ def test_fsdp_gathers_one_layer_at_a_time():
     elsewhere = [c for c in found.traffic if c.times != LAYERS * PASSES]
     tokens = 4 * 8 * 2 * 128 * SMALL.width  # float32, of all shards: they go to the embedding, not it to them
     assert max(c.sent for c in elsewhere) <= tokens * 7 / 8
-    assert plan.held(found.program)["trained weights"] == SMALL.parameter_count() * 4 / 8
+    vectors = (4 * LAYERS + 1) * SMALL.width
+    assert plan.held(found.program)["trained weights"] == 4 * ((SMALL.parameter_count() - vectors) / 8 + vectors)
     assert found.arguments >= sum(plan.held(found.program).values())
 
 
 @needs_plugin
-@pytest.mark.parametrize("kind", ["sft", "lora"])
-def test_tensor_parallel_layers_gather_and_scatter_positions(kind):
+@pytest.mark.parametrize("trained", ["sft", "lora"])
+def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
     """Sequence parallelism: [B, T, D] is gathered before products and scattered after; logits stay where they are."""
-    found = small(kind, tensor=8)
+    found = small(trained, tensor=8)
     positions = 2 * (2 * 128 * SMALL.width) * 7 / 8  # bfloat16 [2, 128, D]
     for kind in "all-gather", "reduce-scatter":
         assert {c.axes for c in per_layer(found, kind)} == {"tensor"}
         times = sum(c.sent for c in per_layer(found, kind)) / positions
-        assert 6 <= times < 6.2, f"{kind}: twice forward, recomputed and backward; adapters' are narrow. Not {times}"
+        narrow = 12 * 32 / SMALL.width if trained == "lora" else 0  # [B, T, R] of seven adapters
+        assert 6 <= times < 6.2 + narrow, f"{kind}: twice forward, recomputed and backward, not {times}"
     assert all(c.sent < positions / 8 for c in per_layer(found, "all-reduce"))
     moved = re.findall(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", found.text)
     sizes = {int(size) for types in moved for shape in re.findall(r"\[([\d,]+)\]", types) for size in shape.split(",")}

@@ -1,0 +1,139 @@
+"""Where the processes of one run meet, and what tells all of them when one has failed. Not part of the training.
+
+`hosts` starts it beside process 0, as a process of its own so that it outlives process 0 and can name it. Every
+process holds one connection to it, of JSON lines:
+
+    process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
+    coordinator:  {"service": 40123, "beside": "process 0 on ..."}, when all are there: the port of JAX's own service
+    process:      {"end": ""} when it is done, or why it fails
+    coordinator:  {"verdict": "process 1 on node-7 (pid 4242) failed: ..."}, to all the others
+
+A connection that ends without an `end` is a process that was killed, or whose host is gone: the kernel notices either,
+however busy the process was. Imports nothing of JAX but that service.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+from typing import Any
+
+SILENCE_SECONDS = 15  # after which a host that does not answer is taken for gone
+_FAREWELL_SECONDS = 10  # for which JAX's service outlasts the first failure; without it the rest would abort
+_SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
+
+
+def keep_alive(link: socket.socket) -> None:
+    """Has the kernel end a connection whose other host does not answer any more."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 3)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
+
+
+class Coordinator:
+    """Serves `count` processes until all are done, one has failed, or `patience` seconds pass before all are there."""
+
+    def __init__(self, count: int, patience: float):
+        self._count, self._patience = count, patience
+        self._links: dict[int, asyncio.StreamWriter] = {}
+        self._names: dict[int, str] = {}
+        self._gone: set[int] = set()
+        self._judged, self._over = False, asyncio.Event()
+        self._service: Any = None
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Returns when all have gone, or some while after all have been told to."""
+        await asyncio.start_server(self._attend, sock=listener)
+        asyncio.get_running_loop().call_later(self._patience, self._give_up)
+        await self._over.wait()
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        keep_alive(writer.get_extra_info("socket"))
+        try:
+            hello = json.loads(await reader.readline())
+            index, name = hello["index"], f"process {hello['index']} on {hello['host']} (pid {hello['pid']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            writer.close()  # not one of ours
+            return
+        if hello["count"] != self._count or index in self._links:
+            other = f"{self._names[index]} has that index" if index in self._links else f"process 0 for {self._count}"
+            text = f"{name} asks for a run of {hello['count']} process(es), but {other}"
+            _send(writer, verdict=text)
+            self._verdict(text)
+            return
+        self._links[index], self._names[index] = writer, name
+        if len(self._links) == self._count:
+            self._start()
+        await self._follow(index, reader)
+
+    def _start(self) -> None:
+        """JAX's service, which exists only when all are there, and its port."""
+        jaxlib = importlib.import_module("jaxlib._jax")
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
+        self._service = jaxlib.get_distributed_runtime_service(
+            f"[::]:{port}", self._count, shutdown_timeout=_SHUTDOWN_SECONDS
+        )
+        for link in self._links.values():
+            _send(link, service=port, beside=self._names[0])
+
+    async def _follow(self, index: int, reader: asyncio.StreamReader) -> None:
+        left = False
+        with contextlib.suppress(OSError):
+            async for line in reader:
+                left = True
+                if reason := json.loads(line)["end"]:
+                    self._verdict(f"{self._names[index]} {reason}", index)
+        if not left:
+            self._verdict(f"{self._names[index]} stopped answering", index)
+        self._gone.add(index)
+        if len(self._gone) == len(self._links):
+            self._over.set()
+
+    def _give_up(self) -> None:
+        missing = [str(index) for index in range(self._count) if index not in self._links]
+        if missing:
+            self._verdict(
+                f"process(es) {', '.join(missing)} of {self._count} did not come in {self._patience:g} s; "
+                "start the same command for each of them"
+            )
+
+    def _verdict(self, text: str, index: int | None = None) -> None:
+        if self._judged:
+            return
+        self._judged = True
+        for other, link in self._links.items():
+            if other != index:
+                _send(link, verdict=text)
+        asyncio.get_running_loop().call_later(_FAREWELL_SECONDS, self._over.set)
+
+
+def _send(link: asyncio.StreamWriter, **message: object) -> None:
+    link.write(json.dumps(message).encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=Coordinator.__doc__)
+    parser.add_argument("--listener", type=int, help="file descriptor of a socket that listens")
+    parser.add_argument("--count", type=int, help="processes of the run")
+    parser.add_argument("--patience", type=float, help="seconds for all of them to come")
+    arguments = parser.parse_args()
+    # A terminal or a scheduler signals every process; this one ends when the others have.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    async def serve() -> None:
+        await Coordinator(arguments.count, arguments.patience).serve(socket.socket(fileno=arguments.listener))
+        os._exit(0)  # the destructor of JAX's service would wait for processes that are gone
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()
