@@ -361,8 +361,8 @@ def flat(state: nnx.State) -> Weights:
     return cast(Weights, flatten_dict(nnx.to_pure_dict(state), sep="/"))
 
 
-def rebuild(graph: nnx.GraphDef, *weights: Weights) -> Gemma2:
-    """The model of that structure with these arrays, each given once by its path."""
+def rebuild[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
+    """The model, or the part of one, of that structure with these arrays, each given once by its path."""
     return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
 
 

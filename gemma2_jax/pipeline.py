@@ -26,7 +26,7 @@ from gemma2_jax import dims
 from gemma2_jax.config import Config
 from gemma2_jax.loss import cross_entropy
 from gemma2_jax.mesh import constrain_stored, layers_per_stage
-from gemma2_jax.model import Gemma2, Weights, letters, rebuild, rope_angles
+from gemma2_jax.model import Block, Gemma2, Weights, letters, rebuild, rope_angles
 
 Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]
 Passes = Batch  # the same as [M, B, T], M passes
@@ -38,6 +38,7 @@ class Pipeline:
     """How the passes of a step run over the stages of `mesh`."""
 
     def __init__(self, skeleton: Gemma2, config: Config, mesh: Mesh):
+        assert isinstance(skeleton.blocks, Block)
         self.config, self.mesh = config, mesh
         self.graph, self.block_graph = nnx.graphdef(skeleton), nnx.graphdef(skeleton.blocks)
         # Of one layer's weight, or of one that is no layer's.

@@ -217,8 +217,9 @@ def test_two_processes_equal_one(alone, tmp_path):
     first, second = ends(two(fsdp(tmp_path / "two"), [[], []], tasks))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "8 x cpu, 2 processes, found from SLURM" in first[1]
-    spoken = [line for line in second[1].splitlines() if not line.startswith("[Gloo]")]
-    assert not spoken, "only process 0 reports"
+    # Gloo's threads say how many ranks they are connected to, several in a line at times.
+    spoken = [line for line in second[1].splitlines() if line and not re.search(r"\[Gloo\]|peer ranks", line)]
+    assert not spoken, f"only process 0 reports, not {spoken}"
     np.testing.assert_allclose(logged(tmp_path / "two"), logged(alone), rtol=1e-6)
     loop.train(cut(tmp_path / "two", tmp_path / "resumed", 2))
     np.testing.assert_allclose(logged(tmp_path / "resumed"), logged(alone), rtol=1e-6)
