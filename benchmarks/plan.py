@@ -1,12 +1,13 @@
-"""Memory of every recipe on compile-only H100s: at Megatron-Bridge's numbers of GPUs, and at the fewest that hold it.
+"""What recipes hold and send on H100s that are not there: no step is run, all is read off compiled ones.
 
     python -m benchmarks.plan
 
-Megatron-Bridge gives each recipe a tensor-parallel and a pipeline-parallel size; the second becomes FSDP here. The
-fewest GPUs are sought among powers of two up to 16 and, for each, among the meshes fsdp x tensor, FSDP first. Nothing
-is run: sizes are those that the compiled step asks for.
+Three tables: memory at Megatron-Bridge's tensor- and pipeline-parallel sizes; memory on the fewest GPUs that hold a
+recipe, sought among powers of two up to 16 and, for each, among the meshes fsdp x tensor, FSDP first; and traffic of
+27B over each axis from 8 to 512 GPUs, where every GPU has the same number of rows whatever their number.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.traffic import per_axis
 
 # (tensor, pipeline) by what is trained and size: Megatron-Bridge's recipes for Gemma 2.
 LAYOUTS = {
@@ -24,11 +26,19 @@ LAYOUTS = {
     "lora": {"2b": (1, 1), "9b": (1, 1), "27b": (4, 1)},
     "dora": {"2b": (1, 1), "9b": (1, 1), "27b": (4, 1)},
 }
+# Recipe, rows of a step for each data x fsdp shard, mesh of one data shard, and its GPUs.
+GROWING = (
+    ("27b_sft", 16, MeshConfig(fsdp=8), 8),
+    ("27b_pretrain", 32, MeshConfig(tensor=8), 8),
+    ("27b_pretrain", 32, MeshConfig(stage=2, tensor=8), 16),
+    ("27b_lora", 128, MeshConfig(tensor=8), 8),
+)
+TRAFFIC = ("recipe", "GPUs", "mesh", "rows", "data", "stage", "fsdp", "tensor", "several axes")
 COLUMNS = ("recipe", "mesh", "GPUs", "state, GiB", "temporaries, GiB", "total, GiB", "compiled in", "80 GB")
 
 
 def compiled(config: Config, mesh: MeshConfig) -> plan.Plan:
-    return plan.compile_step(replace(config, mesh=mesh), mesh.data * mesh.fsdp * mesh.tensor)
+    return plan.compile_step(replace(config, mesh=mesh), math.prod(vars(mesh).values()))
 
 
 def meshes(gpus: int) -> Iterator[MeshConfig]:
@@ -66,14 +76,27 @@ def row(name: str, found: plan.Plan) -> tuple[str, ...]:
     )
 
 
-def show(console: Console, title: str, rows: list[tuple[str, ...]]) -> None:
+def traffic_row(name: str, rows: int, mesh: MeshConfig) -> tuple[str, ...]:
+    """GB over each axis, with `rows` rows of a step for each of its data x fsdp shards."""
+    config = configs.load(name)
+    batch = rows * mesh.data * mesh.fsdp
+    found = compiled(replace(config, train=replace(config.train, global_batch_size=batch)), mesh)
+    sent = {axis: kinds.total() / 1e9 for axis, kinds in per_axis(found.traffic).items()}
+    missing = [c for c in found.traffic if c.times is None]
+    assert not missing, f"not counted: {missing}"
+    single = [sent.pop(axis, 0) for axis in ("data", "stage", "fsdp", "tensor")]
+    cells = [f"{size:,.1f}" if size else "" for size in (*single, sum(sent.values()))]
+    return name, str(found.program.mesh.size), plan.axes(found.program.mesh), str(batch), *cells
+
+
+def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
+    for column in columns:
         table.add_column(column, justify="left" if column in ("recipe", "mesh", "80 GB") else "right")
     for cells in rows:
         table.add_row(*cells)
     console.print(table)
-    for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows):
+    for cells in (columns, ("---",) * len(columns), *rows):
         print(f"| {' | '.join(cells)} |")
 
 
@@ -85,8 +108,8 @@ def main() -> None:
     recipes = {f"{size}_{kind}": layout for kind, sizes in LAYOUTS.items() for size, layout in sizes.items()}
     given, least = [], []
     for name, (tensor, pipeline) in recipes.items():
-        given.append(row(name, compiled(configs.load(name), MeshConfig(data=1, fsdp=pipeline, tensor=tensor))))
-    show(console, "At Megatron-Bridge's sizes, FSDP in place of pipeline stages", given)
+        given.append(row(name, compiled(configs.load(name), MeshConfig(data=1, stage=pipeline, tensor=tensor))))
+    show(console, "At Megatron-Bridge's sizes", COLUMNS, given)
     cases = {name: configs.load(name) for name in recipes}
     for length in (4096, 8192):
         config = cases["27b_lora"]
@@ -95,7 +118,14 @@ def main() -> None:
         print(f"looking for the fewest GPUs that hold {name}", file=sys.stderr)
         found = fewest(config)
         least.append(row(name, found) if found else (name, "more than 16", *[""] * (len(COLUMNS) - 2)))
-    show(console, "The fewest GPUs that hold it", least)
+    show(console, "The fewest GPUs that hold it", COLUMNS, least)
+    sent = [
+        traffic_row(name, rows, replace(mesh, data=gpus // unit))
+        for name, rows, mesh, unit in GROWING
+        for gpus in (8, 16, 64, 512)
+        if gpus >= unit
+    ]
+    show(console, "GB that a GPU sends a step", TRAFFIC, sent)
 
 
 if __name__ == "__main__":

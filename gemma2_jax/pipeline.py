@@ -151,9 +151,9 @@ class Pipeline:
                 if kept:
                     slot = 0, number % self.slots, index
                     kept = jax.tree.map(lambda all, new: all.at[slot].set(new), kept, self._kept(vjp))
-                return y_BTD, kept
+                return self._if_real(y_BTD, x_BTD, stage, number, index), kept
 
-            x_BTD, kept = jax.lax.fori_loop(0, self._trips(stage, number), layer, (x_BTD, kept))
+            x_BTD, kept = jax.lax.fori_loop(0, self.layers, layer, (x_BTD, kept))
             return self._shift(x_BTD, 1)[None], self._only(x_BTD, self.stages - 1), kept
 
         each, same = P("stage"), P()
@@ -171,11 +171,10 @@ class Pipeline:
             stage = self._index("stage")
             number = t - (2 * (self.stages - 1) - stage)
             d_BTD = jnp.where(stage == self.stages - 1, d_last_BTD, returned_1BTD[0])
-            layers = self._trips(stage, number)
 
             def layer(done, carry):
                 d_BTD, sums = carry
-                index = layers - 1 - done
+                index = self.layers - 1 - done
                 weights = _at(trained, index), _at(frozen, index)
                 inputs = self._inputs(passes, number, stage * self.layers + index, key)
                 vjp = jax.eval_shape(lambda *arguments: self._vjp(*arguments)[1], *weights, d_BTD, inputs)
@@ -254,11 +253,16 @@ class Pipeline:
         """Layers that a stage has."""
         return jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
 
-    def _trips(self, stage, number):
-        """Layers that a stage runs for pass `number`: its own, or none where there is no such pass."""
+    def _if_real(self, x: jax.Array, otherwise, stage, number, index) -> jax.Array:
+        """`x` where the stage has a layer of that index and there is a pass of that number.
+
+        Stages run the same layers at all times, since what the partitioner puts into one may involve every stage; those
+        with nothing to do have to wait for the others anyway.
+        """
         if self.stages == 1:
-            return self.layers
-        return jnp.where((number >= 0) & (number < self.passes), self.layers_of(stage), 0)
+            return x
+        real = (number >= 0) & (number < self.passes) & (index < self.layers_of(stage))
+        return jnp.where(real, x, otherwise)
 
     def _summed(self, path: str, gradients: Weights) -> jax.Array:
         """A gradient, each shard's part of it summed over all, as its weight is stored; float32."""
