@@ -182,13 +182,13 @@ class Pipeline:
                 vjp = vjp.replace(
                     args_res=[*weights, x_BTD, inputs], opaque_residuals=opaque, structured_residuals=structured
                 )
-                d_weights, _, d_BTD, _ = vjp(d_BTD)
-                added = {
-                    path: constrain_stored(d.astype(jnp.float32), self.letters[path]) for path, d in d_weights.items()
-                }
-                return d_BTD, {path: total.at[index].add(added[path]) for path, total in sums.items()}
+                d_weights, _, d_x_BTD, _ = vjp(d_BTD)
+                for path, total in sums.items():
+                    added = self._if_real(self._summed(path, d_weights), 0, stage, number, index)
+                    sums = sums | {path: total.at[index].add(added)}
+                return self._if_real(d_x_BTD, d_BTD, stage, number, index), sums
 
-            d_BTD, sums = jax.lax.fori_loop(0, layers, layer, (d_BTD, sums))
+            d_BTD, sums = jax.lax.fori_loop(0, self.layers, layer, (d_BTD, sums))
             return self._shift(d_BTD, -1)[None], self._only(d_BTD, 0), sums
 
         each, same = P("stage"), P()
