@@ -68,7 +68,7 @@ def row(name: str, found: plan.Plan) -> tuple[str, ...]:
     mesh = found.program.mesh
     return (
         name,
-        plan.axes(mesh),
+        found.layout,
         str(mesh.size),
         *(f"{size / 2**30:.1f}" for size in (found.arguments, found.temporaries, found.total)),
         f"{found.compile_seconds:.0f} s",
@@ -86,7 +86,7 @@ def traffic_row(name: str, rows: int, mesh: MeshConfig) -> tuple[str, ...]:
     assert not missing, f"not counted: {missing}"
     single = [sent.pop(axis, 0) for axis in ("data", "stage", "fsdp", "tensor")]
     cells = [f"{size:,.1f}" if size else "" for size in (*single, sum(sent.values()))]
-    return name, str(found.program.mesh.size), plan.axes(found.program.mesh), str(batch), *cells
+    return name, str(found.program.mesh.size), found.layout, str(batch), *cells
 
 
 def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -42,6 +42,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def described(mesh: Mesh) -> str:
+    """The mesh in words, but for axes of one device."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+
+
 def check(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train

@@ -25,8 +25,6 @@ from gemma2_jax.config import Config
 from gemma2_jax.traffic import SENT, Collective, per_axis, traffic
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from gemma2_jax.step import Program
 
 PER_HOST = 8  # GPUs
@@ -73,6 +71,13 @@ class Plan:
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def layout(self) -> str:
+        """The mesh in words."""
+        from gemma2_jax.mesh import described
+
+        return described(self.program.mesh)
 
     @property
     def layers_per_stage(self) -> int | None:
@@ -169,11 +174,6 @@ def verdict(total: int) -> str:
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
 
 
-def axes(mesh: Mesh) -> str:
-    """The mesh, but for axes of one device."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-
-
 def report(console: Console, plan: Plan) -> None:
     """Prints what was found."""
     config, mesh = plan.program.config, plan.program.mesh
@@ -181,7 +181,7 @@ def report(console: Console, plan: Plan) -> None:
     parts = [f"{name} {_gib(size)}" for name, size in kept.items()]
     parts += [f"temporaries {_gib(plan.temporaries)}", f"results {_gib(plan.outputs)}"]
     lines = {
-        "devices": f"{mesh.size} x H100 80GB, compiled for and not run; mesh {axes(mesh)}",
+        "devices": f"{mesh.size} x H100 80GB, compiled for and not run; mesh {plan.layout}",
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens, micro batches of "
         f"{train.micro_batch_size} row(s)",
         "one GPU": f"{' + '.join(parts)} = {_gib(plan.total)} GiB",

@@ -12,6 +12,7 @@ from gemma2_jax import attention, hosts
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data.pipeline import Batches, EvalBatches
+from gemma2_jax.mesh import described
 from gemma2_jax.step import Program
 
 
@@ -48,7 +49,7 @@ def startup(
         "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
         + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),
         "devices": f"{jax.device_count()} x {device.device_kind}, {hosts.find(config.hosts, os.environ)}; mesh "
-        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        f"{described(mesh)}",
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
         "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, backward by inputs"
