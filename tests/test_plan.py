@@ -1,6 +1,7 @@
 """Plans: bytes counted by hand in typed-out HLO, and steps compiled for H100s that are not there."""
 
 import importlib.util
+import math
 import re
 import time
 from dataclasses import replace
@@ -192,6 +193,43 @@ def test_64_hosts():
     text = console.export_text()
     assert "512 x H100 80GB" in text and "mesh data 64 x tensor 8" in text and "frozen weights" in text
     assert "fits, 75.1 GiB to spare" in text and "│ data " in text and "not counted" not in text
+
+
+ONE = MeshConfig(data=1)
+
+
+@needs_plugin
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "mesh", "length"),
+    [
+        # Megatron-Bridge's tensor- and pipeline-parallel sizes.
+        ("2b_pretrain", replace(ONE, tensor=2), 4096),
+        ("9b_pretrain", replace(ONE, tensor=8), 4096),
+        ("27b_pretrain", replace(ONE, stage=2, tensor=8), 4096),
+        ("2b_sft", ONE, 2048),
+        ("9b_sft", replace(ONE, tensor=4), 2048),
+        ("27b_sft", replace(ONE, stage=2, tensor=8), 2048),
+        ("2b_lora", ONE, 2048),
+        ("9b_lora", ONE, 2048),
+        ("27b_lora", replace(ONE, tensor=4), 2048),
+        ("2b_dora", ONE, 2048),
+        ("9b_dora", ONE, 2048),
+        ("27b_dora", replace(ONE, tensor=4), 2048),
+        # Fewer GPUs than it asks for.
+        ("9b_sft", replace(ONE, fsdp=2), 2048),
+        ("27b_sft", replace(ONE, fsdp=8), 2048),
+        ("27b_lora", ONE, 4096),
+        ("27b_lora", ONE, 8192),
+    ],
+)
+def test_real_steps_fit(name, mesh, length):
+    """Compiled at real size, in less than a minute, they fit in what XLA may take of 80 GB."""
+    config = replace(configs.load(name), mesh=mesh)
+    config = replace(config, train=replace(config.train, sequence_length=length))
+    found = plan.compile_step(config, math.prod(vars(mesh).values()))
+    assert found.total <= plan.USABLE_BYTES, plan.verdict(found.total)
+    assert found.lower_seconds + found.compile_seconds < 60
 
 
 @needs_plugin
