@@ -104,8 +104,8 @@ def _data(program: Program, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalB
         sequence_length=config.train.sequence_length,
         batch_size=config.train.global_batch_size,
         cache=config.output / "data",
-        process_index=program.rows.start // len(program.rows),
-        process_count=config.train.global_batch_size // len(program.rows),
+        share_index=program.rows.start // len(program.rows),
+        share_count=config.train.global_batch_size // len(program.rows),
     )
     batches = pipeline.train_batches(config.data, tokenizer, **sizes)
     return batches, pipeline.eval_batches(config.data, tokenizer, max_batches=config.train.eval_batches, **sizes)

@@ -1,6 +1,7 @@
-"""What a training loop reads from: batches of one process as NumPy arrays, whose position is saved and restored.
+"""What a training loop reads from: one share of each batch as NumPy arrays, whose position is saved and restored.
 
-Global batch n holds the same rows however many processes share it, each its own part in the order of processes, so
+A process reads the share that its devices take; those whose devices differ in another axis than data have one in common.
+Global batch n holds the same rows into however many shares it is divided, each an equal part in their order, so
 a run may go on with another number of them. `encoding` and `packing` say what a row is. Putting a batch on devices
 is the loop's business.
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "EvalBatches", "eval_batches", "load_tokenizer", "train_batches"]
 
-Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of this process
+Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share
 _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # a row is a few copies; batches may be large
 
 
@@ -29,14 +30,14 @@ class Batches:
     """Training batches without end: the rows shuffled anew each epoch, every epoch following the last at once."""
 
     def __init__(
-        self, rows: packing.Rows, *, batch_size: int, process_index: int, process_count: int, seed: int
+        self, rows: packing.Rows, *, batch_size: int, share_index: int, share_count: int, seed: int
     ) -> None:
-        share = _share(batch_size, process_count)
+        share = _share(batch_size, share_count)
         self.rows = rows
         self.batch_size = batch_size
-        # Batches of one process's share, of which each process takes every process_count-th.
+        # Batches of one share, of which each reader takes every share_count-th.
         shares = grain.MapDataset.source(rows).shuffle(seed).repeat().batch(share, drop_remainder=True)
-        self._batches = iter(shares[process_index::process_count].to_iter_dataset(_AHEAD))
+        self._batches = iter(shares[share_index::share_count].to_iter_dataset(_AHEAD))
 
     def __iter__(self) -> "Batches":
         return self
@@ -73,8 +74,8 @@ class EvalBatches:
 
     rows: packing.Rows
     batch_size: int
-    process_index: int
-    process_count: int
+    share_index: int
+    share_count: int
     max_batches: int
 
     def __len__(self) -> int:
@@ -83,8 +84,8 @@ class EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        share = _share(self.batch_size, self.process_count)
-        first = index * self.batch_size + self.process_index * share
+        share = _share(self.batch_size, self.share_count)
+        first = index * self.batch_size + self.share_index * share
         blank = packing.blank(self.rows.length)
         rows = [self.rows[row] if row < len(self.rows) else blank for row in range(first, first + share)]
         return {name: np.stack([row[name] for row in rows]) for name in blank}
@@ -102,18 +103,18 @@ def train_batches(
     sequence_length: int,
     batch_size: int,
     cache: Path,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> Batches:
     """Batches of the training data, tokenised into `cache` first unless they are there.
 
-    `batch_size` counts rows over all processes: each gets [batch_size / process_count, T] arrays. Raises ValueError
+    `batch_size` counts rows over all shares: each is of [batch_size / share_count, T] arrays. Raises ValueError
     when that does not divide, and for data that is missing, malformed or of no use.
     """
-    _share(batch_size, process_count)  # before the long work
-    rows = _rows(data, "train", tokenizer, sequence_length, cache, process_index)
+    _share(batch_size, share_count)  # before the long work
+    rows = _rows(data, "train", tokenizer, sequence_length, cache, share_index)
     return Batches(
-        rows, batch_size=batch_size, process_index=process_index, process_count=process_count, seed=data.seed
+        rows, batch_size=batch_size, share_index=share_index, share_count=share_count, seed=data.seed
     )
 
 
@@ -125,28 +126,28 @@ def eval_batches(
     batch_size: int,
     max_batches: int,
     cache: Path,
-    process_index: int = 0,
-    process_count: int = 1,
+    share_index: int = 0,
+    share_count: int = 1,
 ) -> EvalBatches:
     """The first `max_batches` batches of the held-out data; otherwise as `train_batches`."""
-    _share(batch_size, process_count)
+    _share(batch_size, share_count)
     return EvalBatches(
-        rows=_rows(data, "eval", tokenizer, sequence_length, cache, process_index),
+        rows=_rows(data, "eval", tokenizer, sequence_length, cache, share_index),
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        share_index=share_index,
+        share_count=share_count,
         max_batches=max_batches,
     )
 
 
-def _share(batch_size: int, process_count: int) -> int:
-    """Rows of a batch that each process gets."""
-    if batch_size % process_count:
+def _share(batch_size: int, share_count: int) -> int:
+    """Rows of a batch in each share."""
+    if batch_size % share_count:
         raise ValueError(
-            f"a batch of {batch_size} rows does not divide over {process_count} processes; "
-            f"use {-(-batch_size // process_count) * process_count}"
+            f"a batch of {batch_size} rows does not divide into {share_count} shares; "
+            f"use {-(-batch_size // share_count) * share_count}"
         )
-    return batch_size // process_count
+    return batch_size // share_count
 
 
 def _rows(
@@ -155,9 +156,9 @@ def _rows(
     tokenizer: "PreTrainedTokenizerFast",
     length: int,
     cache: Path,
-    process_index: int,
+    share_index: int,
 ) -> packing.Rows:
-    store = encoding.build(data, split, tokenizer, cache, show=process_index == 0)
+    store = encoding.build(data, split, tokenizer, cache, show=share_index == 0)
     return packing.pack(store, length=length, packing=data.packing, cut=data.kind == "text", seed=data.seed)
 
 

@@ -1,4 +1,4 @@
-"""Batches: the same rows for any number of processes, and the same again from a saved position."""
+"""Batches: the same rows for any number of shares, and the same again from a saved position."""
 
 import hashlib
 import json
@@ -60,18 +60,18 @@ def test_batches_are_of_the_promised_shapes(made):
 
 @pytest.mark.parametrize("make", [train_batches, eval_batches])
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_each_batch_in_order(made, make, count):
+def test_shares_are_of_each_batch_in_order(made, make, count):
     choices = {"max_batches": 3} if make is eval_batches else {}
     whole = made(make, **choices)
-    parts = [made(make, process_index=index, process_count=count, **choices) for index in range(count)]
+    parts = [made(make, share_index=index, share_count=count, **choices) for index in range(count)]
     for _, batch, *shares in zip(range(3), whole, *parts, strict=False):
         same(batch, {name: np.concatenate([share[name] for share in shares]) for name in batch})
 
 
 def test_a_batch_that_does_not_divide_is_an_error(made):
     for make, choices in ((train_batches, {}), (eval_batches, {"max_batches": 1})):
-        with pytest.raises(ValueError, match=r"a batch of 4 rows does not divide over 3 processes; use 6"):
-            made(make, process_count=3, **choices)
+        with pytest.raises(ValueError, match=r"a batch of 4 rows does not divide into 3 shares; use 6"):
+            made(make, share_count=3, **choices)
 
 
 def test_every_epoch_has_every_row_in_another_order(made):
@@ -90,14 +90,14 @@ def test_seed_decides_the_order(made):
     assert (first != other).any()
 
 
-def test_position_is_restored_in_any_number_of_processes(made):
+def test_position_is_restored_in_any_number_of_shares(made):
     batches = made()
     for _ in range(3):
         next(batches)
     state = json.loads(json.dumps(batches.get_state()))
     expected = [next(batches) for _ in range(3)]
     batches.set_state(state)  # back, with batches already read ahead
-    part = made(process_index=1, process_count=2)
+    part = made(share_index=1, share_count=2)
     part.set_state(state)
     assert part.get_state() == state
     for batch in expected:
@@ -153,7 +153,7 @@ def test_evaluation_is_finite_and_ends_in_padding(made, jsonl):
     assert [batch["weights"].any(axis=1).tolist() for batch in first] == [[True] * 4, [True, False, False, False]]
     assert not any(array[1:].any() for array in first[1].values())
     assert len(list(made(eval_batches, data=data, max_batches=1))) == 1
-    last = made(eval_batches, data=data, max_batches=9, process_index=1, process_count=2)
+    last = made(eval_batches, data=data, max_batches=9, share_index=1, share_count=2)
     assert not last[1]["weights"].any()
 
 
