@@ -225,6 +225,18 @@ def test_two_processes_equal_one(alone, tmp_path):
     np.testing.assert_allclose(logged(tmp_path / "resumed"), logged(alone), rtol=1e-6)
 
 
+def test_a_stage_for_each_process(tmp_path):
+    """Both read the same rows, as their devices differ in the layers that they have and not in the batch."""
+    config = fsdp(tmp_path / "one")
+    config = replace(config, steps=2, mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2))
+    loop.train(config)
+    both = replace(config, workdir=str(tmp_path / "two"))
+    for status, _, errors in ends(two(both, options())):
+        assert status == 0, errors
+    one, other = ([line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    assert one == pytest.approx(other, rel=1e-6)
+
+
 def named(error: str, victim: subprocess.Popen, index: int) -> bool:
     """Whether this is what a process says when that other one was killed, and nothing else."""
     told = (

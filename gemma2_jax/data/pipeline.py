@@ -1,8 +1,8 @@
 """What a training loop reads from: one share of each batch as NumPy arrays, whose position is saved and restored.
 
-A process reads the share that its devices take; those whose devices differ in another axis than data have one in common.
-Global batch n holds the same rows into however many shares it is divided, each an equal part in their order, so
-a run may go on with another number of them. `encoding` and `packing` say what a row is. Putting a batch on devices
+A process reads the share that its devices take; processes whose devices differ only along axes other than data have one
+in common. Global batch n holds the same rows into however many shares it is divided, each an equal part in their order,
+so a run may go on with another number of them. `encoding` and `packing` say what a row is. Putting a batch on devices
 is the loop's business.
 """
 
@@ -29,9 +29,7 @@ _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # a row is a 
 class Batches:
     """Training batches without end: the rows shuffled anew each epoch, every epoch following the last at once."""
 
-    def __init__(
-        self, rows: packing.Rows, *, batch_size: int, share_index: int, share_count: int, seed: int
-    ) -> None:
+    def __init__(self, rows: packing.Rows, *, batch_size: int, share_index: int, share_count: int, seed: int) -> None:
         share = _share(batch_size, share_count)
         self.rows = rows
         self.batch_size = batch_size
@@ -113,9 +111,7 @@ def train_batches(
     """
     _share(batch_size, share_count)  # before the long work
     rows = _rows(data, "train", tokenizer, sequence_length, cache, share_index)
-    return Batches(
-        rows, batch_size=batch_size, share_index=share_index, share_count=share_count, seed=data.seed
-    )
+    return Batches(rows, batch_size=batch_size, share_index=share_index, share_count=share_count, seed=data.seed)
 
 
 def eval_batches(
