@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan
 
-Three tables: memory at Megatron-Bridge's tensor- and pipeline-parallel sizes; memory on the fewest GPUs that hold a
+Three tables: memory with the recipes' own meshes, which are Megatron-Bridge's; memory on the fewest GPUs that hold a
 recipe, sought among powers of two up to 16 and, for each, among the meshes fsdp x tensor, FSDP first; and traffic of
 27B over each axis from 8 to 512 GPUs, where every GPU has the same number of rows whatever their number.
 """
@@ -19,13 +19,7 @@ from gemma2_jax import config as configs, plan
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.traffic import per_axis
 
-# (tensor, pipeline) by what is trained and size: Megatron-Bridge's recipes for Gemma 2.
-LAYOUTS = {
-    "pretrain": {"2b": (2, 1), "9b": (8, 1), "27b": (8, 2)},
-    "sft": {"2b": (1, 1), "9b": (4, 1), "27b": (8, 2)},
-    "lora": {"2b": (1, 1), "9b": (1, 1), "27b": (4, 1)},
-    "dora": {"2b": (1, 1), "9b": (1, 1), "27b": (4, 1)},
-}
+RECIPES = [f"{size}_{kind}" for kind in ("pretrain", "sft", "lora", "dora") for size in ("2b", "9b", "27b")]
 # Recipe, rows of a step for each data x fsdp shard, mesh of one data shard, and its GPUs.
 GROWING = (
     ("27b_sft", 16, MeshConfig(fsdp=8), 8),
@@ -105,12 +99,11 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    recipes = {f"{size}_{kind}": layout for kind, sizes in LAYOUTS.items() for size, layout in sizes.items()}
     given, least = [], []
-    for name, (tensor, pipeline) in recipes.items():
-        given.append(row(name, compiled(configs.load(name), MeshConfig(data=1, stage=pipeline, tensor=tensor))))
-    show(console, "At Megatron-Bridge's sizes", COLUMNS, given)
-    cases = {name: configs.load(name) for name in recipes}
+    cases = {name: configs.load(name) for name in RECIPES}
+    for name, config in cases.items():
+        given.append(row(name, compiled(config, replace(config.mesh, data=1))))
+    show(console, "With the recipes' own meshes", COLUMNS, given)
     for length in (4096, 8192):
         config = cases["27b_lora"]
         cases[f"27b_lora, {length} tokens"] = replace(config, train=replace(config.train, sequence_length=length))

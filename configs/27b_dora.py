@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 27b_dora --data.train 'dialogues/*.jsonl'
 """
 
-from gemma2_jax.config import GEMMA2_27B, Config, finetune
+from gemma2_jax.config import GEMMA2_27B, Config, MeshConfig, finetune
 
 
 def config() -> Config:
-    return finetune("27b_dora", GEMMA2_27B, "google/gemma-2-27b", "dora")
+    return finetune("27b_dora", GEMMA2_27B, "google/gemma-2-27b", "dora", mesh=MeshConfig(tensor=4))

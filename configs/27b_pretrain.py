@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 27b_pretrain --data.train 'corpus/*.jsonl' --data.tokenizer google/gemma-2-27b
 """
 
-from gemma2_jax.config import GEMMA2_27B, Config, pretrain
+from gemma2_jax.config import GEMMA2_27B, Config, MeshConfig, pretrain
 
 
 def config() -> Config:
-    return pretrain("27b_pretrain", GEMMA2_27B)
+    return pretrain("27b_pretrain", GEMMA2_27B, mesh=MeshConfig(stage=2, tensor=8))

@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 27b_sft --data.train 'dialogues/*.jsonl'
 """
 
-from gemma2_jax.config import GEMMA2_27B, Config, finetune
+from gemma2_jax.config import GEMMA2_27B, Config, MeshConfig, finetune
 
 
 def config() -> Config:
-    return finetune("27b_sft", GEMMA2_27B, "google/gemma-2-27b", "sft")
+    return finetune("27b_sft", GEMMA2_27B, "google/gemma-2-27b", "sft", mesh=MeshConfig(stage=2, tensor=8))

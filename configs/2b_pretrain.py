@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 2b_pretrain --data.train 'corpus/*.jsonl' --data.tokenizer google/gemma-2-2b
 """
 
-from gemma2_jax.config import GEMMA2_2B, Config, pretrain
+from gemma2_jax.config import GEMMA2_2B, Config, MeshConfig, pretrain
 
 
 def config() -> Config:
-    return pretrain("2b_pretrain", GEMMA2_2B)
+    return pretrain("2b_pretrain", GEMMA2_2B, mesh=MeshConfig(tensor=2))

@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 9b_pretrain --data.train 'corpus/*.jsonl' --data.tokenizer google/gemma-2-9b
 """
 
-from gemma2_jax.config import GEMMA2_9B, Config, pretrain
+from gemma2_jax.config import GEMMA2_9B, Config, MeshConfig, pretrain
 
 
 def config() -> Config:
-    return pretrain("9b_pretrain", GEMMA2_9B)
+    return pretrain("9b_pretrain", GEMMA2_9B, mesh=MeshConfig(tensor=8))

@@ -3,8 +3,8 @@
 python -m gemma2_jax.train --config 9b_sft --data.train 'dialogues/*.jsonl'
 """
 
-from gemma2_jax.config import GEMMA2_9B, Config, finetune
+from gemma2_jax.config import GEMMA2_9B, Config, MeshConfig, finetune
 
 
 def config() -> Config:
-    return finetune("9b_sft", GEMMA2_9B, "google/gemma-2-9b", "sft")
+    return finetune("9b_sft", GEMMA2_9B, "google/gemma-2-9b", "sft", mesh=MeshConfig(tensor=4))

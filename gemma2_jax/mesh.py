@@ -30,9 +30,13 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise ValueError(f"mesh {asked}: every axis must be at least 1, and at most one may be -1 (the rest)")
     if -1 in shape:
-        rest, remainder = divmod(len(devices), math.prod(size for size in shape if size != -1))
+        unit = math.prod(size for size in shape if size != -1)
+        rest, remainder = divmod(len(devices), unit)
         if remainder or not rest:
-            raise ValueError(f"mesh {asked} does not divide the {len(devices)} devices that there are")
+            raise ValueError(
+                f"mesh {asked} takes a multiple of {unit} devices, and there are {len(devices)}; give its axes sizes "
+                f"that divide {len(devices)}, such as --mesh.tensor 1 (python -m gemma2_jax.plan says what fits)"
+            )
         shape[shape.index(-1)] = rest
     if math.prod(shape) != len(devices):
         raise ValueError(

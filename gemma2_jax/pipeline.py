@@ -301,7 +301,6 @@ class Pipeline:
         """`function` of one shard of `axis`; other axes are as they were."""
         if self.mesh.shape[axis] == 1:
             return function
-
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False)
 
     def _index(self, axis: str):

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden" / "shardings"
     ("config", "message"),
     [
         (MeshConfig(data=-1, fsdp=-1), "at most one may be -1"),
-        (MeshConfig(data=-1, tensor=3), "does not divide the 8 devices"),
+        (MeshConfig(data=-1, tensor=3), "takes a multiple of 3 devices, and there are 8"),
         (MeshConfig(data=2, tensor=2), "is 4 devices, but there are 8; set one axis to -1"),
         (MeshConfig(data=0), "every axis must be at least 1"),
     ],
