@@ -217,7 +217,7 @@ ONE = MeshConfig(data=1)
         ("9b_dora", ONE, 2048),
         ("27b_dora", replace(ONE, tensor=4), 2048),
         # Fewer GPUs than it asks for.
-        ("9b_sft", replace(ONE, fsdp=2), 2048),
+        ("9b_sft", replace(ONE, tensor=2), 2048),
         ("27b_sft", replace(ONE, fsdp=8), 2048),
         ("27b_lora", ONE, 4096),
         ("27b_lora", ONE, 8192),
