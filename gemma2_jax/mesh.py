@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 def described(mesh: Mesh) -> str:
     """The mesh in words, but for axes of one device."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
 def check(config: Config, mesh: Mesh) -> None:
