@@ -4,7 +4,6 @@ The command line only: it parses before it imports what is slow, says what it fo
 on the CPU here whatever the machine has: there is nothing to compute but casts and merges.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gemma2_jax import platforms
 from gemma2_jax.config import DType
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Arguments:
 def main() -> None:
     """Parses, converts; exits with a sentence where that cannot be done."""
     arguments = tyro.cli(Arguments, prog="python -m gemma2_jax.convert")
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    platforms.on_cpu()
     try:
         _convert(arguments)
     except (ValueError, OSError) as error:

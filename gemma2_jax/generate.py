@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from gemma2_jax import platforms
 from gemma2_jax.config import ComputeConfig, DType
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Command:
 def main() -> None:
     """Parses, loads, generates; exits with a sentence where that cannot be done."""
     command = tyro.cli(Command, prog="python -m gemma2_jax.generate")
+    platforms.settle()
     try:
         _generate(command)
     except (ValueError, OSError) as error:

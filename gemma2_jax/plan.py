@@ -8,19 +8,17 @@ Nothing here imports JAX before the arguments are understood.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax import train
+from gemma2_jax import platforms, train
 from gemma2_jax.config import Config
 from gemma2_jax.traffic import SENT, Collective, per_axis, traffic
 
@@ -104,7 +102,7 @@ def cluster(gpus: int) -> list:
 
     shape = f"1x{max(hosts, 1)}x{min(gpus, PER_HOST)}"
     try:
-        with _quiet():
+        with platforms.quiet():
             return topologies.get_topology_desc(platform="cuda", target_config=H100, topology=shape).devices
     except RuntimeError as error:
         raise ImportError(
@@ -149,11 +147,9 @@ def compile_step(config: Config, gpus: int) -> Plan:
 
 def prepare() -> None:
     """Imports JAX such that it does not look for a GPU, nor complain that there is none."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA: a step that does not fit is reported here
-    with _quiet():
-        import jax  # noqa: F401
+    platforms.on_cpu()
 
 
 def held(program: Program) -> dict[str, int]:
@@ -231,20 +227,6 @@ def _shard_bytes(tree) -> int:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what the plugin's C++ writes to standard error, about drivers that are not there, from being seen."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 if __name__ == "__main__":

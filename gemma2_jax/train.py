@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, platforms
 from gemma2_jax.config import Config
 
 DEFAULT_RECIPE = "tiny_lora"
@@ -51,6 +51,7 @@ def main() -> None:
     if command.print:
         print(configs.to_text(command.run), end="")
         return
+    platforms.settle()
     from gemma2_jax import hosts, loop
 
     try:
