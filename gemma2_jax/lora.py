@@ -98,6 +98,8 @@ class Adapter(nnx.Module):
         W, C, P = stack + self.weight, stack + self.contracted, stack + self.produced
         product = jnp.einsum(f"{C}R,{W}->{stack}R{self.produced}", a, w, precision="highest")
         gram = jnp.einsum(f"{C}R,{C}Z->{stack}RZ", a, a, precision="highest")
+        if not stack:  # a layer of a step, where XLA left to itself moves A about for these small sums
+            gram, product = constrain(gram, "RR"), constrain(product, f"R{self.produced}")
         b_gram = jnp.einsum(f"{stack}RZ,{stack}Z{self.produced}->{stack}R{self.produced}", gram, b)
         square = jnp.einsum(f"{W},{W}->{P}", w, w, precision="highest")
         cross = jnp.sum(b * (2 * self.scale * product + self.scale**2 * b_gram), axis=len(stack))

@@ -223,6 +223,15 @@ def test_what_a_tensor_parallel_step_communicates(kind, capfd):
     assert not [(name, shape) for name, shape in collectives if large & set(shape)]
 
 
+def test_only_stages_hand_on():
+    """Activations go from stage to stage; nothing else is moved about, nor is there a resharding XLA warns of."""
+    run = program("dora", MeshConfig(data=1, stage=2, fsdp=2, tensor=2), model=BITING["9b"])
+    with jax.set_mesh(run.mesh):
+        text = jax.jit(run.train_step).lower(run.state, run.batch).compile().as_text()
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:collective-permute|all-to-all)\(.*op_name=\"([^\"]*)\"", text)
+    assert {(shape, name.split("/")[-1]) for shape, name in moved} == {("1,16,56", "ppermute")}
+
+
 def test_the_table_of_dims():
     """Positions are spread further between blocks; what an axis does not divide may stay whole or goes elsewhere."""
     mesh = {"data": 2, "stage": 2, "fsdp": 2, "context": 1, "tensor": 4}

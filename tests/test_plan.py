@@ -177,6 +177,7 @@ def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
         narrow = 12 * 32 / SMALL.width if trained == "lora" else 0  # [B, T, R] of seven adapters
         assert 6 <= times < 6.2 + narrow, f"{kind}: twice forward, recomputed and backward, not {times}"
     assert all(c.sent < positions / 8 for c in per_layer(found, "all-reduce"))
+    assert {c.kind for c in found.traffic} == {"all-gather", "reduce-scatter", "all-reduce"}, "something is moved about"
     moved = re.findall(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", found.text)
     sizes = {int(size) for types in moved for shape in re.findall(r"\[([\d,]+)\]", types) for size in shape.split(",")}
     assert 128 in sizes and not sizes & {SMALL.vocab_size, SMALL.vocab_size // 8, SMALL.mlp_width}
