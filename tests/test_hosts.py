@@ -225,18 +225,6 @@ def test_two_processes_equal_one(alone, tmp_path):
     np.testing.assert_allclose(logged(tmp_path / "resumed"), logged(alone), rtol=1e-6)
 
 
-def test_a_stage_for_each_process(tmp_path):
-    """Both read the same rows, as their devices differ in the layers that they have and not in the batch."""
-    config = fsdp(tmp_path / "one")
-    config = replace(config, steps=2, mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2))
-    loop.train(config)
-    both = replace(config, workdir=str(tmp_path / "two"))
-    for status, _, errors in ends(two(both, options())):
-        assert status == 0, errors
-    one, other = ([line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("one", "two"))
-    assert one == pytest.approx(other, rel=1e-6)
-
-
 def named(error: str, victim: subprocess.Popen, index: int) -> bool:
     """Whether this is what a process says when that other one was killed, and nothing else."""
     told = (
@@ -249,7 +237,8 @@ def named(error: str, victim: subprocess.Popen, index: int) -> bool:
 
 
 def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
-    config = cut(alone, tmp_path / "run", 2)
+    """With a stage for each, who read the same rows, as their devices differ in the layers that they have."""
+    config = replace(cut(alone, tmp_path / "run", 2), mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2))
     given = options()
     processes = two(config, given)
     while not (tmp_path / "run" / "checkpoints" / "4").exists() and processes[0].poll() is None:
@@ -266,7 +255,7 @@ def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
     again = ends(two(config, given))
     assert [status for status, _, _ in again] == [0, 0], again
     assert "resumes after step 4" in again[0][1]
-    np.testing.assert_allclose(logged(tmp_path / "run"), logged(alone), rtol=1e-6)
+    np.testing.assert_allclose(logged(tmp_path / "run"), logged(alone), rtol=1e-5)
 
 
 def test_process_1_killed(tmp_path):
