@@ -154,7 +154,7 @@ def test_bfloat16_is_within_the_error_of_torch(name):
     assert error <= allowed, f"ours {error:.3e}, torch's {allowed:.3e}"
 
 
-@pytest.mark.parametrize("real", ["GEMMA2_2B", "GEMMA2_27B"])
+@pytest.mark.parametrize("real", ["GEMMA2_2B", pytest.param("GEMMA2_27B", marks=pytest.mark.exhaustive)])
 def test_logits_at_the_real_widths(real):
     """Two layers and a cut vocabulary; everything else is the real model."""
     config = replace(getattr(configs, real), layers=2, vocab_size=512)

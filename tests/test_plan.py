@@ -191,6 +191,13 @@ def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
 
 
 @needs_plugin
+def test_gradients_meet_once_a_step():
+    found = small("lora", data=4, tensor=2)
+    assert {c.times for c in found.traffic if "data" in c.axes} == {1}
+
+
+@needs_plugin
+@pytest.mark.exhaustive
 def test_64_hosts():
     found = small("lora", data=64, tensor=8)
     assert found.program.mesh.size == 512
