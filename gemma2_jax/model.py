@@ -100,12 +100,11 @@ class Einsum(nnx.Module):
     takes them. `adapter`, where there is one, may change the output.
     """
 
-    def __init__(self, equation: str, config: ModelConfig, *, std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, equation: str, config: ModelConfig, *, std: float, rngs: nnx.Rngs):
         self.equation = equation
-        self.weight_dims = equation.split(",")[1].split("->")[0]
-        self.letters = (("w", "L" + self.weight_dims),)
-        self.dtype = dtype
-        shape = dims.shape("L" + self.weight_dims, config)
+        letters = "L" + equation.split(",")[1].split("->")[0]
+        self.letters = (("w", letters),)
+        shape = dims.shape(letters, config)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
@@ -114,9 +113,9 @@ class Einsum(nnx.Module):
         w = self.w[...]
         outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
         y = constrain(product(self.equation, x, w), outputs)
-        return (
-            y if self.adapter is None else constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
-        )
+        if self.adapter is None:
+            return y
+        return constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
 
 
 class RMSNorm(nnx.Module):
@@ -158,8 +157,8 @@ def _whole(x_BTD: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Projections around whatever `attend` is: the whole sequence, or a cache."""
 
-    def __init__(self, config: ModelConfig, *, std_out: float, dtype, rngs: nnx.Rngs):
-        make = partial(Einsum, config=config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, rngs=rngs)
         self.q = make("BTD,DNH->BTNH", std=INIT_STD)
         self.k = make("BTD,DKH->BTKH", std=INIT_STD)
         self.v = make("BTD,DKH->BTKH", std=INIT_STD)
@@ -182,8 +181,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """GeGLU: down(gelu_tanh(gate) * up) (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, std_out: float, dtype, rngs: nnx.Rngs):
-        make = partial(Einsum, config=config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, rngs=rngs)
         self.gate = make("BTD,DF->BTF", std=INIT_STD)
         self.up = make("BTD,DF->BTF", std=INIT_STD)
         self.down = make("BTF,FD->BTD", std=std_out)
@@ -201,13 +200,13 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each between a norm before and a norm after, on the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std_out = INIT_STD / math.sqrt(2 * config.layers)
         self.pre_attn_norm = RMSNorm(config, stacked=True)
-        self.attn = Attention(config, std_out=std_out, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, std_out=std_out, rngs=rngs)
         self.post_attn_norm = RMSNorm(config, stacked=True)
         self.pre_mlp_norm = RMSNorm(config, stacked=True)
-        self.mlp = MLP(config, std_out=std_out, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, std_out=std_out, rngs=rngs)
         self.post_mlp_norm = RMSNorm(config, stacked=True)
 
     def __call__(self, x_BTD, rope, attend: Attend, key):
@@ -231,7 +230,7 @@ class Gemma2(nnx.Module):
         self.letters = (("embedding", "VD"),)
         shape = dims.shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.blocks: Block | nnx.List[Block] = Block(config, dtype=self.dtype, rngs=rngs)
+        self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
 
     def __call__(self, tokens_BT, positions_BT, segments_BT) -> jax.Array:
