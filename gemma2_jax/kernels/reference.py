@@ -1,0 +1,78 @@
+"""What the kernels compute, in plain jnp and float32: the meaning, and what every implementation is tested against.
+
+It holds every score at once and is not meant to be fast. Which keys a query sees is an interval per query, from
+`visible`: that one description covers the causal mask, a window, packed segments, and queries that are part of a longer
+sequence. Letters: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def visible(q_position_BT, k_position_BS, q_start_BT, window) -> tuple[jax.Array, jax.Array]:
+    """The first and the last key that each query sees, int32 [B, T]; a query that sees none has its last before its first.
+
+    Args:
+      q_position_BT, k_position_BS: int32, where in the sequence queries and keys stand; ascending in each row.
+      q_start_BT: int32, where the segment of each query starts: it sees nothing before.
+      window: int32 scalar, may be traced: a query at i sees keys at j with 0 <= i - j < window.
+    """
+    earliest_BT = jnp.maximum(q_start_BT, q_position_BT - window + 1)
+    first_BT = jax.vmap(lambda k, q: jnp.searchsorted(k, q, side="left"))(k_position_BS, earliest_BT)
+    after_BT = jax.vmap(lambda k, q: jnp.searchsorted(k, q, side="right"))(k_position_BS, q_position_BT)
+    return first_BT.astype(jnp.int32), after_BT.astype(jnp.int32) - 1
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None):
+    """Soft-capped attention of each query to the keys from `first` to `last`.
+
+    Query head n uses key/value head n // (N // K). Scores are cap * tanh(scale * q.k / cap), or scale * q.k without a
+    cap, and the mask comes after the cap (Gemma 2, arXiv:2408.00118, section 2).
+
+    Returns:
+      [B, T, N, H] and the log-sum-exp of the scores [B, N, T], both float32. A query that sees no key has zeros and
+      -inf.
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores_BNTS = capped(jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest") * scale, softcap)
+    at_S = jnp.arange(k.shape[1])
+    seen_BTS = (first_BT[:, :, None] <= at_S) & (at_S <= last_BT[:, :, None])
+    lse_BNT = jax.nn.logsumexp(scores_BNTS, axis=-1, where=seen_BTS[:, None])
+    weights_BNTS = jnp.where(seen_BTS[:, None], jnp.exp(scores_BNTS - jnp.maximum(lse_BNT, -1e30)[..., None]), 0)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v, precision="highest"), lse_BNT
+
+
+def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap: float | None):
+    """Soft-capped attention of the last T tokens of each row to a cache that has them, and all they see, in it.
+
+    The token at position p is in slot p mod S; slots of tokens not there yet, or gone, hold anything. The T queries
+    stand at positions up to and including `position_B`.
+
+    Args:
+      q_BTNH: T of one or a few.
+      k_BKSH, v_BKSH: the cache, of a whole row or a ring: heads before slots, so that a head's slots lie together.
+      position_B: int32.
+      window: int32 scalar: as in `visible`. A ring needs window + T - 1 slots.
+
+    Returns:
+      [B, T, N, H], float32.
+    """
+    T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
+    groups = q.shape[2] // k.shape[1]
+    k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
+    at_BT = position_B[:, None] - (T - 1) + jnp.arange(T)
+    held_BS = position_B[:, None] - (position_B[:, None] - jnp.arange(S)) % S  # the position in each slot
+    distance_BTS = at_BT[:, :, None] - held_BS[:, None]
+    seen_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (held_BS[:, None] >= 0)
+    scores_BNTS = capped(jnp.einsum("BTNH,BNSH->BNTS", q, k, precision="highest") * scale, softcap)
+    weights_BNTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BNTS, -jnp.inf), axis=-1)
+    v = jnp.where(jnp.any(seen_BTS, axis=1)[:, None, :, None], v, 0)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS, v, precision="highest")
+
+
+def capped(scores, softcap: float | None):
+    """cap * tanh(scores / cap); unchanged without a cap."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
