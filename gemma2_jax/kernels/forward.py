@@ -65,6 +65,8 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds_BI4, *, scale, sof
 
                     def scores(acc):
                         plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma_wait(1)
+                        pl.when(j > start)(partial(plgpu.barrier_arrive, v_used.at[jax.lax.rem(j - start + stages - 1, stages)]))
                         return acc[...]
 
                     s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
@@ -81,15 +83,15 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds_BI4, *, scale, sof
                     operand = build.operand(weights.astype(jnp.bfloat16), p)
                     plgpu.barrier_wait(v_here.at[slot])
                     plgpu.wgmma(out, operand, v_smem.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(v_used.at[slot])
                     return total
 
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
                 total = jax.lax.fori_loop(start, clean, partial(some_keys, edge=True), total)
                 total = jax.lax.fori_loop(clean, masked, partial(some_keys, edge=False), total)
                 total = jax.lax.fori_loop(masked, end, partial(some_keys, edge=True), total)
-                return out[...], total
+                result = out[...]
+                pl.when(end > start)(partial(plgpu.barrier_arrive, v_used.at[jax.lax.rem(end - start + stages - 1, stages)]))
+                return result, total
 
             out, total = pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32))
             lse[...] = jnp.log(total)
