@@ -1,14 +1,13 @@
-"""The forward kernel: soft-capped attention of tiles of queries to the keys each query sees, for Hopper.
+"""The forward kernel: soft-capped attention of tiles of queries to the keys each query sees.
 
 FlashAttention-3's shape (arXiv:2407.08608): in a block of threads, two warpgroups compute and a third loads keys and
-values by TMA into a ring. What Gemma 2 changes: a capped score cannot overflow, so there is no running maximum, and the
+values by TMA into rings. What Gemma 2 changes: a capped score cannot overflow, so there is no running maximum, and the
 accumulator of the output is touched by nothing but the tensor cores.
 
 The two computing warpgroups have the same 64 queries of two heads with one key/value head, which is loaded once for
-both; or, where heads are not in pairs, 128 queries of one head.
+both; or, where such heads are not in pairs, 128 queries of one head.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -16,128 +15,101 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma2_jax.kernels.tiles import ROWS, Build, Tile, ring, spread
+from gemma2_jax.kernels.tiles import (
+    BY_ROW, LOG2E, ROWS, Build, Ring, bounds, interval, load, matrix, over_tiles, wide, within,
+)  # fmt: skip
 
-LOG2E = math.log2(math.e)
+
+def rows_of(heads: int, kv_heads: int) -> int:
+    """Queries that a block has."""
+    return ROWS if heads // kv_heads % 2 == 0 else 2 * ROWS
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds_BI4, *, scale, softcap, tile: Tile, build: Build):
-    """Attention as in `reference.attention`, for whole tiles.
-
-    Args:
-      q_BTNH, k_BSKH, v_BSKH: bfloat16; T and S are whole numbers of tiles.
-      first_BT, last_BT: int32; `reference.visible`.
-      bounds_BI4: int32, from `tiles.bounds`, for each tile of queries.
-
-    Returns:
-      [B, T, N, H] bfloat16 and the log-sum-exp [B, N, T] float32.
-    """
+def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float, tile, build: Build):
+    """`reference.attention` for whole tiles: [B, T, N, H] bfloat16, and the log-sum-exp [B, N, T] float32."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    pairs = N // K % 2 == 0
-    rows = ROWS if pairs else 2 * ROWS
-    keys, stages = tile.keys, tile.stages
+    rows = rows_of(N, K)
+    apart = rows // ROWS - 1  # whether the warpgroups have different queries, else heads
+    keys = tile.keys
 
     def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, bounds_ref, out_ref, lse_ref, *scratch):
-        q_smem, k_smem, v_smem, p_smem, lse_smem, q_here, k_here, v_here, k_used, v_used = scratch
-        wg = jax.lax.axis_index("warpgroup")
-        b = jax.lax.axis_index("row")
-        # The longest first: late tiles of queries see the most keys.
+        q_smem, q_came, p_smem, lse_smem, k_ring, v_ring = scratch
+        k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
+        warpgroup, b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
+        # The longest first: late queries see the most keys.
         i = T // rows - 1 - jax.lax.axis_index("queries")
-        head = jax.lax.axis_index("heads") * (2 if pairs else 1)
-        kv_head = head // (N // K)
-        start, clean, masked, end = (bounds_ref[b, i, at] for at in range(4))
+        head = jax.lax.axis_index("heads") * (2 - apart)
+        tiles = [bounds_ref[b, i, at] for at in range(4)]
+        start, end = tiles[0], tiles[3]
 
-        @pl.when(wg < 2)
-        def _():
+        @pl.when(warpgroup < 2)
+        def _compute():
             plgpu.set_max_registers(240, action="increase")
-            mine = head + wg if pairs else head
-            at = i * rows if pairs else i * rows + wg * ROWS
-            q, p, lse = q_smem.at[wg], p_smem.at[wg] if p_smem is not None else None, lse_smem.at[wg]
-            here = pl.ds(at, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, here, mine], q, q_here.at[wg])
-            plgpu.barrier_wait(q_here.at[wg])
+            mine = head + warpgroup * (1 - apart)
+            here = pl.ds(i * rows + warpgroup * ROWS * apart, ROWS)
+            q, lse = q_smem.at[warpgroup], lse_smem.at[warpgroup]
+            p = None if p_smem is None else p_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, here, mine], q, q_came.at[warpgroup])
+            plgpu.barrier_wait(q_came.at[warpgroup])
 
             def over_keys(out):
-                def some_keys(j, total, edge: bool):
-                    slot = jax.lax.rem(j - start, stages)
-                    plgpu.barrier_wait(k_here.at[slot])
+                def some(j, total, edge: bool):
+                    number = j - start
+                    k = k_ring.wait(number)
 
                     def scores(acc):
-                        plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-                        pl.when(j > start)(partial(plgpu.barrier_arrive, v_used.at[jax.lax.rem(j - start + stages - 1, stages)]))
+                        plgpu.wgmma(acc, q, k.transpose((1, 0)))
+                        plgpu.wgmma_wait(1)  # the tensor cores go on from the tile before to this one
+                        pl.when(number > 0)(lambda: v_ring.done(number - 1))
                         return acc[...]
 
                     s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
-                    plgpu.barrier_arrive(k_used.at[slot])
+                    k_ring.done(number)
                     weights = jnp.exp2(jnp.tanh(s * (scale / softcap)) * (softcap * LOG2E))
                     if edge:
-                        first, last = (
-                            spread(plgpu.load(ref.at[b, here], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), keys)
-                            for ref in (first_ref, last_ref)
-                        )
-                        key = j * keys + plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
-                        weights = jnp.where((first <= key) & (key <= last), weights, 0)
+                        seen = interval(first_ref.at[b, here], last_ref.at[b, here], keys)
+                        weights = within(weights, seen, j * keys)
                     total += jnp.sum(weights, axis=1)
-                    operand = build.operand(weights.astype(jnp.bfloat16), p)
-                    plgpu.barrier_wait(v_here.at[slot])
-                    plgpu.wgmma(out, operand, v_smem.at[slot])
+                    left = build.operand(weights.astype(jnp.bfloat16), p)
+                    plgpu.wgmma(out, left, v_ring.wait(number))
                     return total
 
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-                total = jax.lax.fori_loop(start, clean, partial(some_keys, edge=True), total)
-                total = jax.lax.fori_loop(clean, masked, partial(some_keys, edge=False), total)
-                total = jax.lax.fori_loop(masked, end, partial(some_keys, edge=True), total)
+                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
+                total = over_tiles(tiles, some, total)
                 result = out[...]
-                pl.when(end > start)(partial(plgpu.barrier_arrive, v_used.at[jax.lax.rem(end - start + stages - 1, stages)]))
+                pl.when(end > start)(lambda: v_ring.done(end - start - 1))
                 return result, total
 
             out, total = pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32))
             lse[...] = jnp.log(total)
-            out = out * spread(1 / jnp.maximum(total, 1e-30), H)  # a query that sees nothing has zeros
-            q[...] = out.astype(q.dtype)
+            q[...] = (out * wide(1 / jnp.maximum(total, 1e-30), H)).astype(q.dtype)  # zeros where nothing is seen
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, out_ref.at[b, here, mine])
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, mine, here])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
-        def _():
+        @pl.when(warpgroup == 2)
+        def _load():
             plgpu.set_max_registers(24, action="decrease")
+            there = lambda number: (b, pl.ds((start + number) * keys, keys), head // (N // K))
+            load(
+                end - start,
+                (k_ring, lambda number: k_ref.at[there(number)]),
+                (v_ring, lambda number: v_ref.at[there(number)]),
+            )
 
-            # On to where every tile has been used: a block must not end before what it waits for.
-            @pl.loop(start, end + stages)
-            def _(j):
-                slot = jax.lax.rem(j - start, stages)
-                there = b, pl.ds(j * keys, keys), kv_head
-                for ref, smem, came, used in ((k_ref, k_smem, k_here, k_used), (v_ref, v_smem, v_here, v_used)):
-                    pl.when(j - start >= stages)(partial(plgpu.barrier_wait, used.at[slot]))
-                    pl.when(j < end)(partial(plgpu.copy_gmem_to_smem, ref.at[there], smem.at[slot], came.at[slot]))
-
-    tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     dtype = q_BTNH.dtype
-    return plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct(q_BTNH.shape, dtype),
-            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-        ),
-        scratch_types=(
-            plgpu.SMEM((2, ROWS, H), dtype, transforms=tiled),
-            plgpu.SMEM((stages, keys, H), dtype, transforms=tiled),
-            plgpu.SMEM((stages, keys, H), dtype, transforms=tiled),
-            plgpu.SMEM((2, ROWS, keys), dtype, transforms=tiled) if build.shared else None,
-            plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=2),
-            *(plgpu.Barrier(num_barriers=stages),) * 2,
-            *(plgpu.Barrier(num_arrivals=2, num_barriers=stages),) * 2,
-        ),
-        grid=(N // 2 if pairs else N, T // rows, B),
-        grid_names=("heads", "queries", "row"),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=build.compiler,
-        interpret=build.interpret,
-        kernel_name="gemma2_attention_forward",
-    )(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds_BI4)
+    ring = Ring.scratch(tile.stages, matrix((tile.stages, keys, H), dtype))
+    scratch = (
+        matrix((2, ROWS, H), dtype),
+        plgpu.Barrier(num_barriers=2),
+        build.space((2, ROWS, keys), dtype),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        ring,
+        ring,
+    )
+    outputs = jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    grid = {"heads": N // (2 - apart), "queries": T // rows, "row": B}
+    run = build.kernel(kernel, "gemma2_attention_forward", scratch, grid, outputs)
+    return run(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds(first_BT, last_BT, rows, keys))
