@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels.forward import rows_of
 from gemma2_jax.kernels.tiles import (
-    BY_COLUMN, BY_ROW, LOG2E, ROWS, Build, Ring, bounds, interval, load, matrix, over_tiles, product, tall, wide,
+    BY_COLUMN, BY_ROW, LOG2E, ROWS, Build, Ring, anew, bounds, interval, load, matrix, over_tiles, product, tall, wide,
     within,
 )  # fmt: skip
 
@@ -42,20 +42,19 @@ def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *,
             plgpu.set_max_registers(240, action="increase")
             mine = head + warpgroup * (1 - apart)
             here = pl.ds(i * rows + warpgroup * ROWS * apart, ROWS)
-            q, d = q_smem.at[warpgroup], d_smem.at[warpgroup]
             s_space = None if s_smem is None else s_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, here, mine], q, came.at[warpgroup])
-            plgpu.copy_gmem_to_smem(d_ref.at[b, here, mine], d, came.at[warpgroup])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, here, mine], q_smem.at[warpgroup], came.at[warpgroup])
+            plgpu.copy_gmem_to_smem(d_ref.at[b, here, mine], d_smem.at[warpgroup], came.at[warpgroup])
             lse, delta = (
                 plgpu.load(ref.at[b, mine, here], layout=BY_ROW, optimized=False) for ref in (lse_ref, delta_ref)
             )
-            lse *= LOG2E
             plgpu.barrier_wait(came.at[warpgroup])
 
             def over_keys(dq):
                 def some(j, _, edge: bool):
                     number = j - start
                     k = k_ring.wait(number)
+                    q, d = (smem.at[anew(warpgroup)] for smem in (q_smem, d_smem))
 
                     def scores(acc):
                         plgpu.wgmma(acc, q, k.transpose((1, 0)))
@@ -79,6 +78,7 @@ def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *,
                 pl.when(end > start)(lambda: k_ring.done(end - start - 1))
                 return result
 
+            q = q_smem.at[warpgroup]
             q[...] = (pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, mine])
@@ -126,7 +126,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
     q_last_BS = jax.vmap(lambda first_T: jnp.searchsorted(first_T, at_S, side="right"))(first_BT).astype(jnp.int32) - 1
 
     def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *scratch):
-        dk_ref, dv_ref, k_smem, v_smem, came, slope_smem, slope_came, slope_used, p_smem, s_smem, *rings = scratch
+        dk_ref, dv_ref, kv_smem, came, slope_smem, slope_came, slope_used, p_smem, s_smem, *rings = scratch
         q_ring, d_ring, lse_ring, delta_ring = (Ring(*ring) for ring in rings)
         warpgroup, b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
         j, kv_head = jax.lax.axis_index("keys"), jax.lax.axis_index("heads")
@@ -136,7 +136,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
 
         def scores():
             plgpu.set_max_registers(240, action="increase")
-            plgpu.copy_gmem_to_smem(k_ref.at[b, here, kv_head], k_smem, came.at[0])
+            plgpu.copy_gmem_to_smem(k_ref.at[b, here, kv_head], kv_smem.at[0], came.at[0])
             plgpu.barrier_wait(came.at[0])
 
             def over_queries(dv):
@@ -145,7 +145,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     q = q_ring.wait(number)
 
                     def scores(acc):
-                        plgpu.wgmma(acc, k_smem, q.transpose((1, 0)))
+                        plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], q.transpose((1, 0)))
                         plgpu.wgmma_wait(1)
                         pl.when(number > 0)(lambda: d_ring.done(number - 1))
                         return acc[...]
@@ -153,7 +153,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     t = jnp.tanh(pl.run_scoped(scores, plgpu.ACC((ROWS, queries), jnp.float32)) * (scale / softcap))
                     q_ring.done(number)
                     lse = plgpu.load(lse_ring.wait(number), layout=BY_COLUMN)
-                    p = jnp.exp2(t * (softcap * LOG2E) - tall(lse, ROWS) * LOG2E)
+                    p = jnp.exp2(t * (softcap * LOG2E) - tall(lse, ROWS))
                     lse_ring.done(number)
                     if edge:
                         p = within(p, interval(first_ref.at[b, here], last_ref.at[b, here], queries), step // G * queries)
@@ -161,6 +161,8 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     slope_smem[...] = p * (1 - t * t)
                     plgpu.barrier_arrive(slope_came)
                     plgpu.wgmma(dv, build.operand(p.astype(jnp.bfloat16), p_smem), d_ring.wait(number))
+                    if edge:
+                        plgpu.wgmma_wait(0)  # gives up its operand's registers, of which a mask takes some
                     return 0
 
                 over_tiles(tiles, some, times=G)
@@ -171,14 +173,14 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     plgpu.barrier_wait(slope_used)
                 return result
 
-            k_smem[...] = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)).astype(k_smem.dtype)
+            kv_smem[0] = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_smem, dv_ref.at[b, here, kv_head])
+            plgpu.copy_smem_to_gmem(kv_smem.at[0], dv_ref.at[b, here, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         def gradients():
             plgpu.set_max_registers(240, action="increase")
-            plgpu.copy_gmem_to_smem(v_ref.at[b, here, kv_head], v_smem, came.at[1])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, here, kv_head], kv_smem.at[1], came.at[1])
             plgpu.barrier_wait(came.at[1])
 
             def over_queries(dk):
@@ -187,7 +189,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     d = d_ring.wait(number)
 
                     def weights(acc):
-                        plgpu.wgmma(acc, v_smem, d.transpose((1, 0)))
+                        plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], d.transpose((1, 0)))
                         plgpu.wgmma_wait(1)
                         pl.when(number > 0)(lambda: q_ring.done(number - 1))
                         return acc[...]
@@ -208,9 +210,9 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                 pl.when(end > start)(lambda: q_ring.done((end - start) * G - 1))
                 return result
 
-            v_smem[...] = (pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(v_smem.dtype)
+            kv_smem[1] = (pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(v_smem, dk_ref.at[b, here, kv_head])
+            plgpu.copy_smem_to_gmem(kv_smem.at[1], dk_ref.at[b, here, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         pl.when(warpgroup == 0)(scores)
@@ -247,8 +249,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
     big = Ring.scratch(stages, matrix((stages, queries, H), dtype))
     small = plgpu.SMEM((stages, queries), jnp.float32), plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)
     scratch = (
-        matrix((ROWS, H), dtype),
-        matrix((ROWS, H), dtype),
+        matrix((2, ROWS, H), dtype),
         plgpu.Barrier(num_barriers=2),
         matrix((ROWS, queries), jnp.float32),
         plgpu.Barrier(),

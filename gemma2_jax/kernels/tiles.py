@@ -125,7 +125,7 @@ class Ring:
     def wait(self, number):
         """The tile of that number, when it has come."""
         plgpu.barrier_wait(self.came.at[self.place(number)])
-        return self.tiles.at[self.place(number)]
+        return self.tiles.at[anew(self.place(number))]
 
     def done(self, number):
         """Says that this warpgroup needs the tile no more."""
@@ -151,6 +151,13 @@ def load(count, *rings: tuple[Ring, Callable]) -> None:
             @pl.when(number < count)
             def _(ring=ring, source=source, place=place):
                 plgpu.copy_gmem_to_smem(source(number), ring.tiles.at[place], ring.came.at[place])
+
+
+def anew(number):
+    """The same number, as if it were another each time: what is computed from it, such as the many addresses that a
+    matrix product takes, is then computed where it is used, rather than held in registers all along a loop.
+    """
+    return jax.lax.optimization_barrier(number)
 
 
 def interval(first_ref, last_ref, columns: int):
