@@ -15,18 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels.forward import rows_of
 from gemma2_jax.kernels.tiles import (
-    BY_COLUMN, BY_ROW, LOG2E, ROWS, Build, Ring, anew, bounds, interval, load, matrix, over_tiles, product, tall, wide,
+    BY_COLUMN, BY_ROW, LOG2E, ROWS, Build, Ring, Tile, anew, bounds, interval, load, matrix, over_tiles, product, tall, wide,
     within,
 )  # fmt: skip
 
 
-def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile, build: Build):
+def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build):
     """The gradient by the queries, [B, T, N, H]: the two computing warpgroups have what they have in `forward`."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     rows = rows_of(N, K)
     apart = rows // ROWS - 1
-    keys = tile.keys
+    keys = tile.size
 
     def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, dq_ref, *scratch):
         q_smem, d_smem, came, s_smem, k_ring, v_ring = scratch
@@ -109,7 +109,7 @@ def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *,
     return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, tiles)[0]
 
 
-def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile, build: Build):
+def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build):
     """The gradients by the keys and by the values, each [B, S, K, H].
 
     A block has 64 keys and goes over the queries that see them, of every head in turn. One warpgroup makes the scores
@@ -119,7 +119,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    queries = tile.queries
+    queries = tile.size
     # The queries that see a key are an interval as well.
     at_S = jnp.arange(S, dtype=jnp.int32)
     q_first_BS = jax.vmap(lambda last_T: jnp.searchsorted(last_T, at_S, side="left"))(last_BT).astype(jnp.int32)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels.tiles import (
-    BY_ROW, LOG2E, ROWS, Build, Ring, bounds, interval, load, matrix, over_tiles, wide, within,
+    BY_ROW, LOG2E, ROWS, Build, Ring, Tile, bounds, interval, load, matrix, over_tiles, wide, within,
 )  # fmt: skip
 
 
@@ -25,13 +25,13 @@ def rows_of(heads: int, kv_heads: int) -> int:
     return ROWS if heads // kv_heads % 2 == 0 else 2 * ROWS
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float, tile, build: Build):
+def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float, tile: Tile, build: Build):
     """`reference.attention` for whole tiles: [B, T, N, H] bfloat16, and the log-sum-exp [B, N, T] float32."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     rows = rows_of(N, K)
     apart = rows // ROWS - 1  # whether the warpgroups have different queries, else heads
-    keys = tile.keys
+    keys = tile.size
 
     def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, bounds_ref, out_ref, lse_ref, *scratch):
         q_smem, q_came, p_smem, lse_smem, k_ring, v_ring = scratch

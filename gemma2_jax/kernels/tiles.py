@@ -21,6 +21,37 @@ BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Sizes of a kernel's tiles: what a block goes over, so many of them in shared memory at a time."""
+
+    size: int  # keys, or of dK/dV queries
+    stages: int
+    v_stages: int = 0  # of values in dQ, which a step needs for a shorter time than its keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Those of each kernel, for one head width."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Queries and keys are padded to multiples of these."""
+        return math.lcm(2 * ROWS, self.dkv.size), math.lcm(ROWS, self.forward.size, self.dq.size)
+
+
+# Chosen for no registers spilled, and shared memory within the limit of a block: `python -m benchmarks.kernels`.
+TILES = {
+    64: Tiles(forward=Tile(size=128, stages=2), dq=Tile(size=128, stages=2, v_stages=2), dkv=Tile(size=64, stages=2)),
+    128: Tiles(forward=Tile(size=128, stages=2), dq=Tile(size=64, stages=2, v_stages=2), dkv=Tile(size=64, stages=3)),
+    256: Tiles(forward=Tile(size=64, stages=2), dq=Tile(size=64, stages=2, v_stages=1), dkv=Tile(size=64, stages=2)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Build:
     """How kernels are built; the defaults are for GPUs.
 
