@@ -5,7 +5,7 @@ pinned with `constrain`, and XLA's partitioner places the collectives in between
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -117,6 +117,24 @@ def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh as a stored weight with these dims is."""
     axes = _axes()
     return jax.lax.with_sharding_constraint(x, dims.stored(letters, x.shape, axes)) if axes else x
+
+
+def per_shard(function: Callable, letters: Sequence[str]) -> Callable:
+    """`function` of what each device has of its arguments, with these dims, for what XLA cannot divide itself.
+
+    Its result has the dims of its first argument. Where no mesh is set, or nothing is divided, it gets them whole.
+    """
+    axes = _axes()
+    if math.prod(axes.values()) == 1:
+        return function
+
+    def divided(*arguments):
+        specs = tuple(dims.used(dims_, x.shape, axes) for dims_, x in zip(letters, arguments, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names={*axes}, check_vma=False)(
+            *arguments
+        )
+
+    return divided
 
 
 def replicate(x: jax.Array) -> jax.Array:

@@ -12,21 +12,8 @@ import jax.numpy as jnp
 
 from gemma2_jax.kernels.backward import dkv, dq
 from gemma2_jax.kernels.forward import forward
+from gemma2_jax.kernels.limits import MOSAIC
 from gemma2_jax.kernels.tiles import LOG2E, TILES, Build
-
-WIDTHS = tuple(TILES)
-SOFTCAP = 60.0  # at most: exp of a score, and the sum of a million of them, stay finite
-
-
-def lacks(dtype, width: int, softcap: float | None) -> str | None:
-    """What the kernels cannot do of what is asked, in words; None where they can."""
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"{jnp.dtype(dtype).name}: its operands are bfloat16"
-    if width not in TILES:
-        return f"a head width of {width}: it has {', '.join(map(str, WIDTHS))}"
-    if softcap is None or not 0 < softcap <= SOFTCAP:
-        return f"a soft cap of {softcap}: without a running maximum, it needs one up to {SOFTCAP:g}"
-    return None
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None, build=Build()):
@@ -52,7 +39,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     for dtype in (q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
-        if lack := lacks(dtype, H, softcap):
+        if lack := MOSAIC.lacks(dtype=dtype.name, width=H, softcap=softcap):
             raise ValueError(f"the Mosaic attention kernel lacks {lack}; use another implementation")
     if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or N % K or first_BT.shape != (B, T):
         raise ValueError(

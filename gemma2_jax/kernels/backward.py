@@ -20,7 +20,9 @@ from gemma2_jax.kernels.tiles import (
 )  # fmt: skip
 
 
-def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build):
+def dq(
+    q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build
+):
     """The gradient by the queries, [B, T, N, H]: the two computing warpgroups have what they have in `forward`."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -109,7 +111,20 @@ def dq(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *,
     return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, tiles)[0]
 
 
-def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build):
+def seen_by(first_BT, last_BT, size: int):
+    """The first and the last query that sees each of `size` keys, int32 [B, S]; neither input descends along a row."""
+
+    def below(end_T):
+        """How many of the queries' ends are at each key or before it."""
+        counts = jnp.zeros(size + 1, jnp.int32).at[jnp.clip(end_T, 0, size)].add(1)
+        return jnp.cumsum(counts)[:size]
+
+    return jax.vmap(below)(last_BT + 1), jax.vmap(below)(first_BT) - 1
+
+
+def dkv(
+    q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build
+):
     """The gradients by the keys and by the values, each [B, S, K, H].
 
     A block has 64 keys and goes over the queries that see them, of every head in turn. One warpgroup makes the scores
@@ -120,10 +135,7 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
     S, K = k_BSKH.shape[1:3]
     G = N // K
     queries = tile.size
-    # The queries that see a key are an interval as well.
-    at_S = jnp.arange(S, dtype=jnp.int32)
-    q_first_BS = jax.vmap(lambda last_T: jnp.searchsorted(last_T, at_S, side="left"))(last_BT).astype(jnp.int32)
-    q_last_BS = jax.vmap(lambda first_T: jnp.searchsorted(first_T, at_S, side="right"))(first_BT).astype(jnp.int32) - 1
+    q_first_BS, q_last_BS = seen_by(first_BT, last_BT, S)
 
     def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *scratch):
         dk_ref, dv_ref, kv_smem, came, slope_smem, slope_came, slope_used, p_smem, s_smem, *rings = scratch
@@ -156,7 +168,9 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                     p = jnp.exp2(t * (softcap * LOG2E) - tall(lse, ROWS))
                     lse_ring.done(number)
                     if edge:
-                        p = within(p, interval(first_ref.at[b, here], last_ref.at[b, here], queries), step // G * queries)
+                        p = within(
+                            p, interval(first_ref.at[b, here], last_ref.at[b, here], queries), step // G * queries
+                        )
                     pl.when(number > 0)(lambda: plgpu.barrier_wait(slope_used))
                     slope_smem[...] = p * (1 - t * t)
                     plgpu.barrier_arrive(slope_came)
@@ -167,10 +181,12 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
 
                 over_tiles(tiles, some, times=G)
                 result = dv[...]
+
                 @pl.when(end > start)
                 def _():
                     d_ring.done((end - start) * G - 1)
                     plgpu.barrier_wait(slope_used)
+
                 return result
 
             kv_smem[0] = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)).astype(dtype)
@@ -229,12 +245,14 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
                 def source(number):
                     rows, head = tile_of(number)
                     return ref.at[b, rows, head]
+
                 return source
 
             def vectors(ref):
                 def source(number):
                     rows, head = tile_of(number)
                     return ref.at[b, head, rows]
+
                 return source
 
             load(
@@ -247,7 +265,11 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
 
     dtype, stages = q_BTNH.dtype, tile.stages
     big = Ring.scratch(stages, matrix((stages, queries, H), dtype))
-    small = plgpu.SMEM((stages, queries), jnp.float32), plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)
+    small = (
+        plgpu.SMEM((stages, queries), jnp.float32),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    )
     scratch = (
         matrix((2, ROWS, H), dtype),
         plgpu.Barrier(num_barriers=2),
@@ -256,7 +278,10 @@ def dkv(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *
         plgpu.Barrier(),
         build.space((ROWS, queries), dtype),
         build.space((ROWS, queries), dtype),
-        big, big, small, small,
+        big,
+        big,
+        small,
+        small,
     )
     out = jax.ShapeDtypeStruct(k_BSKH.shape, dtype)
     grid = {"heads": K, "keys": S // ROWS, "row": B}

@@ -39,9 +39,14 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     scores_BNTS = capped(jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest") * scale, softcap)
     at_S = jnp.arange(k.shape[1])
     seen_BTS = (first_BT[:, :, None] <= at_S) & (at_S <= last_BT[:, :, None])
-    lse_BNT = jax.nn.logsumexp(scores_BNTS, axis=-1, where=seen_BTS[:, None])
-    weights_BNTS = jnp.where(seen_BTS[:, None], jnp.exp(scores_BNTS - jnp.maximum(lse_BNT, -1e30)[..., None]), 0)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v, precision="highest"), lse_BNT
+    seen_BNTS = seen_BTS[:, None]
+    top_BNT1 = jax.lax.stop_gradient(jnp.max(scores_BNTS, axis=-1, keepdims=True, where=seen_BNTS, initial=-1e30))
+    weights_BNTS = jnp.where(seen_BNTS, jnp.exp(jnp.where(seen_BNTS, scores_BNTS - top_BNT1, 0)), 0)
+    total_BNT = weights_BNTS.sum(-1)
+    some_BNT = total_BNT > 0
+    total_BNT = jnp.where(some_BNT, total_BNT, 1)  # so that no gradient is NaN where nothing is seen
+    out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS / total_BNT[..., None], v, precision="highest")
+    return out_BTNH, jnp.where(some_BNT, top_BNT1[..., 0] + jnp.log(total_BNT), -jnp.inf)
 
 
 def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap: float | None):

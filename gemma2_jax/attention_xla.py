@@ -1,0 +1,218 @@
+"""Gemma 2 attention in jnp: causal, per-layer window, soft-capped scores, grouped queries, packed segments.
+
+This is the definition, and the implementation wherever no kernel is faster (`attention`). Sequences are taken in blocks
+of queries against blocks of keys (FlashAttention-2, arXiv:2307.08691): no [T, T] array of scores exists, forward or
+backward, and blocks beyond the window or in the future are not visited.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import PartitionSpec
+
+from gemma2_jax.mesh import axis_size
+
+MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
+# Queries, and keys, taken at a time: on CPU a block's scores stay in the cache of one core.
+BLOCKS = {"cpu": 64, "gpu": 512}
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None, block: int = 64):
+    """Causal attention of a sequence to itself.
+
+    On a mesh with context shards, positions are in the order of `mesh.balanced`, for which each shard gathers the keys
+    and values of all.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: queries, keys and values after RoPE, in the compute dtype; N is a multiple of K.
+      segments_BT: int32; positions attend within their own segment only.
+      window: int32 scalar, may be traced: query i sees keys j of its segment with 0 <= i - j < window.
+      scale: multiplies q.k before the cap.
+      softcap: scores become cap * tanh(score / cap); None leaves them.
+      block: queries, and keys, taken at a time.
+
+    Returns:
+      [B, T, N, H] in the dtype of v. Scores and softmax are float32 (Gemma 2, arXiv:2408.00118, section 2).
+    """
+    shards = axis_size("context")
+    if shards > 1:
+        spread = PartitionSpec(None, "context")
+        return jax.shard_map(
+            partial(_attend_shard, (scale, softcap, block), shards),
+            in_specs=(spread, spread, spread, spread, PartitionSpec()),
+            out_specs=spread,
+            axis_names={"context"},
+            check_vma=False,
+        )(q_BTNH, k_BTKH, v_BTKH, segments_BT, jnp.int32(window))
+    T = q_BTNH.shape[1]
+    block = min(block, T)
+    padding = -T % block
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+    order = jnp.arange(q.shape[1] // block)
+    return _blocked((scale, softcap, block), q, k, v, segments_BT, segments_BT, order, jnp.int32(window))[:, :T]
+
+
+def _attend_shard(settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    """`attend` of one context shard: its own queries, an early and a late piece of the row, to the keys of all."""
+    scale, softcap, block = settings
+    piece = q_BTNH.shape[1] // 2
+    block = max(size for size in range(1, min(block, piece) + 1) if piece % size == 0)
+    k, v, all_segments = (in_order(x, shards) for x in (k_BTKH, v_BTKH, segments_BT))
+    shard = jax.lax.axis_index("context")
+    within = jnp.arange(piece // block)
+    order = jnp.concatenate([within + at * (piece // block) for at in (shard, 2 * shards - 1 - shard)])
+    return _blocked((scale, softcap, block), q_BTNH, k, v, segments_BT, all_segments, order, window)
+
+
+def in_order(x_BT, shards: int):
+    """The whole of what context shards hold in the order of `mesh.balanced`, as it was before."""
+    x_BCPT = jax.lax.all_gather(x_BT.reshape(x_BT.shape[0], 2, -1, *x_BT.shape[2:]), "context", axis=1)
+    x_BPT = jnp.concatenate([x_BCPT[:, :, 0], x_BCPT[:, ::-1, 1]], axis=1)
+    return x_BPT.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
+
+
+def _blocked_value(settings, *inputs):
+    """`attend` for whole blocks; query block i of those given is block order[i] of the sequence."""
+    return _blocked_forward(settings, *inputs)[0]
+
+
+def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window):
+    block, K = settings[2], k_BTKH.shape[2]
+
+    def query_block(inputs):
+        i, at = inputs
+        q, segments = _group(_take(q_BTNH, i, block), K), _take(q_segments_BT, i, block)
+
+        def key_block(j, carry):
+            top, total, out = carry
+            k, other = _take(k_BTKH, j, block), _take(k_segments_BT, j, block)
+            scores, _ = _scores(q, k, _mask(at, j, segments, other, window), settings)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            v = _take(v_BTKH, j, block)
+            added = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + added
+
+        B, T, K_, G, H = q.shape
+        start = jnp.full((B, K_, G, T), MASKED), jnp.zeros((B, K_, G, T)), jnp.zeros((B, K_, G, T, H))
+        top, total, out = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
+        return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
+
+    out, log_z = jax.lax.map(query_block, (jnp.arange(len(order)), order))
+    out_BTNH = _ungroup(jnp.einsum("IBKGTH->BITKGH", out))
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z)
+
+
+def _blocked_backward(settings, residuals, cotangent_BTNH):
+    scale, _, block = settings
+    q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z = residuals
+    K = k_BTKH.shape[2]
+
+    def query_block(carry, inputs):
+        i, at = inputs
+        segments = _take(q_segments_BT, i, block)
+        q, out, cotangent = (_group(_take(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
+        delta = jnp.einsum("BTKGH,BTKGH->BKGT", out, cotangent, preferred_element_type=jnp.float32)
+
+        def key_block(j, carry):
+            dq, dk_BTKH, dv_BTKH = carry
+            k, v = _take(k_BTKH, j, block), _take(v_BTKH, j, block)
+            mask_BTS = _mask(at, j, segments, _take(k_segments_BT, j, block), window)
+            scores, slope = _scores(q, k, mask_BTS, settings)
+            weights = jnp.exp(scores - log_z[i][..., None])
+            d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", cotangent, v, preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - delta[..., None]) * slope * scale).astype(q.dtype)
+            product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dv_BTKH = _add(dv_BTKH, j, product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), cotangent))
+            dk_BTKH = _add(dk_BTKH, j, product("BKGTS,BTKGH->BSKH", d_scores, q))
+            return dq + product("BKGTS,BSKH->BTKGH", d_scores, k), dk_BTKH, dv_BTKH
+
+        start = jnp.zeros(q.shape, jnp.float32), *carry
+        dq, *carry = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
+        return tuple(carry), dq.astype(q.dtype)
+
+    start = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
+    (dk_BTKH, dv_BTKH), dq = jax.lax.scan(query_block, start, (jnp.arange(len(order)), order))
+    dq_BTNH = _ungroup(jnp.einsum("IBTKGH->BITKGH", dq))
+    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None, None, None
+
+
+_blocked = jax.custom_vjp(_blocked_value, nondiff_argnums=(0,))
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _scores(q_BTKGH, k_BSKH, mask_BTS, settings):
+    """Masked scores of a block of queries against a block of keys, and the cap's slope, float32 [B, K, G, T, S]."""
+    scale, softcap, _ = settings
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    slope = 1.0
+    if softcap is not None:
+        squashed = jnp.tanh(scores / softcap)
+        scores, slope = softcap * squashed, 1 - jnp.square(squashed)
+    return jnp.where(mask_BTS[:, None, None], scores, MASKED), slope
+
+
+def _mask(i, j, q_segments_BT, k_segments_BS, window):
+    """[B, T, S]: which keys of block j the queries of block i see. This is the one place that says so."""
+    T, S = q_segments_BT.shape[1], k_segments_BS.shape[1]
+    distance_TS = (i * T + jnp.arange(T))[:, None] - (j * S + jnp.arange(S))
+    return (distance_TS >= 0) & (distance_TS < window) & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
+
+
+def _first(i, block: int, window):
+    """The first key block that any query of block i sees."""
+    return jnp.maximum(i * block - window + 1, 0) // block
+
+
+def _take(x_BT, i, block: int):
+    return jax.lax.dynamic_slice_in_dim(x_BT, i * block, block, axis=1)
+
+
+def _add(x_BT, j, block_BT):
+    block = block_BT.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(x_BT, _take(x_BT, j, block) + block_BT, j * block, axis=1)
+
+
+def _group(x_BTNH, K: int):
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H)
+
+
+def _ungroup(x_BITKGH):
+    B, blocks, T, K, G, H = x_BITKGH.shape
+    return x_BITKGH.reshape(B, blocks * T, K * G, H)
+
+
+def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None):
+    """Attention of one query a row, at `position_B`, to a cache of the last S tokens up to and including it.
+
+    The token at position p is in slot p mod S. Heads come before slots, so that a step reads the cache as it lies;
+    dtypes and the rest are as in `attend`, [B, N, H] is returned.
+    """
+    K, S = k_BKSH.shape[1:3]
+    age_BS = (position_B[:, None] - jnp.arange(S)) % S
+    mask_BS = age_BS <= position_B[:, None]  # older than the first token: an empty slot
+    q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
+    return rearrange(jnp.einsum("BKGS,BKSH->BKGH", weights, v_BKSH), "B K G H -> B (K G) H")
+
+
+def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
+    """Soft-capped attention under an explicit mask (True: attend); the cap comes before the mask."""
+    q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return out.reshape(q_BTNH.shape)
+
+
+def _softmax(scores, mask, softcap: float | None):
+    """Weights over the last dim of float32 scores, capped and then masked."""
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)

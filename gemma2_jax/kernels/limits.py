@@ -1,0 +1,34 @@
+"""What the kernels can do, as data: read without importing them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an implementation of attention can do; None stands for anything.
+
+    Windows, packed segments, any number of query heads to a key/value head, and lengths of any size, forward and
+    backward, are what every implementation here can do.
+    """
+
+    architectures: tuple[str, ...] | None = None  # of the device: compute capabilities, or a platform
+    dtypes: tuple[str, ...] | None = None
+    widths: tuple[int, ...] | None = None  # of a head
+    softcap: float | None = None  # one is needed, up to this
+
+    def lacks(self, *, dtype: str, width: int, softcap: float | None, architecture: str | None = None) -> str | None:
+        """What is missing for what is asked, in words; None where nothing is."""
+        if architecture and self.architectures and architecture not in self.architectures:
+            return f"{architecture}: it is for {' and '.join(self.architectures)}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"{dtype}: it takes {' and '.join(self.dtypes)}"
+        if self.widths and width not in self.widths:
+            return f"heads of width {width}: it has {', '.join(map(str, self.widths))}"
+        if self.softcap and (softcap is None or not 0 < softcap <= self.softcap):
+            asked = "scores without a soft cap" if softcap is None else f"a soft cap of {softcap:g}"
+            return f"{asked}: having no running maximum, it needs one, up to {self.softcap:g}"
+        return None
+
+
+# exp of a score of 60, summed over a million keys, is far from what float32 and bfloat16 can hold.
+MOSAIC = Limits(architectures=("sm_90",), dtypes=("bfloat16",), widths=(64, 128, 256), softcap=60.0)
