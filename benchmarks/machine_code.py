@@ -57,7 +57,10 @@ class Opcodes(dict[str, int]):
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """An innermost loop. What waits for a barrier is not one, and tries after the first one are not counted."""
+    """An innermost loop. What waits for a barrier is not one, and tries after the first one are not counted.
+
+    All branches within it are counted. A loop that was unrolled is none, or does more in a trip: compare its HGMMAs.
+    """
 
     address: int  # of its first instruction
     opcodes: Opcodes
@@ -107,7 +110,7 @@ class Kernel:
 
     @property
     def tiles(self) -> tuple[Loop, ...]:
-        """Loops with matrix products: over tiles, where a trip is one tile. A masked one has more instructions."""
+        """Loops with matrix products: over tiles. The masked one has more instructions than the clean one."""
         return tuple(loop for loop in self.loops if loop.opcodes.of("HGMMA"))
 
 
@@ -129,7 +132,8 @@ def compiled(function: Callable, *arguments: Any) -> list[Kernel]:
       function: what `jax.jit` takes.
       arguments: of `function`, trees of anything with a shape and a dtype. Shardings are not looked at.
 
-    Kernels of one name are numbered. A kernel that the program calls in two places is compiled, and listed, twice.
+    Kernels of one name are numbered. One that JAX lowers in two places is compiled twice, and is two. What XLA found
+    to be of no use is not compiled.
 
     Raises ImportError without the extra `plan`. `plan.prepare` comes before JAX.
     """
@@ -148,7 +152,7 @@ def compiled(function: Callable, *arguments: Any) -> list[Kernel]:
         stems = sorted((path.stem for path in folder.glob("*.ptxas")), key=lambda stem: int(stem.rpartition("_")[2]))
         names = _numbered(stem.rpartition("_")[0] for stem in stems)
         kernels = [_read(folder, stem, name) for stem, name in zip(stems, names, strict=True)]
-    # jaxlib compiles kernels of one hash once.
+    # It compiles kernels of one hash once, which has that number in it.
     wanted = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text)))
     if len(kernels) != wanted:
         raise RuntimeError(f"the program has {wanted} kernels and jaxlib wrote of {len(kernels)}: they were in a cache")
@@ -176,9 +180,10 @@ def calls(text: str) -> list[Call]:
     def walk(name: str, loops: tuple[str, ...], times: int | None) -> None:
         for line in bodies[name]:
             if _TARGET in line:
-                kernel = re.search(r"\\00([\w.\-]+)_mosaic_gpu\\00", line)
-                assert kernel is not None, "a Mosaic GPU kernel without a name"
-                found.append(Call(name=kernel[1], where=_operation(line), computation=name, loops=loops, times=times))
+                # In the kernel's bytecode, after the names of dialects, of which one is stable_mosaic_gpu.
+                kernel = re.findall(r"\\00([\w.\-]+)_mosaic_gpu(?=\\00)", line)[-1]
+                call = Call(name=kernel, where=_operation(line), computation=name, loops=loops, times=times)
+                found.append(call)
                 continue
             for kind, called in _CALLED.findall(line):
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
@@ -280,10 +285,10 @@ def _dumps() -> Iterator[Path]:
     """A folder into which jaxlib writes of each Mosaic GPU kernel that is compiled in here.
 
     It reads the environment anew for each kernel, but the ptxas that it first finds it keeps for the process: the first
-    on PATH, then one in /usr/local/cuda, and only then that of a wheel.
+    on PATH, then one in /usr/local/cuda, and only then that of a wheel. It runs it with -arch=sm_90a --warn-on-spills,
+    and for what is written here, which changes no code, with -v --generate-line-info too.
     """
-    import jax
-    import jax.experimental.mosaic.gpu  # it sets MOSAIC_GPU_CUDA_ROOT, which is set again below
+    import jax.experimental.mosaic.gpu  # noqa: F401  it sets MOSAIC_GPU_CUDA_ROOT, which is set again below
 
     disassembler, assembler = nvdisasm(), ptxas()
     with tempfile.TemporaryDirectory() as kept:
@@ -304,13 +309,10 @@ def _dumps() -> Iterator[Path]:
             "PATH": os.pathsep.join([str(assembler.parent), os.environ.get("PATH", "")]),
         }
         before = {name: os.environ.get(name) for name in environment}
-        cached = jax.config.jax_enable_compilation_cache
         os.environ.update(environment)
-        jax.config.update("jax_enable_compilation_cache", False)  # what is taken from the disk is not compiled
         try:
             yield folder
         finally:
-            jax.config.update("jax_enable_compilation_cache", cached)
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]
