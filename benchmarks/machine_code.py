@@ -285,8 +285,8 @@ def _dumps() -> Iterator[Path]:
     """A folder into which jaxlib writes of each Mosaic GPU kernel that is compiled in here.
 
     It reads the environment anew for each kernel, but the ptxas that it first finds it keeps for the process: the first
-    on PATH, then one in /usr/local/cuda, and only then that of a wheel. It runs it with -arch=sm_90a --warn-on-spills,
-    and for what is written here, which changes no code, with -v --generate-line-info too.
+    on PATH, then one in /usr/local/cuda, and only then that of a wheel. It gives it -arch=sm_90a --warn-on-spills
+    --generate-line-info, and in here -v, which changes no code.
     """
     import jax.experimental.mosaic.gpu  # noqa: F401  it sets MOSAIC_GPU_CUDA_ROOT, which is set again below
 

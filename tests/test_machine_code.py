@@ -36,10 +36,10 @@ def compile_all() -> dict:
     # It asks the CUDA runtime, which is not there, for its version; 12.9.1 is that of ptxas.
     versions = SimpleNamespace(cuda_runtime_get_version=lambda: 12091)
     attention_mgpu.cuda_versions = versions  # pyright: ignore[reportPrivateImportUsage]
-    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2)
 
-    def attention(q, k, v):
-        return attention_mgpu.attention(q, k, v, config)
+    def attention(q, k, v, causal=False):
+        tiles = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=causal)
+        return attention_mgpu.attention(q, k, v, tiles)
 
     def kept(x):
         def kept(x_ref, out_ref):
@@ -59,6 +59,7 @@ def compile_all() -> dict:
     found = {
         "attention": machine_code.compiled(attention, queries, keys, keys),
         "again": machine_code.compiled(attention, queries, keys, keys),
+        "causal": machine_code.compiled(lambda q, k, v: attention(q, k, v, True), queries, keys, keys),
         "layers": machine_code.compiled(layers, *elements),
     }
     described = {name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}
@@ -118,6 +119,15 @@ def test_loops_of_attention_of_jax(found):
     for loop in forward.loops:
         assert loop.instructions < sum(forward.opcodes.values()) / 2
         assert not loop.opcodes.of("NANOSLEEP") and loop.opcodes.of("SYNCS.PHASECHK.TRANS64.TRYWAIT")
+
+
+def test_masked_tiles_are_longer_than_clean_ones(found):
+    (whole,) = map(kernel, found["attention"])
+    (causal,) = map(kernel, found["causal"])
+    clean, masked = causal.tiles
+    assert clean.opcodes.of("HGMMA") == masked.opcodes.of("HGMMA") == 16
+    assert clean.instructions == pytest.approx(whole.tiles[0].instructions, rel=0.05)
+    assert masked.instructions > clean.instructions + 64, "a choice for each of 64 scores"
 
 
 def test_what_was_compiled_before_is_read_again(found):
