@@ -5,7 +5,7 @@ All mean the same (`kernels.reference`). One that is named and cannot do what is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -51,12 +51,16 @@ def choose(model: ModelConfig, compute: ComputeConfig, device: jax.Device) -> tu
     name = compute.attention
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
-        reason = "".join(f"; {other} lacks {lack}" for other, lack in lacking.items())
-        return IMPLEMENTATIONS[name], f"{name} (the fastest here{reason})"
-    if name in lacking:
+        reason = "; ".join(["the fastest here", *(f"{other} lacks {lack}" for other, lack in lacking.items())])
+    elif name in lacking:
         able = " or ".join(other for other in ("auto", *IMPLEMENTATIONS) if other not in lacking)
         raise ValueError(f"compute.attention {name} lacks {lacking[name]}; use {able}")
-    return IMPLEMENTATIONS[name], f"{name} (as asked)"
+    else:
+        reason = "as asked"
+    way = IMPLEMENTATIONS[name]
+    if name == "xla":
+        way = replace(way, attend=partial(way.attend, block=attention_xla.BLOCKS.get(device.platform, 512)))
+    return way, f"{name} ({reason})"
 
 
 def architecture(device: jax.Device) -> str:

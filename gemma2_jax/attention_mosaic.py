@@ -32,7 +32,7 @@ def _attend_shard(kernel, length: int, groups: int, q_BTNH, k_BTKH, v_BTKH, segm
     from gemma2_jax.kernels.attention import combine
 
     T, N = q_BTNH.shape[1:3]
-    if N < groups * k_BTKH.shape[2]:
+    if k_BTKH.shape[2] * groups > N:
         head = jax.lax.axis_index("tensor") * N // groups
         k_BTKH, v_BTKH = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k_BTKH, v_BTKH))
     shards = length // T

@@ -225,7 +225,9 @@ class ComputeConfig:
     dtype: DType = "bfloat16"  # of activations and matrix products (which accumulate in float32)
     trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
     frozen_dtype: DType = "bfloat16"  # of weights that are not
-    attention: Literal["auto", "xla"] = "auto"  # implementation of attention
+    attention: Literal["auto", "mosaic", "xla"] = (
+        "auto"  # implementation of attention: fused kernels for Hopper, or jnp
+    )
     # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
     remat: Literal["none", "dots", "block", "offload"] = "block"
     gpu_flags: Literal["none", "overlap"] = (

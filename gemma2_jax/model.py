@@ -24,7 +24,9 @@ from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of each layer, [B, K, S, H]: see attention.attend_cached
+Cache = list[
+    tuple[jax.Array, jax.Array]
+]  # keys and values of each layer, [B, K, S, H]: see attention_xla.attend_cached
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
@@ -223,10 +225,12 @@ class Block(nnx.Module):
 class Gemma2(nnx.Module):
     """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, platform: str | None = None):
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device: jax.Device | None = None
+    ):
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
-        self.attend, _ = attention.choose(compute.attention, platform or jax.default_backend())
+        self.attention, _ = attention.choose(config, compute, device or jax.devices()[0])
         self.letters = (("embedding", "VD"),)
         shape = dims.shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -245,7 +249,7 @@ class Gemma2(nnx.Module):
 
     def attend_all(self, segments_BT, window, _, q, k, v):
         """Attention of a layer with that window, of a whole sequence to itself; no cache."""
-        return self._attend(self.attend, q, k, v, segments_BT, window), None
+        return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
     def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts, [B, T, D], and a cache of them for `slots` tokens, of blocks that stand apart.
@@ -260,7 +264,7 @@ class Gemma2(nnx.Module):
             position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(slots)) % slots, 0)
             cache = [jnp.take_along_axis(new, position_BS[:, :, None, None], axis=1) for new in (k, v)]
             cache = tuple(constrain(jnp.einsum("BSKH->BKSH", new), "BKSH") for new in cache)
-            return self._attend(self.attend, q, k, v, segments_BT, window), cache
+            return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         return self._run(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
@@ -276,7 +280,7 @@ class Gemma2(nnx.Module):
             cache = [constrain(jax.vmap(put)(old, new, position_B), "BKSH") for old, new in pairs]
             # Else XLA fuses the update into each of its readers, and copies the whole cache for it (CPU, one row).
             k, v = jax.lax.optimization_barrier(cache)
-            return self._attend(attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
+            return self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
 
         hidden_BTD, cache = self._run(token_B[:, None], position_B[:, None], attend, cache)
         return hidden_BTD[:, 0], cache

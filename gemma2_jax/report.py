@@ -59,10 +59,10 @@ def startup(
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
-        "attention": attention.choose(config.compute.attention, program.platform)[1],
+        "attention": attention.choose(config.model, config.compute, program.device)[1],
         "memory": memory(compiled) + f"; compiled in {seconds:.1f} s",
     }
-    if program.platform == "gpu":
+    if program.device.platform == "gpu":
         share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
         lines["GPU flags"] = f"{flags} (compute.gpu_flags); XLA_PYTHON_CLIENT_MEM_FRACTION={share}"

@@ -49,7 +49,7 @@ class Program:
     def __init__(self, config: Config, mesh: Mesh):
         meshes.check(config, mesh)
         self.config, self.mesh = config, mesh
-        self.platform: str = mesh.devices.flat[0].platform
+        self.device: jax.Device = mesh.devices.flat[0]  # what it is compiled for
         skeleton = nnx.eval_shape(self._create)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
         self.letters = model.letters(skeleton)
@@ -88,7 +88,7 @@ class Program:
     @property
     def compiler_options(self) -> dict[str, bool | int]:
         """What XLA is told when the steps are compiled."""
-        return GPU_FLAGS[self.config.compute.gpu_flags] if self.platform == "gpu" else {}
+        return GPU_FLAGS[self.config.compute.gpu_flags] if self.device.platform == "gpu" else {}
 
     @cached_property
     def rows(self) -> range:
@@ -156,7 +156,7 @@ class Program:
         return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create(self, adapters: bool = True) -> Gemma2:
-        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), platform=self.platform)
+        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), device=self.device)
         if adapters:
             lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
         return whole

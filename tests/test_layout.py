@@ -16,7 +16,8 @@ from gemma2_jax.step import Program
 ROOT = Path(__file__).parents[1]
 # Each module may import those before it, never those after.
 ORDER = (
-    ("config", "coordinator", "platforms"), ("hosts",), ("dims",), ("mesh",), ("attention", "loss"), ("model",),
+    ("config", "coordinator", "platforms"), ("hosts",), ("dims",), ("mesh", "kernels"),
+    ("attention_xla", "loss"), ("attention_mosaic",), ("attention",), ("model",),
     ("lora", "pipeline"), ("optim", "data"),
     ("checkpoint", "step", "decode"), ("convert",), ("metrics", "profiling"), ("report", "resume"),
     ("loop", "traffic"), ("train", "generate"), ("plan",),

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
-from gemma2_jax import attention, config as configs, model
+from gemma2_jax import attention_xla as attention, config as configs, model
 from gemma2_jax.config import AdapterConfig, ComputeConfig, ModelConfig
 from gemma2_jax.convert.table import from_hf, to_hf
 from gemma2_jax.model import Gemma2, Weights

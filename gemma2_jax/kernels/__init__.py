@@ -1,0 +1,1 @@
+"""GPU kernels, by Pallas for Hopper; they import JAX only. `reference` says what each computes, the rest is speed."""

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from gemma2_jax.kernels.backward import dkv, dq
 from gemma2_jax.kernels.forward import forward
 from gemma2_jax.kernels.limits import MOSAIC
-from gemma2_jax.kernels.tiles import LOG2E, TILES, Build
+from gemma2_jax.kernels.tiles import GPU, LOG2E, TILES, Build
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None, build=Build()):
+def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None, build: Build = GPU):
     """Attention of each query to the keys from `first` to `last`: `reference.attention`, differentiable by q, k and v.
 
     Results are the same bit by bit each time, forward and backward. Partial results over parts of the keys combine by

@@ -6,6 +6,8 @@ exists. With t = tanh(scale * q.k / cap), P = exp(cap * t - lse) where a query s
 of dO * O over a row:
 
     dV = P^T dO    dS = P * (1 - t^2) * (dO V^T - delta)    dQ = scale * dS K    dK = scale * dS^T Q
+
+The log-sum-exps given here are to base 2: lse / ln 2.
 """
 
 import jax
@@ -13,113 +15,95 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma2_jax.kernels.forward import rows_of
-from gemma2_jax.kernels.tiles import (
-    BY_COLUMN, BY_ROW, LOG2E, ROWS, Build, Ring, Tile, anew, bounds, interval, load, matrix, over_tiles, product, tall, wide,
-    within,
-)  # fmt: skip
+from gemma2_jax.kernels import tiles
+from gemma2_jax.kernels.tiles import LOG2E, ROWS, Build, Queries, Ring, Tile, anew
 
 
 def dq(
     q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build
 ):
-    """The gradient by the queries, [B, T, N, H]: the two computing warpgroups have what they have in `forward`."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    rows = rows_of(N, K)
-    apart = rows // ROWS - 1
+    """The gradient by the queries, [B, T, N, H]."""
+    N, H = q_BTNH.shape[2:]
     keys = tile.size
 
     def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, dq_ref, *scratch):
-        q_smem, d_smem, came, s_smem, k_ring, v_ring = scratch
-        k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
-        warpgroup, b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
-        i = T // rows - 1 - jax.lax.axis_index("queries")
-        head = jax.lax.axis_index("heads") * (2 - apart)
-        tiles = [bounds_ref[b, i, at] for at in range(4)]
-        start, end = tiles[0], tiles[3]
+        q_smem, d_smem, both_came, ds_smem, *rings = scratch
+        k_ring, v_ring = (Ring(*ring) for ring in rings)
+        block = Queries(q_ref, k_ref, bounds_ref)
+        b, head, here = block.b, block.head, block.rows
 
-        @pl.when(warpgroup < 2)
+        @pl.when(block.warpgroup < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            mine = head + warpgroup * (1 - apart)
-            here = pl.ds(i * rows + warpgroup * ROWS * apart, ROWS)
-            s_space = None if s_smem is None else s_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, here, mine], q_smem.at[warpgroup], came.at[warpgroup])
-            plgpu.copy_gmem_to_smem(d_ref.at[b, here, mine], d_smem.at[warpgroup], came.at[warpgroup])
+            came = both_came.at[block.warpgroup]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q_smem.at[block.warpgroup], came)
+            plgpu.copy_gmem_to_smem(d_ref.at[b, here, head], d_smem.at[block.warpgroup], came)
             lse, delta = (
-                plgpu.load(ref.at[b, mine, here], layout=BY_ROW, optimized=False) for ref in (lse_ref, delta_ref)
+                plgpu.load(ref.at[b, head, here], layout=tiles.BY_ROW, optimized=False) for ref in (lse_ref, delta_ref)
             )
-            plgpu.barrier_wait(came.at[warpgroup])
+            plgpu.barrier_wait(came)
 
             def over_keys(dq):
-                def some(j, _, edge: bool):
-                    number = j - start
+                def some(j, carry, edge: bool):
+                    number = j - block.start
                     k = k_ring.wait(number)
-                    q, d = (smem.at[anew(warpgroup)] for smem in (q_smem, d_smem))
+                    q, d = (smem.at[anew(block.warpgroup)] for smem in (q_smem, d_smem))
 
                     def scores(acc):
                         plgpu.wgmma(acc, q, k.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
+                        plgpu.wgmma_wait(1)  # for the last product below, of the tile before
                         pl.when(number > 0)(lambda: k_ring.done(number - 1))
                         return acc[...]
 
                     t = jnp.tanh(pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32)) * (scale / softcap))
-                    slope = jnp.exp2(t * (softcap * LOG2E) - wide(lse, keys)) * (1 - t * t)
+                    slope = jnp.exp2(t * (softcap * LOG2E) - tiles.wide(lse, keys)) * (1 - t * t)
                     if edge:
-                        seen = interval(first_ref.at[b, here], last_ref.at[b, here], keys)
-                        slope = within(slope, seen, j * keys)
-                    dp = product(d, v_ring.wait(number).transpose((1, 0)))
+                        slope = tiles.within(slope, first_ref.at[b, here], last_ref.at[b, here], j * keys)
+                    dp = tiles.product(d, v_ring.wait(number).transpose((1, 0)))
                     v_ring.done(number)
-                    ds = (slope * (dp - wide(delta, keys))).astype(jnp.bfloat16)
-                    plgpu.wgmma(dq, build.operand(ds, s_space), k)
-                    return 0
+                    ds = (slope * (dp - tiles.wide(delta, keys))).astype(jnp.bfloat16)
+                    plgpu.wgmma(dq, build.operand(ds, ds_smem, block.warpgroup), k)
+                    return carry
 
-                over_tiles(tiles, some)
+                tiles.over(block.tiles, some)
                 result = dq[...]
-                pl.when(end > start)(lambda: k_ring.done(end - start - 1))
+                pl.when(block.end > block.start)(lambda: k_ring.done(block.end - block.start - 1))
                 return result
 
-            q = q_smem.at[warpgroup]
+            q = q_smem.at[block.warpgroup]
             q[...] = (pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, mine])
+            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, head])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == 2)
+        @pl.when(block.warpgroup == 2)
         def _load():
             plgpu.set_max_registers(24, action="decrease")
-            there = lambda number: (b, pl.ds((start + number) * keys, keys), head // (N // K))
-            load(
-                end - start,
-                (k_ring, lambda number: k_ref.at[there(number)]),
-                (v_ring, lambda number: v_ref.at[there(number)]),
-            )
+            block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
 
     dtype = q_BTNH.dtype
     scratch = (
-        matrix((2, ROWS, H), dtype),
-        matrix((2, ROWS, H), dtype),
+        tiles.matrix((2, ROWS, H), dtype),
+        tiles.matrix((2, ROWS, H), dtype),
         plgpu.Barrier(num_barriers=2, num_arrivals=2),
         build.space((2, ROWS, keys), dtype),
-        Ring.scratch(tile.stages, matrix((tile.stages, keys, H), dtype)),
-        Ring.scratch(tile.v_stages, matrix((tile.v_stages, keys, H), dtype)),
+        *(Ring.scratch(stages, tiles.matrix((stages, keys, H), dtype)) for stages in (tile.stages, tile.v_stages)),
     )
-    grid = {"heads": N // (2 - apart), "queries": T // rows, "row": B}
-    run = build.kernel(kernel, "gemma2_attention_dq", scratch, grid, [jax.ShapeDtypeStruct(q_BTNH.shape, dtype)])
-    tiles = bounds(first_BT, last_BT, rows, keys)
-    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, tiles)[0]
+    output = jax.ShapeDtypeStruct(q_BTNH.shape, dtype)
+    run = build.kernel(kernel, "gemma2_attention_dq", scratch, Queries.grid(q_BTNH, k_BSKH), output)
+    bounds = tiles.bounds(first_BT, last_BT, Queries.at_once(N, k_BSKH.shape[2]), keys)
+    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, bounds)
 
 
 def seen_by(first_BT, last_BT, size: int):
     """The first and the last query that sees each of `size` keys, int32 [B, S]; neither input descends along a row."""
 
-    def below(end_T):
-        """How many of the queries' ends are at each key or before it."""
+    def until(end_T):
+        """How many of these are at each key or before it."""
         counts = jnp.zeros(size + 1, jnp.int32).at[jnp.clip(end_T, 0, size)].add(1)
         return jnp.cumsum(counts)[:size]
 
-    return jax.vmap(below)(last_BT + 1), jax.vmap(below)(first_BT) - 1
+    return jax.vmap(until)(last_BT + 1), jax.vmap(until)(first_BT) - 1
 
 
 def dkv(
@@ -131,132 +115,116 @@ def dkv(
     and sums dV. It hands P * (1 - t^2) to the other, which makes dO V^T meanwhile, and sums dK. So each accumulator is
     whole in one warpgroup, and each left operand of a sum is in the registers where it was made.
     """
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
+    B, S, K, H = k_BSKH.shape
+    G = q_BTNH.shape[2] // K
     queries = tile.size
     q_first_BS, q_last_BS = seen_by(first_BT, last_BT, S)
 
     def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *scratch):
-        dk_ref, dv_ref, kv_smem, came, slope_smem, slope_came, slope_used, p_smem, s_smem, *rings = scratch
-        q_ring, d_ring, lse_ring, delta_ring = (Ring(*ring) for ring in rings)
+        dk_ref, dv_ref, kv_smem, kv_came, slope_smem, slope_came, slope_used, left_smem, *rings = scratch
+        q_ring, lse_ring, d_ring, delta_ring = (Ring(*ring) for ring in rings)
         warpgroup, b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
-        j, kv_head = jax.lax.axis_index("keys"), jax.lax.axis_index("heads")
-        tiles = [bounds_ref[b, j, at] for at in range(4)]
-        start, end = tiles[0], tiles[3]
-        here = pl.ds(j * ROWS, ROWS)
+        run, kv_head = jax.lax.axis_index("keys"), jax.lax.axis_index("heads")
+        here = pl.ds(run * ROWS, ROWS)
+        bounds = tuple(bounds_ref[b, run, at] * G for at in range(4))
+        start, end = bounds[0], bounds[3]
 
-        def scores():
+        def accumulate(mine: int, kv_ref, out_ref, over_queries, factor: float):
+            """A warpgroup's work, with keys or values of its own, until their gradient is written."""
             plgpu.set_max_registers(240, action="increase")
-            plgpu.copy_gmem_to_smem(k_ref.at[b, here, kv_head], kv_smem.at[0], came.at[0])
-            plgpu.barrier_wait(came.at[0])
-
-            def over_queries(dv):
-                def some(step, _, edge: bool):
-                    number = step - start * G
-                    q = q_ring.wait(number)
-
-                    def scores(acc):
-                        plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], q.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-                        pl.when(number > 0)(lambda: d_ring.done(number - 1))
-                        return acc[...]
-
-                    t = jnp.tanh(pl.run_scoped(scores, plgpu.ACC((ROWS, queries), jnp.float32)) * (scale / softcap))
-                    q_ring.done(number)
-                    lse = plgpu.load(lse_ring.wait(number), layout=BY_COLUMN)
-                    p = jnp.exp2(t * (softcap * LOG2E) - tall(lse, ROWS))
-                    lse_ring.done(number)
-                    if edge:
-                        p = within(
-                            p, interval(first_ref.at[b, here], last_ref.at[b, here], queries), step // G * queries
-                        )
-                    pl.when(number > 0)(lambda: plgpu.barrier_wait(slope_used))
-                    slope_smem[...] = p * (1 - t * t)
-                    plgpu.barrier_arrive(slope_came)
-                    plgpu.wgmma(dv, build.operand(p.astype(jnp.bfloat16), p_smem), d_ring.wait(number))
-                    if edge:
-                        plgpu.wgmma_wait(0)  # gives up its operand's registers, of which a mask takes some
-                    return 0
-
-                over_tiles(tiles, some, times=G)
-                result = dv[...]
-
-                @pl.when(end > start)
-                def _():
-                    d_ring.done((end - start) * G - 1)
-                    plgpu.barrier_wait(slope_used)
-
-                return result
-
-            kv_smem[0] = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)).astype(dtype)
+            smem, came = kv_smem.at[mine], kv_came.at[mine]
+            plgpu.copy_gmem_to_smem(kv_ref.at[b, here, kv_head], smem, came)
+            plgpu.barrier_wait(came)
+            result = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32))
+            smem[...] = (result * factor).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(kv_smem.at[0], dv_ref.at[b, here, kv_head])
+            plgpu.copy_smem_to_gmem(smem, out_ref.at[b, here, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
-        def gradients():
-            plgpu.set_max_registers(240, action="increase")
-            plgpu.copy_gmem_to_smem(v_ref.at[b, here, kv_head], kv_smem.at[1], came.at[1])
-            plgpu.barrier_wait(came.at[1])
+        def product(right, number, ring):
+            """K or V times `right` transposed; the product before it, of the step before, is done with `ring`."""
 
-            def over_queries(dk):
-                def some(step, _, edge: bool):
-                    number = step - start * G
-                    d = d_ring.wait(number)
+            def run(acc):
+                plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], right.transpose((1, 0)))
+                plgpu.wgmma_wait(1)
+                pl.when(number > 0)(lambda: ring.done(number - 1))
+                return acc[...]
 
-                    def weights(acc):
-                        plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], d.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-                        pl.when(number > 0)(lambda: q_ring.done(number - 1))
-                        return acc[...]
+            return pl.run_scoped(run, plgpu.ACC((ROWS, queries), jnp.float32))
 
-                    dp = pl.run_scoped(weights, plgpu.ACC((ROWS, queries), jnp.float32))
-                    d_ring.done(number)
-                    delta = plgpu.load(delta_ring.wait(number), layout=BY_COLUMN)
-                    dp -= tall(delta, ROWS)
-                    delta_ring.done(number)
-                    plgpu.barrier_wait(slope_came)
-                    ds = (plgpu.load(slope_smem, layout=plgpu.Layout.WGMMA) * dp).astype(jnp.bfloat16)
-                    plgpu.barrier_arrive(slope_used)
-                    plgpu.wgmma(dk, build.operand(ds, s_smem), q_ring.wait(number))
-                    return 0
+        def sum_dv(dv):
+            def some(step, carry, edge: bool):
+                number = step - start
+                t = jnp.tanh(product(q_ring.wait(number), number, d_ring) * (scale / softcap))
+                q_ring.done(number)
+                lse = plgpu.load(lse_ring.wait(number), layout=tiles.BY_COLUMN)
+                p = jnp.exp2(t * (softcap * LOG2E) - tiles.tall(lse, ROWS))
+                lse_ring.done(number)
+                if edge:
+                    p = tiles.within(p, first_ref.at[b, here], last_ref.at[b, here], step // G * queries)
+                pl.when(number > 0)(lambda: plgpu.barrier_wait(slope_used))
+                slope_smem[...] = p * (1 - t * t)
+                plgpu.barrier_arrive(slope_came)
+                left = build.operand(p.astype(jnp.bfloat16), left_smem, warpgroup)
+                plgpu.wgmma(dv, left, d_ring.wait(number))
+                if edge:
+                    plgpu.wgmma_wait(0)  # the registers of its operand are needed for the next mask
+                return carry
 
-                jax.lax.fori_loop(start * G, end * G, lambda step, _: some(step, _, False), 0)
-                result = dk[...]
-                pl.when(end > start)(lambda: q_ring.done((end - start) * G - 1))
-                return result
+            tiles.over(bounds, some)
+            result = dv[...]
 
-            kv_smem[1] = (pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(kv_smem.at[1], dk_ref.at[b, here, kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            @pl.when(end > start)
+            def _():
+                d_ring.done(end - start - 1)
+                plgpu.barrier_wait(slope_used)
 
-        pl.when(warpgroup == 0)(scores)
-        pl.when(warpgroup == 1)(gradients)
+            return result
+
+        def sum_dk(dk):
+            @pl.loop(start, end)
+            def _(step):
+                number = step - start
+                dp = product(d_ring.wait(number), number, q_ring)
+                d_ring.done(number)
+                dp -= tiles.tall(plgpu.load(delta_ring.wait(number), layout=tiles.BY_COLUMN), ROWS)
+                delta_ring.done(number)
+                plgpu.barrier_wait(slope_came)
+                ds = (plgpu.load(slope_smem, layout=plgpu.Layout.WGMMA) * dp).astype(jnp.bfloat16)
+                plgpu.barrier_arrive(slope_used)
+                plgpu.wgmma(dk, build.operand(ds, left_smem, warpgroup), q_ring.wait(number))
+
+            result = dk[...]
+            pl.when(end > start)(lambda: q_ring.done(end - start - 1))
+            return result
+
+        pl.when(warpgroup == 0)(lambda: accumulate(0, k_ref, dv_ref, sum_dv, 1))
+        pl.when(warpgroup == 1)(lambda: accumulate(1, v_ref, dk_ref, sum_dk, scale))
 
         @pl.when(warpgroup == 2)
         def _load():
             plgpu.set_max_registers(24, action="decrease")
 
-            def tile_of(number):
-                return pl.ds((start + number // G) * queries, queries), kv_head * G + number % G
+            def at(number):
+                step = start + number
+                return pl.ds(step // G * queries, queries), kv_head * G + step % G
 
             def matrices(ref):
                 def source(number):
-                    rows, head = tile_of(number)
+                    rows, head = at(number)
                     return ref.at[b, rows, head]
 
                 return source
 
             def vectors(ref):
                 def source(number):
-                    rows, head = tile_of(number)
+                    rows, head = at(number)
                     return ref.at[b, head, rows]
 
                 return source
 
-            load(
-                (end - start) * G,
+            tiles.load(
+                end - start,
                 (q_ring, matrices(q_ref)),
                 (lse_ring, vectors(lse_ref)),
                 (d_ring, matrices(d_ref)),
@@ -264,27 +232,22 @@ def dkv(
             )
 
     dtype, stages = q_BTNH.dtype, tile.stages
-    big = Ring.scratch(stages, matrix((stages, queries, H), dtype))
-    small = (
-        plgpu.SMEM((stages, queries), jnp.float32),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
-    )
+    both = Ring.scratch(stages, tiles.matrix((stages, queries, H), dtype))
+    one = Ring.scratch(stages, plgpu.SMEM((stages, queries), jnp.float32), users=1)
     scratch = (
-        matrix((2, ROWS, H), dtype),
+        tiles.matrix((2, ROWS, H), dtype),
         plgpu.Barrier(num_barriers=2),
-        matrix((ROWS, queries), jnp.float32),
+        tiles.matrix((ROWS, queries), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(),
-        build.space((ROWS, queries), dtype),
-        build.space((ROWS, queries), dtype),
-        big,
-        big,
-        small,
-        small,
+        build.space((2, ROWS, queries), dtype),
+        both,
+        one,
+        both,
+        one,
     )
-    out = jax.ShapeDtypeStruct(k_BSKH.shape, dtype)
-    grid = {"heads": K, "keys": S // ROWS, "row": B}
-    run = build.kernel(kernel, "gemma2_attention_dkv", scratch, grid, [out, out])
-    tiles = bounds(q_first_BS, q_last_BS, ROWS, queries)
-    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, q_first_BS, q_last_BS, tiles)
+    output = jax.ShapeDtypeStruct(k_BSKH.shape, dtype)
+    grid = {"heads": K, "keys": S // ROWS, "row": B}  # the longest first: early keys are seen by the most queries
+    run = build.kernel(kernel, "gemma2_attention_dkv", scratch, grid, (output, output))
+    bounds = tiles.bounds(q_first_BS, q_last_BS, ROWS, queries)
+    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, q_first_BS, q_last_BS, bounds)

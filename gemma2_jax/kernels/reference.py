@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def visible(q_position_BT, k_position_BS, q_start_BT, window) -> tuple[jax.Array, jax.Array]:
-    """The first and the last key that each query sees, int32 [B, T]; a query that sees none has its last before its first.
+    """The first and the last key that each query sees, int32 [B, T]; where it sees none, the last is before the first.
 
     Args:
       q_position_BT, k_position_BS: int32, where in the sequence queries and keys stand; ascending in each row.

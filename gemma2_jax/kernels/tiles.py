@@ -69,16 +69,17 @@ class Build:
         """Scratch for `operand`."""
         return matrix(shape, dtype) if self.operand_in == "shared memory" else None
 
-    def operand(self, x, space):
-        """`x` as the left operand of a matrix product."""
+    def operand(self, x, space, warpgroup):
+        """`x` as the left operand of a matrix product by a warpgroup, which has its part of the space."""
         if space is None:
             return x
+        space = space.at[warpgroup]
         space[...] = x
         plgpu.commit_smem()
         return space
 
     def kernel(self, body: Callable, name: str, scratch: Sequence, grid: dict[str, int], outputs: Sequence):
-        """The kernel of that body, with a block of threads for each point of the grid, the first axis changing fastest."""
+        """The kernel of that body: a block of threads for each point of the grid, whose first axis changes fastest."""
         return plgpu.kernel(
             body,
             out_type=outputs,
@@ -91,6 +92,9 @@ class Build:
             interpret=self.interpret,
             kernel_name=name,
         )
+
+
+GPU = Build()
 
 
 def matrix(shape: tuple[int, ...], dtype):
@@ -120,9 +124,9 @@ def bounds(first, last, rows: int, size: int):
     return jnp.stack([start, clean, masked, end], axis=-1).astype(jnp.int32)
 
 
-def over_tiles(numbers: Sequence, body: Callable, carry=0, times: int = 1):
-    """`body(number, carry, edge=...)` for the tiles of `bounds`, each `times` times; `edge`: it needs a mask."""
-    start, clean, masked, end = (number * times for number in numbers)
+def over(bounds: Sequence, body: Callable, carry=0):
+    """`body(number, carry, edge=...)` for the tiles of `bounds`; `edge` says that they need a mask."""
+    start, clean, masked, end = bounds
     carry = jax.lax.fori_loop(start, clean, partial(body, edge=True), carry)
     carry = jax.lax.fori_loop(clean, masked, partial(body, edge=False), carry)
     return jax.lax.fori_loop(masked, end, partial(body, edge=True), carry)
@@ -137,13 +141,9 @@ class Ring:
     used: Any
 
     @staticmethod
-    def scratch(stages: int, space, copies: int = 1) -> tuple:
-        """What a ring is made of; `copies` fill a place, two warpgroups use it."""
-        return (
-            space,
-            plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-        )
+    def scratch(stages: int, space, users: int = 2) -> tuple:
+        """What a ring is made of, whose tiles so many warpgroups use."""
+        return space, plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages, num_arrivals=users)
 
     @property
     def stages(self) -> int:
@@ -191,14 +191,53 @@ def anew(number):
     return jax.lax.optimization_barrier(number)
 
 
-def interval(first_ref, last_ref, columns: int):
-    """The intervals of a tile's rows, each as wide as the tile, int32 [rows, columns]."""
-    return tuple(wide(plgpu.load(ref, layout=BY_ROW, optimized=False), columns) for ref in (first_ref, last_ref))
+class Queries:
+    """The part of a block that goes over the keys of some queries, read inside its kernel.
+
+    The two computing warpgroups have the same 64 queries of two heads with one key/value head, which is loaded once for
+    both; or, where such heads are not in pairs, 128 queries of one head.
+    """
+
+    def __init__(self, q_ref, k_ref, bounds_ref):
+        T, N, K = q_ref.shape[1], q_ref.shape[2], k_ref.shape[2]
+        rows, pairs = Queries.at_once(N, K), Queries.pairs(N, K)
+        self.warpgroup, self.b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
+        # The longest first: late queries see the most keys.
+        run = T // rows - 1 - jax.lax.axis_index("queries")
+        head = jax.lax.axis_index("heads") * (2 if pairs else 1)
+        self.head = head + self.warpgroup if pairs else head
+        self.rows = pl.ds(run * rows + (0 if pairs else self.warpgroup * ROWS), ROWS)
+        self.kv_head = head // (N // K)
+        self.tiles = tuple(bounds_ref[self.b, run, at] for at in range(4))
+        self.start, self.end = self.tiles[0], self.tiles[3]
+
+    @staticmethod
+    def pairs(heads: int, kv_heads: int) -> bool:
+        return heads // kv_heads % 2 == 0
+
+    @staticmethod
+    def at_once(heads: int, kv_heads: int) -> int:
+        """Queries that a block has."""
+        return ROWS if Queries.pairs(heads, kv_heads) else 2 * ROWS
+
+    @staticmethod
+    def grid(q_BTNH, k_BSKH) -> dict[str, int]:
+        B, T, N, _ = q_BTNH.shape
+        K = k_BSKH.shape[2]
+        return {"heads": N // (2 if Queries.pairs(N, K) else 1), "queries": T // Queries.at_once(N, K), "row": B}
+
+    def load(self, size: int, *rings: tuple[Ring, Any]) -> None:
+        """Loads the tiles of `size` keys, of what each ring is given with, [B, S, K, H]."""
+
+        def source(ref, number):
+            return ref.at[self.b, pl.ds((self.start + number) * size, size), self.kv_head]
+
+        load(self.end - self.start, *((ring, partial(source, ref)) for ring, ref in rings))
 
 
-def within(x, seen: tuple, start):
-    """`x`, [rows, columns], where its column, counted from `start`, is in its row's interval, else 0."""
-    first, last = seen
+def within(x, first_ref, last_ref, start):
+    """`x`, [rows, columns], where its column, counted from `start`, is in the interval of its row, and else 0."""
+    first, last = (wide(plgpu.load(ref, layout=BY_ROW, optimized=False), x.shape[1]) for ref in (first_ref, last_ref))
     at = start + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where((first <= at) & (at <= last), x, 0)
 
