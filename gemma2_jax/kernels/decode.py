@@ -72,8 +72,6 @@ def decode(
     # The second dimension of a copy to tiles is a multiple of 8.
     k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, -S % 8), (0, 0))) for x in (k_BKSH, v_BKSH))
     R = q_BKRH.shape[2]
-    # No query is further than S from a slot.
-    window = jnp.clip(jnp.int32(window), 0, S).reshape(1)
     tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     slots = RING_BYTES // (TILE * H * 2)
     out_BKCHR, total_BKCR = plgpu.kernel(
@@ -96,12 +94,12 @@ def decode(
         grid_names=("B", "K", "split"),
         num_threads=2,
         thread_name="group",
+        kernel_name="decode",
         compiler_params=plgpu.CompilerParams(approx_math=approximate),
-    )(q_BKRH, k_BKSH, v_BKSH, position_B.astype(jnp.int32), window)
-    total_BKR = total_BKCR.sum(2)
-    # Of a query that sees nothing, and of padding where a row sees nothing, the total is 0.
-    out_BKHR = out_BKCHR.sum(2) / jnp.where(total_BKR == 0, 1, total_BKR)[:, :, None]
-    return rearrange(out_BKHR[..., :rows], "B K H (T G) -> B T (K G) H", T=T).astype(jnp.bfloat16)
+    )(q_BKRH, k_BKSH, v_BKSH, position_B.astype(jnp.int32), jnp.int32(window).reshape(1))
+    total_BKR = total_BKCR[..., :rows].sum(2)
+    out_BKHR = out_BKCHR[..., :rows].sum(2) / jnp.where(total_BKR == 0, 1, total_BKR)[:, :, None]
+    return rearrange(out_BKHR, "B K H (T G) -> B T (K G) H", T=T).astype(jnp.bfloat16)
 
 
 def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits):
@@ -169,7 +167,8 @@ def _kernel(
     R, H = q_RH.shape
     slots = ring_XSH.shape[0]
     tiles = pl.cdiv(S, TILE)
-    position, window = position_ref[b], window_ref[0]
+    position = position_ref[b]
+    window = jnp.clip(window_ref[0], 0, S)  # no slot is older than S
     newest = lax.rem(jnp.maximum(position, 0), S)
     # Slots have an age, 0 for the newest. The row sees those younger than this.
     seen = jnp.minimum(jnp.minimum(window + (T - 1), position + 1), S)
@@ -198,6 +197,11 @@ def _kernel(
                     plgpu.barrier_wait(freed_X.at[slot])
 
                 plgpu.copy_gmem_to_smem(source.at[here], ring_XSH.at[slot], filled_X.at[slot])
+
+        # Not needed on a GPU: the interpreter wants who waits on a barrier to see it to its end.
+        @pl.loop(0, jnp.minimum(2 * (end - begin), slots))
+        def _drain(slot):
+            plgpu.barrier_wait(freed_X.at[slot])
 
     @pl.when(lax.axis_index("group") == 0)
     def _compute():
