@@ -1,4 +1,4 @@
-"""The decoding kernel, interpreted on CPU against its meaning in float32, and compiled for an H100 that is not there."""
+"""The decoding kernel: interpreted on CPU against its meaning in float32, and compiled for an H100 not at hand."""
 
 import importlib.util
 import json
@@ -39,7 +39,10 @@ def interpreted(q, k, v, position, window, races: bool = True, splits: int | Non
     run = kernel(scale=q.shape[-1] ** -0.5, splits=splits)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
         out = run(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window))
-        return np.asarray(jax.block_until_ready(out), np.float32)
+        out = np.asarray(jax.block_until_ready(out), np.float32)
+    # Races are printed and noted, and raise nothing.
+    assert not races or not gpu_callbacks.get_races().races_found
+    return out
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -107,7 +110,14 @@ def test_a_row_with_nothing_to_see():
 
 @pytest.mark.parametrize(
     ("S", "T", "window", "position"),
-    [(200, 1, BEYOND, 199), (200, 1, TILE, 150), (200, 3, 7, 130), (200, 3, 198, 1000), (200, 1, 3, 401), (128, 2, 127, 190)],
+    [
+        (200, 1, BEYOND, 199),
+        (200, 1, TILE, 150),
+        (200, 3, 7, 130),
+        (200, 3, 198, 1000),
+        (200, 1, 3, 401),
+        (128, 2, 127, 190),
+    ],
 )
 def test_which_slots_are_seen(S, T, window, position):
     """With no scores, all that a query sees has one weight, and V says which slot is which."""
@@ -174,9 +184,9 @@ def test_what_is_not_possible():
         ask(dtype=jnp.float32)
     with pytest.raises(ValueError, match="width 96; it takes 64, 128, 256"):
         ask(H=96)
-    with pytest.raises(ValueError, match="33 tokens of 2 .* 66 rows; it takes 1 to 64: give at most 32 tokens"):
+    with pytest.raises(ValueError, match=r"33 tokens of 2 .* 66 rows; it takes 1 to 64: give at most 32 tokens"):
         ask(T=33)
-    with pytest.raises(ValueError, match="softcap None; .* above 0 and up to 60"):
+    with pytest.raises(ValueError, match=r"softcap None; .* above 0 and up to 60"):
         ask(softcap=None)
     with pytest.raises(ValueError, match=r"softcap 60.5; "):
         ask(softcap=60.5)
@@ -213,11 +223,25 @@ for B, T, N, K, H, S in json.loads(sys.argv[1]):
     found.append(dict(
         said=said, shared=int(re.search(r"smem_scratch_bytes=(\\d+)", shared)[1]),
         kernels=compiled.as_text().count('custom_call_target="mosaic_gpu_v2"'),
+        fenced="fence.proxy.async" in re.split(r"\\n\\$L", ptx[: ptx.index(", 1, 1, 1, 0;")])[-1],
         products=ptx.count("wgmma.mma_async"), loads=ptx.count("cp.async.bulk.tensor"), tanh=ptx.count("tanh.approx"),
     ))
 print(json.dumps(found))
 """
 COMPILED = [(8, 1, 8, 4, 256, 8192), (8, 1, 8, 4, 256, 4096), (8, 1, 32, 16, 128, 8192), (8, 3, 32, 16, 128, 4096)]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(40))
+def test_anything(seed):
+    rng = np.random.default_rng(seed)
+    T, G, K = (int(rng.integers(1, high)) for high in (6, 9, 3))
+    S, window = int(rng.integers(T, 400)), int(rng.integers(1, 450))
+    turns = 3 if window + T - 1 <= S else 1
+    positions = tuple(int(p) for p in rng.integers(T - 1, turns * S, size=3))
+    splits = int(rng.integers(1, 6))
+    q, k, v = drawn(B=3, T=T, N=K * G, K=K, H=int(rng.choice([64, 128, 256])), S=S, large=float(rng.choice([1, 20])))
+    check(q, k, v, positions, window, splits=splits)
 
 
 @needs_plugin
@@ -229,6 +253,9 @@ def test_compiles_for_h100():
     assert done.returncode == 0, done.stderr
     for shape, found in zip(COMPILED, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert "0 bytes spill stores, 0 bytes spill loads" in found["said"] and "C75" not in found["said"], shape
+        assert found["fenced"], (
+            "weights written to shared memory are not there yet for wgmma; not seen by the interpreter"
+        )
         assert found["kernels"] == 1 and found["loads"] and found["tanh"], shape
         assert found["products"] == 2 * shape[4] // 16, shape
         # What a multiprocessor has, less 1 KiB that each block takes; one block may have 227 KiB.

@@ -22,10 +22,10 @@ TILE = 64  # slots: the rows of one wgmma
 MOST_ROWS = 64
 WIDTHS = 64, 128, 256
 LARGEST_CAP = 60.0  # e^60 of each of 2^20 keys is still far within float32
-# Of K and V tiles in flight. Two blocks fit in the shared memory of a multiprocessor: one computes or begins while the
-# other loads.
+# Of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one computes or
+# begins while the other loads.
 RING_BYTES = 96 * 1024
-BLOCKS = 2 * 132  # what an H100 holds at once
+BLOCKS = 2 * 132  # at least so many, where there are tiles enough: what an H100 holds at once
 
 
 def decode(
@@ -47,7 +47,7 @@ def decode(
 
     Args:
       q_BTNH, k_BKSH, v_BKSH: bfloat16; N is a multiple of K and T * N / K at most `MOST_ROWS`, H one of `WIDTHS`. The
-        token at position p is in slot p mod S.
+        token at position p is in slot p mod S. An S that is no multiple of 8 costs a copy of the cache.
       position_B: int32, the position of the last query of each row; a row at -1 sees nothing.
       window: int32 scalar, may be traced: a query at i sees positions j with 0 <= i - j < window. A ring needs
         window + T - 1 slots.
@@ -59,7 +59,10 @@ def decode(
       [B, T, N, H], bfloat16. A query that sees no slot has zeros.
 
     Raises:
-      ValueError: for other dtypes and shapes, and without a cap.
+      ValueError: for other dtypes and shapes, and without a cap of at most 60.
+
+    Split keys as in Flash-Decoding (pytorch.org/blog/flash-decoding); the cap of Gemma 2 (arXiv:2408.00118) is what
+    makes the maximum needless.
     """
     _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits)
     B, T, N, H = q_BTNH.shape
@@ -69,13 +72,15 @@ def decode(
     splits = splits or min(tiles, pl.cdiv(BLOCKS, B * K))
     q_BKRH = rearrange(q_BTNH, "B T (K G) H -> B K (T G) H", K=K)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, -rows % 8), (0, 0)))
-    # The second dimension of a copy to tiles is a multiple of 8.
+    # A copy to tiles takes a multiple of 8 slots. Where this pads, it copies the cache.
     k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, -S % 8), (0, 0))) for x in (k_BKSH, v_BKSH))
     R = q_BKRH.shape[2]
     tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     slots = RING_BYTES // (TILE * H * 2)
     out_BKCHR, total_BKCR = plgpu.kernel(
-        partial(_kernel, T=T, G=N // K, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)),
+        partial(
+            _kernel, T=T, G=N // K, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)
+        ),
         out_type=(
             jax.ShapeDtypeStruct((B, K, splits, H, R), jnp.float32),
             jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32),
@@ -106,8 +111,8 @@ def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits):
     for name, x in {"q": q_BTNH, "k": k_BKSH, "v": v_BKSH}.items():
         if x.ndim != 4 or x.dtype != jnp.bfloat16:
             raise ValueError(
-                f"The decoding kernel was given {name} of {x.dtype}{list(x.shape)}; it takes bfloat16 of four dimensions: "
-                "cast it, or use attention.attend_cached."
+                f"The decoding kernel was given {name} of {x.dtype}{list(x.shape)}; it takes bfloat16 of four "
+                "dimensions: cast it, or use attention.attend_cached."
             )
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     if k_BKSH.shape != (B, K, S, H) or v_BKSH.shape != (B, K, S, H) or position_B.shape != (B,) or N % K or not S:
@@ -123,13 +128,13 @@ def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits):
         )
     if not 1 <= T * N // K <= MOST_ROWS:
         raise ValueError(
-            f"The decoding kernel was given {T} tokens of {N // K} queries for each key head, {T * N // K} rows; it takes "
-            f"1 to {MOST_ROWS}: give at most {MOST_ROWS * K // N} tokens at a time, or prefill."
+            f"The decoding kernel was given {T} tokens of {N // K} queries for each key head, {T * N // K} rows; it "
+            f"takes 1 to {MOST_ROWS}: give at most {MOST_ROWS * K // N} tokens at a time, or prefill."
         )
     if softcap is None or not 0 < softcap <= LARGEST_CAP:
         raise ValueError(
-            f"The decoding kernel was given softcap {softcap}; it has no running maximum, so it takes one above 0 and up "
-            f"to {LARGEST_CAP:g}, that bounds the scores: use attention.attend_cached."
+            f"The decoding kernel was given softcap {softcap}; it has no running maximum, so it takes one above 0 and "
+            f"up to {LARGEST_CAP:g}, that bounds the scores: use attention.attend_cached."
         )
     if splits is not None and splits < 1:
         raise ValueError(f"The decoding kernel was given {splits} splits; it takes 1 or more, or None for its choice.")
@@ -161,7 +166,8 @@ def _kernel(
 ):
     """One block: its share of the tiles that row B visits in key head K.
 
-    The second warpgroup loads the tiles, K and V in turn, into a ring; the first computes.
+    The second warpgroup loads the tiles, K and V in turn, into a ring; the first computes. It writes the sum of
+    exp(score) * V, transposed, and the sum of exp(score).
     """
     b, k, split = lax.axis_index("B"), lax.axis_index("K"), lax.axis_index("split")
     R, H = q_RH.shape
@@ -256,8 +262,8 @@ def _kernel(
                 plgpu.wgmma_wait(0)
 
             plgpu.commit_smem()
-            # With an accumulator comes a wgmma.fence. Products into one of longer life want one too: ptxas puts it there
-            # if it is missing, and says so (C7519).
+            # A new accumulator comes with a wgmma.fence. Products into an older one want one too: where it is missing,
+            # ptxas puts it in and says so (C7519).
             pl.run_scoped(add, plgpu.ACC((TILE, 8), jnp.float32))
             plgpu.barrier_arrive(freed_X.at[v_slot])
             # What is summed is what multiplied V.
