@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,8 +21,8 @@ TILE = 64  # slots: the rows of one wgmma
 MOST_ROWS = 64
 WIDTHS = 64, 128, 256
 LARGEST_CAP = 60.0  # e^60 of each of 2^20 keys is still far within float32
-# Of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one computes or
-# begins while the other loads.
+# Of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one computes
+# or begins while the other loads.
 RING_BYTES = 96 * 1024
 BLOCKS = 2 * 132  # at least so many, where there are tiles enough: what an H100 holds at once
 
@@ -65,12 +64,13 @@ def decode(
     makes the maximum needless.
     """
     _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits)
+    assert softcap is not None
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    rows = T * N // K
+    G, rows = N // K, T * N // K
     tiles = pl.cdiv(S, TILE)
     splits = splits or min(tiles, pl.cdiv(BLOCKS, B * K))
-    q_BKRH = rearrange(q_BTNH, "B T (K G) H -> B K (T G) H", K=K)
+    q_BKRH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, rows, H)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, -rows % 8), (0, 0)))
     # A copy to tiles takes a multiple of 8 slots. Where this pads, it copies the cache.
     k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, -S % 8), (0, 0))) for x in (k_BKSH, v_BKSH))
@@ -78,9 +78,7 @@ def decode(
     tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     slots = RING_BYTES // (TILE * H * 2)
     out_BKCHR, total_BKCR = plgpu.kernel(
-        partial(
-            _kernel, T=T, G=N // K, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)
-        ),
+        partial(_kernel, T=T, G=G, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)),
         out_type=(
             jax.ShapeDtypeStruct((B, K, splits, H, R), jnp.float32),
             jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32),
@@ -104,7 +102,8 @@ def decode(
     )(q_BKRH, k_BKSH, v_BKSH, position_B.astype(jnp.int32), jnp.int32(window).reshape(1))
     total_BKR = total_BKCR[..., :rows].sum(2)
     out_BKHR = out_BKCHR[..., :rows].sum(2) / jnp.where(total_BKR == 0, 1, total_BKR)[:, :, None]
-    return rearrange(out_BKHR, "B K H (T G) -> B T (K G) H", T=T).astype(jnp.bfloat16)
+    out_BTKGH = out_BKHR.reshape(B, K, H, T, G).transpose(0, 3, 1, 4, 2)
+    return out_BTKGH.reshape(B, T, N, H).astype(jnp.bfloat16)
 
 
 def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits):
