@@ -75,7 +75,10 @@ def decode(
     # A copy to tiles takes a multiple of 8 slots. Where this pads, it copies the cache.
     k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, -S % 8), (0, 0))) for x in (k_BKSH, v_BKSH))
     R = q_BKRH.shape[2]
-    tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    tiled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
     slots = RING_BYTES // (TILE * H * 2)
     out_BKCHR, total_BKCR = plgpu.kernel(
         partial(_kernel, T=T, G=G, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)),
@@ -227,7 +230,7 @@ def _kernel(
                 return acc[...]
 
             plgpu.barrier_wait(filled_X.at[k_slot])
-            scores_SR = pl.run_scoped(score, plgpu.ACC((TILE, R), jnp.float32))
+            scores_SR = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef((TILE, R), jnp.float32))
             plgpu.barrier_arrive(freed_X.at[k_slot])
 
             at_SR = at + plgpu.broadcasted_iota(jnp.int32, (TILE, R), 0, layout=plgpu.Layout.WGMMA)
@@ -263,7 +266,7 @@ def _kernel(
             plgpu.commit_smem()
             # A new accumulator comes with a wgmma.fence. Products into an older one want one too: where it is missing,
             # ptxas puts it in and says so (C7519).
-            pl.run_scoped(add, plgpu.ACC((TILE, 8), jnp.float32))
+            pl.run_scoped(add, plgpu.WGMMAAccumulatorRef((TILE, 8), jnp.float32))
             plgpu.barrier_arrive(freed_X.at[v_slot])
             # What is summed is what multiplied V.
             return total_SR + weights_SR.astype(jnp.float32)
@@ -273,7 +276,7 @@ def _kernel(
             total_SR = lax.fori_loop(0, end - begin, lambda i, total: tile(i, total, out_acc), start)
             return out_acc[...], total_SR
 
-        out, total_SR = pl.run_scoped(attend, plgpu.ACC((H, R), jnp.float32))
+        out, total_SR = pl.run_scoped(attend, plgpu.WGMMAAccumulatorRef((H, R), jnp.float32))
         out_HR[...] = out
         total_R[...] = total_SR.sum(0)
         plgpu.commit_smem()
