@@ -28,13 +28,11 @@ def attend(
 
 
 def _attend_shard(kernel, length: int, groups: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    """`attend` of one device, of rows of that length; it has all key/value heads where these are too few to divide."""
+    """`attend` of one device, of rows of that length."""
     from gemma2_jax.kernels.attention import combine
 
     T, N = q_BTNH.shape[1:3]
-    if k_BTKH.shape[2] * groups > N:
-        head = jax.lax.axis_index("tensor") * N // groups
-        k_BTKH, v_BTKH = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k_BTKH, v_BTKH))
+    k_BTKH, v_BTKH = _heads_of(N, groups, (k_BTKH, v_BTKH), axis=2)
     shards = length // T
     if shards == 1:
         return kernel(q_BTNH, k_BTKH, v_BTKH, *intervals(jnp.arange(T), starts(segments_BT), (0,), T, window))[0]
@@ -83,5 +81,25 @@ def intervals(position_T, start_BT, pieces, length: int, window) -> tuple[jax.Ar
     return first_BT, jnp.broadcast_to(before(position_T + 1) - 1, first_BT.shape)
 
 
-def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None):
-    raise NotImplementedError
+def attend_cached(
+    q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None, kernel: Callable | None = None
+):
+    """`attention_xla.attend_cached` for bfloat16; by another `kernel` in tests."""
+    if kernel is None:
+        from gemma2_jax.kernels.decode import decode as kernel
+    groups = q_BNH.shape[1] // k_BKSH.shape[1]
+
+    def of_shard(q_BNH, k_BKSH, v_BKSH, position_B):
+        k_BKSH, v_BKSH = _heads_of(q_BNH.shape[1], groups, (k_BKSH, v_BKSH), axis=1)
+        window = k_BKSH.shape[2]  # a cache holds what its layer sees
+        return kernel(q_BNH[:, None], k_BKSH, v_BKSH, position_B, window, scale=scale, softcap=softcap)[:, 0]
+
+    return per_shard(of_shard, ("BNH", "BKSH", "BKSH", "B"))(q_BNH, k_BKSH, v_BKSH, position_B)
+
+
+def _heads_of(queries: int, groups: int, arrays, axis: int):
+    """Key/value heads of this device's query heads: of all of them, where they were too few to divide."""
+    if groups * arrays[0].shape[axis] == queries:
+        return arrays
+    head = jax.lax.axis_index("tensor") * queries // groups
+    return tuple(jax.lax.dynamic_slice_in_dim(x, head, 1, axis=axis) for x in arrays)

@@ -180,20 +180,18 @@ def test_what_is_not_possible():
         q, k = jnp.zeros((B, T, N, H), dtype), jnp.zeros((B, K, S, H), dtype)
         return decode(q, k, k, jnp.zeros(B, jnp.int32), 64, scale=1.0, softcap=softcap, **how)
 
-    with pytest.raises(ValueError, match=r"q of float32\[2, 1, 4, 128\]; it takes bfloat16"):
+    with pytest.raises(ValueError, match="lacks float32: it takes bfloat16"):
         ask(dtype=jnp.float32)
-    with pytest.raises(ValueError, match="width 96; it takes 64, 128, 256"):
+    with pytest.raises(ValueError, match="lacks heads of width 96: it has 64, 128, 256"):
         ask(H=96)
-    with pytest.raises(ValueError, match=r"33 tokens of 2 .* 66 rows; it takes 1 to 64: give at most 32 tokens"):
+    with pytest.raises(ValueError, match=r"lacks 33 tokens of 2 .* 66 rows: it takes 1 to 64; give at most 32 tokens"):
         ask(T=33)
-    with pytest.raises(ValueError, match=r"softcap None; .* above 0 and up to 60"):
+    with pytest.raises(ValueError, match="lacks scores without a soft cap: .* up to 60"):
         ask(softcap=None)
-    with pytest.raises(ValueError, match=r"softcap 60.5; "):
+    with pytest.raises(ValueError, match="lacks a soft cap of 60.5"):
         ask(softcap=60.5)
-    with pytest.raises(ValueError, match="with N a multiple of K"):
+    with pytest.raises(ValueError, match="with K a divisor of N"):
         ask(N=3)
-    with pytest.raises(ValueError, match="0 splits; it takes 1 or more"):
-        ask(splits=0)
 
 
 COMPILE = """

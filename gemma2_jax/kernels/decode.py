@@ -8,7 +8,6 @@ combine by addition, in a fixed order.
 Letters as in `reference`; R is the queries of a key head, T times N / K of them, padded to a multiple of 8.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -17,10 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gemma2_jax.kernels.limits import MOSAIC
+from gemma2_jax.kernels.tiles import GPU, LOG2E, Build, matrix
+
 TILE = 64  # slots: the rows of one wgmma
 MOST_ROWS = 64
-WIDTHS = 64, 128, 256
-LARGEST_CAP = 60.0  # e^60 of each of 2^20 keys is still far within float32
 # Of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one computes
 # or begins while the other loads.
 RING_BYTES = 96 * 1024
@@ -37,7 +37,7 @@ def decode(
     scale: float,
     softcap: float | None,
     splits: int | None = None,
-    approximate: bool = True,
+    build: Build = GPU,
 ):
     """`reference.decode`, of bfloat16: soft-capped attention of the last T tokens of each row to a dense or ring cache.
 
@@ -45,25 +45,25 @@ def decode(
     has no effect, NaN included. The same inputs give the same bits.
 
     Args:
-      q_BTNH, k_BKSH, v_BKSH: bfloat16; N is a multiple of K and T * N / K at most `MOST_ROWS`, H one of `WIDTHS`. The
-        token at position p is in slot p mod S. An S that is no multiple of 8 costs a copy of the cache.
+      q_BTNH, k_BKSH, v_BKSH: bfloat16; N is a multiple of K, and T * N / K at most `MOST_ROWS`. The token at position
+        p is in slot p mod S. An S that is no multiple of 8 costs a copy of the cache.
       position_B: int32, the position of the last query of each row; a row at -1 sees nothing.
       window: int32 scalar, may be traced: a query at i sees positions j with 0 <= i - j < window. A ring needs
         window + T - 1 slots.
       scale, softcap: scores are softcap * tanh(scale * q.k / softcap).
       splits: blocks among which the tiles that a row visits are divided; None for enough to fill an H100.
-      approximate: whether tanh and exp2 are those of the special function unit (PTX tanh.approx, ex2.approx).
+      build: how the kernel is built.
 
     Returns:
       [B, T, N, H], bfloat16. A query that sees no slot has zeros.
 
     Raises:
-      ValueError: for other dtypes and shapes, and without a cap of at most 60.
+      ValueError: for what the kernel lacks.
 
     Split keys as in Flash-Decoding (pytorch.org/blog/flash-decoding); the cap of Gemma 2 (arXiv:2408.00118) is what
     makes the maximum needless.
     """
-    _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits)
+    _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap)
     assert softcap is not None
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -75,21 +75,17 @@ def decode(
     # A copy to tiles takes a multiple of 8 slots. Where this pads, it copies the cache.
     k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, -S % 8), (0, 0))) for x in (k_BKSH, v_BKSH))
     R = q_BKRH.shape[2]
-    tiled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
     slots = RING_BYTES // (TILE * H * 2)
     out_BKCHR, total_BKCR = plgpu.kernel(
-        partial(_kernel, T=T, G=G, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * math.log2(math.e)),
+        partial(_kernel, T=T, G=G, S=S, splits=splits, to_tanh=scale / softcap, to_exp2=softcap * LOG2E),
         out_type=(
             jax.ShapeDtypeStruct((B, K, splits, H, R), jnp.float32),
             jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32),
         ),
         scratch_types=dict(
-            q_RH=plgpu.SMEM((R, H), jnp.bfloat16, transforms=tiled),
-            ring_XSH=plgpu.SMEM((slots, TILE, H), jnp.bfloat16, transforms=tiled),
-            weights_RS=plgpu.SMEM((R, TILE), jnp.bfloat16, transforms=tiled),
+            q_RH=matrix((R, H), jnp.bfloat16),
+            ring_XSH=matrix((slots, TILE, H), jnp.bfloat16),
+            weights_RS=matrix((R, TILE), jnp.bfloat16),
             out_HR=plgpu.SMEM((H, R), jnp.float32),
             total_R=plgpu.SMEM((R,), jnp.float32),
             loaded=plgpu.Barrier(),
@@ -100,8 +96,9 @@ def decode(
         grid_names=("B", "K", "split"),
         num_threads=2,
         thread_name="group",
-        kernel_name="decode",
-        compiler_params=plgpu.CompilerParams(approx_math=approximate),
+        kernel_name="gemma2_attention_decode",
+        compiler_params=build.compiler,
+        interpret=build.interpret,
     )(q_BKRH, k_BKSH, v_BKSH, position_B.astype(jnp.int32), jnp.int32(window).reshape(1))
     total_BKR = total_BKCR[..., :rows].sum(2)
     out_BKHR = out_BKCHR[..., :rows].sum(2) / jnp.where(total_BKR == 0, 1, total_BKR)[:, :, None]
@@ -109,37 +106,22 @@ def decode(
     return out_BTKGH.reshape(B, T, N, H).astype(jnp.bfloat16)
 
 
-def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap, splits):
-    for name, x in {"q": q_BTNH, "k": k_BKSH, "v": v_BKSH}.items():
-        if x.ndim != 4 or x.dtype != jnp.bfloat16:
-            raise ValueError(
-                f"The decoding kernel was given {name} of {x.dtype}{list(x.shape)}; it takes bfloat16 of four "
-                "dimensions: cast it, or use attention.attend_cached."
-            )
+def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap):
+    shapes = q_BTNH.shape, k_BKSH.shape, v_BKSH.shape, position_B.shape
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
-    if k_BKSH.shape != (B, K, S, H) or v_BKSH.shape != (B, K, S, H) or position_B.shape != (B,) or N % K or not S:
+    if shapes[1:] != ((B, K, S, H), (B, K, S, H), (B,)) or N % K or not S:
         raise ValueError(
-            f"The decoding kernel was given q {list(q_BTNH.shape)}, k {list(k_BKSH.shape)}, v {list(v_BKSH.shape)} and "
-            f"positions {list(position_B.shape)}; it takes [B, T, N, H], twice [B, K, S, H] and [B], with N a multiple "
-            "of K and at least one slot: heads come before slots."
+            f"queries {shapes[0]}, keys {shapes[1]}, values {shapes[2]} and positions {shapes[3]} do not go together: "
+            "they are [B, T, N, H], [B, K, S, H] twice and [B], with K a divisor of N: heads come before slots"
         )
-    if H not in WIDTHS:
-        raise ValueError(
-            f"The decoding kernel was given heads of width {H}; it takes {', '.join(map(str, WIDTHS))}: "
-            "pad the heads with zeros, or use attention.attend_cached."
-        )
+    for dtype in (q_BTNH.dtype, k_BKSH.dtype, v_BKSH.dtype):
+        if lack := MOSAIC.lacks(dtype=dtype.name, width=H, softcap=softcap):
+            raise ValueError(f"the Mosaic decoding kernel lacks {lack}; use another implementation")
     if not 1 <= T * N // K <= MOST_ROWS:
         raise ValueError(
-            f"The decoding kernel was given {T} tokens of {N // K} queries for each key head, {T * N // K} rows; it "
-            f"takes 1 to {MOST_ROWS}: give at most {MOST_ROWS * K // N} tokens at a time, or prefill."
+            f"the Mosaic decoding kernel lacks {T} tokens of {N // K} queries for each key head, {T * N // K} rows: it "
+            f"takes 1 to {MOST_ROWS}; give at most {MOST_ROWS * K // N} tokens at a time, or prefill"
         )
-    if softcap is None or not 0 < softcap <= LARGEST_CAP:
-        raise ValueError(
-            f"The decoding kernel was given softcap {softcap}; it has no running maximum, so it takes one above 0 and "
-            f"up to {LARGEST_CAP:g}, that bounds the scores: use attention.attend_cached."
-        )
-    if splits is not None and splits < 1:
-        raise ValueError(f"The decoding kernel was given {splits} splits; it takes 1 or more, or None for its choice.")
 
 
 def _kernel(

@@ -78,6 +78,10 @@ class Build:
         plgpu.commit_smem()
         return space
 
+    @property
+    def compiler(self) -> plgpu.CompilerParams:
+        return plgpu.CompilerParams(approx_math=self.tanh == "approximate")
+
     def kernel(self, body: Callable, name: str, scratch: Sequence, grid: dict[str, int], outputs: Sequence):
         """The kernel of that body: a block of threads for each point of the grid, whose first axis changes fastest."""
         return plgpu.kernel(
@@ -88,7 +92,7 @@ class Build:
             grid_names=tuple(grid),
             num_threads=3,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=self.tanh == "approximate"),
+            compiler_params=self.compiler,
             interpret=self.interpret,
             kernel_name=name,
         )
