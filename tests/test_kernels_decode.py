@@ -186,9 +186,9 @@ def test_what_is_not_possible():
         ask(H=96)
     with pytest.raises(ValueError, match=r"lacks 33 tokens of 2 .* 66 rows: it takes 1 to 64; give at most 32 tokens"):
         ask(T=33)
-    with pytest.raises(ValueError, match="lacks scores without a soft cap: .* up to 60"):
+    with pytest.raises(ValueError, match=r"lacks scores without a soft cap: .* up to 60"):
         ask(softcap=None)
-    with pytest.raises(ValueError, match="lacks a soft cap of 60.5"):
+    with pytest.raises(ValueError, match=r"lacks a soft cap of 60\.5"):
         ask(softcap=60.5)
     with pytest.raises(ValueError, match="with K a divisor of N"):
         ask(N=3)
