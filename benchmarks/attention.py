@@ -1,4 +1,4 @@
-"""The attention kernels against their meaning, and against time: what `python -m benchmarks.gpu` does. It prints nothing.
+"""The attention kernels against their meaning, and against time: what `python -m benchmarks.gpu` does, less its tables.
 
 A library, imported once it is settled what JAX computes on.
 """
@@ -6,7 +6,6 @@ A library, imported once it is settled what JAX computes on.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -18,15 +17,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax import attention_mosaic, attention_xla
 from gemma2_jax.kernels import reference
+from gemma2_jax.kernels.attention import attention
+from gemma2_jax.kernels.decode import decode
 from gemma2_jax.kernels.shapes import SHAPES, Shape
-from gemma2_jax.kernels.tiles import Build
+from gemma2_jax.kernels.tiles import GPU, Build
 
 L2_BYTES = 50 * 2**20  # of an H100
-# An error may be so many times that of XLA's bfloat16, as in FlashAttention's tests of its soft cap, and this more.
-TIMES, MORE = 3, 5e-4
+# An error may be so many times that of XLA's bfloat16, as in FlashAttention's tests of its soft cap, and so much more.
+# NVIDIA documents a relative error of 2^-11 for the GPU's own tanh: in XLA's place, that alone would need the 2e-3.
+TIMES, MORE = 3, {"exact": 5e-4, "approximate": 2e-3}
 XLA_MOST = 0.03  # above which XLA is wrong too, and no measure
-# Of a log-sum-exp, absolute. NVIDIA documents 2^-11 for the GPU's own tanh, which the cap multiplies.
-LSE_MOST = {"exact": 2e-4, "approximate": 50 * 2**-11}
+LSE_MOST = {"exact": 2e-4, "approximate": 50 * 2**-11}  # absolute: the cap multiplies the error of tanh
 # Of what multiplies 4 * pairs * heads * width: two products forward, five backward (FlashAttention-2,
 # arXiv:2307.08691, section 4.1), however many are made.
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}
@@ -140,7 +141,7 @@ def drawn(*shapes) -> tuple:
 
 
 def reaching_the_cap(q_BTNH, shape: Shape):
-    """Scaled such that scores have a standard deviation from half the cap, of the first head, down to 1, of the last."""
+    """Scaled: the standard deviation of scores goes from half the cap, of the first head, down to 1, of the last."""
     spread_N = np.geomspace(shape.softcap / 2, 1, shape.heads) / (shape.scale * shape.width**0.5)
     return q_BTNH * jnp.asarray(spread_N[:, None], q_BTNH.dtype)
 
@@ -148,9 +149,7 @@ def reaching_the_cap(q_BTNH, shape: Shape):
 # Each attention below is (q, k, v, mask) -> [B, T, N, H] and the log-sum-exp, or None for it.
 
 
-def by_kernel(layer: Layer, build: Build) -> Callable:
-    from gemma2_jax.kernels.attention import attention
-
+def by_kernel(layer: Layer, build: Build = GPU) -> Callable:
     settings = dict(scale=layer.shape.scale, softcap=layer.shape.softcap, build=build)
     return lambda q, k, v, mask: attention(q, k, v, mask.first_BT, mask.last_BT, **settings)
 
@@ -210,7 +209,7 @@ class Check:
         found = [] if self.same else ["not the same bits twice"]
         for name, error in self.errors.items():
             by_xla = self.xla.get(name)
-            most = LSE_MOST[self.tanh] if by_xla is None else TIMES * by_xla + MORE
+            most = LSE_MOST[self.tanh] if by_xla is None else TIMES * by_xla + MORE[self.tanh]
             if not error <= most:  # which NaN is not
                 found.append(f"{name} is off by {error:.1e}, of {most:.1e} allowed")
             if by_xla is not None and not by_xla <= XLA_MOST:
@@ -277,18 +276,9 @@ def _check_cached(case: Cached, interpret: bool) -> Iterator[Check]:
         )  # fmt: skip
 
 
-def decode_by_kernel(case: Cached, build: Build = Build()) -> Callable:
+def decode_by_kernel(case: Cached, build: Build = GPU) -> Callable:
     """(q, k, v, position) -> [B, 1, N, H]"""
-    from gemma2_jax.kernels.decode import decode
-
-    settings = dict(scale=case.shape.scale, softcap=case.shape.softcap, approximate=build.tanh == "approximate")
-
-    def run(q_B1NH, k_BKSH, v_BKSH, position_B):
-        way: AbstractContextManager = plgpu.force_gpu_interpret_mode(build.interpret) if build.interpret else nullcontext()
-        with way:
-            return decode(q_B1NH, k_BKSH, v_BKSH, position_B, jnp.int32(case.slots), **settings)
-
-    return run
+    return partial(decode, window=case.slots, scale=case.shape.scale, softcap=case.shape.softcap, build=build)
 
 
 def decode_by_xla(case: Cached) -> Callable:
@@ -300,35 +290,34 @@ def checked(name: str, interpret: bool) -> list[Layer | Cached]:
     """The cases of a shape that are checked: tiny ones of few heads where they are interpreted."""
     shape = SHAPES[name]
     if interpret:
-        few = dict(name=name, shape=replace(shape, heads=min(shape.heads, 4), kv_heads=min(shape.kv_heads, 2)))
+        shape = replace(shape, heads=min(shape.heads, 4), kv_heads=min(shape.kv_heads, 2))
+    layer, cached = partial(Layer, name=name, shape=shape), partial(Cached, name=name, shape=shape)
+    if interpret:
         return [
-            Layer(**few, rows=1, length=130),
-            Layer(**few, rows=2, length=200, window=65, packed=True),
-            Cached(**few, slots=136, positions=(0, 135)),
-            Cached(**few, slots=128, positions=(60, 300)),
+            layer(rows=1, length=130, window=65, packed=True),
+            cached(slots=128, positions=(60, 300)),
         ]
-    full = dict(name=name, shape=shape)
     return [
-        Layer(**full, rows=2, length=1024),
-        Layer(**full, rows=2, length=1024, packed=True),
-        Layer(**full, rows=2, length=1000, window=129, packed=True),
-        Layer(**full, rows=1, length=777, window=64),
-        Layer(**full, rows=1, length=8192, window=shape.window),
-        Layer(**full, rows=1, length=8192, window=shape.window, packed=True),
-        Cached(**full, slots=1000, positions=(0, 63, 500, 999)),
-        Cached(**full, slots=8192, positions=(8191, 4000)),
-        Cached(**full, slots=shape.window, positions=(8191, 100, shape.window)),
+        layer(rows=2, length=1024),
+        layer(rows=2, length=1024, packed=True),
+        layer(rows=2, length=1000, window=129, packed=True),
+        layer(rows=1, length=777, window=64),
+        layer(rows=1, length=8192, window=shape.window),
+        layer(rows=1, length=8192, window=shape.window, packed=True),
+        cached(slots=1000, positions=(0, 63, 500, 999)),
+        cached(slots=8192, positions=(8191, 4000)),
+        cached(slots=shape.window, positions=(8191, 100, shape.window)),
     ]
 
 
 def timed(name: str) -> list[Layer]:
     """The layers of a shape that are timed, of 16384 tokens. Rows of 2048 are within a window: both kinds are alike."""
-    full = dict(name=name, shape=SHAPES[name])
+    layer = partial(Layer, name=name, shape=SHAPES[name])
     return [
-        Layer(**full, rows=8, length=2048),
-        Layer(**full, rows=2, length=8192),
-        Layer(**full, rows=2, length=8192, window=SHAPES[name].window),
-        Layer(**full, rows=2, length=8192, packed=True),
+        layer(rows=8, length=2048),
+        layer(rows=2, length=8192),
+        layer(rows=2, length=8192, window=SHAPES[name].window),
+        layer(rows=2, length=8192, packed=True),
     ]
 
 
@@ -386,26 +375,28 @@ def calls(case: Cached) -> int:
     return max(8, caches(case))
 
 
-def chained(decode: Callable, case: Cached) -> Callable:
+def chained(step: Callable, case: Cached) -> Callable:
     """(q, caches, position) -> q: a program of `calls`, each to the next cache, as the layers of a model are.
 
     A result is the next one's queries, so that none runs beside another.
     """
 
+    step = jax.jit(step)  # which is lowered once
+
     def run(q, kept, position):
         for call in range(calls(case)):
             k, v = kept[call % len(kept)]
-            q = decode(q, k, v, position)
+            q = step(q, k, v, position)
         return q
 
     return run
 
 
-def time_decode(decode: Callable, case: Cached) -> float:
+def time_decode(step: Callable, case: Cached) -> float:
     """Seconds of one call."""
     q, k, v, position = case.inputs()
     kept = [(k, v), *((jnp.copy(k), jnp.copy(v)) for _ in range(caches(case) - 1))]
-    return seconds(jax.jit(chained(decode, case)), q, kept, position) / calls(case)
+    return seconds(jax.jit(chained(step, case)), q, kept, position) / calls(case)
 
 
 def seconds(run: Callable, *inputs: Any, least: float = 0.1, rounds: int = 5) -> float:
