@@ -150,13 +150,14 @@ def reaching_the_cap(q_BTNH, shape: Shape):
 
 
 def by_kernel(layer: Layer, build: Build = GPU) -> Callable:
-    settings = dict(scale=layer.shape.scale, softcap=layer.shape.softcap, build=build)
-    return lambda q, k, v, mask: attention(q, k, v, mask.first_BT, mask.last_BT, **settings)
+    run = partial(attention, scale=layer.shape.scale, softcap=layer.shape.softcap, build=build)
+    return lambda q, k, v, mask: run(q, k, v, mask.first_BT, mask.last_BT)
 
 
 def by_xla(layer: Layer) -> Callable:
-    settings = dict(scale=layer.shape.scale, softcap=layer.shape.softcap, block=attention_xla.BLOCKS["gpu"])
-    return lambda q, k, v, mask: (attention_xla.attend(q, k, v, mask.segments_BT, layer.reach, **settings), None)
+    block = attention_xla.BLOCKS["gpu"]
+    run = partial(attention_xla.attend, scale=layer.shape.scale, softcap=layer.shape.softcap, block=block)
+    return lambda q, k, v, mask: (run(q, k, v, mask.segments_BT, layer.reach), None)
 
 
 def by_cudnn(layer: Layer) -> Callable:
@@ -182,15 +183,16 @@ def everything(attend: Callable, q, k, v, d, mask: Mask) -> dict[str, Any]:
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def meaning(layer: Layer, q, k, v, d, mask: Mask) -> dict[str, np.ndarray]:
+def meaning(layer: Layer, inputs: tuple) -> dict[str, np.ndarray]:
     """`everything` of the reference in float32, one key head at a time: it holds all scores of these."""
+    q, k, v, d, mask = inputs
     groups = layer.shape.heads // layer.shape.kv_heads
     run = jax.jit(partial(everything, by_reference(layer)))
     parts = []
     for head in range(layer.shape.kv_heads):
         mine = slice(head * groups, (head + 1) * groups)
-        inputs = q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], d[:, :, mine]
-        parts.append(jax.device_get(run(*(x.astype(jnp.float32) for x in inputs), mask)))
+        some = q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], d[:, :, mine]
+        parts.append(jax.device_get(run(*(x.astype(jnp.float32) for x in some), mask)))
     return {name: np.concatenate([part[name] for part in parts], 1 if name == "lse" else 2) for name in parts[0]}
 
 
@@ -245,35 +247,28 @@ def builds(interpret: bool) -> list[Build]:
 
 def check(case: Layer | Cached, interpret: bool) -> Iterator[Check]:
     """A case, with each build."""
-    run = _check_layer if isinstance(case, Layer) else _check_cached
-    return run(case, interpret)
-
-
-def _check_layer(layer: Layer, interpret: bool) -> Iterator[Check]:
-    inputs, mask = layer.inputs(), layer.mask()
-    meant = meaning(layer, *inputs, mask)
-    by = jax.device_get(jax.jit(partial(everything, by_xla(layer)))(*inputs, mask))
-    for build in builds(interpret):
-        program = jax.jit(partial(everything, by_kernel(layer, build)))
-        found, again = (jax.device_get(program(*inputs, mask)) for _ in range(2))
-        yield Check(
-            case=str(layer), tanh=build.tanh, errors=errors(found, meant), xla=errors(by, meant),
-            same=same_bits(found, again),
-        )  # fmt: skip
-
-
-def _check_cached(case: Cached, interpret: bool) -> Iterator[Check]:
     inputs = case.inputs()
-    settings = dict(scale=case.shape.scale, softcap=case.shape.softcap)
-    meant = {"out": np.asarray(jax.jit(partial(reference.decode, window=case.slots, **settings))(*inputs))}
-    by = {"out": np.asarray(jax.jit(decode_by_xla(case))(*inputs), np.float32)}
+    if isinstance(case, Layer):
+        inputs = *inputs, case.mask()
+        meant = meaning(case, inputs)
+        xla = partial(everything, by_xla(case))
+    else:
+        settings = dict(scale=case.shape.scale, softcap=case.shape.softcap)
+        meant = {"out": np.asarray(jax.jit(partial(reference.decode, window=case.slots, **settings))(*inputs))}
+        xla = named(decode_by_xla(case))
+    by = errors(jax.device_get(jax.jit(xla)(*inputs)), meant)
     for build in builds(interpret):
-        program = jax.jit(decode_by_kernel(case, build))
-        found, again = ({"out": np.asarray(program(*inputs), np.float32)} for _ in range(2))
-        yield Check(
-            case=str(case), tanh=build.tanh, errors=errors(found, meant), xla=errors(by, meant),
-            same=same_bits(found, again),
-        )  # fmt: skip
+        if isinstance(case, Layer):
+            program = jax.jit(partial(everything, by_kernel(case, build)))
+        else:
+            program = jax.jit(named(decode_by_kernel(case, build)))
+        found, again = (jax.device_get(program(*inputs)) for _ in range(2))
+        same = same_bits(found, again)
+        yield Check(case=str(case), tanh=build.tanh, errors=errors(found, meant), xla=by, same=same)
+
+
+def named(step: Callable) -> Callable:
+    return lambda *inputs: {"out": step(*inputs)}
 
 
 def decode_by_kernel(case: Cached, build: Build = GPU) -> Callable:
@@ -282,8 +277,8 @@ def decode_by_kernel(case: Cached, build: Build = GPU) -> Callable:
 
 
 def decode_by_xla(case: Cached) -> Callable:
-    settings = dict(scale=case.shape.scale, softcap=case.shape.softcap)
-    return lambda q, k, v, position: attention_xla.attend_cached(q[:, 0], k, v, position, **settings)[:, None]
+    run = partial(attention_xla.attend_cached, scale=case.shape.scale, softcap=case.shape.softcap)
+    return lambda q, k, v, position: run(q[:, 0], k, v, position)[:, None]
 
 
 def checked(name: str, interpret: bool) -> list[Layer | Cached]:
@@ -294,7 +289,7 @@ def checked(name: str, interpret: bool) -> list[Layer | Cached]:
     layer, cached = partial(Layer, name=name, shape=shape), partial(Cached, name=name, shape=shape)
     if interpret:
         return [
-            layer(rows=1, length=130, window=65, packed=True),
+            layer(rows=1, length=100, window=33, packed=True),
             cached(slots=128, positions=(60, 300)),
         ]
     return [
