@@ -198,7 +198,7 @@ def meaning(layer: Layer, inputs: tuple) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was found of one case and one build: errors in float32's terms."""
+    """What was found of one case and one build: errors against float32."""
 
     case: str
     tanh: str

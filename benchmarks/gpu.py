@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         platforms.settle()
     console = Console()
     if not console.is_terminal:
-        console.width = 150
+        console.width = 160
     found: dict[str, Any] = {"device": device(command.interpret)}
     console.print(*found["device"].values(), sep="; ", highlight=False)
     found["checks"], failures = check(console, command)
