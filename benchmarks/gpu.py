@@ -36,10 +36,10 @@ PUBLISHED = {
     (256, "forward"): "FA3 628, cuDNN 497",
 }
 SOURCES = """\
-Published: on H100 SXM, causal, rows of 8192, no soft cap, one query head a key head. Forward, float16: \
-github.com/Dao-AILab/flash-attention, assets/flash3_fp16_fwd.png. Backward: FA3, bfloat16, \
-github.com/facebookexperimental/triton/pull/3582; cuDNN on H200 with 8 query heads a key head, \
-github.com/NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training."""
+Published: causal, rows of 8192, no soft cap; on H100, but for the backward pass of cuDNN, which is on H200 with 8 \
+query heads a key head. Forward: github.com/Dao-AILab/flash-attention, assets/flash3_fp16_fwd.png. Backward: FA3, \
+github.com/facebookexperimental/triton, #3582; cuDNN, github.com/NVIDIA/cudnn-frontend, \
+benchmark/sdpa_benchmark_training."""
 
 
 @dataclass(frozen=True, kw_only=True)
