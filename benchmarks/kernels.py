@@ -63,7 +63,9 @@ def compiled(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     from gemma2_jax.kernels.attention import attention
 
     def both_ways(q, k, v, first, last):
-        run = lambda q, k, v: attention(q, k, v, first, last, scale=shape.scale, softcap=shape.softcap)
+        def run(q, k, v):
+            return attention(q, k, v, first, last, scale=shape.scale, softcap=shape.softcap)
+
         results, pull = jax.vjp(run, q, k, v)
         return results, pull(results)
 
@@ -186,7 +188,9 @@ def bounds(shape: Shape, direction: str, first, last) -> np.ndarray:
 
     q, k = (jax.ShapeDtypeStruct((*first.shape, *x.shape[2:]), x.dtype) for x in _inputs(shape, 1, jnp.bfloat16))
     build = Kept()
-    settings = dict(scale=shape.scale, softcap=shape.softcap, tile=tile_of(shape, direction), build=build)
+    settings: dict[str, Any] = dict(
+        scale=shape.scale, softcap=shape.softcap, tile=tile_of(shape, direction), build=build
+    )
     if direction == "forward":
         forward.forward(q, k, k, first, last, **settings)
     else:
@@ -290,9 +294,10 @@ at the edge of the window, at the diagonal; in dK/dV, one warpgroup makes the sc
 mask, dP and dK. Ratio: of the longest masked tile to a clean one, of the same warpgroup."""
 VISITS = ("width", "kernel", "tile", *(cell for layer in LAYERS for cell in (layer, "masked")))
 VISITS_NOTE = f"""\
-Scores in tiles that are visited over those that queries see, in a row of {LENGTH:,} tokens; and how many of the tiles are
-masked. Global layers, local layers (a window of 4,096), and documents of 1,000 tokens packed into the row. Tile: queries
-x keys, of dK/dV keys x queries. Counted in the arrays that the kernels loop by, not on a GPU."""
+Scores in tiles that are visited over those that queries see, in a row of {LENGTH:,} tokens, and how many of the tiles
+are masked; in global layers, in local layers (a window of 4,096), and with documents of 1,000 tokens packed into the
+row. Tile: queries x keys of a block, of dK/dV keys x queries. Counted in the arrays that the kernels loop by, not on a
+GPU."""
 
 
 def show(console: Console, title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]], note: str) -> None:

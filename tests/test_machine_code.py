@@ -4,7 +4,6 @@ Run as a program, which is what the tests here do once, it compiles the kernels 
 must not have been used before `plan.prepare`.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import pytest
 
 from benchmarks import machine_code
 from benchmarks.machine_code import Kernel, Loop, Opcodes
+from compilers import need
 from gemma2_jax import plan
 
 ROOT = Path(__file__).parent.parent
@@ -73,13 +73,7 @@ def compile_all() -> dict:
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    if importlib.util.find_spec("jax_plugins") is None:
-        pytest.skip("no CUDA plugin: pip install 'gemma2-jax[plan]'")
-    try:
-        machine_code.nvdisasm()
-        machine_code.ptxas()
-    except ImportError as error:
-        pytest.skip(str(error))
+    need()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
