@@ -1,7 +1,7 @@
 """The attention kernels as compiled for an H100 that is not there, and the tiles that they visit, with nothing run.
 
-Run as a program with names of cases, which is what the tests here do, it compiles their kernels: JAX must not have been
-used before `plan.prepare`.
+Run as a program with the name of a case and of a file, which is what the tests here do, it compiles the kernels of that
+case: JAX must not have been used before `plan.prepare`.
 """
 
 import os
@@ -13,33 +13,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilers import need
 
 from benchmarks import kernels as table
 from benchmarks.kernels import CASES, DIRECTIONS, LAYERS, PRODUCTS
 from benchmarks.machine_code import REGISTERS_PER_SM, SHARED_PER_BLOCK, Kernel
-from compilers import need
 from gemma2_jax import plan
 
 ROOT = Path(__file__).parent.parent
-SPLIT = ("256", "64"), ("256, one head", "128")  # of about the same time, for two cores
-KERNELS = [(name, direction) for name in CASES for direction in DIRECTIONS]
+KERNELS = [
+    pytest.param((name, direction), marks=pytest.mark.exhaustive if name == "64" else ())
+    for name in CASES
+    for direction in DIRECTIONS
+]
 
 
-def compile_all(path: str, *names: str) -> None:
+def compile_case(name: str, path: str) -> None:
     plan.prepare()
-    Path(path).write_bytes(pickle.dumps({name: table.compiled(CASES[name]) for name in names}))
+    Path(path).write_bytes(pickle.dumps(table.compiled(CASES[name])))
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
+def compiled(request, tmp_path_factory) -> dict[str, dict[str, Kernel]]:
+    """The kernels of the cases that tests of this run ask for, compiled side by side."""
     need()
-    assert sorted(name for names in SPLIT for name in names) == sorted(CASES)
+    tests = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    names = list(dict.fromkeys(test.callspec.params["case"][0] for test in tests))
     folder = tmp_path_factory.mktemp("kernels")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = []
     try:
-        for number, names in enumerate(SPLIT):
-            command = [sys.executable, __file__, str(folder / str(number)), *names]
+        for name in names:
+            command = [sys.executable, __file__, name, str(folder / name)]
             processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         for process in processes:
             _, said = process.communicate()
@@ -49,11 +54,10 @@ def compiled(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
             process.kill()
             process.wait()
             process.stderr.close()
-    parts = [pickle.loads((folder / str(number)).read_bytes()) for number in range(len(SPLIT))]
-    return {name: found for part in parts for name, found in part.items()}
+    return {name: pickle.loads((folder / name).read_bytes()) for name in names}
 
 
-@pytest.fixture(params=KERNELS, ids=" ".join)
+@pytest.fixture(params=KERNELS, ids=lambda case: " ".join(case))
 def case(request) -> tuple[str, str]:
     return request.param
 
@@ -124,7 +128,9 @@ def test_tiles_that_do_not_fit_are_found_on_a_cpu(direction):
     inputs = (q, k, k, *ends) if direction == "forward" else (q, k, k, q, sums, sums, *ends)
 
     def lower(tile):
-        run = lambda *inputs: function(*inputs, scale=shape.scale, softcap=shape.softcap, tile=tile, build=Build())
+        def run(*inputs):
+            return function(*inputs, scale=shape.scale, softcap=shape.softcap, tile=tile, build=Build())
+
         jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",))
 
     lower(table.tile_of(shape, direction))
@@ -136,7 +142,7 @@ def pairs(segments_BT, window) -> np.ndarray:
     """Which key each query sees, [B, T, T], by the meaning of the words: one in its segment and window, not later."""
     at = np.arange(segments_BT.shape[1])
     distance = at[:, None] - at
-    return (segments_BT[:, :, None] == segments_BT[:, None]) & (0 <= distance) & (distance < np.asarray(window))
+    return (segments_BT[:, :, None] == segments_BT[:, None]) & (distance >= 0) & (distance < np.asarray(window))
 
 
 def in_tiles(seen, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,20 +200,24 @@ WINDOWS = (1, 63, 64, 65, 100, 127, 128, 129, LENGTH, 1000)
 def layouts(seed: int, count: int) -> np.ndarray:
     """Segments of rows, [count, LENGTH]: one, many, of length 1, starting at edges of tiles and beside them."""
     random = np.random.default_rng(seed)
+    edges = np.arange(64, LENGTH, 64)
+
+    def single():
+        at = random.integers(1, LENGTH - 1, 4)
+        return np.concatenate([at, at + 1])
+
+    kinds = (
+        lambda: [],
+        lambda: range(LENGTH),
+        lambda: random.choice(edges, random.integers(1, 5), replace=False),
+        lambda: np.append(random.choice(edges, 3) + random.integers(-1, 2, 3), random.choice(edges)),
+        single,
+        lambda: random.integers(1, LENGTH, random.integers(1, 40)),
+    )
     found = np.zeros((count, LENGTH), np.int32)
-    for number, row in enumerate(found):
-        edges = np.arange(64, LENGTH, 64)
-        starts = {
-            0: lambda: [],
-            1: lambda: range(LENGTH),
-            2: lambda: random.choice(edges, random.integers(1, 5), replace=False),
-            3: lambda: np.concatenate([random.choice(edges, 3) + random.integers(-1, 2, 3), random.choice(edges, 1)]),
-            4: lambda: (lambda at: np.concatenate([at, at + 1]))(random.integers(1, LENGTH - 1, 4)),
-            5: lambda: random.integers(1, LENGTH, random.integers(1, 40)),
-        }[number % 6]()
-        row[list(starts)] += 1
-        row[:] = np.cumsum(row > 0)
-    return found
+    for number in range(count):
+        found[number, np.array(kinds[number % len(kinds)](), int)] = 1
+    return found.cumsum(1)
 
 
 @pytest.fixture(scope="module")
@@ -284,4 +294,4 @@ def test_bounds_of_a_ring(shards):
 
 
 if __name__ == "__main__":
-    compile_all(*sys.argv[1:])
+    compile_case(*sys.argv[1:])

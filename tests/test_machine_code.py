@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from compilers import need
 
 from benchmarks import machine_code
 from benchmarks.machine_code import Kernel, Loop, Opcodes
-from compilers import need
 from gemma2_jax import plan
 
 ROOT = Path(__file__).parent.parent
