@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
     if command.interpret and not command.check_only:
         refuse("the interpreter says nothing of time: use --interpret with --check-only")
     if command.interpret:
-        os.environ.setdefault("PJRT_NPROC", "16")  # on few cores it may wait forever for a thread
         platforms.on_cpu()
     else:
         platforms.settle()
@@ -93,6 +92,8 @@ def device(interpret: bool) -> dict[str, str]:
 
     from gemma2_jax.attention import architecture
 
+    if interpret:  # warpgroups wait for one another: were their programs enqueued, some would never begin
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     plain = os.environ.get("JAX_PLATFORMS") == "cpu"
     try:
         with platforms.quiet() if plain else contextlib.nullcontext():

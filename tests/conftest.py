@@ -10,3 +10,5 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Warpgroups of an interpreted kernel wait for one another: were their programs enqueued, some would never begin.
+jax.config.update("jax_cpu_enable_async_dispatch", False)

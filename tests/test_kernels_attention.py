@@ -104,10 +104,10 @@ def _f32(x):
     return x.astype(jnp.float32)
 
 
-def error(got, want, least: float = 0.0) -> float:
-    """Relative, L2; to `least` where what is wanted is smaller."""
+def error(got, want) -> float:
+    """Relative, L2."""
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), least))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def errors(name: str, shape: Shape, large: float, segments_BT, window) -> list[float]:
@@ -117,52 +117,65 @@ def errors(name: str, shape: Shape, large: float, segments_BT, window) -> list[f
     want, wanted = meant(shape.scale)(
         *arrays[:3], (_f32(arrays[3]), jnp.zeros((len(out), shape.heads, T))), *intervals(segments_BT, window)
     )
-    # Where each query sees one key, the gradients by q and k are 0, and rounding is not.
-    least = 0.1 * float(np.linalg.norm(wanted[2]))
-    return [error(*pair, least) for pair in zip((out, *by), (want[0], *wanted), strict=True)]
+    return [error(*pair) for pair in zip((out, *by), (want[0], *wanted), strict=True)]
 
 
-REAL = [name for name in SHAPES if "tensor" in name]
+def check(found: list[float], shape: Shape, large: float, segments_BT, window) -> None:
+    """No more than twice what bfloat16 in jnp misses, of the result and of each gradient."""
+    for mine, theirs in zip(found, errors("xla", shape, large, segments_BT, window), strict=True):
+        assert mine <= 2 * theirs + 1e-4
 
 
-@pytest.mark.parametrize("name", ["mosaic", "xla"])
-@pytest.mark.parametrize("shape", REAL)
-def test_named_shapes(name, shape):
-    """Heads of one device of eight; packed, windowed. Without scores near the cap, and with."""
-    assert max(errors(name, SHAPES[shape], 1.0, segments("many", 2), 100)) <= 4e-3
-    large = 12.0  # scores with a standard deviation near 12: the cap takes up to 1/4 of them
-    for mine, theirs in zip(
-        errors(name, SHAPES[shape], large, segments("many", 2), 100),
-        errors("xla", SHAPES[shape], large, segments("many", 2), 100),
-        strict=True,
-    ):
-        assert mine <= 1.5 * theirs + 1e-4
-    assert no_races()
+BITING = 30.0  # scores with a standard deviation near 30: the cap of 50 takes about 1/4 of one that size
 
 
-FEW = [(1, "one"), (63, "many"), (64, "edges"), (65, "many"), (100, "single"), (10_000, "many")]
-
-
-@pytest.mark.parametrize("name", ["mosaic", "xla"])
-@pytest.mark.parametrize(("window", "packing"), some([(w, p) for w in WINDOWS for p in PACKINGS], FEW))
-def test_windows_and_packings(name, window, packing):
-    assert max(errors(name, SMALL, 8.0, segments(packing), window)) <= 6e-3
+@pytest.mark.parametrize("name", [name for name in SHAPES if "tensor" in name])
+def test_named_shapes(name):
+    """Heads of one device of some; packed, windowed. Without scores near the cap, and with."""
+    for large, limit in ((1.0, 4e-3), (BITING, 1.5e-2)):
+        asked = SHAPES[name], large, segments("many"), 100
+        assert max(errors("xla", *asked)) <= limit
+        found = errors("mosaic", *asked)
+        assert max(found) <= limit
+        check(found, *asked)
     assert no_races()
 
 
 def test_cap_matters_here():
-    """What the tests above would miss if the inputs were tame: without the cap, or with another, they fail."""
+    """What the test above would miss were its scores small."""
     shape = SHAPES["27b, tensor 8"]
-    q, k, v, d = drawn(shape, large=12.0)
-    seen = intervals(segments("many"), 100)
-    out, *_ = (run(q, k, v, (_f32(d), jnp.zeros((1, 4, T))), *seen)[0][0] for run in [meant(shape.scale)])
+    q, k, v, d = drawn(shape, large=BITING)
+    inputs = q, k, v, (_f32(d), jnp.zeros((1, 4, T))), *intervals(segments("many"), 100)
+    (out, _), _ = meant(shape.scale)(*inputs)
     for softcap in (None, 60.0):
-        other = meant(shape.scale, softcap)(q, k, v, (_f32(d), jnp.zeros((1, 4, T))), *seen)[0][0]
-        assert error(other, out) > 0.02
+        assert error(meant(shape.scale, softcap)(*inputs)[0][0], out) > 0.03
+
+
+FEW = [(63, "many"), (64, "edges"), (65, "many"), (10_000, "many")]
+
+
+@pytest.mark.parametrize(("window", "packing"), some([(w, p) for w in WINDOWS[1:] for p in list(PACKINGS)[:-1]], FEW))
+def test_windows_and_packings(window, packing):
+    asked = SMALL, 8.0, segments(packing), window
+    check(errors("mosaic", *asked), *asked)
+    assert no_races()
+
+
+@pytest.mark.parametrize(("window", "packing"), some([(1, "one"), (100, "single")], [(100, "single")]))
+def test_one_key_each(window, packing):
+    """The result is that key's value; the gradients by q and k are 0, but for rounding of what cancels in them."""
+    arrays = drawn(SMALL)
+    out, (dq, dk, dv) = implementation("mosaic", SMALL.scale)(*arrays, segments(packing), jnp.int32(window))
+    _, k, v, d = (np.asarray(x, np.float32) for x in arrays)
+    assert error(out, np.repeat(v, 2, axis=2)) <= 4e-3
+    assert error(dv, d.sum(2, keepdims=True)) <= 4e-3
+    terms = SMALL.scale * np.linalg.norm((d * v).sum(-1, keepdims=True) * k)
+    assert max(np.linalg.norm(_f32(dq)), np.linalg.norm(_f32(dk))) <= 2**-7 * terms
+    assert no_races()
 
 
 def test_log_sum_exp_and_its_gradient():
-    q, k, v, d = drawn(SMALL, large=12.0)
+    q, k, v, d = drawn(SMALL, large=4.0)
     d_lse = jnp.array(np.random.default_rng(1).normal(size=(1, 2, T)), jnp.float32)
     seen = intervals(segments("many"), 100)
     (_, lse), by = kernel(SMALL.scale)(q, k, v, (d, d_lse), *seen)
@@ -203,15 +216,16 @@ def test_the_same_bit_by_bit():
 
 
 def test_what_nobody_sees_is_not_touched():
-    """Queries see the second of four runs of 64 keys alone, and the last 64 queries nothing: elsewhere is NaN."""
-    q, k, v, d = drawn(SMALL, length=256, large=8.0)
+    """Queries see the second of four tiles of keys alone, and the last tile of queries nothing: elsewhere is NaN."""
+    q, k, v, d = drawn(SHAPES["9b, tensor 8"], length=256)
+    run = kernel(SHAPES["9b, tensor 8"].scale)
     at = jnp.arange(256)[None]
     first = jnp.where(at < 192, 64, 256).astype(jnp.int32)
     last = jnp.where(at < 192, jnp.minimum(64 + at, 127), 255).astype(jnp.int32)
-    clean = kernel(SMALL.scale)(q, k, v, (d, jnp.zeros((1, 2, 256))), first, last)
+    clean = run(q, k, v, (d, jnp.zeros((1, 2, 256))), first, last)
     k, v = (x.at[:, :64].set(jnp.nan).at[:, 128:].set(jnp.nan) for x in (k, v))
     q, d = (x.at[:, 192:].set(jnp.nan) for x in (q, d))
-    (out, lse), by = kernel(SMALL.scale)(q, k, v, (d, jnp.zeros((1, 2, 256))), first, last)
+    (out, lse), by = run(q, k, v, (d, jnp.zeros((1, 2, 256))), first, last)
     jax.tree.map(np.testing.assert_array_equal, ((out, lse), by), clean)
     assert np.all(np.asarray(out[:, 192:]) == 0) and np.all(np.isneginf(lse[:, :, 192:]))
     assert np.all(np.asarray(by[0][:, 192:]) == 0) and np.all(np.asarray(by[1][:, 128:]) == 0)
@@ -248,8 +262,8 @@ def test_tiles_visited(window, packing, monkeypatch):
 
 @pytest.mark.parametrize("groups", some([1, 2, 4, 8], [1, 4]))
 def test_query_heads_to_a_key_head(groups):
-    shape = Shape(heads=2 * groups, kv_heads=2, width=64, scale=0.125)
-    assert max(errors("mosaic", shape, 4.0, segments("many"), 100)) <= 5e-3
+    asked = Shape(heads=2 * groups, kv_heads=2, width=64, scale=0.125), 4.0, segments("many"), 100
+    check(errors("mosaic", *asked), *asked)
 
 
 def test_parts_add_up():
@@ -271,7 +285,8 @@ def test_parts_add_up():
     attend = partial(attention, scale=SMALL.scale, softcap=50.0, build=INTERPRETED)
     out, by = with_gradients(partial(run, attend))(q, k, v, d)
     (want, _), wanted = meant(SMALL.scale)(q, k, v, (_f32(d), jnp.zeros((1, 2, T))), *intervals(segments("many"), 100))
-    assert max(error(*pair) for pair in zip((out, *by), (want, *wanted), strict=True)) <= 7e-3
+    found = [error(*pair) for pair in zip((out, *by), (want, *wanted), strict=True)]
+    check(found, SMALL, 8.0, segments("many"), 100)
 
 
 @pytest.mark.parametrize("ring", some(range(4), [0, 3]))
