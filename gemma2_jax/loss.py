@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from gemma2_jax.mesh import axis_size, constrain
 
+# With logits capped up to here, exp of one and the sum over any vocabulary are finite in float32: no maximum is needed,
+# which vocabulary shards would have to exchange before they sum.
+BOUNDED = 60.0
+
 
 def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
     """Sum of weighted negative log-likelihoods, float32 scalar (nats).
@@ -96,7 +100,10 @@ def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     if softcap is not None:
         squashed_BTV = jnp.tanh(raw_BTV / softcap)
         logits_BTV, slope_BTV = softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    if softcap is not None and softcap <= BOUNDED:
+        log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
+    else:
+        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A comparison and a sum instead of a gather: they stay within each shard of the vocabulary.
     hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     nll_BT = log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
