@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from rich.console import Console
 
+from benchmarks.machine_code import calls
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
@@ -212,6 +214,36 @@ def test_64_hosts():
 ONE = MeshConfig(data=1)
 
 
+def check_kernels(found: plan.Plan) -> None:
+    """Attention of every layer and pass is by the kernels, forward, again and backward; nothing has T x T scores."""
+    program = found.program
+    stages, context = program.mesh.shape["stage"], program.mesh.shape["context"]
+    runs = program.pipeline.layers * (program.pipeline.passes + stages - 1) * context
+    times = Counter()
+    for call in calls(found.text):
+        assert call.times is not None, call
+        times[call.name] += call.times
+    again = program.config.compute.remat in ("block", "offload")
+    assert times == {
+        "gemma2_attention_forward": runs * (2 if again else 1),
+        "gemma2_attention_dq": runs,
+        "gemma2_attention_dkv": runs,
+    }
+    T = program.config.train.sequence_length
+    assert not re.search(rf"\[(?:\d+,)*{T},(?:\d+,)*{T}(?:,\d+)*\]", found.text)
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("2b_pretrain", replace(ONE, tensor=8)), ("27b_lora", replace(ONE, context=2, tensor=2))]
+)
+def test_kernels_in_every_layer(name, mesh):
+    config = replace(configs.load(name), mesh=mesh)
+    model = replace(config.model, layers=3, vocab_size=2048)
+    train = replace(config.train, sequence_length=6144, global_batch_size=2, micro_batch_size=1)
+    check_kernels(plan.compile_step(replace(config, model=model, train=train), math.prod(vars(mesh).values())))
+
+
 @needs_plugin
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
@@ -242,6 +274,7 @@ def test_real_steps_fit(name, mesh, length):
     config = replace(configs.load(name), mesh=mesh)
     config = replace(config, train=replace(config.train, sequence_length=length))
     found = plan.compile_step(config, math.prod(vars(mesh).values()))
+    check_kernels(found)
     assert found.total <= plan.USABLE_BYTES, plan.verdict(found.total)
     assert found.lower_seconds + found.compile_seconds < 60
 
