@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import jax
-
 from gemma2_jax import attention_mosaic, attention_xla
 from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.kernels.limits import MOSAIC, Limits
@@ -39,15 +37,18 @@ IMPLEMENTATIONS = {
 }
 
 
-def choose(model: ModelConfig, compute: ComputeConfig, device: jax.Device) -> tuple[Implementation, str]:
+def choose(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implementation, str]:
     """The implementation for a model on such devices, and in words which it is and why.
 
     Raises ValueError where `compute.attention` names one that lacks what the model or the device needs.
     """
-    asked = dict(
-        architecture=architecture(device), dtype=compute.dtype, width=model.head_width, softcap=model.attn_softcap
-    )
-    lacking = {name: lack for name, way in IMPLEMENTATIONS.items() if (lack := way.limits.lacks(**asked))}
+    lacking: dict[str, str] = {}
+    for name, way in IMPLEMENTATIONS.items():
+        lack = way.limits.lacks(
+            architecture=architecture(device), dtype=compute.dtype, width=model.head_width, softcap=model.attn_softcap
+        )
+        if lack:
+            lacking[name] = lack
     name = compute.attention
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
@@ -63,7 +64,7 @@ def choose(model: ModelConfig, compute: ComputeConfig, device: jax.Device) -> tu
     return way, f"{name} ({reason})"
 
 
-def architecture(device: jax.Device) -> str:
+def architecture(device) -> str:
     """What a program is compiled for: sm_90 and the like of a GPU, or the platform."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else device.platform

@@ -6,7 +6,7 @@ are bounded, so that partial results simply add up.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def intervals(position_T, start_BT, pieces, length: int, window) -> tuple[jax.Ar
 
     def before(position):
         """How many of the keys come before a position."""
-        return sum(jnp.clip(position - at, 0, length) for at in pieces)
+        return reduce(jnp.add, (jnp.clip(position - at, 0, length) for at in pieces))
 
     first_BT = before(jnp.maximum(start_BT, position_T - window + 1))
     return first_BT, jnp.broadcast_to(before(position_T + 1) - 1, first_BT.shape)

@@ -225,9 +225,7 @@ class Block(nnx.Module):
 class Gemma2(nnx.Module):
     """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
 
-    def __init__(
-        self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device: jax.Device | None = None
-    ):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device=None):
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
         self.attention, _ = attention.choose(config, compute, device or jax.devices()[0])

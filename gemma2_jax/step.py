@@ -49,7 +49,7 @@ class Program:
     def __init__(self, config: Config, mesh: Mesh):
         meshes.check(config, mesh)
         self.config, self.mesh = config, mesh
-        self.device: jax.Device = mesh.devices.flat[0]  # what it is compiled for
+        self.device = mesh.devices.flat[0]  # what it is compiled for
         skeleton = nnx.eval_shape(self._create)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
         self.letters = model.letters(skeleton)

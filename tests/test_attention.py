@@ -142,7 +142,7 @@ def test_capabilities(name, softcap, width, groups):
         (dict(data=1, context=2, tensor=4), (1, 256, 4, 2, 64)),
     ],
 )
-@pytest.mark.parametrize("window", [40, 10_000])
+@pytest.mark.parametrize("window", [40, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 def test_over_a_mesh(mesh, shape, window):
     """Each device attends with its rows and heads, and context shards pass keys around: all as on one device.
 

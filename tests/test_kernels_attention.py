@@ -126,10 +126,11 @@ def check(found: list[float], shape: Shape, large: float, segments_BT, window) -
         assert mine <= 2 * theirs + 1e-4
 
 
+SHARDED = [name for name in SHAPES if "tensor" in name]
 BITING = 30.0  # scores with a standard deviation near 30: the cap of 50 takes about 1/4 of one that size
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "tensor" in name])
+@pytest.mark.parametrize("name", some(SHARDED, [name for name in SHARDED if name != "9b, tensor 8"]))
 def test_named_shapes(name):
     """Heads of one device of some; packed, windowed. Without scores near the cap, and with."""
     for large, limit in ((1.0, 4e-3), (BITING, 1.5e-2)):
@@ -151,7 +152,7 @@ def test_cap_matters_here():
         assert error(meant(shape.scale, softcap)(*inputs)[0][0], out) > 0.03
 
 
-FEW = [(63, "many"), (64, "edges"), (65, "many"), (10_000, "many")]
+FEW = [(64, "edges"), (65, "many"), (10_000, "many")]
 
 
 @pytest.mark.parametrize(("window", "packing"), some([(w, p) for w in WINDOWS[1:] for p in list(PACKINGS)[:-1]], FEW))
@@ -260,7 +261,7 @@ def test_tiles_visited(window, packing, monkeypatch):
     assert len(loads) == forward + dq + dkv
 
 
-@pytest.mark.parametrize("groups", some([1, 2, 4, 8], [1, 4]))
+@pytest.mark.parametrize("groups", some([1, 2, 4, 8], [4]))
 def test_query_heads_to_a_key_head(groups):
     asked = Shape(heads=2 * groups, kv_heads=2, width=64, scale=0.125), 4.0, segments("many"), 100
     check(errors("mosaic", *asked), *asked)

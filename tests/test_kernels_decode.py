@@ -70,7 +70,7 @@ def check(q, k, v, position, window, **how):
 LENGTHS = 0, 37, TILE - 1, 199
 
 
-@pytest.mark.parametrize("window", [1, TILE - 1, TILE, TILE + 1, BEYOND])
+@pytest.mark.parametrize("window", [1, TILE - 1, pytest.param(TILE, marks=pytest.mark.exhaustive), TILE + 1, BEYOND])
 def test_dense_cache(window):
     check(*drawn(B=4, T=1, N=4, K=2, H=256, S=200), LENGTHS, window, splits=1)
 
@@ -78,7 +78,7 @@ def test_dense_cache(window):
 @pytest.mark.parametrize(
     ("T", "N", "K", "H"), [(1, 2, 2, 256), (1, 8, 2, 64), (3, 2, 2, 64), (3, 4, 2, 256), (3, 8, 2, 128), (16, 4, 1, 64)]
 )
-@pytest.mark.parametrize("window", [TILE + 1, BEYOND])
+@pytest.mark.parametrize("window", [TILE + 1, pytest.param(BEYOND, marks=pytest.mark.exhaustive)])
 def test_tokens_groups_and_widths(T, N, K, H, window):
     check(*drawn(B=2, T=T, N=N, K=K, H=H, S=2 * TILE), (T - 1, 2 * TILE - 1), window)
 

@@ -171,7 +171,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 
 
 @needs_plugin
-@pytest.mark.parametrize("trained", ["sft", "lora"])
+@pytest.mark.parametrize("trained", [pytest.param("sft", marks=pytest.mark.exhaustive), "lora"])
 def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
     """Sequence parallelism: [B, T, D] is gathered before products and scattered after; logits stay where they are."""
     found = small(trained, tensor=8)
@@ -235,7 +235,11 @@ def check_kernels(found: plan.Plan) -> None:
 
 @needs_plugin
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("2b_pretrain", replace(ONE, tensor=8)), ("27b_lora", replace(ONE, context=2, tensor=2))]
+    ("name", "mesh"),
+    [
+        pytest.param("2b_pretrain", replace(ONE, tensor=8), marks=pytest.mark.exhaustive),
+        ("27b_lora", replace(ONE, context=2, tensor=2)),
+    ],
 )
 def test_kernels_in_every_layer(name, mesh):
     config = replace(configs.load(name), mesh=mesh)

@@ -76,7 +76,10 @@ def lines_of(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("lora", marks=pytest.mark.exhaustive), "dora"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sft", marks=pytest.mark.exhaustive), pytest.param("lora", marks=pytest.mark.exhaustive), "dora"],
+)
 def test_killed_and_resumed_equals_straight(kind, tmp_path):
     """Ten steps, kill -9, resumed to twenty: weights, optimizer and data position are those of twenty straight."""
     straight, broken = (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))

@@ -5,7 +5,7 @@ in one. Tiles that no query of theirs sees are neither loaded nor multiplied, fo
 edge of an interval are masked.
 """
 
-from functools import partial
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     # Queries that are not there come after all keys, and see none.
     first = jnp.pad(first_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S)
     last = jnp.pad(last_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S - 1)
-    out, lse = _attention((scale, softcap, build), q, k, v, first, last)
+    out, lse = _attend((scale, softcap, build), q, k, v, first, last)
     return out[:, :T], lse[:, :, :T]
 
 
@@ -65,17 +65,14 @@ def combine(outs, lses):
     Returns:
       [B, T, N, H] in the dtype of the parts, and its log-sum-exp.
     """
-    totals = [jnp.exp(lse) for lse in lses]
-    total = sum(totals)
-    whole = sum(
-        out.astype(jnp.float32) * jnp.swapaxes(part / jnp.maximum(total, 1e-30), 1, 2)[..., None]
-        for out, part in zip(outs, totals, strict=True)
-    )
+    totals = jnp.exp(jnp.stack(lses))
+    total = totals.sum(0)
+    shares = jnp.swapaxes(totals / jnp.maximum(total, 1e-30), 2, 3)[..., None]
+    whole = reduce(jnp.add, (out * share for out, share in zip(outs, shares, strict=True)))
     return whole.astype(outs[0].dtype), jnp.log(total)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, *arrays):
+def _value(settings, *arrays):
     return _forward(settings, *arrays)[0]
 
 
@@ -102,4 +99,5 @@ def _backward(settings, residuals, cotangents):
     return by_q, by_k, by_v, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attend = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_attend.defvjp(_forward, _backward)

@@ -55,7 +55,7 @@ def dq(
                         pl.when(number > 0)(lambda: k_ring.done(number - 1))
                         return acc[...]
 
-                    t = jnp.tanh(pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32)) * (scale / softcap))
+                    t = jnp.tanh(pl.run_scoped(scores, tiles.accumulator(ROWS, keys)) * (scale / softcap))
                     slope = jnp.exp2(t * (softcap * LOG2E) - tiles.wide(lse, keys)) * (1 - t * t)
                     if edge:
                         slope = tiles.within(slope, first_ref.at[b, here], last_ref.at[b, here], j * keys)
@@ -71,7 +71,7 @@ def dq(
                 return result
 
             q = q_smem.at[block.warpgroup]
-            q[...] = (pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32)) * scale).astype(q.dtype)
+            q[...] = (pl.run_scoped(over_keys, tiles.accumulator(ROWS, H)) * scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, head])
             plgpu.wait_smem_to_gmem(0)
@@ -135,7 +135,7 @@ def dkv(
             smem, came = kv_smem.at[mine], kv_came.at[mine]
             plgpu.copy_gmem_to_smem(kv_ref.at[b, here, kv_head], smem, came)
             plgpu.barrier_wait(came)
-            result = pl.run_scoped(over_queries, plgpu.ACC((ROWS, H), jnp.float32))
+            result = pl.run_scoped(over_queries, tiles.accumulator(ROWS, H))
             smem[...] = (result * factor).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, out_ref.at[b, here, kv_head])
@@ -150,7 +150,7 @@ def dkv(
                 pl.when(number > 0)(lambda: ring.done(number - 1))
                 return acc[...]
 
-            return pl.run_scoped(run, plgpu.ACC((ROWS, queries), jnp.float32))
+            return pl.run_scoped(run, tiles.accumulator(ROWS, queries))
 
         def sum_dv(dv):
             def some(step, carry, edge: bool):

@@ -43,7 +43,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
                         pl.when(number > 0)(lambda: v_ring.done(number - 1))
                         return acc[...]
 
-                    s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
+                    s = pl.run_scoped(scores, tiles.accumulator(ROWS, keys))
                     k_ring.done(number)
                     p = jnp.exp2(jnp.tanh(s * (scale / softcap)) * (softcap * LOG2E))
                     if edge:
@@ -59,7 +59,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
                 pl.when(block.end > block.start)(lambda: v_ring.done(block.end - block.start - 1))
                 return result, total
 
-            out, total = pl.run_scoped(over_keys, plgpu.ACC((ROWS, H), jnp.float32))
+            out, total = pl.run_scoped(over_keys, tiles.accumulator(ROWS, H))
             lse[...] = jnp.log(total)
             q[...] = (out * tiles.wide(1 / jnp.maximum(total, 1e-30), H)).astype(q.dtype)  # 0 where nothing is seen
             plgpu.commit_smem()

@@ -82,7 +82,7 @@ class Build:
     def compiler(self) -> plgpu.CompilerParams:
         return plgpu.CompilerParams(approx_math=self.tanh == "approximate")
 
-    def kernel(self, body: Callable, name: str, scratch: Sequence, grid: dict[str, int], outputs: Sequence):
+    def kernel(self, body: Callable, name: str, scratch: Sequence, grid: dict[str, int], outputs):
         """The kernel of that body: a block of threads for each point of the grid, whose first axis changes fastest."""
         return plgpu.kernel(
             body,
@@ -104,7 +104,13 @@ GPU = Build()
 def matrix(shape: tuple[int, ...], dtype):
     """Shared memory for matrices [..., rows, columns], laid out as the tensor cores want their operands."""
     columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+    tiled = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]  (it is not abstract)
+    return plgpu.SMEM(shape, dtype, transforms=(tiled, plgpu.SwizzleTransform(128)))  # pyright: ignore[reportAbstractUsage]
+
+
+def accumulator(rows: int, columns: int):
+    """Registers for a warpgroup's matrix product, float32, of zeros."""
+    return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
 def bounds(first, last, rows: int, size: int):
@@ -263,4 +269,4 @@ def product(a, b):
         plgpu.wgmma(out, a, b)
         return out[...]
 
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, accumulator(a.shape[0], b.shape[1]))
