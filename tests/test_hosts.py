@@ -208,6 +208,7 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.exhaustive
 def test_two_processes_equal_one(alone, tmp_path):
     """Started as srun would; then gone on with by one process. Sums over shards are in another order between them."""
     shutil.copytree(alone / "data", tmp_path / "two" / "data")

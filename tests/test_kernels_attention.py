@@ -189,7 +189,7 @@ def test_log_sum_exp_and_its_gradient():
 
 @pytest.mark.parametrize(
     ("window", "packing"),
-    some([(w, p) for w in WINDOWS for p in PACKINGS], [(65, "many"), (10_000, "one")]),
+    some([(w, p) for w in WINDOWS for p in PACKINGS], [(65, "many")]),
 )
 def test_which_keys_each_query_sees(window, packing):
     """Scores of 0 weigh all keys alike; with one-hot values (output gradients), each query (key) names what it sees."""
@@ -236,7 +236,7 @@ def test_what_nobody_sees_is_not_touched():
 
 @pytest.mark.parametrize(
     ("window", "packing"),
-    some([(10_000, "one"), (65, "one"), (100, "many"), (1, "edges")], [(65, "one"), (100, "many")]),
+    some([(10_000, "one"), (65, "one"), (100, "many"), (1, "edges")], [(100, "many")]),
 )
 def test_tiles_visited(window, packing, monkeypatch):
     """Each kernel loads the tiles in which something is seen, once, and no other."""

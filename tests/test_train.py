@@ -78,7 +78,7 @@ def lines_of(workdir: Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param("sft", marks=pytest.mark.exhaustive), pytest.param("lora", marks=pytest.mark.exhaustive), "dora"],
+    [pytest.param("sft", marks=pytest.mark.exhaustive), "lora", pytest.param("dora", marks=pytest.mark.exhaustive)],
 )
 def test_killed_and_resumed_equals_straight(kind, tmp_path):
     """Ten steps, kill -9, resumed to twenty: weights, optimizer and data position are those of twenty straight."""
@@ -113,6 +113,7 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
     assert list(losses[1]) == list(range(1, 21)), "a step is missing, or logged twice"
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
     config = small("tiny_lora", tmp_path, steps=2)
     loop.train(config)
@@ -237,6 +238,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "20").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_write_that_fails(tmp_path):
     """A disk that fills up while Orbax writes: one sentence, no step, and the same command goes on."""
     config = small("tiny_sft", tmp_path, steps=1)
@@ -337,6 +339,7 @@ def test_data_that_cannot_be_used(tmp_path):
         loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(tmp_path / "missing.jsonl")))
 
 
+@pytest.mark.exhaustive
 def test_resumes_on_other_meshes(tmp_path):
     """Stages with a layer too few, then context shards, then one device: weights and losses are those of one mesh."""
 
