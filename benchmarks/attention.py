@@ -164,7 +164,9 @@ def by_cudnn(layer: Layer) -> Callable:
     """Without the soft cap, which it lacks, and of one segment a row."""
     window = None if layer.window is None else (layer.window - 1, 0)
     settings = dict(scale=layer.shape.scale, is_causal=True, local_window_size=window, implementation="cudnn")
-    return lambda q, k, v, mask: (jax.nn.dot_product_attention(q, k, v, **settings), None)  # pyright: ignore
+    # Settings of several types, in one dict, are more than pyright follows.
+    attend = partial(jax.nn.dot_product_attention, **settings)  # pyright: ignore[reportArgumentType]
+    return lambda q, k, v, mask: (attend(q, k, v), None)
 
 
 def by_reference(layer: Layer) -> Callable:

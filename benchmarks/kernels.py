@@ -75,6 +75,22 @@ def compiled(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     return {kernel.name.removeprefix("gemma2_attention_"): kernel for kernel in kernels}
 
 
+def compiled_decode(shape: Shape, rows: int = 8, length: int = LENGTH) -> Kernel:
+    """That of `gemma2_jax.kernels.decode`, for one token of each row to caches of so many."""
+    import jax
+    import jax.numpy as jnp
+
+    from gemma2_jax.kernels.decode import decode
+
+    def run(q, k, v, position):
+        return decode(q, k, v, position, length, scale=shape.scale, softcap=shape.softcap)
+
+    q = jax.ShapeDtypeStruct((rows, 1, shape.heads, shape.width), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((rows, shape.kv_heads, length, shape.width), jnp.bfloat16)
+    (kernel,) = machine_code.compiled(run, q, k, k, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    return kernel
+
+
 def compiled_of_jax(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     """Those of jax's own Mosaic attention: forward, "causal" too, and backward, where it cannot be causal."""
     import jax
@@ -261,6 +277,7 @@ def code_rows() -> Iterator[tuple[str, ...]]:
             kernel = ours[direction]
             found = work(kernel, PRODUCTS[direction], shape.width)
             yield code_row(name, written, "all", kernel, found)
+        yield code_row(name, "decode", "a token, cap, ring", compiled_decode(shape), [])
         if shape.heads == shape.kv_heads:  # to it, heads are all the same
             continue
         theirs = compiled_of_jax(shape)

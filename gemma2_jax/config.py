@@ -225,14 +225,12 @@ class ComputeConfig:
     dtype: DType = "bfloat16"  # of activations and matrix products (which accumulate in float32)
     trained_dtype: DType = "float32"  # of weights that are trained, and of their optimizer state
     frozen_dtype: DType = "bfloat16"  # of weights that are not
-    attention: Literal["auto", "mosaic", "xla"] = (
-        "auto"  # implementation of attention: fused kernels for Hopper, or jnp
-    )
+    # Of attention: fused kernels for Hopper, jnp, or the first of these that can.
+    attention: Literal["auto", "mosaic", "xla"] = "auto"
     # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
     remat: Literal["none", "dots", "block", "offload"] = "block"
-    gpu_flags: Literal["none", "overlap"] = (
-        "overlap"  # XLA's on GPU: its defaults, or more communication beside compute
-    )
+    # XLA's on GPU: its defaults, or more communication beside compute.
+    gpu_flags: Literal["none", "overlap"] = "overlap"
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
     def __post_init__(self) -> None:

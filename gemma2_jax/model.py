@@ -24,9 +24,7 @@ from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Cache = list[
-    tuple[jax.Array, jax.Array]
-]  # keys and values of each layer, [B, K, S, H]: see attention_xla.attend_cached
+Cache = list[tuple[jax.Array, jax.Array]]  # of each layer, keys and values [B, K, S, H]: attention_xla.attend_cached
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings

@@ -6,6 +6,10 @@ import pytest
 
 from benchmarks import machine_code
 
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="no CUDA plugin: pip install 'gemma2-jax[plan]'"
+)
+
 
 def need() -> None:
     """Skips the test where what compiles them, or reads their machine code, is not installed."""

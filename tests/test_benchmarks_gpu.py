@@ -4,7 +4,6 @@ Run as a program, which is what a test here does once, it lowers what is timed f
 JSON: JAX must not have been used before `plan.prepare`.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import needs_plugin
 
 from benchmarks import attention, gpu
 from benchmarks.attention import Cached, Check, Layer
@@ -28,9 +28,6 @@ from gemma2_jax.kernels.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None, reason="no CUDA plugin: pip install 'gemma2-jax[plan]'"
-)
 
 
 def lower(everything: bool) -> dict[str, list]:

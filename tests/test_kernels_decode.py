@@ -1,6 +1,5 @@
 """The decoding kernel: interpreted on CPU against its meaning in float32, and compiled for an H100 not at hand."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import needs_plugin
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.decode import TILE, decode
 
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None, reason="no CUDA plugin: pip install 'gemma2-jax[plan]'"
-)
 BEYOND = 2**31 - 1
 
 

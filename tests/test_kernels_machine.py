@@ -30,7 +30,8 @@ KERNELS = [
 
 def compile_case(name: str, path: str) -> None:
     plan.prepare()
-    Path(path).write_bytes(pickle.dumps(table.compiled(CASES[name])))
+    found = {**table.compiled(CASES[name]), "decode": table.compiled_decode(CASES[name])}
+    Path(path).write_bytes(pickle.dumps(found))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,6 @@ def case(request) -> tuple[str, str]:
 @pytest.fixture
 def kernel(compiled, case) -> Kernel:
     name, direction = case
-    assert compiled[name].keys() == DIRECTIONS.keys()
     return compiled[name][direction]
 
 
@@ -89,6 +89,16 @@ def test_a_block_fits_a_multiprocessor(kernel):
     assert kernel.threads == 3 * 128
     each = (set_by[0], *set_by) if len(set_by) == 2 else set_by  # two warpgroups that run the same code
     assert len(each) == 3 and 128 * sum(each) <= REGISTERS_PER_SM
+
+
+@pytest.mark.parametrize("case", [("256", "decode"), ("128", "decode")], ids=lambda case: " ".join(case))
+def test_decode(compiled, case):
+    """As for the others above; and two blocks at a time, one of which loads while the other computes."""
+    kernel = compiled[case[0]]["decode"]
+    test_no_register_is_spilled(kernel)
+    test_ptxas_warns_of_nothing(kernel)
+    test_hopper_multiplies_and_loads(kernel)
+    assert kernel.threads == 2 * 128 and kernel.blocks_per_sm == 2
 
 
 def test_loops_do_what_a_tile_needs_and_no_more(kernel, case):

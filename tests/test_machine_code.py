@@ -190,7 +190,7 @@ def test_launches():
     %1 = arith.constant 1 : index
     %c100432_i32 = arith.constant 100432 : i32
     %2 = gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %1, %e = %1, %f = %1) threads(%g, %h, %i) in (%j = %c256, %k = %1, %l = %1) dynamic_shared_memory_size %c100432_i32 {
-""".splitlines()  # noqa: E501
+""".splitlines()  # noqa: E501  (lines of MLIR are as long as they are)
     assert machine_code.launch(lines) == {"threads": 256, "dynamic_shared": 100432}
     with pytest.raises(ValueError, match=r"no gpu\.launch"):
         machine_code.launch(lines[:3])
@@ -277,7 +277,7 @@ ENTRY %main (param: f32[8]) -> f32[8] {
   %z = f32[8]{0} custom-call(%p), custom_call_target="other"
   ROOT %w = f32[8]{0} while(%p), condition=%c, body=%pass, metadata={op_name="passes"}, backend_config={"known_trip_count":{"n":"5"}}
 }
-"""  # noqa: E501
+"""  # noqa: E501  (so are those of HLO)
 
 
 def test_calls():

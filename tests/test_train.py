@@ -256,7 +256,8 @@ def test_a_write_that_fails(tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     config = small("tiny_lora", tmp_path, steps=2000)
     process = subprocess.Popen(
-        command("tiny_lora", config),
+        # Shells have what they start in the background ignore SIGINT, and so would this.
+        ["env", "--default-signal=INT", *command("tiny_lora", config)],
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -34,7 +34,7 @@ def dq(
 
         @pl.when(block.warpgroup < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            tiles.computes()
             came = both_came.at[block.warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q_smem.at[block.warpgroup], came)
             plgpu.copy_gmem_to_smem(d_ref.at[b, here, head], d_smem.at[block.warpgroup], came)
@@ -76,10 +76,7 @@ def dq(
             plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, head])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(block.warpgroup == 2)
-        def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
+        block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
 
     dtype = q_BTNH.dtype
     scratch = (
@@ -131,7 +128,7 @@ def dkv(
 
         def accumulate(mine: int, kv_ref, out_ref, over_queries, factor: float):
             """A warpgroup's work, with keys or values of its own, until their gradient is written."""
-            plgpu.set_max_registers(240, action="increase")
+            tiles.computes()
             smem, came = kv_smem.at[mine], kv_came.at[mine]
             plgpu.copy_gmem_to_smem(kv_ref.at[b, here, kv_head], smem, came)
             plgpu.barrier_wait(came)
@@ -203,8 +200,6 @@ def dkv(
 
         @pl.when(warpgroup == 2)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
-
             def at(number):
                 step = start + number
                 return pl.ds(step // G * queries, queries), kv_head * G + step % G

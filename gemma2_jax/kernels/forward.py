@@ -27,7 +27,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
 
         @pl.when(block.warpgroup < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            tiles.computes()
             q, lse, came = (of_both.at[block.warpgroup] for of_both in (q_smem, lse_smem, q_came))
             plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q, came)
             plgpu.barrier_wait(came)
@@ -67,10 +67,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, here])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(block.warpgroup == 2)
-        def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
+        block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
 
     dtype = q_BTNH.dtype
     ring = Ring.scratch(tile.stages, tiles.matrix((tile.stages, keys, H), dtype))

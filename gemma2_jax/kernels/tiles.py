@@ -173,11 +173,18 @@ class Ring:
         plgpu.barrier_arrive(self.used.at[self.place(number)])
 
 
+def computes() -> None:
+    """Takes the registers for a warpgroup that computes: two of 240 and one of 24 are what a multiprocessor has."""
+    plgpu.set_max_registers(240, action="increase")
+
+
 def load(count, *rings: tuple[Ring, Callable]) -> None:
     """Loads `count` tiles into each ring, `source(number)` of those given with it, as places become free.
 
-    It ends when all have been used: a barrier must not go while others arrive there.
+    It ends when all have been used: a barrier must not go while others arrive there. The warpgroup that does this
+    leaves its registers to those that compute (`computes`).
     """
+    plgpu.set_max_registers(24, action="decrease")
     most = max(ring.stages for ring, _ in rings)
 
     @pl.loop(0, count + most)
@@ -237,12 +244,14 @@ class Queries:
         return {"heads": N // (2 if Queries.pairs(N, K) else 1), "queries": T // Queries.at_once(N, K), "row": B}
 
     def load(self, size: int, *rings: tuple[Ring, Any]) -> None:
-        """Loads the tiles of `size` keys, of what each ring is given with, [B, S, K, H]."""
+        """The third warpgroup loads the tiles of `size` keys, of what each ring is given with, [B, S, K, H]."""
 
         def source(ref, number):
             return ref.at[self.b, pl.ds((self.start + number) * size, size), self.kv_head]
 
-        load(self.end - self.start, *((ring, partial(source, ref)) for ring, ref in rings))
+        @pl.when(self.warpgroup == 2)
+        def _():
+            load(self.end - self.start, *((ring, partial(source, ref)) for ring, ref in rings))
 
 
 def within(x, first_ref, last_ref, start):
