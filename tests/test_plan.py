@@ -211,8 +211,8 @@ def test_64_hosts():
 ONE = MeshConfig(data=1)
 
 
-def check_kernels(found: plan.Plan) -> None:
-    """Attention of every layer and pass is by the kernels, forward, again and backward."""
+def kernels(found: plan.Plan) -> tuple[Counter, dict[str, int]]:
+    """How often a step runs each attention kernel, and how often its layers and passes need it: forward, again, back."""
     program = found.program
     stages, context = program.mesh.shape["stage"], program.mesh.shape["context"]
     runs = program.pipeline.layers * (program.pipeline.passes + stages - 1) * context
@@ -221,11 +221,9 @@ def check_kernels(found: plan.Plan) -> None:
         assert call.times is not None, call
         times[call.name] += call.times
     again = program.config.compute.remat in ("block", "offload")
-    assert times == {
-        "gemma2_attention_forward": runs * (2 if again else 1),
-        "gemma2_attention_dq": runs,
-        "gemma2_attention_dkv": runs,
-    }
+    forward = runs * (2 if again else 1)
+    needed = {"gemma2_attention_forward": forward, "gemma2_attention_dq": runs, "gemma2_attention_dkv": runs}
+    return times, needed
 
 
 @needs_plugin
@@ -244,7 +242,8 @@ def test_kernels_in_every_layer(name, mesh):
     compute = replace(config.compute, gpu_flags="none")  # which has loops once in the program, not twice
     config = replace(config, model=model, train=train, compute=compute)
     found = plan.compile_step(config, math.prod(vars(mesh).values()))
-    check_kernels(found)
+    run, needed = kernels(found)
+    assert run == needed
     # No scores of all pairs; no other dim has this size.
     assert not re.search(r"\[(?:\d+,)*6144,(?:\d+,)*6144(?:,\d+)*\]", found.text)
 
@@ -279,7 +278,9 @@ def test_real_steps_fit(name, mesh, length):
     config = replace(configs.load(name), mesh=mesh)
     config = replace(config, train=replace(config.train, sequence_length=length))
     found = plan.compile_step(config, math.prod(vars(mesh).values()))
-    check_kernels(found)
+    run, needed = kernels(found)
+    # XLA repeats a kernel rather than keep its result, where it takes memory to be short: 27B on eight GPUs.
+    assert run.keys() == needed.keys() and all(run[name] >= needed[name] for name in needed)
     assert found.total <= plan.USABLE_BYTES, plan.verdict(found.total)
     assert found.lower_seconds + found.compile_seconds < 60
 
