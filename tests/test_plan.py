@@ -212,7 +212,7 @@ ONE = MeshConfig(data=1)
 
 
 def kernels(found: plan.Plan) -> tuple[Counter, dict[str, int]]:
-    """How often a step runs each attention kernel, and how often its layers and passes need it: forward, again, back."""
+    """How often a step runs each attention kernel, and how often its layers and passes need it to."""
     program = found.program
     stages, context = program.mesh.shape["stage"], program.mesh.shape["context"]
     runs = program.pipeline.layers * (program.pipeline.passes + stages - 1) * context
