@@ -27,7 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import table, tensors
+from gemma2_jax.convert import arrays, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -48,8 +48,8 @@ class Source(Protocol):
         """Arrays of this store in the dtype and sharding of `wanted`, whose shapes are right."""
         ...
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        """One whole array in the host's memory, once."""
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        """A part of an array as it is stored, in the host's memory, in whatever order its dims are there."""
         ...
 
 
@@ -118,9 +118,9 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     return {path: found[path] for path in wanted}
 
 
-def read(checkpoint: Checkpoint, path: str, dtype: np.dtype) -> np.ndarray:
-    """One array of the checkpoint in the host's memory, where `load` would hold it twice."""
-    return next(source for source in checkpoint.sources if path in source.shapes).read(path, dtype)
+def read(checkpoint: Checkpoint, path: str, index: table.Index) -> np.ndarray:
+    """A part of an array as it is stored, in the host's memory; best one layer, or some rows, as memory goes."""
+    return next(source for source in checkpoint.sources if path in source.shapes).read(path, index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,8 @@ class _Safetensors:
 
     @classmethod
     def open(cls, folder: Path, files: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
-        table.claim(table.their_shapes(rows, model, rank), files.shapes, folder)
+        found = {name: shape for name, shape in files.shapes.items() if name != table.HEAD}
+        table.claim(table.their_shapes(rows, model, rank), found, folder)
         shapes: Abstract = {}
         for row in rows:
             dtype = jnp.result_type(*(files.dtypes[name] for name in row.names(model.layers)))
@@ -155,9 +156,8 @@ class _Safetensors:
 
         return jax.make_array_from_callback(want.shape, _sharding(want), part)
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        row = self.rows[path]
-        return row.join(self.size, dtype, self.tensors.read, (slice(None),) * len(row.letters))
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        return self.rows[path].join(self.size, self.shapes[path].dtype, self.tensors.read, index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,7 @@ class _Orbax:
     """An Orbax checkpoint of a nested dict of our arrays."""
 
     folder: epath.Path
+    arrays: arrays.Reader
     shapes: Abstract
 
     @classmethod
@@ -175,7 +176,7 @@ class _Orbax:
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
         table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
-        return cls(folder=epath.Path(folder.absolute()), shapes=shapes)
+        return cls(folder=epath.Path(folder.absolute()), arrays=arrays.Reader(folder), shapes=shapes)
 
     def load(self, wanted: Abstract) -> dict[str, jax.Array]:
         if not wanted:
@@ -189,9 +190,10 @@ class _Orbax:
             }
         )
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        whole = self._restore({path: ocp.RestoreArgs(dtype=dtype, restore_type=np.ndarray)})[path]
-        return whole[: self.shapes[path].shape[0]]
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        shape = self.shapes[path].shape  # of a run the stack may be longer
+        within = tuple(range(size)[at] for size, at in zip(shape, index, strict=True))
+        return self.arrays.read(path, tuple(slice(at.start, at.stop) for at in within))
 
     def _restore(self, how: dict[str, Any]) -> dict[str, Any]:
         handler = ocp.PyTreeCheckpointHandler()
@@ -232,11 +234,8 @@ def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
     files = Tensors(folder, tensors.MODEL)
-    head = files.shapes.pop(table.HEAD, None)
     source = _Safetensors.open(folder, files, table.MODEL, model)
-    if head:
-        whole = (slice(None),) * 2
-        table.check_tied(files.read(table.HEAD, whole), files.read(table.MODEL[0].name, whole), folder)
+    table.check_tied(files.shapes, files.read, folder)
     found = Checkpoint(
         format="huggingface",
         path=folder,

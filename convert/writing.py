@@ -1,12 +1,15 @@
-"""Writes a checkpoint in one of three formats, an array at a time, as a folder that appears whole or not at all.
+"""Writes a checkpoint in one of three formats, a layer's matrix at a time; the folder appears whole or not at all.
 
-What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. In memory at one time
-are one stacked array, and what the format writes together: a safetensors file, or nothing more.
+What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. While a part is
+written the next ones are read: in memory are a few parts, of which the largest is a matrix of a layer, or as many rows
+of the embedding as make up `arrays.CHUNK_BYTES`.
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,21 +18,20 @@ from typing import Literal
 import jax
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
-from orbax.checkpoint.experimental import v1 as ocp
 
-from gemma2_jax import lora
+from gemma2_jax import dims, lora
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
-from gemma2_jax.convert import folder, table, tensors
+from gemma2_jax.convert import arrays, folder, table, tensors
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
+from gemma2_jax.convert.copying import contiguous
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.convert.peft_config import peft_config
 from gemma2_jax.convert.table import Row
 from gemma2_jax.model import Gemma2
 
 Format = Literal["orbax", "hf", "peft"]
-# Of an Orbax array's compressed pieces: small enough for a device to read little more than its slice.
-_CHUNK_BYTES = 64 << 20
+Part = tuple[Row, table.Index]
+_AHEAD = 2  # parts that are read before they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +87,30 @@ class Job:
         """Bytes of all arrays."""
         return sum(_bytes(shape) for shape in self.shapes.values())
 
-    def array(self, row: Row) -> np.ndarray:
-        """One array as it is written, merged if that is asked for."""
-        want = self.shapes[row.path]
+    def parts(self, rows: tuple[Row, ...]) -> Iterator[Part]:
+        """What is read and written at a time: of stacked rows a layer, of others some rows."""
+        for row in rows:
+            want = self.shapes[row.path]
+            step = 1 if row.stacked else arrays.rows_at_once(want, stacked=False)
+            for at in range(0, want.shape[0], step):
+                last = min(at + step, want.shape[0])
+                yield row, (slice(at, last), *[slice(None)] * (len(want.shape) - 1))
+
+    def part(self, row: Row, index: table.Index) -> np.ndarray:
+        """A part of an array as it is written, merged if that is asked for, in whatever order in memory."""
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.targets(self.source.adapter):
-            return self._merged(projection, row.path, want)
-        return read(self.source, row.path, want.dtype)
+            return self._merged(projection, row.path, index)
+        return read(self.source, row.path, index).astype(self.shapes[row.path].dtype, copy=False)
 
-    def _merged(self, projection: str, path: str, want: jax.ShapeDtypeStruct) -> np.ndarray:
-        parts = {part: row.path for part, row in table.adapter_rows(projection).items()}
-        paths = {part: at for part, at in {"w": path, **parts}.items() if at in self.source.shapes}
-        held = {part: read(self.source, at, self.source.shapes[at].dtype) for part, at in paths.items()}
-        merged = np.empty(want.shape, want.dtype)
-        for layer in range(len(merged)):  # float32 copies of a whole stack would be many times its size
-            merged[layer] = self._merge(
-                projection, want.dtype, **{part: x[layer : layer + 1] for part, x in held.items()}
-            )[0]
-        return merged
+    def _merged(self, projection: str, path: str, index: table.Index) -> np.ndarray:
+        rows = {part: row.path for part, row in table.adapter_rows(projection).items()}
+        paths = {part: at for part, at in {"w": path, **rows}.items() if at in self.source.shapes}
+        layers = {
+            part: (index[0], *[slice(None)] * (len(self.source.shapes[at].shape) - 1)) for part, at in paths.items()
+        }
+        held = {part: contiguous(read(self.source, at, layers[part])) for part, at in paths.items()}
+        return np.asarray(self._merge(projection, self.shapes[path].dtype, **held))[(slice(None), *index[1:])]
 
     @cached_property
     def _merge(self) -> Callable:
@@ -129,7 +137,7 @@ def _adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
 
 
 def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: None) -> None:
-    """Carries out a job; `moved` is told of bytes: half of them as they are read, half as they reach the disk.
+    """Carries out a job; `moved` is told of the bytes that are written.
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
@@ -152,31 +160,41 @@ def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: 
 
 def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
     assert job.source.model is not None
-    sizes = {
-        name: _bytes(job.shapes[row.path]) // (job.source.model.layers if row.stacked else 1)
-        for row in rows
-        for name in row.names(job.source.model.layers)
-    }
-    stream = (pair for row in rows for pair in row.split(job.array(row)))
+    layers, size = job.source.model.layers, dims.sizes(job.source.model, job.adapter.rank)
+    wanted = {}
+    for row in rows:
+        shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
+        wanted |= dict.fromkeys(row.names(layers), jax.ShapeDtypeStruct(shape, job.shapes[row.path].dtype))
+
+    def theirs(part: Part) -> np.ndarray:
+        ours = job.part(*part)
+        return contiguous(part[0].theirs(ours[0] if part[0].stacked else ours))
+
+    stream = ahead(theirs, job.parts(rows))
     if job.to == "peft":  # which reads one file only
-        tensors.write(target, tensors.ADAPTER, sizes, stream, moved, shard_bytes=sys.maxsize)
+        tensors.write(target, tensors.ADAPTER, wanted, stream, moved, shard_bytes=sys.maxsize)
     else:
-        tensors.write(target, tensors.MODEL, sizes, stream, moved)
+        tensors.write(target, tensors.MODEL, wanted, stream, moved)
 
 
 def _write_orbax(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
-    # Orbax's stable API writes whole trees only; what its next one writes in parts, both read.
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    context.memory.deepcopy_host_arrays = False  # nothing changes them while they are written
-    with context:
-        for row in rows:
-            array = job.array(row)
-            moved(array.nbytes / 2)
-            ocp.partial.save(str(target), unflatten_dict({row.path: array}, sep="/"))
-            moved(array.nbytes / 2)
-            del array  # before the next one is read
-        ocp.partial.finalize(str(target))
+    writer = arrays.Writer(target, {row.path: job.shapes[row.path] for row in rows})
+    stream = ahead(lambda part: contiguous(job.part(*part)), job.parts(rows))
+    for (row, index), part in zip(job.parts(rows), stream, strict=True):
+        writer.write(row.path, index, part)
+        moved(part.nbytes)
+
+
+def ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
+    """`function` of each item, of some in another thread before they are asked for."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Y]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
