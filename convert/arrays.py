@@ -98,13 +98,19 @@ def _create(folder: Path, path: str, want: jax.ShapeDtypeStruct) -> ts.TensorSto
     stacked = path.startswith("blocks/")
     dim = 1 if stacked else 0
     chunk = (*(1,) * dim, rows_at_once(want, stacked), *want.shape[dim + 1 :])
-    metadata = {"shape": want.shape, "chunks": chunk, "compressor": None, "fill_value": 0, "dimension_separator": "."}
+    metadata = {
+        "shape": want.shape,
+        "chunks": chunk,
+        "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,  # as TensorStore spells it
+        "compressor": None,
+        "fill_value": None,
+        "dimension_separator": ".",
+    }
     kvstore = {"driver": "file", "path": f"{folder}/{path.replace('/', '.')}/"}
     spec = {
         "driver": "zarr",
         "kvstore": kvstore,
         "metadata": metadata,
-        "schema": {"dtype": want.dtype.name},
         "store_data_equal_to_fill_value": True,
         "context": {"file_io_sync": False},  # the folder gets its name when all is written: see `folder`
     }
