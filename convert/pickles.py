@@ -21,7 +21,7 @@ DTYPES = {
     for name, dtype in {
         **{name: name for name in ("float64", "float32", "float16", "complex64", "complex128")},
         **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")},
-        **{name: getattr(jnp, name) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")},
+        **{name: getattr(jnp, name) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")},
     }.items()
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -184,7 +184,9 @@ class _Archive:
             if entries.setdefault(name.removeprefix(folder), entry := _Entry(header, full, crc, limit)) is not entry:
                 raise self.damaged("two of its archive's entries have one name")
         if "data.pkl" not in entries:
-            raise ValueError(f"{self.path} is a zip archive, but not one of torch.save; check that it is the right file")
+            raise ValueError(
+                f"{self.path} is a zip archive, but not one of torch.save; check that it is the right file"
+            )
         return entries
 
     def _end(self) -> tuple[int, int, int]:
