@@ -64,7 +64,11 @@ _NAMES = {
     "numpy.ndarray",
     "numpy.dtype",
     # "__builtin__" is how protocol 2 spells the module.
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "list", "dict")),
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "list", "dict", "getattr")
+    ),
 }
 _PREFIXES = (
     "torch.distributed.checkpoint.metadata.",
@@ -73,6 +77,9 @@ _PREFIXES = (
     "megatron.",
     "numpy.dtypes.",
 )
+# What may be referred to again and again must be quick to look at each time.
+_NAME_LENGTH = 500
+_KEY_LENGTH = 5000
 _TUPLE_KEYS = 1000  # their hashes can be made to collide, which is quadratic; an optimizer's file has a few
 
 
@@ -134,9 +141,19 @@ def _size(args: tuple) -> tuple:
     return args[0]
 
 
+def _member(args: tuple) -> Record:
+    """Python 3.11 pickles a member of an enumeration as getattr(class, its name)."""
+    match args:
+        case (Global(path), str()) if not path.startswith(("builtins.", "__builtin__.")):
+            return Record("builtins.getattr", args)
+    raise _Malformed("an attribute of something else than a class")
+
+
 # The items of a dict of another kind come by themselves.
 _CALLS: dict[str, Callable[[tuple], Any]] = {
     "torch.Size": _size,
+    "builtins.getattr": _member,
+    "__builtin__.getattr": _member,
     "collections.OrderedDict": lambda args: {},
     "collections.defaultdict": lambda args: {},
 }
@@ -178,7 +195,7 @@ class _Machine:
         return form.unpack_from(self.data, start)[0]
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + 1000)
+        end = self.data.find(b"\n", self.at, self.at + _NAME_LENGTH)
         if end < 0:
             raise IndexError
         start, self.at = self.at, end + 1
@@ -201,8 +218,8 @@ class _Machine:
 
     def named(self) -> tuple[str, str]:
         name, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise _Malformed("a name that is no text")
+        if not isinstance(name, str) or not isinstance(module, str) or len(name) + len(module) > _NAME_LENGTH:
+            raise _Malformed("a name that is no name")
         return module, name
 
     def call(self, new: bool) -> None:
@@ -235,18 +252,23 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise _Malformed("items set in what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key if type(key) is str else self.key(key)] = value
+            target[key if type(key) is str and len(key) < _KEY_LENGTH else self.key(key)] = value
 
     def key(self, key: Any) -> Any:
         """A key of a dict, where finding it is quick and safe: a tuple's hash goes as deep as the tuple."""
         parts = (key,)
         if isinstance(key, tuple):
-            parts, self.tuple_keys = key, self.tuple_keys + 1
-        # Larger numbers are hashed modulo this one.
-        if self.tuple_keys > _TUPLE_KEYS or not all(
-            isinstance(part, str | bytes | float | None | Record | Global | np.dtype)
-            or (isinstance(part, int) and abs(part) < 1 << 60)
-            for part in parts
+            parts, self.tuple_keys = key[:64], self.tuple_keys + 1
+        # Numbers of 61 bits or more can be made to collide.
+        if (
+            (isinstance(key, tuple) and len(key) > len(parts))
+            or self.tuple_keys > _TUPLE_KEYS
+            or not all(
+                isinstance(part, float | None | Record | Global | np.dtype)
+                or (isinstance(part, int) and abs(part) < 1 << 60)
+                or (isinstance(part, str | bytes) and len(part) < _KEY_LENGTH)
+                for part in parts
+            )
         ):
             raise _Malformed("a dict with keys such as no checkpoint has")
         return key

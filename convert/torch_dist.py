@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemma2_jax.convert import pickles, torch_files
-from gemma2_jax.convert.pickles import Global, Record
+from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.torch_files import Index, Stored
 
 METADATA = ".metadata"
@@ -52,7 +52,7 @@ class TorchDist:
         """Reads the folder's metadata. Raises ValueError where it is missing, damaged or something else."""
         self.folder = folder
         self.shapes, self.dtypes, self.objects = dict[str, _Sizes](), dict[str, np.dtype](), list[str]()
-        self._listed, self._checked = dict[str, list[tuple[_Sizes, _Sizes]]](), dict[str, _Chunks]()
+        self._listed, self._checked = dict[str, list[Any]](), dict[str, _Chunks]()
         path = folder / METADATA
         try:
             data = path.read_bytes()
@@ -75,7 +75,7 @@ class TorchDist:
                 state={"properties": Record(state=(np.dtype() as dtype, *_)), "size": size, "chunks": list(chunks)}
             ) if isinstance(name, str) and _is_sizes(size):
                 self.shapes[name], self.dtypes[name] = size, dtype
-                self._listed[name] = [_chunk(chunk, self.folder / METADATA) for chunk in chunks]
+                self._listed[name] = chunks
             case _:
                 raise _strange(self.folder / METADATA)
 
@@ -101,7 +101,7 @@ class TorchDist:
         if not math.prod(shape):
             return np.empty(shape, dtype)
         whole = None if len(hits) == 1 else np.empty(shape, dtype)
-        for hit in hits:
+        for hit in hits.tolist():
             at, end = np.maximum(start, chunks.starts[hit]), np.minimum(stop, chunks.ends[hit])
             part = self._stored(name, chunks, hit).read(_index(at - chunks.starts[hit], end - chunks.starts[hit]))
             if whole is None:
@@ -144,7 +144,8 @@ class TorchDist:
         """A tensor's chunks, those of no elements left out."""
         if name not in self._checked:
             shape = self.shapes[name]
-            listed = [(at, sizes) for at, sizes in self._listed[name] if math.prod(sizes)]
+            read = [_chunk(chunk, self.folder / METADATA) for chunk in self._listed[name]]
+            listed = [(at, sizes) for at, sizes in read if math.prod(sizes)]
             if any(len(at) != len(shape) or len(sizes) != len(shape) for at, sizes in listed) or not _tiles(
                 [(0, size) for size in shape],
                 [[(at, at + size) for at, size in zip(*chunk, strict=True)] for chunk in listed],
@@ -179,16 +180,14 @@ def _chunk(chunk: Any, path: Path) -> tuple[_Sizes, _Sizes]:
 def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], _Place]:
     match key, info:
         case (
-            Record(state={"fqn": str(name), **index}),
-            Record(state={"relative_path": str(file), "offset": int(offset), "length": int(length), **rest}),
+            Record(state={"fqn": str(name)} as index),
+            Record(state={"relative_path": str(file), "offset": int(offset), "length": int(length)} as info),
         ):
-            if offset < 0 or length < 0:
-                raise _strange(path)
-            if Path(file).name != file or "\0" in file:
+            if len(file) > 255 or file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
                 raise ValueError(f"{path} lists {file[:200]!r}; it may only name files in its own folder")
             at = index.get("offset")
-            if at is None or _is_sizes(at):
-                return (name, at), _Place(file, offset, length, not rest.get("transform_descriptors"))
+            if offset >= 0 and length >= 0 and (at is None or _is_sizes(at)):
+                return (name, at), _Place(file, offset, length, not info.get("transform_descriptors"))
     raise _strange(path)
 
 

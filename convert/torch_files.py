@@ -8,7 +8,6 @@ with the file before memory is taken. What the tensors of a file mean is not kno
 import math
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +21,7 @@ Index = tuple[slice, ...]
 
 _ALIGNMENT = 64  # of an entry's data from the start of its archive, as torch's readers like to have it
 _ZIP64 = 0xFFFFFFFF  # in a field of 32 bits: too large for it, see the extra field
-_MOST = 1 << 62  # bytes that numpy can address, and twice that in sums
+_MOST_ELEMENTS = 1 << 56
 _STORAGE_NAMES = {dtype: name for name, dtype in pickles.STORAGES.items()}
 
 # The structures of APPNOTE.TXT 4.3, by their signatures.
@@ -178,8 +177,9 @@ class _Archive:
         entries = dict[str, _Entry]()
         folder = found[0][1].partition("/")[0] + "/" if found else ""
         for (header, name, full, crc), limit in zip(found, [header for header, *_ in found[1:]] + [at], strict=False):
-            # Torch's entries have one folder, and follow one another.
-            if not name.startswith(folder) or header + _LOCAL.size + full > limit:
+            if not name.startswith(folder):
+                raise self.damaged("its archive has more than one folder")
+            if header + _LOCAL.size + full > limit:
                 raise self.damaged("its archive's entries overlap")
             if entries.setdefault(name.removeprefix(folder), entry := _Entry(header, full, crc, limit)) is not entry:
                 raise self.damaged("two of its archive's entries have one name")
@@ -201,7 +201,7 @@ class _Archive:
         mark, _, _, _, count, size, at, _ = _END.unpack(self.read(self.length - _END.size, _END.size))
         if mark != b"PK\5\6":
             raise self.damaged("its archive has no end")
-        if 0xFFFF in (count,) or _ZIP64 in (size, at):
+        if count == 0xFFFF or _ZIP64 in (size, at):
             mark, _, at, _ = _LOCATOR.unpack(self.read(self.length - _END.size - _LOCATOR.size, _LOCATOR.size))
             if mark != b"PK\6\7":
                 raise self.damaged("its archive has no end")
@@ -244,7 +244,7 @@ class _Archive:
     def storage(self, key: Any) -> _Storage:
         """A storage, as a pickle refers to it: ("storage", its class, the entry, a device, the number of elements)."""
         match key:
-            case ("storage", Global(kind), str(name), str(), int(count)):
+            case (str("storage"), Global(kind), str(name), str(), int(count)) if len(name) < 100:
                 name, dtype = f"data/{name}", pickles.STORAGES.get(kind)
                 entry = self.entries.get(name)
                 if entry is None:
@@ -259,14 +259,17 @@ class _Archive:
 
     def tensor(self, args: tuple) -> Stored:
         """torch._utils._rebuild_tensor_v2 and _v3(storage, offset, shape, strides, requires_grad, hooks[, dtype])."""
-        match args:
+        match args[:7]:
             case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), *rest):
                 dtype = storage.dtype or (rest[0] if rest else None)
-                sizes = (offset, *shape, *strides)
-                if not isinstance(dtype, np.dtype) or not all(type(size) is int and size >= 0 for size in sizes):
+                if not isinstance(dtype, np.dtype):
                     raise self.damaged("a tensor of an unknown kind")
-                # Up to as many dims as numpy has. Of no elements there may be many, were it not for the empty dim.
-                if not len(shape) == len(strides) <= 64 or math.prod(max(size, 1) for size in shape) > _MOST // 16:
+                # Numpy has 64 dims, and counts the elements that there would be if no dim were 0.
+                if (
+                    not len(shape) == len(strides) <= 64
+                    or not all(type(size) is int and size >= 0 for size in (offset, *shape, *strides))
+                    or math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS
+                ):
                     raise self.damaged("a tensor of impossible shape")
                 held, count = storage.size // dtype.itemsize, math.prod(shape)
                 last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
