@@ -8,6 +8,8 @@ the slices that this process's devices need. Nothing here writes. A folder is on
     orbax        weights/ and adapter/, or one of them: Orbax checkpoints of nested dicts of our arrays; config.json
                  and adapter_config.json as above
     run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
+    megatron     latest_checkpointed_iteration.txt and the folder it names, or that folder: of torch_dist, or of the
+                 legacy format torch; weights, or adapters alone
 """
 
 import re
@@ -27,7 +29,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import arrays, table, tensors
+from gemma2_jax.convert import arrays, megatron, megatron_config, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -57,7 +59,7 @@ class Source(Protocol):
 class Checkpoint:
     """What a folder holds. `sources` have the arrays."""
 
-    format: Literal["huggingface", "peft", "orbax", "run"]
+    format: Literal["huggingface", "peft", "orbax", "run", "megatron"]
     path: Path
     model: ModelConfig | None = None  # None: an adapter whose model is not at hand
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # kind "none": there is none
@@ -66,6 +68,8 @@ class Checkpoint:
     tokenizer: Path | None = None  # the folder with the tokenizer
     beside: tuple[Path, ...] = ()  # folders whose small files go where the weights go; of two alike the later
     sources: tuple[Source, ...] = ()
+    layout: str = ""  # how its files are made, where one format has several ways
+    notes: tuple[str, ...] = ()  # what its reader should know: sentences
 
     @property
     def shapes(self) -> Abstract:
@@ -73,12 +77,15 @@ class Checkpoint:
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
 
-def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, base: str | Path | None = None, hf_config: str | Path | None = None
+) -> Checkpoint:
     """Finds out what a folder, or a model on the Hugging Face Hub, is. Reads headers only.
 
     Args:
       path: a folder, or a Hub id such as google/gemma-2-2b.
       base: the model that an adapter is for. By default the folder that its config names, if it is there.
+      hf_config: a folder, or Hub id, with the config.json of a Megatron checkpoint that does not say its own.
 
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
@@ -86,12 +93,17 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
     under = open_checkpoint(base) if base is not None else None
     for is_one, opened in _FORMATS:
         if is_one(folder):
-            return opened(folder, under)
+            if hf_config is None:
+                return opened(folder, under)
+            if opened is _open_megatron:
+                return _open_megatron(folder, under, _folder(hf_config))
+            raise ValueError(f"{folder} has its own config; leave out --hf-config")
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {found}. Known are Hugging Face folders "
         "(config.json, model.safetensors or its shards and index), PEFT adapters (adapter_config.json, "
-        "adapter_model.safetensors), Orbax folders (weights/ or adapter/) and runs (config.txt, checkpoints/)"
+        "adapter_model.safetensors), Orbax folders (weights/ or adapter/), runs (config.txt, checkpoints/) and "
+        "Megatron checkpoints (latest_checkpointed_iteration.txt, .metadata or mp_rank_00/)"
     )
 
 
@@ -125,15 +137,17 @@ def read(checkpoint: Checkpoint, path: str, index: table.Index) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class _Safetensors:
-    """Hugging Face's or PEFT's tensors, stacked and laid out as ours while they are read."""
+    """Tensors by Hugging Face's or PEFT's names, stacked and laid out as ours while they are read."""
 
     rows: dict[str, Row]
     size: dict[str, int]
-    tensors: Tensors
+    tensors: Tensors | megatron.Tensors
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, files: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+    def open(
+        cls, folder: Path, files: Tensors | megatron.Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0
+    ):
         found = {name: shape for name, shape in files.shapes.items() if name != table.HEAD}
         table.claim(table.their_shapes(rows, model, rank), found, folder)
         shapes: Abstract = {}
@@ -331,12 +345,71 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     return _with_base(run, open_checkpoint(config.init), source, config.init)
 
 
+def _is_megatron(folder: Path) -> bool:
+    return megatron.iteration_folder(folder) is not None
+
+
+def _open_megatron(folder: Path, under: Checkpoint | None, hf_config: Path | None = None) -> Checkpoint:
+    at = megatron.iteration_folder(folder)
+    assert at is not None
+    opened = megatron.open_folder(at)
+    said = at / "run_config.yaml"
+    run = megatron_config.read_yaml(said) if said.is_file() else None
+    hf, model = None, None
+    if hf_config is not None:
+        hf = read_json(hf_config / "config.json")
+        model = model_config(hf, hf_config / "config.json")
+    elif run:
+        model = megatron_config.model_config(run, said)
+    if model is None:
+        raise ValueError(
+            f"{folder} does not say its config (there is no {said.name}); give --hf-config, a folder with the model's "
+            "config.json or its Hub id"
+        )
+    if opened.args:
+        megatron_config.check_args(opened.args, model, at)
+    kept = [beside for beside in (hf_config, at / "tokenizer") if beside is not None]
+    found = Checkpoint(
+        format="megatron",
+        path=folder,
+        model=model,
+        hf=hf,
+        tokenizer=tokenizer_folder(*reversed(kept)),
+        beside=tuple(beside for beside in kept if beside.is_dir()),
+        layout=opened.layout,
+        notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
+    )
+    if not megatron.is_adapter(opened):
+        _no_base(folder, under)
+        files = megatron.model_tensors(opened, model)
+        source = _Safetensors.open(at, files, table.MODEL, model)
+        table.check_tied(files.shapes, files.read, at)
+        return replace(found, sources=(source,))
+    if run is None:
+        raise ValueError(f"{at} holds an adapter, and no {said.name} that says its scale; copy that file too")
+    tensor, _ = megatron_config.parallel(run, said)
+    fusings, projections = megatron.adapter_fusings(opened)
+    adapter = megatron_config.adapter_config(run, projections, said)
+
+    def adapted(model: ModelConfig, rank: int) -> Source:
+        files = megatron.adapter_tensors(replace(opened, ranks=tensor), fusings, adapter, model)
+        return _Safetensors.open(at, files, table.rows(adapter), model, rank)
+
+    note = (
+        f"its {' and '.join(adapter.apart)} act after the post-norm, as Megatron-Bridge trains them and PEFT does not "
+        "(adapter.after_norm)"
+    )
+    alone = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
+    return _with_base(alone, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
+
+
 # Tried in this order; a folder is the first that it can be.
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None], Checkpoint]], ...] = (
     (_is_orbax, _open_orbax),
     (_is_run, _open_run),
     (_is_huggingface, _open_huggingface),
     (_is_peft, _open_peft),
+    (_is_megatron, _open_megatron),
 )
 
 
