@@ -55,6 +55,8 @@ def _convert(arguments: Arguments) -> None:
         source = open_checkpoint(arguments.adapter, base=arguments.src)
     print(f"read {arguments.adapter or arguments.src} as {_describe(source)}")
     job = Job(source=source, to=arguments.to, merge=arguments.merge, dtype=arguments.dtype)
+    if job.warning:
+        print(job.warning, file=sys.stderr)
     columns = (
         progress.BarColumn(),
         progress.DownloadColumn(),
@@ -76,6 +78,8 @@ def _describe(source: "Checkpoint") -> str:
             source.adapter.kind
         ]
         where = ", ".join(table.targets(source.adapter))
+        if source.adapter.apart:
+            where += f" ({' and '.join(source.adapter.apart)} after the post-norm)"
         parts.append(f"{kind} of rank {source.adapter.rank}, alpha {source.adapter.alpha:g} on {where}")
     if source.model:
         parts.append(f"Gemma 2 of {source.model.layers} layers, {source.model.parameter_count():,} parameters")

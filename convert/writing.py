@@ -52,11 +52,25 @@ class Job:
             raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or use --to hf or --to orbax")
         if self.to == "peft" and self.merge:
             raise ValueError("--to peft writes the adapter alone and --merge dissolves it; choose one of the two")
+        if self.merge or self.to == "hf":
+            lora.check_mergeable(self.source.adapter.apart)
         if self.to == "hf" and adapted and not self.merge:
             raise ValueError(
                 f"{self.source.path} has an adapter, which a Hugging Face model has no place for; "
                 "choose --merge for one model, or --to peft for the adapter alone"
             )
+
+    @property
+    def warning(self) -> str:
+        """What the reader of the format will get wrong; empty where there is nothing."""
+        apart = self.adapter.apart if self.to == "peft" else []
+        if not apart:
+            return ""
+        return (
+            f"warning: the adapter of {' and '.join(apart)} was trained to be added after the post-norm "
+            "(adapter.after_norm), and PEFT adds it before: the tensors are the same, the logits are not. Run it with "
+            "python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+        )
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -140,7 +154,8 @@ def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: 
             dtype = job.shapes["embedding"].dtype.name
             tensors.write_json(partial_target / "config.json", hf_config(model, dtype, source.hf))
         if job.adapter.kind != "none":
-            tensors.write_json(partial_target / "adapter_config.json", peft_config(job.adapter, source.base))
+            config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
+            tensors.write_json(partial_target / "adapter_config.json", config)
         for name, rows in job.groups.items():
             if job.to == "orbax":
                 _write_orbax(partial_target / name, job, rows, moved)
