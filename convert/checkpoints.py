@@ -78,7 +78,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, base: str | Path | None = None, hf_config: str | Path | None = None
+    path: str | Path, base: "str | Path | Checkpoint | None" = None, hf_config: str | Path | None = None
 ) -> Checkpoint:
     """Finds out what a folder, or a model on the Hugging Face Hub, is. Reads headers only.
 
@@ -90,7 +90,7 @@ def open_checkpoint(
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
     folder = _folder(path)
-    under = open_checkpoint(base) if base is not None else None
+    under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     for is_one, opened in _FORMATS:
         if is_one(folder):
             if hf_config is None:

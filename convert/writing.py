@@ -59,7 +59,10 @@ class Job:
             raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or write another format")
         if self.to in _ADAPTER_ALONE and self.merge:
             raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
-        if self.to in ("hf", "megatron", "megatron-legacy") and adapted and not self.merge:
+        whole = self.to in ("hf", "megatron", "megatron-legacy")
+        if self.merge or whole:
+            lora.check_mergeable(self.source.adapter.apart)
+        if whole and adapted and not self.merge:
             alone = "peft" if self.to == "hf" else "megatron-adapter"
             raise ValueError(
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
@@ -79,6 +82,25 @@ class Job:
             if shards < 1 or size % shards:
                 fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
                 raise ValueError(f"the model's {name} {size} do not divide into {shards}; {fitting} do")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader of the format will take for something else: sentences."""
+        apart, targets = self.adapter.apart, table.targets(self.adapter)
+        if self.to == "peft" and apart:
+            return [
+                f"the adapter of {' and '.join(apart)} was trained to be added after the post-norm (adapter.after_norm), "
+                "and PEFT adds it before: the tensors are the same, the logits are not. Run it with "
+                "python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+            ]
+        inside = [name for name in lora.BEFORE_NORM if name in targets and not self.adapter.after_norm]
+        if self.to == "megatron-adapter" and inside:
+            return [
+                f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm, and "
+                "Megatron-Bridge adds it after: the tensors are the same, the logits are not. Merge it (--merge --to "
+                "megatron), or train one with adapter.after_norm for Megatron-Bridge"
+            ]
+        return []
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -185,7 +207,8 @@ def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: 
             dtype = job.shapes["embedding"].dtype.name
             tensors.write_json(partial_target / "config.json", hf_config(model, dtype, source.hf))
         if job.adapter.kind != "none":
-            tensors.write_json(partial_target / "adapter_config.json", peft_config(job.adapter, source.base))
+            config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
+            tensors.write_json(partial_target / "adapter_config.json", config)
         for name, rows in job.groups.items():
             if job.to == "orbax":
                 _write_orbax(partial_target / name, job, rows, moved)
@@ -273,7 +296,6 @@ def _write_chunks(
 def _fusable(job: Job) -> tuple[AdapterConfig, bool]:
     """The adapter as Megatron-Bridge describes it, and whether every projection must keep its own A there."""
     adapter, rows = job.adapter, {row.path: row for row in job.groups["adapter"]}
-    adapter = replace(adapter, alpha=adapter.scale * adapter.rank, rslora=False)  # it knows the scale alpha / rank only
     canonical = False
     for together in megatron.must_share(adapter):
         paths = [table.adapter_rows(name)["a"].path for name in together]

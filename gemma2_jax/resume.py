@@ -32,10 +32,10 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     if source.model is None:
         raise ValueError(f"init {config.init} is an adapter without a model; give the model it belongs to")
     if source.adapter.kind != "none":
-        raise ValueError(
-            f"init {config.init} has a {source.adapter.kind} adapter; merge it first with "
-            f"python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
-        )
+        remedy = f"merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
+        if source.adapter.apart:  # nothing can
+            remedy = f"which cannot be merged (adapter.after_norm); start from its model, {source.base}"
+        raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
         ours, theirs = getattr(config.model, field.name), getattr(source.model, field.name)
         if ours != theirs and field.name != "max_length":
