@@ -44,7 +44,8 @@ class Convert:
     adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
     merge: _Flag = False  # add the adapter into the weights, in float32
     dtype: DType | None = None  # of what is written; None: as stored
-    hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
+    # Folder or Hub id with the config.json of a Megatron checkpoint that has none, or of the model of an adapter.
+    hf_config: str | None = None
     tp: int = 1  # tensor-parallel ranks that megatron-legacy has files for
     pp: int = 1  # pipeline stages that megatron-legacy has files for
 
@@ -119,7 +120,7 @@ def _verify(command: Verify) -> None:
     pair = [_open(path, None, command.hf_config) for path in (command.one, command.other)]
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
     with _bar(size) as moved:
-        found = verify.compare(*pair, moved)
+        found = verify.compare(pair[0], pair[1], moved)
     table = Table("array", "dtypes", "elements", "unequal", "largest difference")
     different = [one for one in found if not one.within(command.atol)]
     for one in found:
@@ -151,8 +152,8 @@ def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     one, other = (verify.logits(checkpoint, tokens) for checkpoint in pair)
     same = int(np.sum(one.argmax(-1) == other.argmax(-1)))
     print(
-        f"logits of {len(tokens)} tokens in float32: they differ by at most {np.abs(one - other).max():.3g}, the largest "
-        f"is {np.abs(one).max():.3g}; the likeliest token is the same at {same} of {len(tokens)} positions"
+        f"logits of {len(tokens)} tokens in float32: they differ by at most {np.abs(one - other).max():.3g}, the "
+        f"largest is {np.abs(one).max():.3g}; the likeliest token is the same at {same} of {len(tokens)} positions"
     )
 
 
@@ -177,9 +178,7 @@ def _convert(command: Convert) -> None:
     from gemma2_jax.convert.writing import Job, write
 
     source = _open(command.src, command.adapter, command.hf_config)
-    job = Job(
-        source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp)
-    )
+    job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with _bar(job.size) as moved:
@@ -238,7 +237,9 @@ def _usage(job: "Job", target: Path) -> str:
     if job.to == "megatron":
         return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={target}"
     if job.to == "megatron-adapter":
-        return f"go on with it in Megatron-Bridge: checkpoint.load={target}, with checkpoint.pretrained_checkpoint {base}"
+        return (
+            f"go on with it in Megatron-Bridge: checkpoint.load={target}, with checkpoint.pretrained_checkpoint {base}"
+        )
     if job.to == "megatron-legacy":
         return f"load it with Megatron-LM: --load {target} --ckpt-format torch"
     if "adapter" in job.groups:

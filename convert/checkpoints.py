@@ -85,19 +85,19 @@ def open_checkpoint(
     Args:
       path: a folder, or a Hub id such as google/gemma-2-2b.
       base: the model that an adapter is for. By default the folder that its config names, if it is there.
-      hf_config: a folder, or Hub id, with the config.json of a Megatron checkpoint that does not say its own.
+      hf_config: instead of a base, a folder or Hub id with the config.json of a model whose weights are not needed, for
+        an adapter, or for a Megatron checkpoint that does not say its config.
 
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
     folder = _folder(path)
+    assert base is None or hf_config is None
     under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
+    if hf_config is not None:
+        under = _described(_folder(hf_config))
     for is_one, opened in _FORMATS:
         if is_one(folder):
-            if hf_config is None:
-                return opened(folder, under)
-            if opened is _open_megatron:
-                return _open_megatron(folder, under, _folder(hf_config))
-            raise ValueError(f"{folder} has its own config; leave out --hf-config")
+            return opened(folder, under)
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {found}. Known are Hugging Face folders "
@@ -349,18 +349,21 @@ def _is_megatron(folder: Path) -> bool:
     return megatron.iteration_folder(folder) is not None
 
 
-def _open_megatron(folder: Path, under: Checkpoint | None, hf_config: Path | None = None) -> Checkpoint:
+def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     at = megatron.iteration_folder(folder)
     assert at is not None
     opened = megatron.open_folder(at)
     said = at / "run_config.yaml"
     run = megatron_config.read_yaml(said) if said.is_file() else None
-    hf, model = None, None
-    if hf_config is not None:
-        hf = read_json(hf_config / "config.json")
-        model = model_config(hf, hf_config / "config.json")
-    elif run:
-        model = megatron_config.model_config(run, said)
+    alone = megatron.is_adapter(opened)
+    if not alone and under and under.sources:
+        _no_base(folder, under)
+    model = under.model if under else None
+    if run:
+        stated = megatron_config.model_config(run, said)
+        if under and model and replace(stated, max_length=model.max_length) != model:
+            raise ValueError(f"{said} is of another model than {under.path}; give its own, or none")
+        model = model or stated
     if model is None:
         raise ValueError(
             f"{folder} does not say its config (there is no {said.name}); give --hf-config, a folder with the model's "
@@ -368,26 +371,25 @@ def _open_megatron(folder: Path, under: Checkpoint | None, hf_config: Path | Non
         )
     if opened.args:
         megatron_config.check_args(opened.args, model, at)
-    kept = [beside for beside in (hf_config, at / "tokenizer") if beside is not None]
+    kept = at / "tokenizer"
     found = Checkpoint(
         format="megatron",
         path=folder,
         model=model,
-        hf=hf,
-        tokenizer=tokenizer_folder(*reversed(kept)),
-        beside=tuple(beside for beside in kept if beside.is_dir()),
-        layout=opened.layout,
+        tokenizer=tokenizer_folder(kept),
+        beside=(kept,) if kept.is_dir() else (),
+        layout=opened.layout + (_saved_by(*megatron_config.parallel(run, said)) if run else ""),
         notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
     )
-    if not megatron.is_adapter(opened):
-        _no_base(folder, under)
+    if not alone:
         files = megatron.model_tensors(opened, model)
         source = _Safetensors.open(at, files, table.MODEL, model)
         table.check_tied(files.shapes, files.read, at)
-        return replace(found, sources=(source,))
+        whole = replace(found, sources=(source,))
+        return _after(under, whole) if under else whole
     if run is None:
         raise ValueError(f"{at} holds an adapter, and no {said.name} that says its scale; copy that file too")
-    tensor, _ = megatron_config.parallel(run, said)
+    tensor = megatron_config.parallel(run, said)[0]
     fusings, projections = megatron.adapter_fusings(opened)
     adapter = megatron_config.adapter_config(run, projections, said)
 
@@ -399,8 +401,12 @@ def _open_megatron(folder: Path, under: Checkpoint | None, hf_config: Path | Non
         f"its {' and '.join(adapter.apart)} act after the post-norm, as Megatron-Bridge trains them and PEFT does not "
         "(adapter.after_norm)"
     )
-    alone = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
-    return _with_base(alone, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
+    found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
+    return _with_base(found, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
+
+
+def _saved_by(tensor: int, stages: int) -> str:
+    return f" of {tensor} tensor-parallel rank(s) and {stages} stage(s)"
 
 
 # Tried in this order; a folder is the first that it can be.
@@ -413,11 +419,25 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None]
 )
 
 
+def _described(folder: Path) -> Checkpoint:
+    """A model of which the config alone is of interest."""
+    hf = read_json(folder / "config.json")
+    return Checkpoint(
+        format="huggingface",
+        path=folder,
+        model=model_config(hf, folder / "config.json"),
+        hf=hf,
+        tokenizer=tokenizer_folder(folder),
+        beside=(folder,),
+    )
+
+
 def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, name: str | None) -> Checkpoint:
     """An adapter on its model, by default the folder `name`; without a model the shapes of its arrays are unknown."""
     under = under or _local(name)
     if under is None:
-        return replace(alone, base=name or "")
+        sources = (source(alone.model, alone.adapter.rank),) if alone.model else ()
+        return replace(alone, base=name or "", sources=sources)
     if under.adapter.kind != "none":
         raise ValueError(f"{under.path} has an adapter already, {alone.path} is another; merge the first one first")
     model = alone.model or under.model
@@ -440,6 +460,8 @@ def _local(name: str | None) -> Checkpoint | None:
 
 
 def _no_base(folder: Path, under: Checkpoint | None) -> None:
+    if under is not None and not under.sources:
+        raise ValueError(f"{folder} has its own config; leave out --hf-config")
     if under is not None:
         raise ValueError(f"{folder} is not an adapter alone, so it takes no base model; {under.path} was given as one")
 

@@ -54,7 +54,8 @@ def show(found: Checkpoint, console: Console) -> None:
         **({"": ", ".join(f"{key} {value}" for key, value in model.items())} if model else {}),
         **({"adapter": adapter(found)} if found.adapter.kind != "none" else {}),
         **({"base": found.base} if found.base else {}),
-        "weights": ", ".join(f"{decimal(size)} of {name}" for name, size in dtypes.items()) or "not read: no base model",
+        "weights": ", ".join(f"{decimal(size)} of {name}" for name, size in dtypes.items())
+        or "not read: no base model",
         "tokenizer": str(found.tokenizer or "none"),
     }
     block = Table.grid(padding=(0, 2))

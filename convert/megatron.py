@@ -34,13 +34,16 @@ RANK_FILE = "model_optim_rng.pt"
 _MOST_TENSORS = 200_000  # of a layer each; a 27B model with LoRA has 1,000
 
 
+Rows = Literal["one", "heads", "halves", "shared"]
+
+
 @dataclass(frozen=True)
 class Fused:
     """A tensor of Megatron's and the tensors whose rows it has."""
 
     name: str  # {L} stands for the layer
     parts: tuple[str, ...]  # Hugging Face's or PEFT's names
-    rows: Literal["one", "heads", "halves", "shared"] = "one"  # "shared": every part is the tensor itself
+    rows: Rows = "one"  # "shared": every part is the tensor itself
     split: Literal[0, 1, None] = None  # the dim that tensor-parallel ranks share
     gathered: bool = False  # halves that ranks have side by side, also where other tensors are put together
 
@@ -119,7 +122,7 @@ _EXTRA = [
     )
 ] + ["decoder.final_layernorm._extra_state"]
 # Each fused module: its projections here, the rows of its matrix, and what canonical adapters call those of its own.
-_MODULES = {
+_MODULES: dict[str, tuple[dict[str, str], Rows]] = {
     f"{_L}.self_attention.linear_qkv": ({"attn/q": "q", "attn/k": "k", "attn/v": "v"}, "heads"),
     f"{_L}.self_attention.linear_proj": ({"attn/o": ""}, "one"),
     f"{_L}.mlp.linear_fc1": ({"mlp/gate": "gate", "mlp/up": "up"}, "halves"),
@@ -373,7 +376,7 @@ def _open_legacy(folder: Path) -> Opened:
     ignored = keys - {"args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", *chunks}
     return Opened(
         folder=folder,
-        layout=f"torch (legacy) of {tensor} tensor-parallel ranks and {stages} stages",
+        layout=f"torch (legacy) of {tensor} tensor-parallel rank(s) and {stages} stage(s)",
         iteration=_whole(content[0, 0].get("iteration")),
         tensors=tensors,
         ignored=tuple(sorted(str(key)[:100] for key in ignored)),

@@ -30,9 +30,7 @@ class Difference:
         return self.largest <= tolerance
 
 
-def compare(
-    one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None
-) -> list[Difference]:
+def compare(one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None) -> list[Difference]:
     """How every array compares. Raises ValueError where one has an array that the other lacks, or in another shape.
 
     `moved` is told of bytes of `one` that have been compared.
@@ -55,10 +53,11 @@ def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[flo
         index = (slice(at, min(at + step, want.shape[0])), *[slice(None)] * (len(want.shape) - 1))
         ours, theirs = (read(found, path, index) for found in (one, other))
         moved(ours.nbytes)
-        bits = {2: np.uint16, 4: np.uint32}
-        if dtypes[0] == dtypes[1] and np.array_equal(*(x.view(bits[x.dtype.itemsize]) for x in (ours, theirs))):
-            continue
-        ours, theirs = (x.astype(np.float32) for x in (ours, theirs))
+        if dtypes[0] == dtypes[1]:
+            bits = np.dtype(f"u{ours.dtype.itemsize}")
+            if np.array_equal(ours.view(bits), theirs.view(bits)):
+                continue
+        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
         same = (ours == theirs) & (np.signbit(ours) == np.signbit(theirs))
         unequal += int(np.sum(~same))
         largest = float(np.maximum(largest, np.max(np.abs(ours - theirs))))  # which keeps a NaN

@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class Job:
         if self.source.model is None:
             raise ValueError(
                 f"{self.source.path} is an adapter to {self.source.base or 'a model it does not name'}, which is not a "
-                "folder here; give that model as SRC, and this as --adapter"
+                "folder here; give that model as SRC and this as --adapter, or its config.json's folder as --hf-config"
             )
         if (self.merge or self.to in _ADAPTER_ALONE) and not adapted:
             raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or write another format")
@@ -67,6 +67,11 @@ class Job:
             raise ValueError(
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
                 f"choose --merge for one model, or --to {alone} for the adapter alone"
+            )
+        if self.to not in _ADAPTER_ALONE and "embedding" not in self.source.shapes:
+            raise ValueError(
+                f"{self.source.path} is an adapter, and --to {self.to} writes its model too; give the model as SRC and "
+                "this as --adapter"
             )
         self._check_ranks(self.source.model)
 
@@ -89,11 +94,11 @@ class Job:
         apart, targets = self.adapter.apart, table.targets(self.adapter)
         if self.to == "peft" and apart:
             return [
-                f"the adapter of {' and '.join(apart)} was trained to be added after the post-norm (adapter.after_norm), "
-                "and PEFT adds it before: the tensors are the same, the logits are not. Run it with "
-                "python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+                f"the adapter of {' and '.join(apart)} was trained to be added after the post-norm "
+                "(adapter.after_norm), and PEFT adds it before: the tensors are the same, the logits are not. Run it "
+                "with python -m gemma2_jax.generate, or train one without after_norm for PEFT"
             ]
-        inside = [name for name in lora.BEFORE_NORM if name in targets and not self.adapter.after_norm]
+        inside = [name for name in ("attn/o", "mlp/down") if name in targets and not self.adapter.after_norm]
         if self.to == "megatron-adapter" and inside:
             return [
                 f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm, and "
@@ -128,8 +133,8 @@ class Job:
     @property
     def size(self) -> int:
         """Bytes of all arrays."""
-        twice = self.to == "megatron-legacy" and self.ranks[1] > 1  # the embedding, in the last stage too
-        return sum(_bytes(shape) for shape in self.shapes.values()) + twice * _bytes(self.shapes["embedding"])
+        twice = ["embedding"] if self.ranks[1] > 1 else []  # the last stage has it too
+        return sum(_bytes(self.shapes[path]) for path in [*self.shapes, *twice])
 
     def parts(self, rows: tuple[Row, ...]) -> Iterator[Part]:
         """What is read and written at a time: of stacked rows a layer, of others some rows."""
