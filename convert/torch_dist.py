@@ -213,7 +213,7 @@ def _tiles(whole: _Box, boxes: list[_Box], depth: int = 16) -> bool:
     for dim in range(len(whole)):
         slabs, end = list[list[_Box]](), whole[dim][0]
         for box in sorted(boxes, key=lambda box: box[dim]):
-            if box[dim][0] >= end:
+            if not slabs or box[dim][0] >= end:
                 slabs.append([])
             slabs[-1].append(box)
             end = max(end, box[dim][1])
