@@ -181,13 +181,13 @@ def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], 
     match key, info:
         case (
             Record(state={"fqn": str(name)} as index),
-            Record(state={"relative_path": str(file), "offset": int(offset), "length": int(length)} as info),
+            Record(state={"relative_path": str(file), "offset": int(offset), "length": int(length)} as place),
         ):
             if len(file) > 255 or file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
                 raise ValueError(f"{path} lists {file[:200]!r}; it may only name files in its own folder")
             at = index.get("offset")
             if offset >= 0 and length >= 0 and (at is None or _is_sizes(at)):
-                return (name, at), _Place(file, offset, length, not info.get("transform_descriptors"))
+                return (name, at), _Place(file, offset, length, not place.get("transform_descriptors"))
     raise _strange(path)
 
 
@@ -213,7 +213,7 @@ def _tiles(whole: _Box, boxes: list[_Box], depth: int = 16) -> bool:
     for dim in range(len(whole)):
         slabs, end = list[list[_Box]](), whole[dim][0]
         for box in sorted(boxes, key=lambda box: box[dim]):
-            if box[dim][0] >= end:
+            if not slabs or box[dim][0] >= end:
                 slabs.append([])
             slabs[-1].append(box)
             end = max(end, box[dim][1])

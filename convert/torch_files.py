@@ -21,6 +21,7 @@ Index = tuple[slice, ...]
 
 _ALIGNMENT = 64  # of an entry's data from the start of its archive, as torch's readers like to have it
 _ZIP64 = 0xFFFFFFFF  # in a field of 32 bits: too large for it, see the extra field
+_LARGE = _ZIP64  # what is written there
 _MOST_ELEMENTS = 1 << 56
 _STORAGE_NAMES = {dtype: name for name, dtype in pickles.STORAGES.items()}
 
@@ -80,8 +81,8 @@ class Stored:
         strides = [stride if size > 1 else 0 for size, stride in zip(shape, self.strides, strict=True)]
         count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         width = self.dtype.itemsize
-        held = self.storage.read(first * width, count * width).view(self.dtype)
-        part = np.lib.stride_tricks.as_strided(held, shape, [stride * width for stride in strides])
+        held = self.storage.read(first * width, count * width)
+        part = np.ndarray(shape, self.dtype, held.data, strides=[stride * width for stride in strides])
         return np.asarray(part, order="C")
 
 
@@ -327,7 +328,7 @@ class _Writer:
     def add(self, name: str, data: bytes | memoryview) -> None:
         """Writes an entry, with its data at a multiple of the alignment."""
         path, at, size, crc = f"archive/{name}".encode(), self.file.tell() - self.start, len(data), zlib.crc32(data)
-        full, header = min(size, _ZIP64), min(at, _ZIP64)
+        full, header = (_ZIP64 if value >= _LARGE else value for value in (size, at))
         wide = ([size, size] if full == _ZIP64 else []) + ([at] if header == _ZIP64 else [])
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         pad = -(at + _LOCAL.size + len(path) + len(extra) + 4) % _ALIGNMENT
