@@ -113,7 +113,7 @@ def _inspect(command: Inspect) -> None:
 
 def _verify(command: Verify) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from gemma2_jax.convert import verify
 
@@ -121,11 +121,11 @@ def _verify(command: Verify) -> None:
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
     with _bar(size) as moved:
         found = verify.compare(pair[0], pair[1], moved)
-    table = Table("array", "dtypes", "elements", "unequal", "largest difference")
+    table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "largest difference")
     different = [one for one in found if not one.within(command.atol)]
     for one in found:
         if one.unequal or one in different:
-            dtypes = " and ".join(dict.fromkeys(one.dtypes))
+            dtypes = ", ".join(dict.fromkeys(one.dtypes))
             table.add_row(one.path, dtypes, f"{one.size:,}", f"{one.unequal:,}", f"{one.largest:.3g}")
     if table.rows:
         Console().print(table)

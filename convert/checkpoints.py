@@ -378,7 +378,7 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
         model=model,
         tokenizer=tokenizer_folder(kept),
         beside=(kept,) if kept.is_dir() else (),
-        layout=opened.layout + (_saved_by(*megatron_config.parallel(run, said)) if run else ""),
+        layout=opened.layout + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel(run, said))),
         notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
     )
     if not alone:
@@ -403,10 +403,6 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     )
     found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
     return _with_base(found, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
-
-
-def _saved_by(tensor: int, stages: int) -> str:
-    return f" of {tensor} tensor-parallel rank(s) and {stages} stage(s)"
 
 
 # Tried in this order; a folder is the first that it can be.

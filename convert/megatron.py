@@ -376,7 +376,7 @@ def _open_legacy(folder: Path) -> Opened:
     ignored = keys - {"args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", *chunks}
     return Opened(
         folder=folder,
-        layout=f"torch (legacy) of {tensor} tensor-parallel rank(s) and {stages} stage(s)",
+        layout=f"legacy torch at TP {tensor} and PP {stages}",
         iteration=_whole(content[0, 0].get("iteration")),
         tensors=tensors,
         ignored=tuple(sorted(str(key)[:100] for key in ignored)),
