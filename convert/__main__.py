@@ -28,7 +28,7 @@ class Arguments:
     src: tyro.conf.Positional[str]  # what to read: a folder whose format is found out, or a Hub id
     dst: tyro.conf.Positional[Path]  # folder to write; it must not exist yet
     to: Literal["orbax", "hf", "peft"]  # format to write; peft is the adapter alone
-    adapter: str | None = None  # adapter to put on SRC: a PEFT or Orbax folder
+    adapter: str | None = None  # adapter to put on SRC: a PEFT or Orbax folder, or a run
     merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # add the adapter into the weights, in float32
     dtype: DType | None = None  # of what is written; None: as stored
 

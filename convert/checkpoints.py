@@ -27,7 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import table, tensors
+from gemma2_jax.convert import hub, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -290,7 +290,7 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
     """The folder of a run and that of its newest step, or of the step that `folder` is."""
     folder = folder.absolute()
-    if folder.name.isdigit() and (folder.parents[1] / "config.txt").is_file():
+    if folder.name.isdigit() and folder.parent.name == "checkpoints" and (folder.parents[1] / "config.txt").is_file():
         return folder.parents[1], folder
     if not (folder / "config.txt").is_file() or not (folder / "checkpoints").is_dir():
         return None
@@ -303,7 +303,6 @@ def _is_run(folder: Path) -> bool:
 
 
 def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
-    _no_base(folder, under)
     found = _run_step(folder)
     assert found is not None
     workdir, step = found
@@ -323,13 +322,14 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
         beside=(kept,),
     )
     if config.adapter.kind == "none":
+        _no_base(folder, under)
         whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model, of_run=True),))
         start = _local(config.init)
         return _after(start, whole) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
     source = partial(_Orbax.open, params, table.rows(config.adapter), of_run=True)
-    return _with_base(run, open_checkpoint(config.init), source, config.init)
+    return _with_base(run, under or open_checkpoint(config.init), source, config.init)
 
 
 # Tried in this order; a folder is the first that it can be.
@@ -348,7 +348,10 @@ def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, na
         return replace(alone, base=name or "")
     if under.adapter.kind != "none":
         raise ValueError(f"{under.path} has an adapter already, {alone.path} is another; merge the first one first")
+    assert under.model is not None
     model = alone.model or under.model
+    if replace(model, max_length=under.model.max_length) != under.model:
+        raise ValueError(f"{alone.path} is an adapter to another model than {under.path}; give its own, {name}")
     sources = (*under.sources, source(model, alone.adapter.rank))
     return _after(under, replace(alone, model=model, base=name or str(under.path), sources=sources))
 
@@ -386,14 +389,4 @@ def _folder(path: str | Path) -> Path:
         raise ValueError(f"{path} is a file; name the folder that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"there is no folder {path}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"there is no folder {path}, and the Hub did not give a model of that name: {error}. Gemma's are gated: "
-            "accept the licence on its page and run `hf auth login`"
-        ) from error
+    return hub.download(str(path))
