@@ -58,15 +58,17 @@ def open_source(config: Config) -> formats.Checkpoint | None:
 
 def _check_adapter(config: Config, theirs: AdapterConfig) -> None:
     """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
-    ours, have = (
-        dataclasses.asdict(adapter) | {"targets": " ".join(table.targets(adapter)) or "none"}
-        for adapter in (config.adapter, theirs)
-    )
+
+    def fields(adapter: AdapterConfig) -> dict:
+        projections = table.targets(dataclasses.replace(adapter, kind=theirs.kind))
+        return dataclasses.asdict(adapter) | {"targets": " ".join(projections)}
+
+    ours, have = fields(config.adapter), fields(theirs)
     others = [name for name in have if name != "dropout" and ours[name] != have[name]]
     if others:
         raise ValueError(
             f"the adapter {config.init_adapter} is not such as this run trains: "
-            + "; ".join(f"its {name} is {have[name]}, and adapter.{name} is {ours[name]}" for name in others)
+            + "; ".join(f"it has {name} {have[name]}, and adapter.{name} is {ours[name]}" for name in others)
             + f"; give {' '.join(f'--adapter.{name} {have[name]}' for name in others)}"
         )
 

@@ -197,19 +197,19 @@ def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
 def test_adapters_that_do_not_fit_are_refused(run, adapter, tmp_path):
     config = going_on(run, adapter, tmp_path / "run")
     other = AdapterConfig(kind="lora", rank=4, alpha=8, rslora=True, dropout=0.5, targets=("attn/q", "attn/v"))
-    kind = "its kind is dora, and adapter.kind is lora; " if run.name == "dora" else ""
+    kind = "it has kind dora, and adapter.kind is lora; " if run.name == "dora" else ""
     fix = f"give {'--adapter.kind dora ' if kind else ''}--adapter.rank 8 --adapter.alpha 16"
     every = "attn/q attn/k attn/v attn/o mlp/gate mlp/up mlp/down"
     message = (
-        f"the adapter {adapter} is not such as this run trains: {kind}its rank is 8, and adapter.rank is 4; its alpha "
-        f"is 16, and adapter.alpha is 8; its rslora is False, and adapter.rslora is True; its targets is {every}, and "
-        f"adapter.targets is attn/q attn/v; {fix} --adapter.rslora False --adapter.targets {every}"
+        f"the adapter {adapter} is not such as this run trains: {kind}it has rank 8, and adapter.rank is 4; it has "
+        f"alpha 16, and adapter.alpha is 8; it has rslora False, and adapter.rslora is True; it has targets {every}, "
+        f"and adapter.targets is attn/q attn/v; {fix} --adapter.rslora False --adapter.targets {every}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         resume.open_source(replace(config, adapter=other))
     # What it says mends it. Dropout may differ.
     sft = ["--config", "tiny_sft", "--init", str(TINY), "--adapter", str(adapter), "--adapter.dropout", "0.1"]
-    with pytest.raises(ValueError, match=f"its kind is {run.name}, and adapter.kind is none; ") as caught:
+    with pytest.raises(ValueError, match=f"it has kind {run.name}, and adapter.kind is none; ") as caught:
         resume.open_source(train.parse(sft).run)
     options = str(caught.value).partition("; give ")[2].split()
     assert resume.open_source(train.parse([*sft, *options]).run).adapter == replace(
