@@ -12,6 +12,7 @@ the slices that this process's devices need. Nothing here writes. A folder is on
                  legacy format torch; weights, or adapters alone
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import arrays, megatron, megatron_config, table, tensors
+from gemma2_jax.convert import arrays, hub, megatron, megatron_config, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -78,7 +79,10 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, base: "str | Path | Checkpoint | None" = None, hf_config: str | Path | None = None
+    path: str | Path,
+    base: "str | Path | Checkpoint | None" = None,
+    hf_config: str | Path | None = None,
+    model: ModelConfig | None = None,
 ) -> Checkpoint:
     """Finds out what a folder, or a model on the Hugging Face Hub, is. Reads headers only.
 
@@ -87,14 +91,16 @@ def open_checkpoint(
       base: the model that an adapter is for. By default the folder that its config names, if it is there.
       hf_config: instead of a base, a folder or Hub id with the config.json of a model whose weights are not needed, for
         an adapter, or for a Megatron checkpoint that does not say its config.
+      model: instead of either, what a Megatron checkpoint is to be a checkpoint of.
 
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
     folder = _folder(path)
-    assert base is None or hf_config is None
     under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
         under = _described(_folder(hf_config))
+    if model is not None and megatron.iteration_folder(folder):
+        under = Checkpoint(format="megatron", path=folder, model=model)
     for is_one, opened in _FORMATS:
         if is_one(folder):
             return opened(folder, under)
@@ -303,7 +309,7 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
     """The folder of a run and that of its newest step, or of the step that `folder` is."""
     folder = folder.absolute()
-    if folder.name.isdigit() and (folder.parents[1] / "config.txt").is_file():
+    if folder.name.isdigit() and folder.parent.name == "checkpoints" and (folder.parents[1] / "config.txt").is_file():
         return folder.parents[1], folder
     if not (folder / "config.txt").is_file() or not (folder / "checkpoints").is_dir():
         return None
@@ -316,7 +322,6 @@ def _is_run(folder: Path) -> bool:
 
 
 def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
-    _no_base(folder, under)
     found = _run_step(folder)
     assert found is not None
     workdir, step = found
@@ -336,13 +341,14 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
         beside=(kept,),
     )
     if config.adapter.kind == "none":
+        _no_base(folder, under)
         whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model, of_run=True),))
         start = _local(config.init)
         return _after(start, whole) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
     source = partial(_Orbax.open, params, table.rows(config.adapter), of_run=True)
-    return _with_base(run, open_checkpoint(config.init), source, config.init)
+    return _with_base(run, under or open_checkpoint(config.init), source, config.init)
 
 
 def _is_megatron(folder: Path) -> bool:
@@ -362,7 +368,7 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     if run:
         stated = megatron_config.model_config(run, said)
         if under and model and replace(stated, max_length=model.max_length) != model:
-            raise ValueError(f"{said} is of another model than {under.path}; give its own, or none")
+            raise ValueError(f"{said} is of another model than was asked for ({_unlike(stated, model)})")
         model = model or stated
     if model is None:
         raise ValueError(
@@ -405,6 +411,15 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     return _with_base(found, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
 
 
+def _unlike(one: ModelConfig, other: ModelConfig) -> str:
+    names = [field.name for field in dataclasses.fields(one)]
+    return ", ".join(
+        f"{name} {getattr(one, name)} and not {getattr(other, name)}"
+        for name in names
+        if getattr(one, name) != getattr(other, name)
+    )
+
+
 # Tried in this order; a folder is the first that it can be.
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None], Checkpoint]], ...] = (
     (_is_orbax, _open_orbax),
@@ -436,7 +451,10 @@ def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, na
         return replace(alone, base=name or "", sources=sources)
     if under.adapter.kind != "none":
         raise ValueError(f"{under.path} has an adapter already, {alone.path} is another; merge the first one first")
+    assert under.model is not None
     model = alone.model or under.model
+    if replace(model, max_length=under.model.max_length) != under.model:
+        raise ValueError(f"{alone.path} is an adapter to another model than {under.path}; give its own, {name}")
     sources = (*under.sources, source(model, alone.adapter.rank))
     return _after(under, replace(alone, model=model, base=name or str(under.path), sources=sources))
 
@@ -476,14 +494,4 @@ def _folder(path: str | Path) -> Path:
         raise ValueError(f"{path} is a file; name the folder that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"there is no folder {path}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"there is no folder {path}, and the Hub did not give a model of that name: {error}. Gemma's are gated: "
-            "accept the licence on its page and run `hf auth login`"
-        ) from error
+    return hub.download(str(path))

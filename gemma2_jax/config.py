@@ -220,6 +220,7 @@ class TrainConfig:
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
+    export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP
     wandb: str = ""  # Weights & Biases project that metrics go to as well; empty: none
 
     def __post_init__(self) -> None:
@@ -305,6 +306,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
+    init_adapter: str = (
+        ""  # adapter to go on training (or --adapter): a PEFT or Orbax folder, or a run; empty: a new one
+    )
     workdir: str  # where everything the run writes goes
     steps: int = 100  # optimizer steps
 
@@ -315,6 +319,13 @@ class Config:
             raise ValueError(
                 f"train.sequence_length {self.train.sequence_length} is beyond the model's context of "
                 f"{self.model.max_length}; shorten it, or raise model.max_length if that is meant"
+            )
+        if self.init_adapter and not self.init:
+            raise ValueError(f"init_adapter is {self.init_adapter}, and init is empty; set init to the model it is for")
+        if self.train.export_adapter and not (self.init and self.adapter.kind != "none"):
+            raise ValueError(
+                f"train.export_adapter is True, but adapter.kind is {self.adapter.kind} and init is {self.init!r}; it "
+                "takes adapter.kind lora or dora, on a model that init names"
             )
 
     @property

@@ -29,7 +29,7 @@ class Command:
     """
 
     checkpoint: str  # a training run's folder, a Hugging Face or Orbax folder, or a Hub id
-    adapter: str | None = None  # an adapter to put on it: a PEFT or Orbax folder
+    adapter: str | None = None  # an adapter to put on it: a PEFT or Orbax folder, or a run
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # give it again for several; none: standard input is one
     chat: bool = False  # prompts are what a user says: write them as the tokenizer's chat template does
     max_new_tokens: int = 100  # a text ends after so many, or with <eos> or <end_of_turn>

@@ -16,6 +16,7 @@ from gemma2_jax import hosts, report, resume
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.data import pipeline
+from gemma2_jax.export import Adapters
 from gemma2_jax.mesh import balanced, make_mesh
 from gemma2_jax.metrics import Metrics
 from gemma2_jax.profiling import Trace
@@ -33,7 +34,8 @@ def train(config: Config) -> None:
         console.width = 120  # a log file has no width of its own
     mesh = make_mesh(config.mesh)
     program = Program(config, mesh)
-    source = resume.open_source(config)
+    with hosts.first("open_source"):  # which may download it
+        source = resume.open_source(config)
     with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
         changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
@@ -45,8 +47,10 @@ def train(config: Config) -> None:
         eval_step = jax.jit(program.eval_step).lower(*arguments).compile(options)
         compile_seconds = time.perf_counter() - compile_started
         state, loop = resume.start(program, source, checkpoints)
+        adapters = Adapters(config)
         if loop is not None:
             batches.set_state(loop["data"])
+            adapters.save(loop["step"], state.params)  # which the run may have ended before
         first = 0 if loop is None else loop["step"]
         report.startup(console, program, source, batches, held_out, train_step, compile_seconds, first, changes)
 
@@ -67,6 +71,7 @@ def train(config: Config) -> None:
                     log.flush()  # which ends the run before weights that are not finite are saved
                     loop = {"step": step, "data": batches.get_state()}
                     checkpoints.save(step, state.params, state.optimizer, loop)
+                    adapters.save(step, state.params)
     report.ending(console, config)
 
 

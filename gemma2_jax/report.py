@@ -40,11 +40,13 @@ def startup(
     rows_per_pass = train.micro_batch_size * shards
     tokens = train.global_batch_size * train.sequence_length
     resumed = f"resumes after step {first}" if first else "starts"
-    weights = f"{source.format} {source.path}" if source else f"random (train.seed {train.seed})"
+    given = f"{source.format} {source.path}" if source else f"random (train.seed {train.seed})"
+    adapter = {"adapter": f"{'started' if first else 'starts'} from {given}"} if config.init_adapter else {}
     device = jax.devices()[0]
     lines = {
         "run": f"{config.output}, {resumed}, to step {config.steps}",
-        "weights": weights,
+        "weights": config.init if adapter else given,
+        **adapter,
         "parameters": parameters(program),
         "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
         + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),

@@ -9,8 +9,8 @@ import numpy as np
 
 from gemma2_jax import config as configs, hosts
 from gemma2_jax.checkpoint import Checkpoints
-from gemma2_jax.config import Config
-from gemma2_jax.convert import checkpoints as formats
+from gemma2_jax.config import AdapterConfig, Config
+from gemma2_jax.convert import checkpoints as formats, table
 from gemma2_jax.convert.folder import carry
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.data.pipeline import load_tokenizer
@@ -21,20 +21,26 @@ from gemma2_jax.step import Program, State
 # A run may go on with other values of these; a change of anything else would make it another run.
 FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
 FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
-FREE += ("compute.loss_chunk", "compute.gpu_flags", "train.wandb")
+FREE += ("compute.loss_chunk", "compute.gpu_flags", "train.wandb", "train.export_adapter")
 
 
 def open_source(config: Config) -> formats.Checkpoint | None:
-    """The checkpoint that `init` names, or None for random weights; ValueError where it is of another model."""
+    """What `init` and `init_adapter` name as one checkpoint, or None for random weights.
+
+    Raises ValueError where it is of another model, or has another adapter than the run trains.
+    """
     if not config.init:
         return None
-    source = formats.open_checkpoint(config.init)
-    if source.model is None:
-        raise ValueError(f"init {config.init} is an adapter without a model; give the model it belongs to")
+    source = formats.open_checkpoint(config.init, model=config.model)
+    if source.model is None or not source.sources or "embedding" not in source.shapes:
+        raise ValueError(
+            f"init {config.init} is an adapter without a model; give the model it belongs to as --init, and to go on "
+            "training it, this as --adapter"
+        )
     if source.adapter.kind != "none":
-        remedy = f"merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
-        if source.adapter.apart:  # nothing can
-            remedy = f"which cannot be merged (adapter.after_norm); start from its model, {source.base}"
+        remedy = "give its model as --init and the adapter alone as --adapter to go on training it"
+        if not source.adapter.apart:  # else nothing can
+            remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
         raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
         ours, theirs = getattr(config.model, field.name), getattr(source.model, field.name)
@@ -43,7 +49,27 @@ def open_source(config: Config) -> formats.Checkpoint | None:
                 f"init {config.init} is a checkpoint of another model: its {field.name} is {theirs}, and "
                 f"model.{field.name} is {ours}; choose the recipe of that model, or set model.{field.name}"
             )
+    if config.init_adapter:
+        source = formats.open_checkpoint(config.init_adapter, base=source)
+        _check_adapter(config, source.adapter)
     return source
+
+
+def _check_adapter(config: Config, theirs: AdapterConfig) -> None:
+    """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
+
+    def fields(adapter: AdapterConfig) -> dict:
+        projections = table.targets(dataclasses.replace(adapter, kind=theirs.kind))
+        return dataclasses.asdict(adapter) | {"targets": " ".join(projections)}
+
+    ours, have = fields(config.adapter), fields(theirs)
+    others = [name for name in have if name != "dropout" and ours[name] != have[name]]
+    if others:
+        raise ValueError(
+            f"the adapter {config.init_adapter} is not such as this run trains: "
+            + "; ".join(f"it has {name} {have[name]}, and adapter.{name} is {ours[name]}" for name in others)
+            + f"; give {' '.join(f'--adapter.{name} {have[name]}' for name in others)}"
+        )
 
 
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
@@ -92,11 +118,13 @@ def _check_joined(config: Config, path: Path) -> None:
 
 def _differences(config: Config, path: Path) -> dict[str, str]:
     """How the config differs from the one in a file, by field; where the run is carried out is left out."""
-    before, now = (_lines(text) for text in (path.read_text(), configs.to_text(config)))
+    # Through a config, so that a field that the program had not got then has its default.
+    then = configs.from_text(path.read_text(), str(path))
+    before, now = (_lines(configs.to_text(config)) for config in (then, config))
     return {
-        key: f"{key} was {before.get(key)} and is {now[key]}"
+        key: f"{key} was {before[key]} and is {now[key]}"
         for key in now
-        if before.get(key) != now[key] and not key.startswith("hosts.")
+        if before[key] != now[key] and not key.startswith("hosts.")
     }
 
 
@@ -133,7 +161,11 @@ def start(program: Program, source: formats.Checkpoint | None, checkpoints: Chec
     # This run's own checkpoint comes first, then the weights given, then random ones.
     latest = checkpoints.latest
     if latest is None:
-        return program.fresh(_base(program, source)), None
+        state = program.fresh(_base(program, source))
+        if program.config.init_adapter:
+            assert source is not None
+            state = dataclasses.replace(state, params=formats.load(source, program.params))
+        return state, None
     params, optimizer, loop = checkpoints.restore(latest, program.params, program.state.optimizer)
     frozen = _base(program, source) if program.frozen else {}
     step = jax.device_put(np.int32(latest), program.state.step.sharding)

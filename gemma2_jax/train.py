@@ -38,6 +38,7 @@ class Command(Recipe):
 def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str = "train") -> C:
     """The command that these arguments give. Exits with a message where they are not understood."""
     arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
+    arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
     recipe = _option(arguments, "--config") or DEFAULT_RECIPE
     try:
         default = command(config=recipe, run=configs.load(recipe))

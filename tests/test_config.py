@@ -91,6 +91,16 @@ def test_impossible_models(change, message):
         dataclasses.replace(GEMMA2_2B, **change)
 
 
+def test_adapters_without_what_they_are_for():
+    recipe = configs.load("2b_lora")
+    with pytest.raises(ValueError, match="init_adapter is here, and init is empty; set init to the model it is for"):
+        dataclasses.replace(recipe, init="", init_adapter="here")
+    exporting = dataclasses.replace(recipe.train, export_adapter=True)
+    for changes in ({"init": ""}, {"adapter": configs.AdapterConfig()}):
+        with pytest.raises(ValueError, match=r"export_adapter is True, .* it takes adapter.kind lora or dora, on a"):
+            dataclasses.replace(recipe, train=exporting, **changes)
+
+
 def test_config_text_of_another_version():
     text = configs.to_text(configs.load("2b_lora"))
     with pytest.raises(ValueError, match=r"another version of this program: .*'colour'"):
@@ -108,6 +118,10 @@ def test_both_ways_of_naming_a_field():
     assert dashed.run.optim.lr == 0.5
     assert dashed.run.adapter.alpha == 64.0
     assert train.parse(["--steps", "7", "workdir=a=b", "init="]).run.workdir == "a=b"
+    # --adapter alone is where it starts from; --adapter.rank and the like, what it is.
+    for short in (["--adapter", "a"], ["--adapter=a"], ["adapter=a"]):
+        run = train.parse([*short, "--adapter.rank", "3"]).run
+        assert (run.init_adapter, run.adapter.rank) == ("a", 3)
 
 
 def test_a_recipe_of_ones_own(tmp_path):

@@ -189,6 +189,11 @@ def test_a_run_with_an_adapter(base, theirs, tmp_path, kind):
         checkpoints.save(5, load(loaded, trained), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)
     assert (run.format, run.adapter, run.base) == ("run", KINDS[kind], str(base))
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert open_checkpoint(workdir, base=copy).adapter == run.adapter
+    _change(copy, "config.json", query_pre_attn_scalar=1.0)
+    with pytest.raises(ValueError, match=r"run is an adapter to another model than .*copy; give its own, .*hf"):
+        open_checkpoint(workdir, base=copy)
     np.testing.assert_array_equal(_our_logits(run), _our_logits(loaded))
     target = _convert(run, tmp_path / "peft", "peft")
     written, original = (load_file(at / "adapter_model.safetensors") for at in (target, theirs[kind]))
@@ -227,8 +232,8 @@ def test_an_adapter_beside_a_model_is_put_on_it(base, theirs, tmp_path):
     assert open_checkpoint(both).adapter == KINDS["lora"]
 
 
-def _change(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
+def _change(folder: Path, file: str = "adapter_config.json", **changes) -> None:
+    path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

@@ -7,18 +7,25 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 from test_train import ROOT, command, lines_of, small
 
-from gemma2_jax import hosts, loop, train
-from gemma2_jax.config import Config, HostsConfig, MeshConfig
+from gemma2_jax import config as configs, hosts, loop, train
+from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
+from gemma2_jax.export import Adapters
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.step import Program
 
+TINY = ROOT / "assets" / "tiny-gemma2"
 # As srun sets them for the second of two tasks, one a node, in a job of two nodes.
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -257,6 +264,51 @@ def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
     assert [status for status, _, _ in again] == [0, 0], again
     assert "resumes after step 4" in again[0][1]
     np.testing.assert_allclose(logged(tmp_path / "run"), logged(alone), rtol=1e-5)
+
+
+# A run's start and its first export, with no step between them.
+FROM_ADAPTER_TO_ADAPTER = """
+import sys, types
+from gemma2_jax import config, hosts
+given = config.from_text(open(sys.argv[1]).read())
+with hosts.joined(config.HostsConfig(coordinator=sys.argv[2], count=2, index=int(sys.argv[3]))):
+    import jax
+    from gemma2_jax import export, mesh, resume, step
+    program = step.Program(given, mesh.make_mesh(given.mesh))
+    with jax.set_mesh(program.mesh):
+        state, _ = resume.start(program, resume.open_source(given), types.SimpleNamespace(latest=None))
+        assert not any(w.is_fully_addressable for w in state.params.values())
+        export.Adapters(given).save(1, state.params)
+"""
+
+
+def test_an_adapter_through_two_processes(tmp_path):
+    """Each reads its shards of it, and one writes what both have."""
+    given = replace(
+        fsdp(tmp_path / "given"), model=configs.GEMMA2_TINY, adapter=AdapterConfig(kind="lora"), init=str(TINY)
+    )
+    given = replace(given, train=replace(given.train, export_adapter=True))
+    program, rng = Program(given, make_mesh(given.mesh)), np.random.default_rng(0)
+    adapter = {path: rng.normal(size=w.shape).astype(w.dtype) for path, w in program.params.items()}
+    Adapters(given).save(0, {path: jax.device_put(w, program.params[path].sharding) for path, w in adapter.items()})
+    folder = given.output / "adapters" / "0"
+    config = replace(given, workdir=str(tmp_path / "run"), init_adapter=str(folder))
+    (tmp_path / "config.txt").write_text(configs.to_text(config))
+    words = [sys.executable, "-c", FROM_ADAPTER_TO_ADAPTER, tmp_path / "config.txt", f"127.0.0.1:{free_port()}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    for status, _, error in ends(
+        [
+            subprocess.Popen(
+                [*words, str(at)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for at in range(2)
+        ]
+    ):
+        assert status == 0, error
+    written, expected = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "run/adapters/1", folder))
+    assert written.keys() == expected.keys() and len(written) == 2 * 7 * 6
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(written[name], tensor)
 
 
 def test_process_1_killed(tmp_path):
