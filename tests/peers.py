@@ -6,6 +6,7 @@ attention scores and logits to reach their caps, norm weights are far from zero.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -94,12 +95,12 @@ def training_gradients(
     kind = "sft" if adapter.kind == "none" else adapter.kind
     train = TrainConfig(sequence_length=length, global_batch_size=rows, micro_batch_size=rows)
     run = configs.finetune("test", config, "", kind, adapter=adapter, train=train, compute=F32)
-    mesh = mesh or MeshConfig(data=1)
-    program = Program(run, make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]))
+    sizes = mesh or MeshConfig(data=1)
+    program = Program(run, make_mesh(sizes, jax.devices()[: math.prod(vars(sizes).values())]))
     params, frozen = ({path: weights[path] for path in part} for part in (program.params, program.frozen))
     arrays = dict(tokens=tokens, targets=targets, segments=segments, positions=positions, weights=counted)
     passes = {name: np.asarray(x)[None] for name, x in arrays.items()}
-    with jax.set_mesh(program.mesh):
+    with jax.set_mesh(program.mesh) if mesh else nullcontext():
         loss, gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
     return loss / counted.sum(), {path: g / counted.sum() for path, g in gradients.items()}
 
