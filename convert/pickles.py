@@ -75,6 +75,7 @@ _PREFIXES = (
     "torch.distributed.checkpoint.planner.",
     "torch.distributed.checkpoint.filesystem.",
     "megatron.",
+    "transformer_engine.",
     "numpy.dtypes.",
 )
 # What may be referred to again and again must be quick to look at each time.

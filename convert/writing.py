@@ -2,7 +2,7 @@
 
 What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. While a part is
 written the next ones are read: in memory are a few parts, of which the largest is a matrix of a layer, or as many rows
-of the embedding as make up `arrays.CHUNK_BYTES`.
+of the embedding as make up a chunk of `arrays`.
 """
 
 import itertools
