@@ -75,7 +75,7 @@ class Hub:
             to.wfile.write(body)
 
 
-CODE = "import sys; from gemma2_jax.convert import hub; print(hub.download(sys.argv[1]))"
+CODE = "import sys; from gemma2_jax.convert import hub; print(hub.download(sys.argv[1], weights=True))"
 
 
 def start(home: Path, environment: dict[str, str], name: str = "org/tiny", code: str = CODE) -> subprocess.Popen:
