@@ -46,10 +46,9 @@ class Adapters:
             beside=(config.output / "tokenizer",),
             sources=(_Held(arrays),),
         )
-        shutil.rmtree(
-            self.folder / str(step), ignore_errors=True
-        )  # of a run that ended before its checkpoint was whole
-        write(Job(source=source, to="peft"), self.folder / str(step))
+        target = self.folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before its checkpoint was whole
+        write(Job(source=source, to="peft"), target)
         self._prune(step)
 
     def _prune(self, step: int) -> None:
