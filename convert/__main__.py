@@ -1,10 +1,17 @@
-"""python -m gemma2_jax.convert SRC DST --to orbax|hf|peft: reads any checkpoint, writes one of three formats.
+"""python -m gemma2_jax.convert: any checkpoint of Gemma 2 into any other format, what one is, whether two are the same.
+
+    SRC DST --to FORMAT    convert
+    inspect PATH           say what a checkpoint is
+    verify A B             compare two, tensor by tensor
+    import, export         convert under Megatron-Bridge's names
 
 The command line only: it parses before it imports what is slow, says what it found, and says what it wrote. JAX runs
 on the CPU here whatever the machine has: there is nothing to compute but casts and merges.
 """
 
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,68 +25,199 @@ if TYPE_CHECKING:
     from gemma2_jax.convert.checkpoints import Checkpoint
     from gemma2_jax.convert.writing import Job
 
-_NAMES = {"huggingface": "a Hugging Face model", "peft": "a PEFT adapter", "orbax": "an Orbax folder", "run": "a run"}
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Convert a checkpoint of Gemma 2 from any of the formats Hugging Face, PEFT, Orbax and run to one of three."""
+class Convert:
+    """Convert a checkpoint of Gemma 2: Hugging Face, PEFT, Orbax, a training run, or Megatron, each into each.
+
+    SRC's format is found out. Other commands: `inspect PATH` says what a checkpoint is, `verify A B` compares two, and
+    `import` and `export` have Megatron-Bridge's names. Each has a --help.
+    """
 
     src: tyro.conf.Positional[str]  # what to read: a folder whose format is found out, or a Hub id
     dst: tyro.conf.Positional[Path]  # folder to write; it must not exist yet
-    to: Literal["orbax", "hf", "peft"]  # format to write; peft is the adapter alone
-    adapter: str | None = None  # adapter to put on SRC: a PEFT or Orbax folder, or a run
-    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # add the adapter into the weights, in float32
+    # Format to write. peft and megatron-adapter are the adapter alone; megatron is torch_dist, which Megatron-Bridge
+    # loads; megatron-legacy is a file a rank.
+    to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
+    adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
+    merge: _Flag = False  # add the adapter into the weights, in float32
     dtype: DType | None = None  # of what is written; None: as stored
+    # Folder or Hub id with the config.json of a Megatron checkpoint that has none, or of the model of an adapter.
+    hf_config: str | None = None
+    tp: int = 1  # tensor-parallel ranks that megatron-legacy has files for
+    pp: int = 1  # pipeline stages that megatron-legacy has files for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what a checkpoint is: format, config, arrays, dtypes, sizes, parallel layout, adapter."""
+
+    path: tyro.conf.Positional[str]  # a folder, or a Hub id
+    hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compare two checkpoints of whatever formats, array by array; the exit status is 1 where they differ."""
+
+    one: tyro.conf.Positional[str]  # a folder, or a Hub id
+    other: tyro.conf.Positional[str]  # another
+    atol: float = 0.0  # largest difference of two elements that counts as none; 0: bits and dtypes must be the same
+    prompt: str | None = None  # compare their logits on this text too
+    hf_config: str | None = None  # folder or Hub id with the config.json of Megatron checkpoints that have none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Convert a Hugging Face model to Megatron, as Megatron-Bridge's `import` does."""
+
+    hf_model: str  # folder or Hub id
+    megatron_path: Path  # folder to write
+    torch_dtype: DType | None = None  # of what is written; None: as stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Convert a Megatron checkpoint to Hugging Face, as Megatron-Bridge's `export` does."""
+
+    hf_model: str  # folder or Hub id that has the model's config.json and tokenizer
+    megatron_path: str  # what to read
+    hf_path: Path  # folder to write
+    torch_dtype: DType | None = None  # of what is written; None: as stored
 
 
 def main() -> None:
-    """Parses, converts; exits with a sentence where that cannot be done."""
-    arguments = tyro.cli(Arguments, prog="python -m gemma2_jax.convert")
+    """Parses and does it; exits with a sentence where that cannot be done."""
+    words = sys.argv[1:]
+    name = words[0] if words and words[0] in _COMMANDS else ""
+    kind, run = _COMMANDS.get(name, (Convert, _convert))
+    command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=words[bool(name) :])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     platforms.on_cpu()
     try:
-        _convert(arguments)
+        run(command)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def _convert(arguments: Arguments) -> None:
-    from rich import progress
+def _inspect(command: Inspect) -> None:
+    from rich.console import Console
 
+    from gemma2_jax.convert import describe
     from gemma2_jax.convert.checkpoints import open_checkpoint
+
+    describe.show(open_checkpoint(command.path, hf_config=command.hf_config), Console())
+
+
+def _verify(command: Verify) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from gemma2_jax.convert import verify
+
+    pair = [_open(path, None, command.hf_config) for path in (command.one, command.other)]
+    size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
+    with _bar(size) as moved:
+        found = verify.compare(pair[0], pair[1], moved)
+    table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "largest difference")
+    different = [one for one in found if not one.within(command.atol)]
+    for one in found:
+        if one.unequal or one in different:
+            dtypes = ", ".join(dict.fromkeys(one.dtypes))
+            table.add_row(one.path, dtypes, f"{one.size:,}", f"{one.unequal:,}", f"{one.largest:.3g}")
+    if table.rows:
+        Console().print(table)
+    elements = sum(one.size for one in found)
+    rule = f"within {command.atol:g}" if command.atol else "bit by bit"
+    print(f"{len(found) - len(different)} of {len(found)} arrays ({elements:,} elements) are the same, {rule}")
+    if command.prompt is not None:
+        _compare_logits(pair, command.prompt)
+    if different:
+        sys.exit(1)
+
+
+def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
+    import numpy as np
+
+    from gemma2_jax import generate
+    from gemma2_jax.convert import verify
+    from gemma2_jax.data.encoding import load_tokenizer
+
+    folder = pair[0].tokenizer or pair[1].tokenizer
+    if folder is None:
+        raise ValueError("neither checkpoint has a tokenizer for the prompt; copy its model's tokenizer.json there")
+    tokens = generate.encode(prompt, load_tokenizer(str(folder)), chat=False)
+    one, other = (verify.logits(checkpoint, tokens) for checkpoint in pair)
+    same = int(np.sum(one.argmax(-1) == other.argmax(-1)))
+    print(
+        f"logits of {len(tokens)} tokens in float32: they differ by at most {np.abs(one - other).max():.3g}, the "
+        f"largest is {np.abs(one).max():.3g}; the likeliest token is the same at {same} of {len(tokens)} positions"
+    )
+
+
+def _import(command: Import) -> None:
+    _convert(Convert(src=command.hf_model, dst=command.megatron_path, to="megatron", dtype=command.torch_dtype))
+
+
+def _export(command: Export) -> None:
+    paths = {"src": command.megatron_path, "dst": command.hf_path, "hf_config": command.hf_model}
+    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype))
+
+
+_COMMANDS: dict[str, tuple[type, Callable]] = {
+    "inspect": (Inspect, _inspect),
+    "verify": (Verify, _verify),
+    "import": (Import, _import),
+    "export": (Export, _export),
+}
+
+
+def _convert(command: Convert) -> None:
     from gemma2_jax.convert.writing import Job, write
 
-    if arguments.adapter is None:
-        source = open_checkpoint(arguments.src)
+    source = _open(command.src, command.adapter, command.hf_config)
+    job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
+    for warning in job.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    with _bar(job.size) as moved:
+        write(job, command.dst, moved)
+    print(f"wrote {command.dst}: {_summary(job)}\n{_usage(job, command.dst)}")
+
+
+def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
+    from gemma2_jax.convert import describe
+    from gemma2_jax.convert.checkpoints import open_checkpoint
+
+    if adapter is None:
+        found = open_checkpoint(src, hf_config=hf_config)
     else:
-        source = open_checkpoint(arguments.adapter, base=arguments.src)
-    print(f"read {arguments.adapter or arguments.src} as {_describe(source)}")
-    job = Job(source=source, to=arguments.to, merge=arguments.merge, dtype=arguments.dtype)
-    columns = (
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task("", total=job.size)
-        write(job, arguments.dst, moved=lambda size: bar.advance(task, size))
-    print(f"wrote {arguments.dst}: {_summary(job)}\n{_usage(job, arguments.dst)}")
+        found = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config))
+    print(f"read {adapter or src} as {describe.sentence(found)}")
+    for note in found.notes:
+        print(f"note: {note}")
+    return found
 
 
-def _describe(source: "Checkpoint") -> str:
-    from gemma2_jax.convert import table
+def _bar(size: int):
+    from contextlib import contextmanager
 
-    parts = []
-    if source.adapter.kind != "none":
-        kind = ("rank-stabilised " if source.adapter.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[
-            source.adapter.kind
-        ]
-        where = ", ".join(table.targets(source.adapter))
-        parts.append(f"{kind} of rank {source.adapter.rank}, alpha {source.adapter.alpha:g} on {where}")
-    if source.model:
-        parts.append(f"Gemma 2 of {source.model.layers} layers, {source.model.parameter_count():,} parameters")
-    return f"{_NAMES[source.format]}: " + "; ".join(parts)
+    from rich import progress
+
+    @contextmanager
+    def shown():
+        columns = (
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns) as bar:
+            task = bar.add_task("", total=size)
+            yield lambda part: bar.advance(task, part)
+
+    return shown()
 
 
 def _summary(job: "Job") -> str:
@@ -91,11 +229,19 @@ def _summary(job: "Job") -> str:
 
 
 def _usage(job: "Job", target: Path) -> str:
+    base = job.source.base or "its base model"
     if job.to == "hf":
         return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     if job.to == "peft":
-        base = job.source.base or "its base model"
         return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {base}"
+    if job.to == "megatron":
+        return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={target}"
+    if job.to == "megatron-adapter":
+        return (
+            f"go on with it in Megatron-Bridge: checkpoint.load={target}, with checkpoint.pretrained_checkpoint {base}"
+        )
+    if job.to == "megatron-legacy":
+        return f"load it with Megatron-LM: --load {target} --ckpt-format torch"
     if "adapter" in job.groups:
         return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
     return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"

@@ -8,8 +8,11 @@ the slices that this process's devices need. Nothing here writes. A folder is on
     orbax        weights/ and adapter/, or one of them: Orbax checkpoints of nested dicts of our arrays; config.json
                  and adapter_config.json as above
     run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
+    megatron     latest_checkpointed_iteration.txt and the folder it names, or that folder: of torch_dist, or of the
+                 legacy format torch; weights, or adapters alone
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import hub, table, tensors
+from gemma2_jax.convert import arrays, hub, megatron, megatron_config, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -48,8 +51,8 @@ class Source(Protocol):
         """Arrays of this store in the dtype and sharding of `wanted`, whose shapes are right."""
         ...
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        """One whole array in the host's memory, once."""
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        """A part of an array as it is stored, in the host's memory, in whatever order its dims are there."""
         ...
 
 
@@ -57,7 +60,7 @@ class Source(Protocol):
 class Checkpoint:
     """What a folder holds. `sources` have the arrays."""
 
-    format: Literal["huggingface", "peft", "orbax", "run"]
+    format: Literal["huggingface", "peft", "orbax", "run", "megatron"]
     path: Path
     model: ModelConfig | None = None  # None: an adapter whose model is not at hand
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # kind "none": there is none
@@ -66,6 +69,8 @@ class Checkpoint:
     tokenizer: Path | None = None  # the folder with the tokenizer
     beside: tuple[Path, ...] = ()  # folders whose small files go where the weights go; of two alike the later
     sources: tuple[Source, ...] = ()
+    layout: str = ""  # how its files are made, where one format has several ways
+    notes: tuple[str, ...] = ()  # what its reader should know: sentences
 
     @property
     def shapes(self) -> Abstract:
@@ -73,17 +78,29 @@ class Checkpoint:
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
 
-def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    base: "str | Path | Checkpoint | None" = None,
+    hf_config: str | Path | None = None,
+    model: ModelConfig | None = None,
+) -> Checkpoint:
     """Finds out what a folder, or a model on the Hugging Face Hub, is. Reads headers only.
 
     Args:
       path: a folder, or a Hub id such as google/gemma-2-2b.
       base: the model that an adapter is for. By default the folder that its config names, if it is there.
+      hf_config: instead of a base, a folder or Hub id with the config.json of a model whose weights are not needed, for
+        an adapter, or for a Megatron checkpoint that does not say its config.
+      model: instead of either, what a Megatron checkpoint is to be a checkpoint of.
 
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
     folder = _folder(path)
-    under = open_checkpoint(base) if base is not None else None
+    under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
+    if hf_config is not None:
+        under = _described(_folder(hf_config))
+    if model is not None and megatron.iteration_folder(folder):
+        under = Checkpoint(format="megatron", path=folder, model=model)
     for is_one, opened in _FORMATS:
         if is_one(folder):
             return opened(folder, under)
@@ -91,7 +108,8 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> Checkpo
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {found}. Known are Hugging Face folders "
         "(config.json, model.safetensors or its shards and index), PEFT adapters (adapter_config.json, "
-        "adapter_model.safetensors), Orbax folders (weights/ or adapter/) and runs (config.txt, checkpoints/)"
+        "adapter_model.safetensors), Orbax folders (weights/ or adapter/), runs (config.txt, checkpoints/) and "
+        "Megatron checkpoints (latest_checkpointed_iteration.txt, .metadata or mp_rank_00/)"
     )
 
 
@@ -118,23 +136,26 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     return {path: found[path] for path in wanted}
 
 
-def read(checkpoint: Checkpoint, path: str, dtype: np.dtype) -> np.ndarray:
-    """One array of the checkpoint in the host's memory, where `load` would hold it twice."""
-    return next(source for source in checkpoint.sources if path in source.shapes).read(path, dtype)
+def read(checkpoint: Checkpoint, path: str, index: table.Index) -> np.ndarray:
+    """A part of an array as it is stored, in the host's memory; best one layer, or some rows, as memory goes."""
+    return next(source for source in checkpoint.sources if path in source.shapes).read(path, index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Safetensors:
-    """Hugging Face's or PEFT's tensors, stacked and laid out as ours while they are read."""
+    """Tensors by Hugging Face's or PEFT's names, stacked and laid out as ours while they are read."""
 
     rows: dict[str, Row]
     size: dict[str, int]
-    tensors: Tensors
+    tensors: Tensors | megatron.Tensors
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, files: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
-        table.claim(table.their_shapes(rows, model, rank), files.shapes, folder)
+    def open(
+        cls, folder: Path, files: Tensors | megatron.Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0
+    ):
+        found = {name: shape for name, shape in files.shapes.items() if name != table.HEAD}
+        table.claim(table.their_shapes(rows, model, rank), found, folder)
         shapes: Abstract = {}
         for row in rows:
             dtype = jnp.result_type(*(files.dtypes[name] for name in row.names(model.layers)))
@@ -155,9 +176,8 @@ class _Safetensors:
 
         return jax.make_array_from_callback(want.shape, _sharding(want), part)
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        row = self.rows[path]
-        return row.join(self.size, dtype, self.tensors.read, (slice(None),) * len(row.letters))
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        return self.rows[path].join(self.size, self.shapes[path].dtype, self.tensors.read, index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +185,7 @@ class _Orbax:
     """An Orbax checkpoint of a nested dict of our arrays."""
 
     folder: epath.Path
+    arrays: arrays.Reader
     shapes: Abstract
 
     @classmethod
@@ -175,7 +196,7 @@ class _Orbax:
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
         table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
-        return cls(folder=epath.Path(folder.absolute()), shapes=shapes)
+        return cls(folder=epath.Path(folder.absolute()), arrays=arrays.Reader(folder), shapes=shapes)
 
     def load(self, wanted: Abstract) -> dict[str, jax.Array]:
         if not wanted:
@@ -189,9 +210,10 @@ class _Orbax:
             }
         )
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        whole = self._restore({path: ocp.RestoreArgs(dtype=dtype, restore_type=np.ndarray)})[path]
-        return whole[: self.shapes[path].shape[0]]
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        shape = self.shapes[path].shape  # of a run the stack may be longer
+        within = tuple(range(size)[at] for size, at in zip(shape, index, strict=True))
+        return self.arrays.read(path, tuple(slice(at.start, at.stop) for at in within))
 
     def _restore(self, how: dict[str, Any]) -> dict[str, Any]:
         handler = ocp.PyTreeCheckpointHandler()
@@ -232,11 +254,8 @@ def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
     files = Tensors(folder, tensors.MODEL)
-    head = files.shapes.pop(table.HEAD, None)
     source = _Safetensors.open(folder, files, table.MODEL, model)
-    if head:
-        whole = (slice(None),) * 2
-        table.check_tied(files.read(table.HEAD, whole), files.read(table.MODEL[0].name, whole), folder)
+    table.check_tied(files.shapes, files.read, folder)
     found = Checkpoint(
         format="huggingface",
         path=folder,
@@ -332,20 +351,104 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     return _with_base(run, under or open_checkpoint(config.init), source, config.init)
 
 
+def _is_megatron(folder: Path) -> bool:
+    return megatron.iteration_folder(folder) is not None
+
+
+def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
+    at = megatron.iteration_folder(folder)
+    assert at is not None
+    opened = megatron.open_folder(at)
+    said = at / "run_config.yaml"
+    run = megatron_config.read_yaml(said) if said.is_file() else None
+    alone = megatron.is_adapter(opened)
+    if not alone and under and under.sources:
+        _no_base(folder, under)
+    model = under.model if under else None
+    if run:
+        stated = megatron_config.model_config(run, said)
+        if under and model and replace(stated, max_length=model.max_length) != model:
+            raise ValueError(f"{said} is of another model than was asked for ({_unlike(stated, model)})")
+        model = model or stated
+    if model is None:
+        raise ValueError(
+            f"{folder} does not say its config (there is no {said.name}); give --hf-config, a folder with the model's "
+            "config.json or its Hub id"
+        )
+    if opened.args:
+        megatron_config.check_args(opened.args, model, at)
+    kept = at / "tokenizer"
+    found = Checkpoint(
+        format="megatron",
+        path=folder,
+        model=model,
+        tokenizer=tokenizer_folder(kept),
+        beside=(kept,) if kept.is_dir() else (),
+        layout=opened.layout + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel(run, said))),
+        notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
+    )
+    if not alone:
+        files = megatron.model_tensors(opened, model)
+        source = _Safetensors.open(at, files, table.MODEL, model)
+        table.check_tied(files.shapes, files.read, at)
+        whole = replace(found, sources=(source,))
+        return _after(under, whole) if under else whole
+    if run is None:
+        raise ValueError(f"{at} holds an adapter, and no {said.name} that says its scale; copy that file too")
+    tensor = megatron_config.parallel(run, said)[0]
+    fusings, projections = megatron.adapter_fusings(opened)
+    adapter = megatron_config.adapter_config(run, projections, said)
+
+    def adapted(model: ModelConfig, rank: int) -> Source:
+        files = megatron.adapter_tensors(replace(opened, ranks=tensor), fusings, adapter, model)
+        return _Safetensors.open(at, files, table.rows(adapter), model, rank)
+
+    note = (
+        f"its {' and '.join(adapter.apart)} act after the post-norm, as Megatron-Bridge trains them and PEFT does not "
+        "(adapter.after_norm)"
+    )
+    found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
+    return _with_base(found, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
+
+
+def _unlike(one: ModelConfig, other: ModelConfig) -> str:
+    names = [field.name for field in dataclasses.fields(one)]
+    return ", ".join(
+        f"{name} {getattr(one, name)} and not {getattr(other, name)}"
+        for name in names
+        if getattr(one, name) != getattr(other, name)
+    )
+
+
 # Tried in this order; a folder is the first that it can be.
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None], Checkpoint]], ...] = (
     (_is_orbax, _open_orbax),
     (_is_run, _open_run),
     (_is_huggingface, _open_huggingface),
     (_is_peft, _open_peft),
+    (_is_megatron, _open_megatron),
 )
+
+
+def _described(folder: Path) -> Checkpoint:
+    """A model of which the config alone is of interest."""
+    hf = read_json(folder / "config.json")
+    return Checkpoint(
+        format="huggingface",
+        path=folder,
+        model=model_config(hf, folder / "config.json"),
+        hf=hf,
+        tokenizer=tokenizer_folder(folder),
+        beside=(folder,),
+    )
 
 
 def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, name: str | None) -> Checkpoint:
     """An adapter on its model, by default the folder `name`; without a model the shapes of its arrays are unknown."""
     under = under or _local(name)
     if under is None:
-        return replace(alone, base=name or "")
+        sources = (source(alone.model, alone.adapter.rank),) if alone.model else ()
+        return replace(alone, base=name or "", sources=sources)
     if under.adapter.kind != "none":
         raise ValueError(f"{under.path} has an adapter already, {alone.path} is another; merge the first one first")
     assert under.model is not None
@@ -371,6 +474,8 @@ def _local(name: str | None) -> Checkpoint | None:
 
 
 def _no_base(folder: Path, under: Checkpoint | None) -> None:
+    if under is not None and not under.sources:
+        raise ValueError(f"{folder} has its own config; leave out --hf-config")
     if under is not None:
         raise ValueError(f"{folder} is not an adapter alone, so it takes no base model; {under.path} was given as one")
 

@@ -10,8 +10,10 @@ from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import table
 from gemma2_jax.convert.hf_config import need
 
+# Where an adapter is added is no choice of PEFT's: this key stands in our own folders only.
+_AFTER_NORM = "gemma2_jax_after_norm"
 # Keys that are read below, and those that change nothing once an adapter is trained.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"}
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", _AFTER_NORM}
 _INERT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_pattern", "megatron_core", "loftq_config", "eva_config"),
@@ -49,11 +51,12 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
         rslora=bool(peft.get("use_rslora")),
         dropout=peft.get("lora_dropout") or 0.0,
         targets=tuple(projections),
+        after_norm=bool(peft.get(_AFTER_NORM)),
     )
 
 
-def peft_config(adapter: AdapterConfig, base: str) -> dict[str, Any]:
-    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id."""
+def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dict[str, Any]:
+    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id, for PEFT or for `ours`."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,4 +72,5 @@ def peft_config(adapter: AdapterConfig, base: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        **({_AFTER_NORM: True} if ours and adapter.after_norm else {}),
     }

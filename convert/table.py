@@ -17,6 +17,7 @@ from einops import rearrange
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.convert.copying import fill
 
 Shapes = dict[str, tuple[int, ...]]
 Index = tuple[slice, ...]
@@ -59,7 +60,10 @@ class Row:
         return [self.name.format(L=layer) for layer in range(layers)] if self.stacked else [self.name]
 
     def join(self, size: Mapping[str, int], dtype, read: Callable[[str, Index], np.ndarray], index: Index):
-        """The part `index` of our array, of which only what it needs is asked of `read(their name, slices)`."""
+        """The part `index` of our array, of which only what it needs is asked of `read(their name, slices)`.
+
+        Of one layer, or of what is not stacked, it is a view of what was read, in their order in memory.
+        """
         spans = {letter: range(size[letter])[at] for letter, at in zip(self.letters, index, strict=True)}
         inner = {group[0]: math.prod(size[letter] for letter in group[1:]) for group in self.groups}
         theirs = tuple(slice(spans[first].start * times, spans[first].stop * times) for first, times in inner.items())
@@ -73,16 +77,22 @@ class Row:
 
         if not self.stacked:
             return layer(self.name).astype(dtype, copy=False)
+        if len(spans["L"]) == 1:  # which needs no copy
+            return layer(self.name.format(L=spans["L"].start))[None].astype(dtype, copy=False)
         ours = np.empty([len(span) for span in spans.values()], dtype)
         for at, number in enumerate(spans["L"]):
-            ours[at] = layer(self.name.format(L=number))
+            fill(ours[at], layer(self.name.format(L=number)))
         return ours
+
+    def theirs(self, ours: np.ndarray) -> np.ndarray:
+        """Their tensor of our array, of one layer if stacked and without that dim, or of a part of it; as a view."""
+        return rearrange(ours, f"{self.layer_dims} -> {self.layout}")
 
     def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Their tensors of our whole array, as views of it."""
         names = self.names(len(array))
         for name, part in zip(names, array if self.stacked else [array], strict=True):
-            yield name, rearrange(part, f"{self.layer_dims} -> {self.layout}")
+            yield name, self.theirs(part)
 
 
 _LAYER = "model.layers.{L}"
@@ -181,13 +191,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def check_tied(head: np.ndarray, embedding: np.ndarray, source: object) -> None:
+def check_tied(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Index], np.ndarray], source: object) -> None:
     """Raises ValueError unless an output matrix that a checkpoint has is the embedding, as in Gemma 2."""
-    # By bits, in blocks of rows: bfloat16 compares slowly, and memory maps need not be read whole.
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not same or any(
-        head[at : at + 4096].tobytes() != embedding[at : at + 4096].tobytes() for at in range(0, len(head), 4096)
-    ):
+    if HEAD not in shapes:
+        return
+    embedding, same = MODEL[0].name, True
+    rows = shapes[HEAD][0] if shapes[HEAD] == shapes[embedding] else 0
+    for at in range(0, rows, 4096):  # bounded memory, and by bits: bfloat16 compares slowly
+        ours, theirs = (read(name, (slice(at, at + 4096), slice(None))) for name in (HEAD, embedding))
+        same = same and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    if not rows or not same:
         raise ValueError(
             f"{source}: {HEAD} is not the embedding, so that the model has an untied head; "
             "Gemma 2's output is its embedding, and this program has no other"
@@ -199,8 +212,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     source = "the state dict"
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != HEAD}
     claim(their_shapes(MODEL, config), shapes, source)
-    if HEAD in tensors:
-        check_tied(tensors[HEAD], tensors[MODEL[0].name], source)
+    check_tied({name: tensor.shape for name, tensor in tensors.items()}, lambda name, at: tensors[name][at], source)
     size = dims.sizes(config)
     return {
         row.path: row.join(

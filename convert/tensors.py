@@ -1,20 +1,22 @@
-"""Folders of safetensors files: one, or several with an index, read by slices and written one file at a time.
+"""Folders of safetensors files: one, or several with an index, read and written in parts of tensors.
 
-Names and layouts are `table`'s, this module knows bytes only. Reading opens headers; a tensor's bytes are read when a
-slice is asked for. Writing holds one file's tensors in memory.
+Names and layouts are `table`'s, this module knows bytes only. Opening reads headers, which the safetensors library
+checks; the bytes are read and written here, as the library's memory map of a file counts towards this process's
+memory, and its writer wants a whole file's tensors at once.
 """
 
 import json
-from collections.abc import Callable, Iterable
-from itertools import islice
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from gemma2_jax.convert.copying import contiguous
 from gemma2_jax.convert.table import Index, Shapes
 
 MODEL = "model.safetensors"
@@ -29,7 +31,8 @@ class Tensors:
 
     def __init__(self, folder: Path, stem: str):
         """Opens `stem` (model.safetensors) or the files of its index, and reads their headers."""
-        self.folder, self.shapes, self.dtypes, self._files = folder, Shapes(), dict[str, np.dtype](), dict[str, Any]()
+        self.folder, self.shapes, self.dtypes = folder, Shapes(), dict[str, np.dtype]()
+        self._places: dict[str, tuple[Path, int]] = {}
         index = folder / f"{stem}.index.json"
         listed = _weight_map(index) if index.exists() else None
         if listed and (folder / stem).exists():
@@ -44,28 +47,41 @@ class Tensors:
                 raise ValueError(f"{folder} holds {name}, which {index.name} does not list; download both again")
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor, as stored."""
-        return self._files[name].get_slice(name)[index]
+        """A part of a tensor, as stored; of its rows no others are read."""
+        path, start = self._places[name]
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        rows = range(shape[0])[index[0]]
+        row = math.prod(shape[1:]) * dtype.itemsize
+        found = np.fromfile(path, np.uint8, len(rows) * row, offset=start + rows.start * row)
+        if len(found) < len(rows) * row:
+            raise ValueError(f"{path} has become shorter since it was opened; see what else writes to it")
+        return found.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{path} is missing; download it, or the whole checkpoint, again")
         try:
-            file = safe_open(path, framework="np")
+            with safe_open(path, framework="np") as file:
+                found = {name: file.get_slice(name) for name in file.offset_keys()}
+                dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
+                shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
-        for name in file.offset_keys():
-            if name in self._files:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, shape in shapes.items():
+            if name in self._places:
                 raise ValueError(f"{path} holds {name}, which another file of {self.folder} holds too; delete one")
-            tensor = file.get_slice(name)
-            if tensor.get_dtype() not in _DTYPES:
+            if dtypes[name] not in _DTYPES:
                 raise ValueError(
-                    f"{path}: {name} is stored as {tensor.get_dtype()}; this program reads {', '.join(_DTYPES)}, "
+                    f"{path}: {name} is stored as {dtypes[name]}; this program reads {', '.join(_DTYPES)}, "
                     "so use the checkpoint before it was quantized"
                 )
-            self._files[name] = file
-            self.shapes[name] = tuple(tensor.get_shape())
-            self.dtypes[name] = np.dtype(_DTYPES[tensor.get_dtype()])
+            if not shape:
+                raise ValueError(f"{path}: {name} is a single number, which no tensor of Gemma 2 is")
+            self._places[name] = path, 8 + size + header[name]["data_offsets"][0]
+            self.shapes[name], self.dtypes[name] = shape, np.dtype(_DTYPES[dtypes[name]])
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -99,17 +115,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write(
     folder: Path,
     stem: str,
-    sizes: dict[str, int],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    parts: Iterable[np.ndarray],
     moved: Callable[[float], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `tensors` as `stem`, or as numbered files and an index where they take more than `shard_bytes`.
+    """Writes `wanted` as `stem`, or as numbered files and an index where it takes more than `shard_bytes`.
 
     Args:
-      sizes: bytes of each tensor, in the order in which `tensors` come.
-      moved: told of bytes: half of a tensor's when it has been read, half when it is on disk.
+      wanted: shape and dtype of each tensor.
+      parts: the tensors, in the order of `wanted`, each whole or as several blocks of its rows.
+      moved: told of the bytes that are written.
     """
+    sizes = {name: math.prod(want.shape) * want.dtype.itemsize for name, want in wanted.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
@@ -117,21 +135,40 @@ def write(
         shards[-1].append(name)
     base = stem.removesuffix(".safetensors")
     files = [f"{base}-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
-    stream = iter(tensors)
+    stream = iter(parts)
     for file, names in zip(files if len(shards) > 1 else [stem], shards, strict=True):
-        # The library wants contiguous arrays; and a copy does not keep alive the stack that it was cut from.
-        held = dict[str, np.ndarray]()
-        for name, tensor in islice(stream, len(names)):
-            held[name] = np.array(tensor, order="C")
-            moved(tensor.nbytes / 2)
-        assert {name: array.nbytes for name, array in held.items()} == {name: sizes[name] for name in names}
         try:
-            save_file(held, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
+            _write_file(folder / file, {name: wanted[name] for name in names}, stream, moved)
+        except OSError as error:
             raise OSError(f"{folder / file} could not be written: {error}") from error
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library lets only its user read a file
-        moved(sum(sizes[name] for name in names) / 2)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
         write_json(folder / f"{stem}.index.json", {"metadata": total, "weight_map": weight_map})
+
+
+def _write_file(
+    path: Path,
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    stream: Iterator[np.ndarray],
+    moved: Callable[[float], None],
+) -> None:
+    # The format: the header's length in 8 bytes, the header as JSON, the tensors one after another. Transformers 4
+    # wants to be told that they are torch's.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}, 0
+    for name, want in wanted.items():
+        start, end = end, end + math.prod(want.shape) * want.dtype.itemsize
+        header[name] = {"dtype": names[want.dtype], "shape": list(want.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, want in wanted.items():
+            left = math.prod(want.shape) * want.dtype.itemsize
+            while left:
+                part = contiguous(next(stream))
+                assert part.dtype == want.dtype and part.shape[1:] == want.shape[1:] and part.nbytes <= left, name
+                file.write(part.reshape(-1).view(np.uint8))
+                left -= part.nbytes
+                moved(part.nbytes)

@@ -1,35 +1,41 @@
-"""Writes a checkpoint in one of three formats, an array at a time, as a folder that appears whole or not at all.
+"""Writes a checkpoint in any of the formats, a layer's matrix at a time; the folder appears whole or not at all.
 
-What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. In memory at one time
-are one stacked array, and what the format writes together: a safetensors file, or nothing more.
+What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. While a part is
+written the next ones are read: in memory are a few parts, of which the largest is a matrix of a layer, or as many rows
+of the embedding as make up `arrays.CHUNK_BYTES`.
 """
 
+import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
-from orbax.checkpoint.experimental import v1 as ocp
 
-from gemma2_jax import lora
+from gemma2_jax import dims, lora
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
-from gemma2_jax.convert import folder, table, tensors
+from gemma2_jax.convert import arrays, folder, megatron, megatron_config, table, tensors, torch_files
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
+from gemma2_jax.convert.copying import contiguous
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.convert.peft_config import peft_config
+from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.table import Row
+from gemma2_jax.convert.torch_dist import TorchDistWriter
 from gemma2_jax.model import Gemma2
 
-Format = Literal["orbax", "hf", "peft"]
-# Of an Orbax array's compressed pieces: small enough for a device to read little more than its slice.
-_CHUNK_BYTES = 64 << 20
+Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
+_ADAPTER_ALONE = ("peft", "megatron-adapter")
+Part = tuple[Row, table.Index]
+_AHEAD = 2  # parts that are read before they are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Job:
     source: Checkpoint
     to: Format
     merge: bool = False  # add the adapter into the weights
+    ranks: tuple[int, int] = (1, 1)  # of megatron-legacy: tensor-parallel ranks and pipeline stages to write files for
     dtype: DType | None = None  # None: as stored, or as the weights were that a full training run started from
 
     def __post_init__(self) -> None:
@@ -46,17 +53,59 @@ class Job:
         if self.source.model is None:
             raise ValueError(
                 f"{self.source.path} is an adapter to {self.source.base or 'a model it does not name'}, which is not a "
-                "folder here; give that model as SRC, and this as --adapter"
+                "folder here; give that model as SRC and this as --adapter, or its config.json's folder as --hf-config"
             )
-        if (self.merge or self.to == "peft") and not adapted:
-            raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or use --to hf or --to orbax")
-        if self.to == "peft" and self.merge:
-            raise ValueError("--to peft writes the adapter alone and --merge dissolves it; choose one of the two")
-        if self.to == "hf" and adapted and not self.merge:
+        if (self.merge or self.to in _ADAPTER_ALONE) and not adapted:
+            raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or write another format")
+        if self.to in _ADAPTER_ALONE and self.merge:
+            raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
+        whole = self.to in ("hf", "megatron", "megatron-legacy")
+        if self.merge or whole:
+            lora.check_mergeable(self.source.adapter.apart)
+        if whole and adapted and not self.merge:
+            alone = "peft" if self.to == "hf" else "megatron-adapter"
             raise ValueError(
-                f"{self.source.path} has an adapter, which a Hugging Face model has no place for; "
-                "choose --merge for one model, or --to peft for the adapter alone"
+                f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
+                f"choose --merge for one model, or --to {alone} for the adapter alone"
             )
+        if self.to not in _ADAPTER_ALONE and "embedding" not in self.source.shapes:
+            raise ValueError(
+                f"{self.source.path} is an adapter, and --to {self.to} writes its model too; give the model as SRC and "
+                "this as --adapter"
+            )
+        self._check_ranks(self.source.model)
+
+    def _check_ranks(self, model: ModelConfig) -> None:
+        tensor, stages = self.ranks
+        if self.ranks != (1, 1) and self.to != "megatron-legacy":
+            raise ValueError(f"--to {self.to} is read at any parallelism; leave out --tp and --pp")
+        sizes = {"kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab_size": model.vocab_size}
+        for name, size, shards in (
+            *((name, size, tensor) for name, size in sizes.items()),
+            ("layers", model.layers, stages),
+        ):
+            if shards < 1 or size % shards:
+                fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+                raise ValueError(f"the model's {name} {size} do not divide into {shards}; {fitting} do")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader of the format will take for something else: sentences."""
+        apart, targets = self.adapter.apart, table.targets(self.adapter)
+        if self.to == "peft" and apart:
+            return [
+                f"the adapter of {' and '.join(apart)} was trained to be added after the post-norm "
+                "(adapter.after_norm), and PEFT adds it before: the tensors are the same, the logits are not. Run it "
+                "with python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+            ]
+        inside = [name for name in ("attn/o", "mlp/down") if name in targets and not self.adapter.after_norm]
+        if self.to == "megatron-adapter" and inside:
+            return [
+                f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm, and "
+                "Megatron-Bridge adds it after: the tensors are the same, the logits are not. Merge it (--merge --to "
+                "megatron), or train one with adapter.after_norm for Megatron-Bridge"
+            ]
+        return []
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -67,7 +116,8 @@ class Job:
     def groups(self) -> dict[str, tuple[Row, ...]]:
         """The rows that are written together."""
         adapter = {"adapter": table.rows(self.adapter)}
-        return adapter if self.to == "peft" else {"weights": table.MODEL} | (adapter if adapter["adapter"] else {})
+        alone = self.to in _ADAPTER_ALONE
+        return adapter if alone else {"weights": table.MODEL} | (adapter if adapter["adapter"] else {})
 
     @cached_property
     def shapes(self) -> Abstract:
@@ -83,26 +133,45 @@ class Job:
     @property
     def size(self) -> int:
         """Bytes of all arrays."""
-        return sum(_bytes(shape) for shape in self.shapes.values())
+        twice = ["embedding"] if self.ranks[1] > 1 else []  # the last stage has it too
+        return sum(_bytes(self.shapes[path]) for path in [*self.shapes, *twice])
 
-    def array(self, row: Row) -> np.ndarray:
-        """One array as it is written, merged if that is asked for."""
-        want = self.shapes[row.path]
+    def parts(self, rows: tuple[Row, ...]) -> Iterator[Part]:
+        """What is read and written at a time: of stacked rows a layer, of others some rows."""
+        for row in rows:
+            want = self.shapes[row.path]
+            step = 1 if row.stacked else arrays.rows_at_once(want, stacked=False)
+            for at in range(0, want.shape[0], step):
+                last = min(at + step, want.shape[0])
+                yield row, (slice(at, last), *[slice(None)] * (len(want.shape) - 1))
+
+    def part(self, row: Row, index: table.Index) -> np.ndarray:
+        """A part of an array as it is written, merged if that is asked for, in whatever order in memory."""
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.targets(self.source.adapter):
-            return self._merged(projection, row.path, want)
-        return read(self.source, row.path, want.dtype)
+            return self._merged(projection, row.path, index)
+        return read(self.source, row.path, index).astype(self.shapes[row.path].dtype, copy=False)
 
-    def _merged(self, projection: str, path: str, want: jax.ShapeDtypeStruct) -> np.ndarray:
-        parts = {part: row.path for part, row in table.adapter_rows(projection).items()}
-        paths = {part: at for part, at in {"w": path, **parts}.items() if at in self.source.shapes}
-        held = {part: read(self.source, at, self.source.shapes[at].dtype) for part, at in paths.items()}
-        merged = np.empty(want.shape, want.dtype)
-        for layer in range(len(merged)):  # float32 copies of a whole stack would be many times its size
-            merged[layer] = self._merge(
-                projection, want.dtype, **{part: x[layer : layer + 1] for part, x in held.items()}
-            )[0]
-        return merged
+    def theirs(self, row: Row, index: table.Index) -> np.ndarray:
+        """A part as Hugging Face's or PEFT's tensor: of one layer, or some rows of it."""
+        ours = self.part(row, index)
+        return contiguous(row.theirs(ours[0] if row.stacked else ours))
+
+    def their_shape(self, row: Row) -> jax.ShapeDtypeStruct:
+        """Their tensor, of one layer if stacked."""
+        assert self.source.model is not None
+        size = dims.sizes(self.source.model, self.adapter.rank)
+        shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
+        return jax.ShapeDtypeStruct(shape, self.shapes[row.path].dtype)
+
+    def _merged(self, projection: str, path: str, index: table.Index) -> np.ndarray:
+        rows = {part: row.path for part, row in table.adapter_rows(projection).items()}
+        paths = {part: at for part, at in {"w": path, **rows}.items() if at in self.source.shapes}
+        layers = {
+            part: (index[0], *[slice(None)] * (len(self.source.shapes[at].shape) - 1)) for part, at in paths.items()
+        }
+        held = {part: contiguous(read(self.source, at, layers[part])) for part, at in paths.items()}
+        return np.asarray(self._merge(projection, self.shapes[path].dtype, **held))[(slice(None), *index[1:])]
 
     @cached_property
     def _merge(self) -> Callable:
@@ -129,18 +198,22 @@ def _adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
 
 
 def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: None) -> None:
-    """Carries out a job; `moved` is told of bytes: half of them as they are read, half as they reach the disk.
+    """Carries out a job; `moved` is told of the bytes that are written.
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
     source, model, target = job.source, job.source.model, target.absolute()
     assert model is not None
     with folder.appearing(target, job.size) as partial_target:
+        if job.to.startswith("megatron"):
+            _write_megatron(partial_target, target, job, moved)
+            return
         if job.to != "peft":
             dtype = job.shapes["embedding"].dtype.name
             tensors.write_json(partial_target / "config.json", hf_config(model, dtype, source.hf))
         if job.adapter.kind != "none":
-            tensors.write_json(partial_target / "adapter_config.json", peft_config(job.adapter, source.base))
+            config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
+            tensors.write_json(partial_target / "adapter_config.json", config)
         for name, rows in job.groups.items():
             if job.to == "orbax":
                 _write_orbax(partial_target / name, job, rows, moved)
@@ -152,31 +225,203 @@ def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: 
 
 def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
     assert job.source.model is not None
-    sizes = {
-        name: _bytes(job.shapes[row.path]) // (job.source.model.layers if row.stacked else 1)
-        for row in rows
-        for name in row.names(job.source.model.layers)
-    }
-    stream = (pair for row in rows for pair in row.split(job.array(row)))
+    wanted = {}
+    for row in rows:
+        wanted |= dict.fromkeys(row.names(job.source.model.layers), job.their_shape(row))
+    stream = ahead(lambda part: job.theirs(*part), job.parts(rows))
     if job.to == "peft":  # which reads one file only
-        tensors.write(target, tensors.ADAPTER, sizes, stream, moved, shard_bytes=sys.maxsize)
+        tensors.write(target, tensors.ADAPTER, wanted, stream, moved, shard_bytes=sys.maxsize)
     else:
-        tensors.write(target, tensors.MODEL, sizes, stream, moved)
+        tensors.write(target, tensors.MODEL, wanted, stream, moved)
+
+
+def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float], None]) -> None:
+    source, model = job.source, job.source.model
+    assert model is not None
+    at = target / "iter_0000000"
+    at.mkdir()
+    dtype = next(iter(job.shapes.values())).dtype.name
+    if job.to == "megatron-legacy":
+        _write_legacy(at, job, dtype, moved)
+    else:
+        adapter, canonical, fusings = None, False, megatron.MODEL
+        if job.to == "megatron-adapter":
+            adapter, canonical = _fusable(job)
+            fusings = megatron.adapter_written(adapter, canonical=canonical)
+        tokenizer = str(final / at.name / "tokenizer") if source.tokenizer else None
+        run = megatron_config.run_config(
+            model, dtype, adapter, source.base or None, canonical=canonical, tokenizer=tokenizer
+        )
+        with TorchDistWriter(at) as writer:
+            _write_chunks(writer, job, fusings, moved)
+            for name, content in megatron.extra_states(model.layers) if adapter is None else ():
+                writer.object(name, content)
+        (at / "run_config.yaml").write_text(megatron_config.to_yaml(run))
+        tensors.write_json(at / "metadata.json", megatron.BACKEND)
+        for path, content in (
+            (at / "common.pt", megatron_config.common()),
+            (at / "train_state.pt", megatron_config.train_state()),
+            (target / "latest_train_state.pt", megatron_config.train_state()),
+        ):
+            with path.open("wb") as file:
+                torch_files.save(file, content)
+    (target / megatron.TRACKER).write_text("0")
+    for beside in source.beside:
+        (at / "tokenizer").mkdir(exist_ok=True)
+        folder.carry(beside, at / "tokenizer")
+
+
+def _write_chunks(
+    writer: TorchDistWriter, job: Job, fusings: tuple[megatron.Fused, ...], moved: Callable[[float], None]
+) -> None:
+    model = job.source.model
+    assert model is not None
+    rows = {row.name: row for group in job.groups.values() for row in group}
+    parts = [
+        (fused, indices)
+        for fused in fusings
+        for indices in zip(*(list(job.parts((rows[name],))) for name in fused.parts), strict=True)
+    ]
+    stream = ahead(lambda part: [job.theirs(*one) for one in part[1]], parts)
+    for (fused, indices), found in zip(parts, stream, strict=True):
+        # Gate and up are chunks of their own, as Megatron has them; a shared matrix is one.
+        chunks = found if fused.rows == "halves" and not fused.gathered else [fused.join(found, model.kv_heads)]
+        (_, (first, *_)), at = indices[0], 0
+        for chunk in chunks:
+            if fused.stacked:
+                shape = (model.layers, sum(map(len, chunks)), *chunk.shape[1:])
+                writer.chunk(fused.key, shape, (first.start, at, *(0,) * (chunk.ndim - 1)), chunk[None])
+            else:
+                shape = job.their_shape(indices[0][0]).shape
+                writer.chunk(fused.key, shape, (first.start, *(0,) * (chunk.ndim - 1)), chunk)
+            at += len(chunk)
+        moved(sum(part.nbytes for part in found))
+
+
+def _fusable(job: Job) -> tuple[AdapterConfig, bool]:
+    """The adapter as Megatron-Bridge describes it, and whether every projection must keep its own A there."""
+    adapter, rows = job.adapter, {row.path: row for row in job.groups["adapter"]}
+    canonical = False
+    for together in megatron.must_share(adapter):
+        paths = [table.adapter_rows(name)["a"].path for name in together]
+        if not all(path in rows for path in paths) or any(
+            job.part(*one).tobytes() != job.part(*other).tobytes()
+            for path in paths[1:]
+            for one, other in zip(job.parts((rows[paths[0]],)), job.parts((rows[path],)), strict=True)
+        ):
+            canonical = True
+    if canonical and adapter.kind == "dora":
+        raise ValueError(
+            f"{job.source.path} is a DoRA whose projections have an A each, for which Megatron-Bridge has no DoRA: "
+            "its own share one among attn/q, attn/k, attn/v, and one among mlp/gate, mlp/up. Merge it (--merge), or "
+            "train a LoRA"
+        )
+    return adapter, canonical
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What one rank has of a tensor."""
+
+    job: Job
+    fused: megatron.Fused
+    parts: tuple[Part, ...]
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [self.job.their_shape(row).shape for row, _ in self.parts]
+        shape = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        if self.fused.split is not None:
+            shape[self.fused.split] //= self.job.ranks[0]
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.job.their_shape(self.parts[0][0]).dtype
+
+    def load(self) -> np.ndarray:
+        """Reads it."""
+        model, split = self.job.source.model, self.fused.split
+        assert model is not None
+        ranks = self.job.ranks[0]
+        found = [self.job.theirs(*part) for part in self.parts]
+        if split is not None and self.fused.stacked:
+            found = [np.split(part, ranks, split)[self.rank] for part in found]
+        return self.fused.join(found, model.kv_heads // ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Queued:
+    """A tensor of a file that is read when the file's writer comes to it, which takes them in order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    queue: Iterator[np.ndarray]
+    moved: Callable[[float], None]
+
+    def read(self) -> np.ndarray:
+        """Takes the next one."""
+        array = next(self.queue)
+        self.moved(array.nbytes)
+        return array
+
+
+def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float], None]) -> None:
+    model, (ranks, stages) = job.source.model, job.ranks
+    assert model is not None
+    rows = {row.name: row for row in table.MODEL}
+    args = megatron_config.args_of(model, dtype)
+    args |= {"tensor_model_parallel_size": ranks, "pipeline_model_parallel_size": stages}
+
+    def part(fused: megatron.Fused, name: str, layer: int, rank: int) -> Part:
+        row = rows[name]
+        first, *rest = job.shapes[row.path].shape
+        if not fused.stacked and fused.split == 0:  # whose rows can be told apart before they are read
+            return row, (slice(rank * first // ranks, (rank + 1) * first // ranks), *[slice(None)] * len(rest))
+        return row, (slice(layer, layer + 1) if fused.stacked else slice(0, first), *[slice(None)] * len(rest))
+
+    for stage, rank in itertools.product(range(stages), range(ranks)):
+        shares = {
+            name: _Share(job, fused, tuple(part(fused, one, layer, rank) for one in fused.parts), rank)
+            for fused, layer, name in megatron.rank_tensors(model, stages, stage)
+        }
+        queue = ahead(_Share.load, shares.values())
+        state: dict[str, Any] = {
+            name: _Queued(share.shape, share.dtype, queue, moved) for name, share in shares.items()
+        }
+        state |= dict.fromkeys(megatron.rank_extra_states(model, stages, stage), np.empty(0, np.uint8))
+        content = {
+            "args": Record("argparse.Namespace", state=args, new=True),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "model": state,
+            "num_floating_point_operations_so_far": 0,
+        }
+        folder_name = f"mp_rank_{rank:02}" + (f"_{stage:03}" if stages > 1 else "")
+        (target / folder_name).mkdir()
+        with (target / folder_name / megatron.RANK_FILE).open("wb") as file:
+            torch_files.save(file, content)
 
 
 def _write_orbax(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
-    # Orbax's stable API writes whole trees only; what its next one writes in parts, both read.
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    context.memory.deepcopy_host_arrays = False  # nothing changes them while they are written
-    with context:
-        for row in rows:
-            array = job.array(row)
-            moved(array.nbytes / 2)
-            ocp.partial.save(str(target), unflatten_dict({row.path: array}, sep="/"))
-            moved(array.nbytes / 2)
-            del array  # before the next one is read
-        ocp.partial.finalize(str(target))
+    writer = arrays.Writer(target, {row.path: job.shapes[row.path] for row in rows})
+    stream = ahead(lambda part: contiguous(job.part(*part)), job.parts(rows))
+    for (row, index), part in zip(job.parts(rows), stream, strict=True):
+        writer.write(row.path, index, part)
+        moved(part.nbytes)
+
+
+def ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
+    """`function` of each item, of some in another thread before they are asked for."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Y]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:

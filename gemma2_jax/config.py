@@ -8,6 +8,7 @@ line can answer `--help` before JAX is loaded.
 import ast
 import dataclasses
 import difflib
+import fnmatch
 import importlib.util
 import math
 import re
@@ -131,6 +132,7 @@ class AdapterConfig:
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
     dropout: float = 0.0  # chance that an input of A is dropped in training
     targets: tuple[str, ...] = ("attn/*", "mlp/*")  # patterns over attn/{q,k,v,o} and mlp/{gate,up,down}
+    after_norm: bool = False  # of o and down: added after the post-norm, as Megatron-Bridge trains them
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -144,6 +146,14 @@ class AdapterConfig:
     def scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def apart(self) -> list[str]:
+        """Projections whose adapter no weight can take in, as a norm stands between."""
+        if self.kind == "none" or not self.after_norm:
+            return []
+        after = "attn/o", "mlp/down"
+        return [name for name in after if any(fnmatch.fnmatch(name, target) for target in self.targets)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gemma2_jax.config import Config
+from gemma2_jax.convert import table
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.writing import Job, write
 from gemma2_jax.model import Abstract, Weights
@@ -46,9 +47,9 @@ class Adapters:
             beside=(config.output / "tokenizer",),
             sources=(_Held(arrays),),
         )
-        target = self.folder / str(step)
-        shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed before its checkpoint was whole
-        write(Job(source=source, to="peft"), target)
+        # That of a run which ended before its checkpoint was whole.
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        write(Job(source=source, to="peft"), self.folder / str(step))
         self._prune(step)
 
     def _prune(self, step: int) -> None:
@@ -78,5 +79,5 @@ class _Held:
     def load(self, wanted: Abstract) -> dict[str, Any]:
         return {path: jax.device_put(self.arrays[path].astype(w.dtype), w.sharding) for path, w in wanted.items()}
 
-    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        return self.arrays[path].astype(dtype, copy=False)
+    def read(self, path: str, index: table.Index) -> np.ndarray:
+        return self.arrays[path][index]

@@ -63,6 +63,12 @@ def _generate(command: Command) -> None:
     tokenizer = load_tokenizer(str(checkpoint.tokenizer))
     prompts = command.prompt or (sys.stdin.read(),)
     tokens = [encode(prompt, tokenizer, chat=command.chat) for prompt in prompts]
+    if apart := checkpoint.adapter.apart:
+        print(
+            f"the adapter stays apart, which slows down every step: that of {' and '.join(apart)} is added after the "
+            "post-norm (adapter.after_norm), so that no weight can take it in",
+            file=sys.stderr,
+        )
     generator = load(checkpoint, command.dtype)
     chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stops(tokenizer))
     clock = Clock()
@@ -86,7 +92,7 @@ def _generate(command: Command) -> None:
 def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
     """The model of a checkpoint, ready to generate, on the first device.
 
-    An adapter is added into the weights: apart it would slow down every step, and no other adapter takes its place.
+    An adapter is added into the weights if it can be: apart it slows down every step, and no other takes its place.
     """
     import jax
     from flax import nnx
@@ -114,7 +120,7 @@ def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
         for path, w in model.flat(shapes).items()
     }
     weights = checkpoints.load(checkpoint, wanted)
-    if checkpoint.adapter.kind != "none":
+    if checkpoint.adapter.kind != "none" and not checkpoint.adapter.apart:
         whole = model.rebuild(graph, weights)
         weights.clear()
         lora.merge(whole)

@@ -6,8 +6,9 @@ the contracted letters and R, B has R and the produced letters, DoRA's magnitude
 on activations, so a frozen weight needs no gradient.
 
 Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353; section 4.3: the norm is a
-constant to the gradient). Agrees with Hugging Face PEFT without dropout; with dropout, our DoRA drops inputs of the
-low-rank branch only.
+constant to the gradient). Agrees with Hugging Face PEFT without dropout, and with `after_norm` with Megatron-Bridge,
+which norms what o and down put out before the adapter adds to it; with dropout, our DoRA drops inputs of the low-rank
+branch only.
 """
 
 import fnmatch
@@ -47,6 +48,7 @@ class Adapter(nnx.Module):
         into, out = inputs.replace(contracted, "R"), outputs.replace(produced, "R")
         self.down, self.up = f"{inputs},{contracted}R->{into}", f"{out},R{produced}->{outputs}"
         self.scale, self.dropout = config.scale, config.dropout
+        self.after_norm = config.after_norm and produced == "D"  # what blocks add to their stream is normed first
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
         bound = 1 / math.sqrt(math.prod(dims.shape(contracted, model)))
@@ -59,7 +61,7 @@ class Adapter(nnx.Module):
             self.m = AdapterParam(self._norm(base.w[...], self.a[...], self.b[...], "L"))
 
     def __call__(self, x, y, w, key):
-        """Adapted output, from the projection's input x, plain output y and weight w (one layer's)."""
+        """Adapted output, from the projection's input x, output y (`after_norm`: normed) and weight w (one layer's)."""
         # The scale goes into B, which is small, and not over the activations.
         a, b = self.a[...], self.scale * self.b[...]
         if self.dropout and key is not None:
@@ -123,11 +125,26 @@ def attach(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
 
 
 def merge(model: Gemma2) -> None:
-    """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it."""
-    for base in projections(model).values():
-        if isinstance(base.adapter, Adapter):
-            base.w[...] = base.adapter.merged(base.w[...], base.w.dtype)
-            base.adapter = None
+    """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it.
+
+    Raises ValueError where `check_mergeable` does.
+    """
+    found = projections(model).items()
+    adapted = [(name, base, base.adapter) for name, base in found if isinstance(base.adapter, Adapter)]
+    check_mergeable([name for name, _, adapter in adapted if adapter.after_norm])
+    for _, base, adapter in adapted:
+        base.w[...] = adapter.merged(base.w[...], base.w.dtype)
+        base.adapter = None
+
+
+def check_mergeable(apart: list[str]) -> None:
+    """Raises ValueError if there are projections whose adapter comes after a norm: `AdapterConfig.apart`."""
+    if apart:
+        raise ValueError(
+            f"the adapter of {' and '.join(apart)} cannot be merged: it is added after the post-norm "
+            "(adapter.after_norm), where no weight can take it in. Keep it apart, with --to orbax, or train one "
+            "without after_norm, or with adapter.targets that leave those out"
+        )
 
 
 def projections(model: Gemma2) -> dict[str, Einsum]:

@@ -23,6 +23,7 @@ from gemma2_jax import attention, dims
 from gemma2_jax.config import ComputeConfig, ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 
+Norm = Callable[[jax.Array], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Cache = list[tuple[jax.Array, jax.Array]]  # of each layer, keys and values [B, K, S, H]: attention_xla.attend_cached
 
@@ -34,6 +35,8 @@ INIT_STD = 0.02
 
 class Update(Protocol):
     """What an adapter adds to a projection; see `lora`."""
+
+    after_norm: bool  # whether what it adds to has been through the norm that follows the projection
 
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
 
@@ -93,11 +96,15 @@ def _product_backward(equation, residuals, grad):
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
+def _as_is(y: jax.Array) -> jax.Array:
+    return y
+
+
 class Einsum(nnx.Module):
     """A weight applied by an einsum whose letters are its shape, its sharding and its use.
 
     `equation` is like "BTD,DNH->BTNH". The stored weight has a leading L: one slice per layer, as `jax.lax.scan`
-    takes them. `adapter`, where there is one, may change the output.
+    takes them. `adapter`, where there is one, may change the output, before or after the norm that follows.
     """
 
     def __init__(self, equation: str, config: ModelConfig, *, std: float, rngs: nnx.Rngs):
@@ -108,14 +115,17 @@ class Einsum(nnx.Module):
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, spread: jax.Array | None = None) -> jax.Array:
-        """The product; `spread` is x before its positions were gathered, if they were, which adapters take."""
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, spread: jax.Array | None = None, norm: Norm = _as_is
+    ) -> jax.Array:
+        """The product, normed; `spread` is x before its positions were gathered, if they were: adapters take it."""
         w = self.w[...]
         outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
         y = constrain(product(self.equation, x, w), outputs)
         if self.adapter is None:
-            return y
-        return constrain(self.adapter(x if spread is None else spread, y, w, key), outputs)
+            return norm(y)
+        before, after = (norm, _as_is) if self.adapter.after_norm else (_as_is, norm)
+        return after(constrain(self.adapter(x if spread is None else spread, before(y), w, key), outputs))
 
 
 class RMSNorm(nnx.Module):
@@ -164,7 +174,7 @@ class Attention(nnx.Module):
         self.v = make("BTD,DKH->BTKH", std=INIT_STD)
         self.o = make("BTNH,NHD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, rope, attend: Attend, key):
+    def __call__(self, x_BTD, rope, attend: Attend, key, norm: Norm):
         key_q, key_k, key_v, key_o = _split(key, 4)
         with jax.named_scope("qkv"):
             whole_BTD = _whole(x_BTD)
@@ -175,7 +185,7 @@ class Attention(nnx.Module):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
             out_BTNH = constrain(out_BTNH, "BTNH")  # and so its gradient
         with jax.named_scope("o"):
-            return self.o(out_BTNH, key_o), cache
+            return self.o(out_BTNH, key_o, norm=norm), cache
 
 
 class MLP(nnx.Module):
@@ -187,14 +197,14 @@ class MLP(nnx.Module):
         self.up = make("BTD,DF->BTF", std=INIT_STD)
         self.down = make("BTF,FD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, key):
+    def __call__(self, x_BTD, key, norm: Norm):
         key_gate, key_up, key_down = _split(key, 3)
         with jax.named_scope("gate_up"):
             whole_BTD = _whole(x_BTD)
             gate_BTF = jax.nn.gelu(self.gate(whole_BTD, key_gate, x_BTD), approximate=True)
             inner_BTF = gate_BTF * self.up(whole_BTD, key_up, x_BTD)
         with jax.named_scope("down"):
-            return self.down(inner_BTF, key_down)
+            return self.down(inner_BTF, key_down, norm=norm)
 
 
 class Block(nnx.Module):
@@ -212,11 +222,10 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, rope, attend: Attend, key):
         key_attn, key_mlp = _split(key, 2)
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn)
-            x_BTD = constrain(x_BTD + self.post_attn_norm(out_BTD), "BPD")
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn, self.post_attn_norm)
+            x_BTD = constrain(x_BTD + out_BTD, "BPD")
         with jax.named_scope("mlp"):
-            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), key_mlp)
-            x_BTD = constrain(x_BTD + self.post_mlp_norm(out_BTD), "BPD")
+            x_BTD = constrain(x_BTD + self.mlp(self.pre_mlp_norm(x_BTD), key_mlp, self.post_mlp_norm), "BPD")
         return x_BTD, cache
 
 

@@ -93,6 +93,8 @@ def ending(console: Console, config: Config) -> None:
     if jax.process_index() != 0:
         return
     what, form = ("weights", "hf") if config.adapter.kind == "none" else ("adapter", "peft")
+    if config.adapter.apart:
+        form = "orbax"  # PEFT would add it elsewhere
     chat = '--chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else '--prompt "The"'
     workdir = shlex.quote(str(config.output))
     exported = shlex.quote(f"{config.output}-{form}")

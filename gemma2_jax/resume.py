@@ -31,18 +31,17 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     """
     if not config.init:
         return None
-    source = formats.open_checkpoint(config.init)
-    if source.model is None:
+    source = formats.open_checkpoint(config.init, model=config.model)
+    if source.model is None or not source.sources or "embedding" not in source.shapes:
         raise ValueError(
             f"init {config.init} is an adapter without a model; give the model it belongs to as --init, and to go on "
             "training it, this as --adapter"
         )
     if source.adapter.kind != "none":
-        raise ValueError(
-            f"init {config.init} has a {source.adapter.kind} adapter; to go on training it, give its model as --init "
-            "and the adapter alone as --adapter, or else merge it first with "
-            f"python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
-        )
+        remedy = "give its model as --init and the adapter alone as --adapter to go on training it"
+        if not source.adapter.apart:  # else nothing can
+            remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
+        raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
         ours, theirs = getattr(config.model, field.name), getattr(source.model, field.name)
         if ours != theirs and field.name != "max_length":
@@ -51,7 +50,7 @@ def open_source(config: Config) -> formats.Checkpoint | None:
                 f"model.{field.name} is {ours}; choose the recipe of that model, or set model.{field.name}"
             )
     if config.init_adapter:
-        source = formats.open_checkpoint(config.init_adapter, base=config.init)
+        source = formats.open_checkpoint(config.init_adapter, base=source)
         _check_adapter(config, source.adapter)
     return source
 

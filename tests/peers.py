@@ -5,6 +5,8 @@ width times heads is not the model width where that holds for the real one. Weig
 attention scores and logits to reach their caps, norm weights are far from zero.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -85,18 +87,21 @@ def rows_of(config: ModelConfig, batch: int = 2, length: int | None = None, seed
 
 
 def training_gradients(
-    config: ModelConfig, adapter: AdapterConfig, weights, tokens, positions, segments, targets, counted, key=None
-):
+    config: ModelConfig, adapter: AdapterConfig, weights, tokens, positions, segments, targets, counted, key=None,
+    mesh: MeshConfig | None = None,
+):  # fmt: skip
     """Mean loss and its gradients by path, as a training step forms them, of what `adapter` says is trained."""
     rows, length = tokens.shape
     kind = "sft" if adapter.kind == "none" else adapter.kind
     train = TrainConfig(sequence_length=length, global_batch_size=rows, micro_batch_size=rows)
     run = configs.finetune("test", config, "", kind, adapter=adapter, train=train, compute=F32)
-    program = Program(run, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    sizes = mesh or MeshConfig(data=1)
+    program = Program(run, make_mesh(sizes, jax.devices()[: math.prod(vars(sizes).values())]))
     params, frozen = ({path: weights[path] for path in part} for part in (program.params, program.frozen))
     arrays = dict(tokens=tokens, targets=targets, segments=segments, positions=positions, weights=counted)
     passes = {name: np.asarray(x)[None] for name, x in arrays.items()}
-    loss, gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
+    with jax.set_mesh(program.mesh) if mesh else nullcontext():
+        loss, gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
     return loss / counted.sum(), {path: g / counted.sum() for path, g in gradients.items()}
 
 

@@ -208,6 +208,21 @@ def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
             assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
 
 
+@pytest.mark.exhaustive
+def test_adapters_after_the_norm_on_a_mesh():
+    """What `test_after_norm` samples."""
+    adapter = configs.AdapterConfig(kind="dora", rank=4, after_norm=True)
+    mesh = MeshConfig(data=1, stage=2, fsdp=2, tensor=2)
+    runs = [
+        program("dora", mesh, devices=devices, model=biting("2b"), adapter=adapter)
+        for mesh, devices in ((MeshConfig(), 1), (mesh, 8))
+    ]
+    for expected, got in zip(*map(three_steps, runs), strict=True):
+        for name, value in expected.items():
+            error = np.linalg.norm(got[name] - value) / max(np.linalg.norm(value), 1e-30)
+            assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
+
+
 @pytest.mark.parametrize("kind", ["sft", "dora"])
 def test_what_a_tensor_parallel_step_communicates(kind, capfd):
     """Positions are gathered for the blocks; logits and MLP are not, and XLA finds no resharding it cannot do."""

@@ -1,0 +1,93 @@
+"""Conversions of a checkpoint of 2B's real size, beside `cp` of the same files: time and peak memory of each.
+
+    python -m benchmarks.convert [FOLDER]
+
+Makes random bfloat16 weights of 2B in FOLDER (by default a temporary one; it needs 16 GB), converts them from one
+format to the next, each as a process of its own with the command a user would give, and deletes all of it. Whether the
+bytes that come back are the same is checked too.
+"""
+
+import filecmp
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gemma2_jax.config import GEMMA2_2B, ModelConfig
+from gemma2_jax.convert import table, tensors
+from gemma2_jax.convert.hf_config import hf_config
+
+# Runs the command that follows and prints the most memory that it held: its own, as Linux counts it, in bytes.
+_MEASURED = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:], stdout=sys.stderr); "
+_MEASURED += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(code)"
+
+
+def random_checkpoint(folder: Path, model: ModelConfig) -> None:
+    """Hugging Face files of random bfloat16 weights."""
+    shapes = table.their_shapes(table.MODEL, model)
+    wanted = {name: jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+
+    def parts():
+        for shape in shapes.values():
+            bits = rng.integers(0, 1 << 16, shape, np.uint16)
+            yield (bits & 0xBFFF).view(ml_dtypes.bfloat16)  # below 2, so that none is NaN
+
+    folder.mkdir()
+    tensors.write(folder, tensors.MODEL, wanted, parts(), lambda size: None)
+    tensors.write_json(folder / "config.json", hf_config(model, "bfloat16"))
+
+
+def measured(*command: object) -> tuple[float, float]:
+    """Seconds and bytes of memory at most."""
+    subprocess.run(["sync"], check=True)  # what was written before is not to be waited for
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return time.perf_counter() - start, float(run.stdout)
+
+
+def main() -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    convert = (sys.executable, "-m", "gemma2_jax.convert")
+    rows = []
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as temporary:
+        at = {name: Path(temporary) / name for name in ("hf", "copy", "orbax", "megatron", "back")}
+        random_checkpoint(at["hf"], GEMMA2_2B)
+        files = sorted(file.name for file in at["hf"].iterdir())
+        size = sum((at["hf"] / file).stat().st_size for file in files)
+        for title, source, target, to in (
+            ("Hugging Face to Orbax", "hf", "orbax", "orbax"),
+            ("Orbax to Hugging Face", "orbax", "back", "hf"),
+            ("Hugging Face to Megatron", "hf", "megatron", "megatron"),
+            ("Megatron to Hugging Face", "megatron", "back", "hf"),
+        ):
+            copying, _ = measured("cp", "-r", at[source], at["copy"])
+            shutil.rmtree(at["copy"])
+            seconds, memory = measured(*convert, at[source], at[target], "--to", to)
+            rows.append((title, copying, seconds, memory))
+            if to == "hf":
+                same = filecmp.cmpfiles(at["hf"], at["back"], files, shallow=False)[0] == files
+                print(f"{title}: the bytes that come back {'are the same' if same else 'DIFFER'}")
+                shutil.rmtree(at["back"])
+                shutil.rmtree(at[source])
+    shown = Table(title=f"2B in bfloat16, {size / 1e9:.1f} GB, on {jax.devices()[0].device_kind}")
+    for column in ("conversion", "cp, s", "conversion, s", "times cp", "peak memory, GB"):
+        shown.add_column(column, justify="left" if column == "conversion" else "right")
+    for title, copying, seconds, memory in rows:
+        shown.add_row(title, f"{copying:.1f}", f"{seconds:.1f}", f"{seconds / copying:.2f}", f"{memory / 1e9:.2f}")
+    Console(width=100).print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a checkpoint is, for people: in a sentence, and as tables."""
+
+import dataclasses
+import math
+from collections import Counter
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from gemma2_jax.convert import table
+from gemma2_jax.convert.checkpoints import Checkpoint
+
+_NAMES = {
+    "huggingface": "a Hugging Face model",
+    "peft": "a PEFT adapter",
+    "orbax": "an Orbax folder",
+    "run": "a run",
+    "megatron": "a Megatron checkpoint",
+}
+
+
+def sentence(found: Checkpoint) -> str:
+    """Its format, its adapter and its model."""
+    parts = [adapter(found)] if found.adapter.kind != "none" else []
+    if found.model:
+        parts.append(f"Gemma 2 of {found.model.layers} layers, {found.model.parameter_count():,} parameters")
+    layout = f" ({found.layout})" if found.layout else ""
+    return f"{_NAMES[found.format]}{layout}: " + "; ".join(parts)
+
+
+def adapter(found: Checkpoint) -> str:
+    """Its adapter's kind, size and place."""
+    config = found.adapter
+    kind = ("rank-stabilised " if config.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[config.kind]
+    where = ", ".join(table.targets(config))
+    if config.apart:
+        where += f" ({' and '.join(config.apart)} after the post-norm)"
+    return f"{kind} of rank {config.rank}, alpha {config.alpha:g} on {where}"
+
+
+def show(found: Checkpoint, console: Console) -> None:
+    """Prints all there is to know without reading the weights."""
+    shapes = found.shapes
+    bytes_of = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in shapes.items()}
+    dtypes = Counter[str]()
+    for path, x in shapes.items():
+        dtypes[x.dtype.name] += bytes_of[path]
+    model = dataclasses.asdict(found.model) if found.model else {}
+    lines = {
+        "format": _NAMES[found.format] + (f", {found.layout}" if found.layout else ""),
+        "path": str(found.path),
+        **({"model": f"Gemma 2, {found.model.parameter_count():,} parameters"} if found.model else {}),
+        **({"": ", ".join(f"{key} {value}" for key, value in model.items())} if model else {}),
+        **({"adapter": adapter(found)} if found.adapter.kind != "none" else {}),
+        **({"base": found.base} if found.base else {}),
+        "weights": ", ".join(f"{decimal(size)} of {name}" for name, size in dtypes.items())
+        or "not read: no base model",
+        "tokenizer": str(found.tokenizer or "none"),
+    }
+    block = Table.grid(padding=(0, 2))
+    for key, value in lines.items():
+        block.add_row(key, value)
+    for note in found.notes:
+        block.add_row("note", note)
+    console.print(block)
+    if not shapes:
+        return
+    tensors = Table("array", "dims", "shape", "dtype", "size")
+    letters = {row.path: row.dims for row in (*table.MODEL, *table.rows(found.adapter))}
+    for path, x in shapes.items():
+        tensors.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(bytes_of[path]))
+    console.print(tensors)

@@ -1,0 +1,85 @@
+"""Whether two checkpoints, of whatever formats, hold the same weights, and make the same logits.
+
+Arrays are compared by our paths and layouts, a layer at a time, so that memory stays bounded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from gemma2_jax.convert import arrays
+from gemma2_jax.convert.checkpoints import Checkpoint, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How two arrays of one path compare."""
+
+    path: str
+    dtypes: tuple[str, str]
+    unequal: int  # elements whose bits differ, or values where the dtypes do
+    size: int  # elements
+    largest: float  # difference of two elements; NaN where one of them is
+
+    def within(self, tolerance: float) -> bool:
+        """Whether they count as the same: bit by bit, dtype and all, unless there is a tolerance."""
+        if not tolerance:
+            return self.unequal == 0 and self.dtypes[0] == self.dtypes[1]
+        return self.largest <= tolerance
+
+
+def compare(one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None) -> list[Difference]:
+    """How every array compares. Raises ValueError where one has an array that the other lacks, or in another shape.
+
+    `moved` is told of bytes of `one` that have been compared.
+    """
+    shapes, theirs = one.shapes, other.shapes
+    for path in [*shapes, *theirs]:
+        have = [tuple(found[path].shape) if path in found else None for found in (shapes, theirs)]
+        if have[0] != have[1]:
+            says = [f"has {path} with shape {shape}" if shape else f"has no {path}" for shape in have]
+            raise ValueError(f"{one.path} {says[0]}, and {other.path} {says[1]}")
+    return [_compare(path, one, other, moved) for path in shapes]
+
+
+def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[float], None]) -> Difference:
+    want = one.shapes[path]
+    step = 1 if path.startswith("blocks/") else arrays.rows_at_once(want, stacked=False)
+    dtypes = want.dtype.name, other.shapes[path].dtype.name
+    unequal, largest = 0, 0.0
+    for at in range(0, want.shape[0], step):
+        index = (slice(at, min(at + step, want.shape[0])), *[slice(None)] * (len(want.shape) - 1))
+        ours, theirs = (read(found, path, index) for found in (one, other))
+        moved(ours.nbytes)
+        if dtypes[0] == dtypes[1]:
+            bits = np.dtype(f"u{ours.dtype.itemsize}")
+            if np.array_equal(ours.view(bits), theirs.view(bits)):
+                continue
+        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
+        same = (ours == theirs) & (np.signbit(ours) == np.signbit(theirs))
+        unequal += int(np.sum(~same))
+        largest = float(np.maximum(largest, np.max(np.abs(ours - theirs))))  # which keeps a NaN
+    return Difference(
+        path=path, dtypes=dtypes, unequal=unequal, size=int(np.prod(want.shape, dtype=np.int64)), largest=largest
+    )
+
+
+def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] of a row of tokens in float32, adapter included."""
+    import jax.numpy as jnp
+
+    from gemma2_jax import generate
+    from gemma2_jax.model import rebuild
+
+    generator = generate.load(checkpoint, "float32")
+    whole = rebuild(generator.graph, generator.weights)
+    row_1T = jnp.asarray(tokens, jnp.int32)[None]
+
+    @jax.jit
+    def run(whole):
+        hidden_1TD = whole(row_1T, jnp.arange(len(tokens))[None], jnp.zeros_like(row_1T))
+        return whole.logits(hidden_1TD)[0]
+
+    return np.asarray(run(whole))
