@@ -43,10 +43,12 @@ class Hub:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        try:
+            yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
 
     def answer(self, to: BaseHTTPRequestHandler) -> None:
         path = urlsplit(to.path).path
