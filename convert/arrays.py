@@ -1,11 +1,12 @@
-"""Orbax checkpoints by parts of arrays: read and written with TensorStore, which is what Orbax itself stores with.
+"""Orbax checkpoints by parts of arrays, read with TensorStore, which is what Orbax itself stores with.
 
 Orbax's own calls move whole arrays, and of a 27B model one stack of layers is 15 GB. Checkpoints are written as Orbax
-has them without OCDBT: an array a folder, in Zarr 2, uncompressed (weights hardly shrink), a chunk for a layer or for a
-part of one. Zarr 3 would have checksums, with which reading took three times as long. Names of arrays are
-`checkpoints`'.
+has them without OCDBT: an array a folder, in Zarr 2 (zarr-specs.readthedocs.io), uncompressed, as weights hardly
+shrink, and a chunk for a layer or for a part of one. Zarr 3 would have checksums, with which reading took three times
+as long. Names of arrays are `checkpoints`'.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from gemma2_jax.checkpoint import CHUNK_BYTES
-from gemma2_jax.convert.copying import contiguous
+from gemma2_jax.convert.copying import contiguous, reserve
 from gemma2_jax.convert.table import Index
 
 
@@ -48,7 +49,7 @@ class Reader:
         span = range(store.shape[0])[first]
         depth = self.chunk(path)[0]
         start = span.start // depth * depth
-        if not path.startswith("blocks/") or len(span) >= depth or span.stop > start + depth:
+        if not _stacked(path) or len(span) >= depth or span.stop > start + depth:
             return self._read(store, (slice(span.start, span.stop), *rest), path)
         if self._held.get(path, (None,))[0] != start:
             self._held.pop(path, None)
@@ -71,7 +72,7 @@ class Reader:
     def _open(self, path: str) -> ts.TensorStore:
         if path in self._stores:
             return self._stores[path]
-        name, base = path.replace("/", ".") + "/", f"{self._folder}/"
+        name, base = f"{_name(path)}/", f"{self._folder}/"
         file = {"driver": "file", "path": base if self._ocdbt else base + name}
         kvstore = {"driver": "ocdbt", "base": file, "path": name} if self._ocdbt else file
         try:
@@ -85,39 +86,52 @@ class Writer:
     """A checkpoint of these arrays, whose parts are then written."""
 
     def __init__(self, folder: Path, shapes: dict[str, jax.ShapeDtypeStruct]):
+        self._folder, self._shapes = folder, shapes
         # Orbax writes what it keeps beside the arrays; their own metadata is then replaced by what we want.
         tree = {path: np.zeros((1,) * len(want.shape), want.dtype) for path, want in shapes.items()}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
         handler.save(epath.Path(folder.absolute()), args=ocp.args.PyTreeSave(unflatten_dict(tree, sep="/")))
         handler.close()
-        self._stores = {path: _create(folder.absolute(), path, want) for path, want in shapes.items()}
+        for path, want in shapes.items():
+            dim = int(_stacked(path))
+            metadata = {
+                "zarr_format": 2,
+                "shape": want.shape,
+                "chunks": (*(1,) * dim, rows_at_once(want, _stacked(path)), *want.shape[dim + 1 :]),
+                # As TensorStore spells them.
+                "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,
+                "compressor": None,
+                "filters": None,
+                "fill_value": None,
+                "order": "C",
+                "dimension_separator": ".",
+            }
+            (folder / _name(path) / ".zarray").write_text(json.dumps(metadata))
 
     def write(self, path: str, index: Index, part: np.ndarray) -> None:
-        """Writes a part of an array, best one that ends where chunks end."""
-        self._stores[path][index].write(contiguous(part)).result()
+        """Writes a layer of a stack, or as many rows of another array as begin and end with chunks."""
+        # A chunk is a file, and one in C order without compression is what is in memory. TensorStore writes it too, in
+        # twice the time.
+        want, dim = self._shapes[path], int(_stacked(path))
+        rows, span = rows_at_once(want, _stacked(path)), range(want.shape[dim])[index[dim]]
+        assert span.start % rows == 0 and (span.stop % rows == 0 or span.stop == want.shape[dim])
+        part = contiguous(part[0] if dim else part)
+        for at in range(0, len(part), rows):
+            numbers = [index[0].start] * dim + [(span.start + at) // rows] + [0] * (len(want.shape) - dim - 1)
+            with (self._folder / _name(path) / ".".join(map(str, numbers))).open("wb") as file:
+                chunk = part[at : at + rows]
+                reserve(file, chunk.nbytes)
+                file.write(chunk.reshape(-1).view(np.uint8))
+                if len(chunk) < rows:  # the last one is filled up
+                    file.write(bytes((rows - len(chunk)) * chunk[0].nbytes))
 
 
-def _create(folder: Path, path: str, want: jax.ShapeDtypeStruct) -> ts.TensorStore:
-    stacked = path.startswith("blocks/")
-    dim = 1 if stacked else 0
-    chunk = (*(1,) * dim, rows_at_once(want, stacked), *want.shape[dim + 1 :])
-    metadata = {
-        "shape": want.shape,
-        "chunks": chunk,
-        "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,  # as TensorStore spells it
-        "compressor": None,
-        "fill_value": None,
-        "dimension_separator": ".",
-    }
-    kvstore = {"driver": "file", "path": f"{folder}/{path.replace('/', '.')}/"}
-    spec = {
-        "driver": "zarr",
-        "kvstore": kvstore,
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,
-        "context": {"file_io_sync": False},  # the folder gets its name when all is written: see `folder`
-    }
-    return ts.open(spec, create=True, delete_existing=True).result()
+def _stacked(path: str) -> bool:
+    return path.startswith("blocks/")
+
+
+def _name(path: str) -> str:
+    return path.replace("/", ".")
 
 
 def _first_line(error: Exception) -> str:

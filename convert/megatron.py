@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert import table, torch_files
+from gemma2_jax.convert.copying import empty
 from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.table import Index, Shapes
 from gemma2_jax.convert.torch_dist import METADATA, TorchDist
@@ -74,7 +75,7 @@ class Fused:
         sizes = [len(part) for part in parts]
         groups, spans = self.groups(sizes, kv_heads, 1)
         inner = parts[0].shape[1:]
-        whole = np.empty((sum(sizes), *inner), parts[0].dtype)
+        whole = empty((sum(sizes), *inner), parts[0].dtype)
         for part, (start, stop) in zip(parts, spans, strict=True):
             whole.reshape(groups, -1, *inner)[:, start:stop] = part.reshape(groups, stop - start, *inner)
         return whole

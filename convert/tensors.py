@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gemma2_jax.convert.copying import contiguous
+from gemma2_jax.convert import copying
 from gemma2_jax.convert.table import Index, Shapes
 
 MODEL = "model.safetensors"
@@ -52,9 +52,7 @@ class Tensors:
         shape, dtype = self.shapes[name], self.dtypes[name]
         rows = range(shape[0])[index[0]]
         row = math.prod(shape[1:]) * dtype.itemsize
-        found = np.fromfile(path, np.uint8, len(rows) * row, offset=start + rows.start * row)
-        if len(found) < len(rows) * row:
-            raise ValueError(f"{path} has become shorter since it was opened; see what else writes to it")
+        found = copying.read(path, start + rows.start * row, len(rows) * row)
         return found.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
 
     def _open(self, path: Path) -> None:
@@ -160,11 +158,12 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
+        copying.reserve(file, 8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
         for name, want in wanted.items():
             left = math.prod(want.shape) * want.dtype.itemsize
             while left:
-                part = contiguous(next(stream))
+                part = copying.contiguous(next(stream))
                 assert part.dtype == want.dtype and part.shape[1:] == want.shape[1:] and part.nbytes <= left, name
                 file.write(part.reshape(-1).view(np.uint8))
                 left -= part.nbytes

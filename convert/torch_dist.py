@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemma2_jax.convert import pickles, torch_files
+from gemma2_jax.convert.copying import reserve
 from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.torch_files import Index, Stored
 
@@ -265,6 +266,8 @@ class TorchDistWriter:
             self._file = open(self.folder / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115  # __exit__ closes it
             self._files += 1
         start = self._file.tell()
+        if hasattr(content, "nbytes"):
+            reserve(self._file, content.nbytes)
         torch_files.save(self._file, content)
         info = {"relative_path": Path(self._file.name).name, "offset": start, "length": self._file.tell() - start}
         key = _record(_METADATA + "MetadataIndex", index)

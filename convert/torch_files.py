@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemma2_jax.convert import pickles
+from gemma2_jax.convert import copying, pickles
 from gemma2_jax.convert.pickles import Global, Persistent, Record
 
 Index = tuple[slice, ...]
@@ -47,9 +47,7 @@ class _Storage:
 
     def read(self, start: int, size: int) -> np.ndarray:
         """Some of its bytes; the checksum can be compared where it is all of them."""
-        buffer = np.empty(size, np.uint8)
-        with open(self.path, "rb", buffering=0) as file:
-            _fill(file, memoryview(buffer), self.start + start, self.path)
+        buffer = copying.read(self.path, self.start + start, size)
         if self.crc and size == self.size and zlib.crc32(buffer) != self.crc:
             raise ValueError(f"{self.path} is damaged: {self.name} does not have its checksum; copy it again")
         return buffer
@@ -111,15 +109,6 @@ def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
         raise ValueError(f"{path} is missing; copy it, or the whole checkpoint, again") from error
 
 
-def _fill(file: BinaryIO, view: memoryview, at: int, path: Path) -> None:
-    file.seek(at)
-    while view:
-        count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]  # a raw file has it
-        if not count:
-            raise ValueError(f"{path} is cut short; copy it again")
-        view = view[count:]
-
-
 @dataclass(frozen=True)
 class _Entry:
     header: int  # where its local header is, from the start of the archive
@@ -149,9 +138,7 @@ class _Archive:
     def read(self, at: int, size: int) -> bytes:
         if not 0 <= at <= self.length - size:
             raise self.damaged("its archive points outside itself")
-        buffer = bytearray(size)
-        _fill(self.file, memoryview(buffer), self.offset + at, self.path)
-        return bytes(buffer)
+        return copying.read(self.path, self.offset + at, size).tobytes()
 
     def _directory(self) -> dict[str, _Entry]:
         at, size, count = self._end()

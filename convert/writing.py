@@ -24,7 +24,7 @@ from gemma2_jax import dims, lora
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
 from gemma2_jax.convert import arrays, folder, megatron, megatron_config, table, tensors, torch_files
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
-from gemma2_jax.convert.copying import contiguous
+from gemma2_jax.convert.copying import contiguous, reserve
 from gemma2_jax.convert.hf_config import hf_config
 from gemma2_jax.convert.peft_config import peft_config
 from gemma2_jax.convert.pickles import Record
@@ -410,6 +410,7 @@ def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float],
         folder_name = f"mp_rank_{rank:02}" + (f"_{stage:03}" if stages > 1 else "")
         (target / folder_name).mkdir()
         with (target / folder_name / megatron.RANK_FILE).open("wb") as file:
+            reserve(file, sum(math.prod(share.shape) * share.dtype.itemsize for share in shares.values()))
             torch_files.save(file, content)
 
 
