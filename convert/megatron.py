@@ -121,6 +121,7 @@ _EXTRA = [
         "mlp.linear_fc2.post_layernorm",
     )
 ] + ["decoder.final_layernorm._extra_state"]
+_NO_STATE = np.empty(0, np.uint8)
 # Each fused module: its projections here, the rows of its matrix, and what canonical adapters call those of its own.
 _MODULES: dict[str, tuple[dict[str, str], Rows]] = {
     f"{_L}.self_attention.linear_qkv": ({"attn/q": "q", "attn/k": "k", "attn/v": "v"}, "heads"),
@@ -536,19 +537,22 @@ def rank_tensors(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[
         yield MODEL[0], 0, _HEAD.name
 
 
-def rank_extra_states(model: ModelConfig, stages: int, stage: int) -> Iterator[str]:
-    """The names of what is kept for FP8 in a rank's file."""
+def rank_extra_states(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[str, Any]]:
+    """What is kept for FP8 in a rank's file, by name."""
     for name in _EXTRA:
         if "{L}" in name:
-            yield from (name.format(L=layer) for layer in range(model.layers // stages))
+            yield from ((name.format(L=layer), _NO_STATE) for layer in range(model.layers // stages))
         elif stage == stages - 1:
-            yield name
+            yield name, _NO_STATE
+    if stage == stages - 1:
+        yield "output_layer._extra_state", None  # Megatron-Core's own modules have none
 
 
-def extra_states(layers: int) -> Iterator[tuple[str, Any]]:
-    """The objects that Megatron-Bridge expects beside the weights, each with its content."""
-    for name in _EXTRA:
+def extra_states(layers: int, adapter: Iterable[Fused] = ()) -> Iterator[tuple[str, Any]]:
+    """The objects that Megatron-Bridge expects beside the weights, or beside an adapter's, each with its content."""
+    matrices = [f.name.removesuffix("weight") + "_extra_state" for f in adapter if f.name.endswith(".weight")]
+    for name in matrices or _EXTRA:
         key = name.replace(".{L}", "")
         shards = [f"{layer}_{layers}" for layer in range(layers)] if "{L}" in name else ["0_1"]
         for shard in shards:
-            yield f"{key}/shard_{shard}", [np.empty(0, np.uint8)]
+            yield f"{key}/shard_{shard}", [None if matrices else _NO_STATE]

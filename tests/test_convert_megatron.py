@@ -1,0 +1,422 @@
+"""Megatron's checkpoints and ours, both ways: against files that Megatron wrote, torch's reading, and explicit rows."""
+
+import argparse
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+import yaml
+from peers import BITING, hf_config, hf_model
+from safetensors.numpy import load_file, save_file
+from test_torch_dist import torchs
+from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax import config as configs
+from gemma2_jax.config import AdapterConfig, Config, ModelConfig, OptimConfig
+from gemma2_jax.convert import megatron as fused, megatron_config, table, verify, writing
+from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
+from gemma2_jax.convert.writing import Job, write
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FOLDERS = [f"{kind}/{at.name}" for kind in ("torch_dist", "megatron_lm", "legacy") for at in (FIXTURES / kind).iterdir()]
+HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
+PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
+LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
+Tensors = dict[str, np.ndarray]
+
+
+def twin(name: str) -> Path:
+    return HF["bf16" if "bf16" in name else "f32"]
+
+
+def open_fixture(name: str) -> Checkpoint:
+    said = name.startswith(("torch_dist", "optimizer"))
+    return open_checkpoint(FIXTURES / name, hf_config=None if said else twin(name))
+
+
+def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
+    write(Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target)
+    return target
+
+
+def stored(folder: Path) -> Tensors:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def bits(tensors: Tensors) -> dict[str, tuple]:
+    return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in tensors.items()}
+
+
+def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
+    """Of a checkpoint; bfloat16 through its bits."""
+    return {
+        name: np.frombuffer(torch_bytes(x), jnp.bfloat16 if x.dtype == torch.bfloat16 else x.numpy().dtype).reshape(
+            tuple(x.shape)
+        )
+        for name, x in tensors.items()
+    }
+
+
+def grouped(c: ModelConfig) -> list[tuple[str, int]]:
+    """For each row of Megatron's qkv the projection and its row: by kv head, its query heads, its k, its v."""
+    rows = []
+    for g in range(c.kv_heads):
+        for n in range(g * c.heads // c.kv_heads, (g + 1) * c.heads // c.kv_heads):
+            rows += [("q", n * c.head_width + h) for h in range(c.head_width)]
+        rows += [(x, g * c.head_width + h) for x in "kv" for h in range(c.head_width)]
+    return rows
+
+
+NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm",
+    "self_attention.linear_proj.weight": "self_attn.o_proj",
+    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm",
+    "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm",
+    "mlp.linear_fc2.weight": "mlp.down_proj",
+    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm",
+}
+
+
+def to_megatron(hf: Tensors, c: ModelConfig) -> Tensors:
+    """What Hugging Face's tensors are in Megatron, row by row."""
+    layers = [{n.removeprefix(f"model.layers.{i}."): x for n, x in hf.items() if f".layers.{i}." in n} for i in range(c.layers)]
+    found = {
+        f"decoder.layers.{name}": np.stack([layer[f"{theirs}.weight"] for layer in layers])
+        for name, theirs in NAMES.items()
+    }
+    found["decoder.layers.self_attention.linear_qkv.weight"] = np.stack(
+        [np.stack([layer[f"self_attn.{x}_proj.weight"][row] for x, row in grouped(c)]) for layer in layers]
+    )
+    found["decoder.layers.mlp.linear_fc1.weight"] = np.stack(
+        [np.concatenate([layer[f"mlp.{x}_proj.weight"] for x in ("gate", "up")]) for layer in layers]
+    )
+    found["embedding.word_embeddings.weight"] = hf["model.embed_tokens.weight"]
+    return found | {"decoder.final_layernorm.weight": hf["model.norm.weight"]}
+
+
+def model_of(name: str) -> ModelConfig:
+    found = open_checkpoint(twin(name)).model
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Callable[[str, str], Path]:
+    folder = tmp_path_factory.mktemp("hf")
+
+    def saved(name: str, dtype: str) -> Path:
+        path = folder / f"{name}-{dtype}"
+        if not path.exists():
+            hf_model(BITING[name]).to(DTYPES[dtype]).save_pretrained(path)
+            for file, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ bos_token }}")):
+                (path / file).write_text(text)
+        return path
+
+    return saved
+
+
+# What Megatron wrote
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_megatron_wrote_is_its_twin(name, tmp_path):
+    source = open_fixture(name)
+    assert (source.format, source.model) == ("megatron", model_of(name))
+    parallel = "at TP {} and PP {}".format(*re.findall(r"\d", name.rpartition("_")[2]))
+    kind = "legacy torch" if name.startswith("legacy") else "torch_dist"
+    assert source.layout == (kind if name.startswith("megatron_lm") else f"{kind} {parallel}")
+    assert all("rng_state" in note for note in source.notes)
+    assert bool(source.notes) == (not name.startswith("torch_dist"))
+    target = convert(source, tmp_path / "hf", "hf")
+    assert bits(stored(target)) == bits(stored(twin(name)))
+    assert open_checkpoint(target).model == model_of(name)
+
+
+def test_an_optimizer_s_state_is_left_and_named(tmp_path):
+    source = open_fixture("optimizer/A_bf16_tp1pp1")
+    assert source.notes == ("not read, as it is no weight: optimizer (30), rng_state (1)",)
+    target = convert(source, tmp_path / "hf", "hf")
+    state = torchs(FIXTURES / "optimizer" / "A_bf16_tp1pp1" / "iter_0000001")
+    theirs = as_numpy({name: x for name, x in state.items() if not name.startswith("optimizer.")})
+    assert bits(to_megatron(stored(target), model_of("bf16"))) == bits(theirs)
+    assert bits(stored(target)) != bits(stored(HF["bf16"]))
+
+
+# Round trips
+
+
+def legal(c: ModelConfig) -> list[tuple[int, int]]:
+    return [
+        (tp, pp)
+        for tp, pp in product(range(1, 9), repeat=2)
+        if not (c.kv_heads % tp or c.mlp_width % tp or c.vocab_size % tp or c.layers % pp)
+    ]
+
+
+def some_exhaustive(cases: list, sample: list) -> list:
+    assert all(case in cases for case in sample)
+    return [case if case in sample else pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "ranks"),
+    some_exhaustive(
+        [(name, dtype, ranks) for name in BITING for dtype in DTYPES for ranks in legal(BITING[name])],
+        [("2b", "bfloat16", (2, 3)), ("9b", "float32", (1, 4)), ("27b", "bfloat16", (4, 2)), ("27b", "float32", (2, 1))],
+    ),
+)
+def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
+    original = hf(name, dtype)
+    at = convert(original, tmp_path / "orbax", "orbax")
+    at = convert(at, tmp_path / "megatron", "megatron")
+    assert open_checkpoint(at).model == BITING[name]
+    assert bits(stored(convert(at, tmp_path / "direct", "hf"))) == bits(stored(original))
+    legacy = convert(at, tmp_path / "legacy", "megatron-legacy", ranks=ranks)
+    found = open_checkpoint(legacy, hf_config=original)
+    assert found.layout == f"legacy torch at TP {ranks[0]} and PP {ranks[1]}"
+    at = convert(found, tmp_path / "again", "megatron")
+    at = convert(at, tmp_path / "orbax-again", "orbax")
+    back = convert(at, tmp_path / "back", "hf")
+    assert bits(stored(back)) == bits(stored(original))
+    assert all(one.within(0) for one in verify.compare(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at)))
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (back / file).read_bytes() == (original / file).read_bytes()
+
+
+@pytest.mark.parametrize("to", ["megatron", "megatron-legacy"])
+def test_a_merged_adapter(tmp_path, to):
+    adapted = open_checkpoint(PEFT, base=HF["f32"])
+    merged = stored(convert(adapted, tmp_path / "hf", "hf", merge=True))
+    at = open_checkpoint(convert(adapted, tmp_path / "there", to, merge=True), hf_config=HF["f32"])
+    assert bits(stored(convert(at, tmp_path / "back", "hf"))) == bits(merged) != bits(stored(HF["f32"]))
+
+
+def test_dtypes_are_cast_when_asked_for(tmp_path):
+    target = convert(HF["f32"], tmp_path / "out", "megatron", dtype="bfloat16")
+    assert bits(stored(convert(target, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+    run = yaml.safe_load((target / "iter_0000000" / "run_config.yaml").read_text())
+    assert run["model"]["bf16"] is True
+
+
+def test_fused_tensors_of_two_dtypes_lose_nothing(tmp_path):
+    """What was stored in bfloat16 and is fused with float32 becomes float32."""
+    mixed = Path(shutil.copytree(HF["f32"], tmp_path / "mixed"))
+    tensors = {n: x.astype(jnp.bfloat16) if "q_proj" in n or "up_proj" in n else x for n, x in stored(mixed).items()}
+    save_file(tensors, mixed / "model.safetensors")
+    for to in ("megatron", "megatron-legacy"):
+        at = convert(open_checkpoint(convert(mixed, tmp_path / to, to), hf_config=mixed), tmp_path / f"{to}-hf", "hf")
+        assert bits(stored(at)) == bits({name: x.astype(np.float32) for name, x in tensors.items()})
+
+
+# What we write against what Megatron wrote
+
+
+def entries(folder: Path) -> dict[str, tuple]:
+    """What torch says of each entry, whatever the order of its chunks."""
+    metadata = dcp.FileSystemReader(str(folder)).read_metadata()
+    return {
+        name: (tuple(x.size), x.properties, sorted((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks))
+        if hasattr(x, "chunks")
+        else (type(x),)
+        for name, x in metadata.state_dict_metadata.items()
+    }
+
+
+def objects(folder: Path) -> dict[str, object]:
+    found = {}
+    for index, info in dcp.FileSystemReader(str(folder)).read_metadata().storage_data.items():
+        if index.offset is None:
+            data = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+            found[index.fqn] = plain(torch.load(io.BytesIO(data), weights_only=True))
+    return found
+
+
+def plain(x):
+    """Something that == compares."""
+    if isinstance(x, torch.Tensor):
+        return str(x.dtype), tuple(x.shape), torch_bytes(x)
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return [plain(value) for value in x] if isinstance(x, list) else x
+
+
+SAVED = {
+    "bf16": ("torch_dist/A_bf16_tp1pp1", lambda: open_checkpoint(HF["bf16"]), "megatron"),
+    "f32": ("torch_dist/A_f32_tp1pp1", lambda: open_checkpoint(HF["f32"]), "megatron"),
+    "lora": ("peft/A_f32_lora_tp1pp1", lambda: open_checkpoint(PEFT, hf_config=HF["f32"]), "megatron-adapter"),
+    "dora": ("peft/A_f32_dora_tp1pp1", lambda: open_checkpoint(DORA), "megatron-adapter"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
+    name, source, to = SAVED[case]
+    ours, theirs = convert(source(), tmp_path / "out", to), FIXTURES / name
+    listed = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, theirs)]
+    apart = {file for file in listed[0] ^ listed[1] if ".distcp" not in file and "tokenizer" not in file}
+    assert apart - {"iter_0000000/tokenizer/generation_config.json"} == set()
+    at, there = ours / "iter_0000000", theirs / "iter_0000000"
+    assert entries(at) == entries(there)
+    assert objects(at) == objects(there)
+    assert bits(as_numpy(torchs(at))) == bits(as_numpy(torchs(there)))
+    assert json.loads((at / "metadata.json").read_text()) == json.loads((there / "metadata.json").read_text())
+    for file in ("iter_0000000/common.pt", "iter_0000000/train_state.pt", "latest_train_state.pt"):
+        assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(theirs / file, weights_only=True))
+    tracker = "latest_checkpointed_iteration.txt"
+    assert (ours / tracker).read_text() == (theirs / tracker).read_text()
+    run = yaml.safe_load((at / "run_config.yaml").read_text())
+    if "tokenizer" in run and run["tokenizer"]:
+        assert (Path(run["tokenizer"]["tokenizer_model"]) / "tokenizer.json").is_file()
+
+
+def test_torch_reshards_what_we_write(tmp_path):
+    """Every rank of a 2 x 2 layout (layers by stage, rows or columns by tensor rank) gets its boxes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    at = convert(HF["bf16"], tmp_path / "out", "megatron") / "iter_0000000"
+    whole = to_megatron(stored(HF["bf16"]), model_of("bf16"))
+    dims = {"embedding": 0, "linear_qkv.weight": 1, "linear_proj.weight": 2, "fc1.weight": 1, "fc2.weight": 2}
+    for rank in range(4):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+            state, expected = {}, {}
+            for name, x in as_torch(whole).items():
+                dim = next((dim for key, dim in dims.items() if key in name), None)
+                pp, tp = divmod(rank, 2)
+                part = x.chunk(2)[pp] if ".layers." in name else x
+                expected[name] = part if dim is None else part.chunk(2, dim)[tp]
+                placements = [
+                    Shard(0) if ".layers." in name else Replicate(),
+                    Replicate() if dim is None else Shard(dim),
+                ]
+                local = torch.zeros_like(expected[name]).contiguous()
+                state[name] = DTensor.from_local(local, mesh, placements, shape=x.shape, stride=x.stride())
+            quietly(dcp.load, state, checkpoint_id=str(at), no_dist=True)
+            assert all(torch.equal(state[name].to_local(), part) for name, part in expected.items())
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def quietly(function, *args, **choices):
+    with warnings.catch_warnings():  # of running without a process group
+        warnings.simplefilter("ignore")
+        return function(*args, **choices)
+
+
+def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).view(torch.bfloat16)
+        if x.dtype == jnp.bfloat16
+        else torch.from_numpy(np.array(x))
+        for name, x in tensors.items()
+    }
+
+
+def rank_files(folder: Path) -> dict[str, dict]:
+    return {
+        file.parent.name: torch.load(file, weights_only=False)
+        for file in sorted(folder.glob("iter_*/*/model_optim_rng.pt"))
+    }
+
+
+@pytest.mark.parametrize("name", ["A_f32_tp1pp1", "A_bf16_tp2pp1", "A_bf16_tp2pp2"])
+def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):  # noqa: F811
+    ranks = tuple(int(digit) for digit in re.findall(r"\d", name.rpartition("_")[2]))
+    ours = convert(twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
+    found, theirs = rank_files(ours), rank_files(FIXTURES / "legacy" / name)
+    assert found.keys() == theirs.keys()
+    for rank, content in theirs.items():
+        assert plain(dict(found[rank]["model"])) == plain(dict(content["model"]))
+        assert found[rank]["checkpoint_version"] == content["checkpoint_version"]
+        said, meant = vars(found[rank]["args"]), vars(content["args"])
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "params_dtype"):
+            assert said[key] == meant[key], key
+    for file in ours.glob("iter_*/*/*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            torch.load(file, weights_only=True)
+    assert (ours / "latest_checkpointed_iteration.txt").read_text() == "0"
+
+
+# Rows, spelled out
+
+TINY = replace(
+    configs.GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8
+)
+
+
+@pytest.fixture
+def numbered(tmp_path) -> Path:
+    """A model whose weights say which row they are: k's from 100 on, v's from 200, up's from 100."""
+    first = {"k_proj": 100, "v_proj": 200, "up_proj": 100}
+    tensors = {}
+    for name, shape in table.their_shapes(table.MODEL, TINY).items():
+        rows = np.arange(shape[0]) + next((at for key, at in first.items() if key in name), 0)
+        tensors[name] = np.ascontiguousarray(np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape), np.float32)
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name] += 10 * np.arange(shape[1], dtype=np.float32)
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    hf_config(TINY, dtype="float32", architectures=["Gemma2ForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+ROWS = {
+    # Query heads 0 and 1 with kv head 0, 2 and 3 with kv head 1; each head is two rows.
+    "linear_qkv.weight": ([0, 1, 2, 3, 100, 101, 200, 201], [4, 5, 6, 7, 102, 103, 202, 203]),
+    "linear_fc1.weight": ([0, 1, 100, 101], [2, 3, 102, 103]),
+    "word_embeddings.weight": ([0, 1, 2], [3, 4, 5]),
+}
+COLUMNS = {
+    "linear_proj.weight": ([0, 10, 20, 30], [40, 50, 60, 70]),
+    "linear_fc2.weight": ([0, 10], [20, 30]),
+}
+
+
+def test_rows_of_each_rank(numbered, tmp_path):
+    at = convert(numbered, tmp_path / "legacy", "megatron-legacy", ranks=(2, 1)) / "iter_0000000"
+    for rank in range(2):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            model = torch.load(at / f"mp_rank_0{rank}" / "model_optim_rng.pt", weights_only=True)["model"]
+        for name, x in model.items():
+            for end, rows in ROWS.items():
+                assert not name.endswith(end) or x[:, 0].tolist() == rows[rank]
+            for end, columns in COLUMNS.items():
+                assert not name.endswith(end) or x[0].tolist() == columns[rank]
+    found = open_checkpoint(at, hf_config=numbered)
+    assert bits(stored(convert(found, tmp_path / "back", "hf"))) == bits(stored(numbered))
+
+
+def test_rows_of_the_whole(numbered, tmp_path):
+    state = torchs(convert(numbered, tmp_path / "megatron", "megatron") / "iter_0000000")
+    rows = {end: [*one, *other] for end, (one, other) in ROWS.items()} | {
+        "linear_fc1.weight": [0, 1, 2, 3, 100, 101, 102, 103]
+    }
+    for name, x in state.items():
+        for end, expected in rows.items():
+            if name.endswith(end):
+                assert x.reshape(-1, x.shape[-1])[:, 0].tolist() == expected
