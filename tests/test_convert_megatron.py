@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, Config, ModelConfig, OptimConfig
-from gemma2_jax.convert import megatron as fused, megatron_config, table, verify, writing
+from gemma2_jax.convert import table, verify, writing
 from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
+from gemma2_jax.convert.torch_dist import TorchDistWriter
 from gemma2_jax.convert.writing import Job, write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -420,3 +421,416 @@ def test_rows_of_the_whole(numbered, tmp_path):
         for end, expected in rows.items():
             if name.endswith(end):
                 assert x.reshape(-1, x.shape[-1])[:, 0].tolist() == expected
+
+
+# Other ways to say the same
+
+
+def torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
+    """A checkpoint as torch itself saves it, a chunk a tensor; with run_config.yaml and the rest of `like`."""
+    at = folder / "iter_0000000"
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    quietly(dcp.save, state, checkpoint_id=str(at), no_dist=True, planner=planner)
+    for name in ("metadata.json", "run_config.yaml"):
+        if like and (like / "iter_0000000" / name).exists():
+            shutil.copyfile(like / "iter_0000000" / name, at / name)
+    if common is not None:
+        torch.save(common, at / "common.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("0")
+    return folder
+
+
+ONE = FIXTURES / "torch_dist" / "A_f32_tp1pp1"
+STACKED = "decoder.layers."
+
+
+def unstacked(state: dict) -> dict:
+    found = {}
+    for name, x in state.items():
+        if name.startswith(STACKED):
+            found |= {name.replace(STACKED, f"{STACKED}{i}."): part for i, part in enumerate(x.clone())}
+        else:
+            found[name] = x
+    return found
+
+
+def apart(state: dict) -> dict:
+    """Gate and up as two."""
+    found = {}
+    for name, x in state.items():
+        halves = x.clone().chunk(2, -2) if name.endswith("fc1.weight") else ()
+        found |= dict(zip((f"{name}_w", f"{name}_v"), halves, strict=True)) if halves else {name: x}
+    return found
+
+
+def prefixed(prefix: str) -> Callable[[dict], dict]:
+    return lambda state: {prefix + name: x for name, x in state.items()}
+
+
+def padded(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
+    return lambda state: state | {name: torch.cat([state["embedding.word_embeddings.weight"], torch.randn(rows, 64)])}
+
+
+HEAD = "output_layer.weight"
+SAID = {"iteration": 7, "args": argparse.Namespace(num_layers=4, hidden_size=64)}
+VARIANTS: dict[str, Callable[[dict], dict]] = {
+    "a tensor a layer": unstacked,
+    "gate and up apart": apart,
+    "gate and up of a layer apart": lambda state: apart(unstacked(state)),
+    "model.": prefixed("model."),
+    "module.module.": prefixed("module.module."),
+    "model.module.a tensor a layer": lambda state: prefixed("model.module.")(unstacked(state)),
+    "padded": padded(128),
+    "padded for TP 2": padded(256),
+    "a head": lambda state: state | {HEAD: state["embedding.word_embeddings.weight"]},
+    "a padded head": lambda state: (both := padded(128)(state)) | {HEAD: both["embedding.word_embeddings.weight"]},
+    "common state inside": lambda state: state | {"common_state/shard_0_1": [SAID]},
+    "FP8 state as tensors": lambda state: state
+    | {f"{at}._extra_state/shard_0_1.0": torch.zeros(3) for at in ("decoder.final_layernorm", "decoder.layers.x")},
+    "other state": lambda state: state
+    | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(64), "rng_state/shard_0_1": [{"a": 1}]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_torch_dist(variant, tmp_path):
+    common = None if variant == "common state inside" else {"iteration": 7}
+    state = VARIANTS[variant](torchs(ONE / "iter_0000000"))
+    source = open_checkpoint(torch_dist(tmp_path / "it", state, ONE, common))
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@pytest.mark.parametrize("rows", [0, 128])
+def test_another_head_is_refused(rows, tmp_path):
+    state = padded(rows)(torchs(ONE / "iter_0000000"))
+    head = state["embedding.word_embeddings.weight"].clone()
+    head[511] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not the embedding, so that the model has an untied head"):
+        open_checkpoint(torch_dist(tmp_path / "it", state | {HEAD: head}, ONE))
+
+
+def test_a_head_s_padding_is_not_compared(tmp_path):
+    state = padded(128, HEAD)(padded(128)(torchs(ONE / "iter_0000000")))
+    state[HEAD][:512] = state["embedding.word_embeddings.weight"][:512]
+    assert open_checkpoint(torch_dist(tmp_path / "it", state, ONE)).model == model_of("f32")
+
+
+def test_args_in_the_common_state_are_checked(tmp_path):
+    state = torchs(ONE / "iter_0000000")
+    said = {"args": argparse.Namespace(num_layers=5)}
+    for name, inside, common in (("a", {"common_state/shard_0_1": [said]}, None), ("b", {}, said)):
+        with pytest.raises(ValueError, match="its argument num_layers is 5 where the config has 4"):
+            open_checkpoint(torch_dist(tmp_path / name, state | inside, ONE, common))
+
+
+def test_any_chunks_are_read(tmp_path):
+    """As a run with 8 tensor-parallel ranks and data-parallel shards may cut them: rows of heads, of gate, of tokens."""
+    at = Path(shutil.copytree(ONE, tmp_path / "it")) / "iter_0000000"
+    state = as_numpy(torchs(at))
+    for file in [at / ".metadata", *at.glob("*.distcp")]:
+        file.unlink()
+    with TorchDistWriter(at) as writer:
+        for name, x in state.items():
+            dim = 1 if x.ndim == 3 else 0
+            for start in range(0, x.shape[dim], 24):
+                index = (slice(None),) * dim + (slice(start, start + 24),)
+                writer.chunk(name, x.shape, (0,) * dim + (start,) + (0,) * (x.ndim - dim - 1), x[index])
+    assert bits(stored(convert(tmp_path / "it", tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@pytest.mark.parametrize("name", ["torch_dist/A_bf16_tp2pp2", "legacy/A_bf16_tp2pp2"])
+def test_the_folder_of_an_iteration_and_a_release(name, tmp_path):
+    root = Path(shutil.copytree(FIXTURES / name, tmp_path / "it"))
+    (at,) = root.glob("iter_*")
+    for folder, text in ((at, None), (root / "release", "release\n"), (root, None)):
+        if text:
+            at.rename(folder)
+            (root / "latest_checkpointed_iteration.txt").write_text(text)
+        source = open_checkpoint(folder, hf_config=None if name.startswith("torch_dist") else HF["bf16"])
+        assert verify.compare(source, open_checkpoint(HF["bf16"]))[0].within(0)
+
+
+def legacy(folder: Path, files: dict[str, dict]) -> Path:
+    for rank, content in files.items():
+        at = folder / "iter_0000010" / rank
+        at.mkdir(parents=True)
+        torch.save(content, at / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+def local(state: dict, i: int) -> dict:
+    """One layer of unstacked tensors, as number 0."""
+    return {name.replace(f".layers.{i}.", ".layers.0."): x for name, x in state.items() if f".layers.{i}." in name}
+
+
+def test_virtual_stages(tmp_path):
+    """Two stages with two parts each: layers 0 and 2 are on the first, 1 and 3 on the second."""
+    state = unstacked(torchs(ONE / "iter_0000000"))
+    embedding = state["embedding.word_embeddings.weight"]
+    last = {"decoder.final_layernorm.weight": state["decoder.final_layernorm.weight"], HEAD: embedding}
+    said = {"checkpoint_version": 3.0, "iteration": 10}
+    files = {
+        "mp_rank_00_000": said
+        | {"model0": {"embedding.word_embeddings.weight": embedding} | local(state, 0), "model1": local(state, 2)},
+        "mp_rank_00_001": said | {"model0": local(state, 1), "model1": local(state, 3) | last},
+    }
+    source = open_checkpoint(legacy(tmp_path / "it", files), hf_config=HF["f32"])
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@contextmanager
+def changed_ranks(tmp_path: Path, name: str = "A_bf16_tp2pp2"):
+    """The files of the ranks of a fixture, to be changed; then they are written."""
+    files = {rank: dict(content) for rank, content in rank_files(FIXTURES / "legacy" / name).items()}
+    for content in files.values():
+        said = vars(content["args"])
+        content["args"] = argparse.Namespace(**{key: x for key, x in said.items() if isinstance(x, int | None)})
+        content["model"] = {key: x.clone() if hasattr(x, "clone") else x for key, x in content["model"].items()}
+    yield files
+    shutil.rmtree(tmp_path / "it", ignore_errors=True)
+    legacy(tmp_path / "it", files)
+
+
+def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):  # noqa: F811
+    with changed_ranks(tmp_path) as files:
+        for first, second, name in (("0", "1", "embedding.word_embeddings.weight"), ("0", "1", HEAD)):
+            stage = "000" if "embedding" in name else "001"
+            models = [files[f"mp_rank_0{rank}_{stage}"]["model"] for rank in (first, second)]
+            whole = torch.cat([*(model[name] for model in models), torch.zeros(256, 64, dtype=torch.bfloat16)])
+            models[0][name], models[1][name] = (part.clone() for part in whole.chunk(2))
+    source = open_checkpoint(tmp_path / "it", hf_config=HF["bf16"])
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+
+
+# Adapters
+
+
+def peft_tensors(folder: Path) -> Tensors:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("parallel", ["tp1pp1", "tp2pp1"])
+@pytest.mark.parametrize("based", [False, True])
+def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
+    source = open_checkpoint(FIXTURES / "peft" / f"A_f32_lora_{parallel}", base=HF["f32"] if based else None)
+    expected = AdapterConfig(kind="lora", rank=8, alpha=16, after_norm=True, targets=tuple(table.PROJECTIONS))
+    assert replace(source.adapter, targets=expected.targets) == expected
+    assert set(source.adapter.targets) == set(expected.targets)
+    assert any("attn/o and mlp/down act after the post-norm" in note for note in source.notes)
+    job = Job(source=source, to="peft")
+    assert re.search("attn/o and mlp/down was trained to be added after the post-norm", *job.warnings)
+    write(job, tmp_path / "peft")
+    assert bits(peft_tensors(tmp_path / "peft")) == bits(peft_tensors(PEFT))
+    ours, theirs = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
+    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert set(ours.target_modules) == set(theirs.target_modules)
+
+
+def dora_parts(state: Tensors) -> Tensors:
+    """PEFT's tensors of a fused adapter, row by row."""
+    c, found = model_of("f32"), {}
+    modules = {"self_attention.linear_qkv": "qkv", "mlp.linear_fc1": ("gate", "up")}
+    modules |= {"self_attention.linear_proj": "o", "mlp.linear_fc2": ("down",)}
+    for module, projections in modules.items():
+        for layer, projection in product(range(c.layers), projections):
+            part = "self_attn" if module.startswith("self") else "mlp"
+            at = f"base_model.model.model.layers.{layer}.{part}.{projection}_proj"
+            a, b, m = (
+                state[f"decoder.layers.{module}.adapter.{end}"][layer]
+                for end in ("linear_in.weight", "linear_out.weight", "weight_magnitude")
+            )
+            if projection in "qkv":
+                rows = [row for row, (name, _) in enumerate(grouped(c)) if name == projection]
+            else:
+                half = list(projections).index(projection)
+                rows = np.arange(len(b)).reshape(len(projections), -1)[half]
+            found |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b[rows]}
+            found[f"{at}.lora_magnitude_vector"] = m[rows]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_dora_keeps_its_magnitudes_in_whatever_order(ranks, tmp_path):
+    state = torchs(DORA / "iter_0000000")
+    expected = bits(dora_parts(as_numpy(state)))
+    name = "decoder.layers.mlp.linear_fc1.adapter.weight_magnitude"
+    gate, up = state[name].chunk(2, 1)
+    pieces = zip(gate.chunk(ranks, 1), up.chunk(ranks, 1), strict=True)
+    state[name] = torch.cat([piece for pair in pieces for piece in pair], 1)
+    folder = torch_dist(tmp_path / "it", state, DORA)
+    said = folder / "iter_0000000" / "run_config.yaml"
+    before = "tensor_model_parallel_size: 1"
+    assert before in said.read_text()
+    said.write_text(said.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
+    at = convert(folder, tmp_path / "peft", "peft")
+    assert bits(peft_tensors(at)) == expected
+    assert peft.LoraConfig.from_pretrained(at).use_dora
+    # What we write says that it is of one rank, and has that order.
+    again = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "again", "megatron-adapter")
+    assert bits(peft_tensors(convert(again, tmp_path / "back", "peft"))) == expected
+
+
+def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config) -> Path:
+    """PEFT's adapter to the fixture's model, changed; `only` the projections that this pattern finds."""
+    shutil.copytree(PEFT, folder)
+    tensors = {name: x for name, x in peft_tensors(PEFT).items() if re.search(only, name)}
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    path = folder / "adapter_config.json"
+    modules = sorted({re.search(r"(\w+_proj)", name)[1] for name in tensors})  # pyright: ignore
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": modules} | config))
+    return folder
+
+
+def bump(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        (name,) = [name for name in tensors if re.search(rf"\.{layer}\..*{projection}_proj\.lora_A", name)]
+        tensors[name] = tensors[name] + 1
+
+    return change
+
+
+FUSED, CANONICAL = "megatron.bridge.peft.lora.LoRA", "megatron.bridge.peft.canonical_lora.CanonicalLoRA"
+QKV, FC1 = "self_attention.linear_qkv.adapter.", "mlp.linear_fc1.adapter."
+ALONE = {"self_attention.linear_proj.adapter.", "mlp.linear_fc2.adapter."}
+EVERY_OWN = {*(f"{QKV}adapter_{x}." for x in "qkv"), f"{FC1}adapter_gate.", f"{FC1}adapter_up.", *ALONE}
+ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
+    "as exported": ({}, FUSED, {QKV, FC1, *ALONE}),
+    "another k": ({"change": bump("k")}, CANONICAL, EVERY_OWN),
+    "another up": ({"change": bump("up", 0)}, CANONICAL, EVERY_OWN),
+    "q and v": ({"only": "[qv]_proj"}, CANONICAL, {f"{QKV}adapter_q.", f"{QKV}adapter_v."}),
+    "gate": ({"only": "gate_proj"}, CANONICAL, {f"{FC1}adapter_gate."}),
+    "o": ({"only": "o_proj"}, FUSED, {"self_attention.linear_proj.adapter."}),
+    "attention": ({"only": "[qkvo]_proj"}, FUSED, {QKV, "self_attention.linear_proj.adapter."}),
+    "v, o and down": ({"only": "(v|o|down)_proj"}, CANONICAL, {f"{QKV}adapter_v.", *ALONE}),
+    "rslora": ({"use_rslora": True, "lora_dropout": 0.25}, FUSED, {QKV, FC1, *ALONE}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
+    how, target, modules = ADAPTERS[case]
+    before = open_checkpoint(of_peft(tmp_path / "peft", **how), hf_config=HF["f32"])
+    job = Job(source=before, to="megatron-adapter")
+    inside = [name for name in ("attn/o", "mlp/down") if name in table.targets(before.adapter)]
+    assert len(job.warnings) == bool(inside)
+    for warning in job.warnings:
+        assert f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm" in warning
+    write(job, tmp_path / "megatron")
+    names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
+    ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
+    assert names == {f"decoder.layers.{module}{end}" for module in modules for end in ends}
+    said = yaml.safe_load((tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text())["peft"]
+    assert said["_target_"] == target and said["dim"] == 8
+    assert said["alpha"] / 8 == pytest.approx(before.adapter.scale, rel=1e-15)
+    after = open_checkpoint(tmp_path / "megatron")
+    assert after.adapter.after_norm == bool(inside) and after.adapter.dropout == before.adapter.dropout
+    assert after.adapter.scale == pytest.approx(before.adapter.scale, rel=1e-15)
+    back = convert(after, tmp_path / "back", "peft")
+    assert bits(peft_tensors(back)) == bits(peft_tensors(tmp_path / "peft"))
+
+
+STATES = [f"._extra_state/shard_{layer}_4" for layer in range(4)]
+
+
+def magnitudes(tensors: Tensors) -> None:
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "lora_B" in name]:
+        rows = rng.random(len(tensors[name]), dtype=np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rows
+
+
+@pytest.mark.parametrize("how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=str)
+def test_dora_with_an_a_each_is_refused(how, tmp_path):
+    also = how.pop("also", lambda tensors: None)
+    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), use_dora=True, **how)
+    source = open_checkpoint(at, hf_config=HF["f32"])
+    with pytest.raises(ValueError, match=r"is a DoRA whose projections have an A each, for which Megatron-Bridge has"):
+        convert(source, tmp_path / "out", "megatron-adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("only", ["", "(o|down)_proj"])
+def test_dora_of_peft_s_is_megatron_s(only, tmp_path):
+    at = of_peft(tmp_path / "peft", magnitudes, only, use_dora=True)
+    there = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "megatron", "megatron-adapter")
+    assert open_checkpoint(there).adapter.kind == "dora"
+    assert bits(peft_tensors(convert(there, tmp_path / "back", "peft"))) == bits(peft_tensors(at))
+
+
+def test_what_can_be_merged_merges_as_peft_s(tmp_path):
+    state = torchs(LORA / "iter_0000000")
+    some = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
+    source = open_checkpoint(torch_dist(tmp_path / "it", some, LORA), base=HF["f32"])
+    assert not source.notes and not source.adapter.apart
+    found = stored(convert(source, tmp_path / "hf", "hf", merge=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(HF["f32"])
+    adapter = of_peft(tmp_path / "peft", only="(q|k|v|gate|up)_proj")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, merged[name].numpy(), rtol=1e-6, atol=1e-6)
+    assert bits(found) != bits(stored(HF["f32"]))
+    whole = open_checkpoint(LORA, base=HF["f32"])
+    with pytest.raises(ValueError, match=r"attn/o and mlp/down cannot be merged: it is added after the post-norm"):
+        Job(source=whole, to="megatron", merge=True)
+
+
+def test_importing_runs_it_as_it_was_trained():
+    source = open_checkpoint(LORA, base=HF["f32"])
+    after, before = (
+        verify.logits(replace(source, adapter=replace(source.adapter, after_norm=choice)), range(3, 27))
+        for choice in (True, False)
+    )
+    np.testing.assert_array_equal(verify.logits(source, range(3, 27)), after)
+    assert np.abs(after - before).max() > 0.1 * np.abs(after).max()
+
+
+def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
+    base = convert(HF["f32"], tmp_path / "base", "megatron")
+    source = open_checkpoint(convert(open_checkpoint(PEFT, base=base), tmp_path / "adapter", "megatron-adapter"))
+    assert "embedding" not in source.shapes  # PEFT's own config names another
+    shutil.copytree(LORA, tmp_path / "lora")
+    (tmp_path / "mg" / "torch_dist").mkdir(parents=True)
+    base.rename(tmp_path / "mg" / "torch_dist" / "A_f32_tp1pp1")
+    monkeypatch.chdir(tmp_path)
+    found = open_checkpoint(tmp_path / "lora")
+    assert "embedding" in found.shapes and found.base == "mg/torch_dist/A_f32_tp1pp1"
+    with pytest.raises(ValueError, match="has an adapter, which --to megatron has no place for"):
+        Job(source=replace(found, adapter=replace(found.adapter, after_norm=False)), to="megatron")
+
+
+@pytest.mark.parametrize("checkpoint", [5, ["x"], {"pretrained_checkpoint": 5}, {"pretrained_checkpoint": {"a": 1}}, None])
+def test_a_base_that_is_no_path_is_none(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(LORA, tmp_path / "it"))
+    change_yaml(folder, lambda run: run.update(checkpoint=checkpoint))
+    assert open_checkpoint(folder).base == ""
+
+
+def change_yaml(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "iter_0000000" / "run_config.yaml"
+    run = yaml.safe_load(path.read_text())
+    change(run)
+    path.write_text(yaml.safe_dump(run))
+
+
+# A run that started from a checkpoint that does not say its config
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_a_run_from_megatron_lm(kind, tmp_path):
+    start, model = FIXTURES / "megatron_lm" / "A_f32_tp1pp1", replace(model_of("f32"), max_length=256)
+    adapter = AdapterConfig(kind=kind, rank=8, alpha=16, targets=tuple(table.PROJECTIONS)) if kind == "lora" else AdapterConfig()
+    train = configs.TrainConfig(sequence_length=64)
+    config = Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(start), train=train)
+    source = open_checkpoint(PEFT, base=HF["f32"]) if kind == "lora" else open_checkpoint(HF["f32"])
+    params = {path: x for path, x in source.shapes.items() if ("/adapter/" in path) == (kind == "lora")}
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.txt").write_text(configs.to_text(config))
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(1, load(source, params), {"count": jnp.zeros(())}, {})
+    run = open_checkpoint(workdir)
+    assert run.model == model
+    assert all(one.within(0) for one in verify.compare(run, source))
