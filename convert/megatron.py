@@ -356,7 +356,9 @@ def _open_legacy(folder: Path) -> Opened:
             raise ValueError(
                 f"{found} is no rank's folder that this program reads, as mp_rank_00 and mp_rank_00_000 are"
             )
-        ranks[int(number[1]), int(number[2] or 0)] = found / RANK_FILE
+        path = ranks.setdefault((int(number[1]), int(number[2] or 0)), found / RANK_FILE)
+        if path.parent != found:
+            raise ValueError(f"{path.parent} and {found} are of one rank at two layouts; delete those of the older one")
     content = {rank: _rank(path) for rank, path in ranks.items()}
     args = _plain(next(iter(content.values())).get("args")) or {}
     tensor, stages = (
@@ -371,7 +373,7 @@ def _open_legacy(folder: Path) -> Opened:
     for chunk, stage in itertools.product(chunks, range(stages)):
         shares = [_state(content[rank, stage], chunk, ranks[rank, stage]) for rank in range(tensor)]
         layers = set()
-        for name in shares[0]:
+        for name in dict.fromkeys(itertools.chain(*shares)):
             layer = re.match(r"decoder\.layers\.(\d{1,4})\.", name)
             whole = name
             if layer:

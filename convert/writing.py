@@ -129,7 +129,9 @@ class Job:
         trained_whole = self.source.format == "run" and self.source.adapter.kind == "none"
         dtype = self.dtype or (started if trained_whole else None)
         paths = {row.name: row.path for rows in self.groups.values() for row in rows}
-        shapes = {path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()}
+        shapes = {
+            path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
+        }
         if self.to.startswith("megatron"):  # a fused tensor has one dtype, in which no part of it loses anything
             for fused in (*megatron.MODEL, *megatron.adapter_written(self.adapter, canonical=False)):
                 parts = [shapes[paths[name]] for name in fused.parts if name in paths]

@@ -4,18 +4,15 @@ import argparse
 import io
 import json
 import os
+import pickle
 import re
-import resource
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +28,8 @@ from test_torch_dist import torchs
 from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax import config as configs
+from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import AdapterConfig, Config, ModelConfig, OptimConfig
 from gemma2_jax.convert import table, verify, writing
 from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
@@ -40,7 +37,9 @@ from gemma2_jax.convert.torch_dist import TorchDistWriter
 from gemma2_jax.convert.writing import Job, write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FOLDERS = [f"{kind}/{at.name}" for kind in ("torch_dist", "megatron_lm", "legacy") for at in (FIXTURES / kind).iterdir()]
+FOLDERS = [
+    f"{kind}/{at.name}" for kind in ("torch_dist", "megatron_lm", "legacy") for at in (FIXTURES / kind).iterdir()
+]
 HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
 PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
 LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
@@ -101,7 +100,10 @@ NAMES = {
 
 def to_megatron(hf: Tensors, c: ModelConfig) -> Tensors:
     """What Hugging Face's tensors are in Megatron, row by row."""
-    layers = [{n.removeprefix(f"model.layers.{i}."): x for n, x in hf.items() if f".layers.{i}." in n} for i in range(c.layers)]
+    layers = [
+        {n.removeprefix(f"model.layers.{i}."): x for n, x in hf.items() if f".layers.{i}." in n}
+        for i in range(c.layers)
+    ]
     found = {
         f"decoder.layers.{name}": np.stack([layer[f"{theirs}.weight"] for layer in layers])
         for name, theirs in NAMES.items()
@@ -184,7 +186,12 @@ def some_exhaustive(cases: list, sample: list) -> list:
     ("name", "dtype", "ranks"),
     some_exhaustive(
         [(name, dtype, ranks) for name in BITING for dtype in DTYPES for ranks in legal(BITING[name])],
-        [("2b", "bfloat16", (2, 3)), ("9b", "float32", (1, 4)), ("27b", "bfloat16", (4, 2)), ("27b", "float32", (2, 1))],
+        [
+            ("2b", "bfloat16", (2, 3)),
+            ("9b", "float32", (1, 4)),
+            ("27b", "bfloat16", (4, 2)),
+            ("27b", "float32", (2, 1)),
+        ],
     ),
 )
 def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
@@ -287,14 +294,14 @@ def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
     tracker = "latest_checkpointed_iteration.txt"
     assert (ours / tracker).read_text() == (theirs / tracker).read_text()
     run = yaml.safe_load((at / "run_config.yaml").read_text())
-    if "tokenizer" in run and run["tokenizer"]:
+    if run.get("tokenizer"):
         assert (Path(run["tokenizer"]["tokenizer_model"]) / "tokenizer.json").is_file()
 
 
 def test_torch_reshards_what_we_write(tmp_path):
     """Every rank of a 2 x 2 layout (layers by stage, rows or columns by tensor rank) gets its boxes."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     at = convert(HF["bf16"], tmp_path / "out", "megatron") / "iter_0000000"
@@ -376,7 +383,9 @@ def numbered(tmp_path) -> Path:
     tensors = {}
     for name, shape in table.their_shapes(table.MODEL, TINY).items():
         rows = np.arange(shape[0]) + next((at for key, at in first.items() if key in name), 0)
-        tensors[name] = np.ascontiguousarray(np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape), np.float32)
+        tensors[name] = np.ascontiguousarray(
+            np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape), np.float32
+        )
         if "o_proj" in name or "down_proj" in name:
             tensors[name] += 10 * np.arange(shape[1], dtype=np.float32)
     folder = tmp_path / "numbered"
@@ -485,10 +494,14 @@ VARIANTS: dict[str, Callable[[dict], dict]] = {
     "a head": lambda state: state | {HEAD: state["embedding.word_embeddings.weight"]},
     "a padded head": lambda state: (both := padded(128)(state)) | {HEAD: both["embedding.word_embeddings.weight"]},
     "common state inside": lambda state: state | {"common_state/shard_0_1": [SAID]},
-    "FP8 state as tensors": lambda state: state
-    | {f"{at}._extra_state/shard_0_1.0": torch.zeros(3) for at in ("decoder.final_layernorm", "decoder.layers.x")},
-    "other state": lambda state: state
-    | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(64), "rng_state/shard_0_1": [{"a": 1}]},
+    "FP8 state as tensors": lambda state: (
+        state
+        | {f"{at}._extra_state/shard_0_1.0": torch.zeros(3) for at in ("decoder.final_layernorm", "decoder.layers.x")}
+    ),
+    "other state": lambda state: (
+        state
+        | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(64), "rng_state/shard_0_1": [{"a": 1}]}
+    ),
 }
 
 
@@ -801,7 +814,9 @@ def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
         Job(source=replace(found, adapter=replace(found.adapter, after_norm=False)), to="megatron")
 
 
-@pytest.mark.parametrize("checkpoint", [5, ["x"], {"pretrained_checkpoint": 5}, {"pretrained_checkpoint": {"a": 1}}, None])
+@pytest.mark.parametrize(
+    "checkpoint", [5, ["x"], {"pretrained_checkpoint": 5}, {"pretrained_checkpoint": {"a": 1}}, None]
+)
 def test_a_base_that_is_no_path_is_none(checkpoint, tmp_path):
     folder = Path(shutil.copytree(LORA, tmp_path / "it"))
     change_yaml(folder, lambda run: run.update(checkpoint=checkpoint))
@@ -821,7 +836,11 @@ def change_yaml(folder: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize("kind", ["none", "lora"])
 def test_a_run_from_megatron_lm(kind, tmp_path):
     start, model = FIXTURES / "megatron_lm" / "A_f32_tp1pp1", replace(model_of("f32"), max_length=256)
-    adapter = AdapterConfig(kind=kind, rank=8, alpha=16, targets=tuple(table.PROJECTIONS)) if kind == "lora" else AdapterConfig()
+    adapter = (
+        AdapterConfig(kind=kind, rank=8, alpha=16, targets=tuple(table.PROJECTIONS))
+        if kind == "lora"
+        else AdapterConfig()
+    )
     train = configs.TrainConfig(sequence_length=64)
     config = Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(start), train=train)
     source = open_checkpoint(PEFT, base=HF["f32"]) if kind == "lora" else open_checkpoint(HF["f32"])
@@ -834,3 +853,218 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
     run = open_checkpoint(workdir)
     assert run.model == model
     assert all(one.within(0) for one in verify.compare(run, source))
+
+
+# Refusals
+
+ARGS = argparse.Namespace(num_layers=4, tensor_model_parallel_size=1)
+
+
+class Hostile:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def same_state(change: Callable[[dict], object] = lambda state: None, **common) -> Callable[[Path], Path]:
+    """The fixture's tensors, changed, as torch saves them."""
+
+    def made(path: Path) -> Path:
+        state = torchs(ONE / "iter_0000000")
+        change(state)
+        return torch_dist(path / "it", state, ONE, common or None)
+
+    return made
+
+
+def copied(name: str, change: Callable[[Path], object], at: str = "iter_*") -> Callable[[Path], Path]:
+    """A fixture, of which a folder is changed."""
+
+    def made(path: Path) -> Path:
+        folder = Path(shutil.copytree(FIXTURES / name, path / "it"))
+        (there,) = folder.glob(at) if at else (folder,)
+        change(there)
+        return folder
+
+    return made
+
+
+def without_metadata(at: Path) -> None:
+    (at / ".metadata").unlink()
+    (at / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+
+def legacy_args(**said) -> Callable[[Path], Path]:
+    def made(path: Path) -> Path:
+        with changed_ranks(path) as files:
+            for content in files.values():
+                vars(content["args"]).update(said)
+        return path / "it"
+
+    return made
+
+
+def legacy_changed(change: Callable[[dict], object], rank: str = "mp_rank_01_001") -> Callable[[Path], Path]:
+    def made(path: Path) -> Path:
+        with changed_ranks(path) as files:
+            change(files[rank])
+        return path / "it"
+
+    return made
+
+
+def bumped(name: str) -> Callable[[dict], object]:
+    return lambda content: content["model"][name].add_(1)
+
+
+FC1_KEY = "decoder.layers.mlp.linear_fc1.weight"
+NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+PLAIN, RANKS, LM = "torch_dist/A_f32_tp1pp1", "legacy/A_bf16_tp2pp2", "megatron_lm/A_f32_tp1pp1"
+TRACKER = "latest_checkpointed_iteration.txt"
+STAGE = "decoder.layers.0.self_attention.linear_qkv.weight"
+# What is wrong, how --hf-config is given ("": not; else where), and what is said.
+WRONG: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "missing": (same_state(lambda s: s.pop("decoder.final_layernorm.weight")), "", r"lacks decoder\.final_layernorm"),
+    "extra": (
+        same_state(lambda s: s.update({"decoder.x.weight": torch.zeros(2)})),
+        "",
+        r"has unexpected decoder\.x\.weight; check that its config and its weights belong together",
+    ),
+    "a bias": (
+        same_state(lambda s: s.update({"decoder.layers.mlp.linear_fc1.bias": torch.zeros(4, 256)})),
+        "",
+        r"has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.bias, .* and 1 more",
+    ),
+    "a layer more": (
+        same_state(lambda s: s.update({n: torch.cat([x, x[:1]]) for n, x in s.items() if ".layers." in n})),
+        "",
+        r"has unexpected decoder\.layers\.4\.",
+    ),
+    "a shape": (
+        same_state(lambda s: s.update({"decoder.final_layernorm.weight": torch.zeros(65)})),
+        "",
+        r"decoder\.final_layernorm\.weight has shape \(65,\) where its config expects \(64,\)",
+    ),
+    "odd padding": (same_state(lambda s: s.update(padded(100)(s))), "", r"has shape \(612, 64\) where its config .*512"),
+    "fewer tokens": (
+        same_state(lambda s: s.update({"embedding.word_embeddings.weight": torch.zeros(384, 64)})),
+        "",
+        r"has shape \(384, 64\)",
+    ),
+    "absurd layers": (
+        same_state(lambda s: s.update({"decoder.layers.x.weight": torch.zeros(300_000)})),
+        "",
+        "300000 layers, which no model has",
+    ),
+    "gate without up": (
+        same_state(lambda s: s.update({f"{FC1_KEY}_w": s.pop(FC1_KEY)[:, :128]})),
+        "",
+        r"lacks decoder\.layers\.0\.mlp\.linear_fc1\.weight, .* and has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.weight_w",
+    ),
+
+    "no config": (lambda path: FIXTURES / LM, "", r"does not say its config \(there is no run_config\.yaml\); give --hf-"),
+    "no config, ranks": (lambda path: FIXTURES / RANKS, "", r"does not say its config"),
+    "another config": (lambda path: FIXTURES / PLAIN, "num_hidden_layers=5", r"run_config\.yaml is of another model than .*layers 4 and not 5"),
+    "another config, args": (lambda path: FIXTURES / LM, "num_hidden_layers=5", "its argument num_layers is 4 where the config has 5"),
+    "another config, ranks": (lambda path: FIXTURES / RANKS, "intermediate_size=64", "ffn_hidden_size is 128 where the config has 64"),
+    "a rank's folder": (copied(RANKS, lambda at: shutil.rmtree(at / "mp_rank_00_001")), "bf16", r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
+    "the last rank": (copied(RANKS, lambda at: shutil.rmtree(at / "mp_rank_01_001")), "bf16", r"rank 1, stage 1"),
+    "all of rank 1": (copied(RANKS, lambda at: [shutil.rmtree(at / f"mp_rank_01_00{i}") for i in range(2)]), "bf16", r"rank 1, stage 0"),
+    "the last stage": (copied(RANKS, lambda at: [shutil.rmtree(at / f"mp_rank_0{i}_001") for i in range(2)]), "bf16", r"rank 0, stage 1"),
+    "all but one": (copied(RANKS, lambda at: (at / "mp_rank_00_000").rename(at / "mp_rank_9999_9999")), "bf16", r"rank 0, stage 0"),
+    "a rank's file": (copied(RANKS, lambda at: (at / "mp_rank_00_001" / "model_optim_rng.pt").unlink()), "bf16", r"mp_rank_00_001.*is missing"),
+    "another rank": (copied(RANKS, lambda at: (at / "mp_rank_01_001_000").mkdir()), "bf16", r"mp_rank_01_001_000 is no rank's folder"),
+    "two layouts": (copied(RANKS, lambda at: shutil.copytree(at / "mp_rank_00_000", at / "mp_rank_00")), "bf16", r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"),
+    "ranks disagree": (legacy_changed(bumped(NORM)), "bf16", rf"ranks have different {re.escape(NORM)}, of which each has all"),
+    "the head disagrees": (legacy_changed(bumped(HEAD)), "bf16", r"lm_head\.weight is not the embedding"),
+    "a rank lacks": (legacy_changed(lambda c: c["model"].pop(STAGE)), "bf16", rf"{re.escape(STAGE)} is not a tensor of every"),
+    "a rank has more": (legacy_changed(lambda c: c["model"].update(x=torch.zeros(2))), "bf16", "x is not a tensor of every"),
+    "a rank's shape": (legacy_changed(lambda c: c["model"].update({STAGE: c["model"][STAGE][:8]})), "bf16", "in different shapes or dtypes"),
+    "an old version": (legacy_changed(lambda c: c.update(checkpoint_version=1.0)), "bf16", "checkpoint_version is 1.0; before 2.0"),
+    "no model": (legacy_changed(lambda c: c.pop("model")), "bf16", "holds no model; copy it again"),
+    "args": (legacy_args(num_query_groups=4), "bf16", "num_query_groups is 4 where the config has 2"),
+    "no iteration": (copied(PLAIN, lambda at: (at / TRACKER).write_text("5"), ""), "", r"names iteration 5, and there is no .*iter_0000005"),
+    "a path": (copied(PLAIN, lambda at: (at / TRACKER).write_text("../../x"), ""), "", r"says '\.\./\.\./x'; it must name an iteration"),
+    "an empty tracker": (copied(PLAIN, lambda at: (at / TRACKER).write_text(""), ""), "", "says ''; it must name an iteration"),
+    "an empty iteration": (copied(PLAIN, lambda at: [file.unlink() for file in at.iterdir()]), "", r"metadata\.json is missing"),
+    "no release": (copied(PLAIN, lambda at: (at / TRACKER).write_text("release"), ""), "", "names iteration release"),
+    "fsdp_dtensor": (copied(PLAIN, lambda at: (at / "metadata.json").unlink()), "", r"metadata\.json is missing: .*fsdp_dtensor, which this program does not read"),
+    "zarr": (copied(PLAIN, without_metadata), "", r"sharded_backend is 'zarr'; this program reads 'torch_dist'"),
+    "half copied": (copied(PLAIN, lambda at: (at / ".metadata").unlink()), "", r"\.metadata is missing; copy the whole checkpoint again"),
+    "metadata.json": (copied(PLAIN, lambda at: (at / "metadata.json").write_text("[" * 10**6)), "", "is not a JSON object; copy it again"),
+    "a base": (lambda path: FIXTURES / PLAIN, "base", "is not an adapter alone, so it takes no base model"),
+    "a base, no config": (lambda path: FIXTURES / LM, "base", "is not an adapter alone, so it takes no base model"),
+    "a scale": (copied("peft/A_f32_lora_tp1pp1", lambda at: (at / "run_config.yaml").unlink()), "f32", r"no run_config\.yaml that says its scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said(case, tmp_path, megatron):  # noqa: F811
+    made, config, message = WRONG[case]
+    how = {}
+    if "=" in config:
+        key, value = config.split("=")
+        content = json.loads((HF["f32"] / "config.json").read_text()) | {key: int(value)}
+        content.pop("layer_types")
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        how = {"hf_config": tmp_path}
+    elif config == "base":
+        how = {"base": HF["f32"]}
+    elif config:
+        how = {"hf_config": HF[config]}
+    folder = made(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_checkpoint(folder, **how)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_config_that_says_the_same_is_taken(tmp_path):
+    for folder in (HF["f32"], ONE, convert(HF["f32"], tmp_path / "orbax", "orbax")):
+        assert open_checkpoint(folder, hf_config=HF["f32"]).model == model_of("f32")
+    wrong = Path(shutil.copytree(HF["f32"], tmp_path / "wrong"))
+    content = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(content | {"sliding_window": 9}))
+    for folder in (HF["f32"], ONE, tmp_path / "orbax"):
+        with pytest.raises(ValueError, match=r"of another model than was asked for \(window 8 and not 9\)"):
+            open_checkpoint(folder, hf_config=wrong)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"to": "megatron-legacy", "ranks": (4, 1)}, r"kv_heads 2 do not divide into 4; \[1, 2\] do"),
+        ({"to": "megatron-legacy", "ranks": (1, 3)}, r"layers 4 do not divide into 3; \[1, 2, 4\] do"),
+        ({"to": "megatron-legacy", "ranks": (0, 1)}, r"kv_heads 2 do not divide into 0"),
+        ({"to": "megatron-legacy", "ranks": (1, -1)}, r"layers 4 do not divide into -1"),
+        ({"to": "megatron", "ranks": (2, 1)}, "--to megatron is read at any parallelism; leave out --tp and --pp"),
+        ({"to": "hf", "ranks": (1, 2)}, "--to hf is read at any parallelism; leave out --tp and --pp"),
+        ({"to": "megatron-adapter"}, "has no adapter; leave out --merge, or write another format"),
+    ],
+)
+def test_what_cannot_be_written_is_said(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Job(source=open_checkpoint(HF["f32"]), **choices)
+
+
+@pytest.mark.parametrize("where", ["common.pt", ".metadata", "object", "rank"])
+def test_a_hostile_pickle_is_refused_and_not_run(where, tmp_path):
+    sentinel = tmp_path / "was-run"
+    state = torchs(ONE / "iter_0000000")
+    folder = torch_dist(tmp_path / "it", state, ONE, {"iteration": Hostile(sentinel)} if where == "common.pt" else None)
+    if where == ".metadata":
+        (folder / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(Hostile(sentinel)))
+    if where == "object":
+        shutil.rmtree(folder)
+        torch_dist(tmp_path / "it", state | {"common_state/shard_0_1": [Hostile(sentinel)]}, ONE)
+    if where == "rank":
+        shutil.rmtree(folder)
+        legacy(folder, {"mp_rank_00": {"model": {}, "checkpoint_version": 3.0, "args": Hostile(sentinel)}})
+    with pytest.raises(
+        ValueError, match=r"names '(posix|os)\.system', which no Megatron checkpoint has; it was not run"
+    ):
+        open_checkpoint(folder, hf_config=HF["f32"])
+    assert not sentinel.exists()
