@@ -13,7 +13,8 @@ _SMALL, _LEFT_OUT = ["*.json", "tokenizer*", "*.jinja"], ["*/*"]
 def download(name: str, weights: bool = True) -> Path:
     """The folder of the model `name`, such as google/gemma-2-2b, downloaded unless it is in the cache.
 
-    Without `weights` only its small files are.     Of several processes that share a cache, one downloads a file while the others wait for it.
+    Without `weights` only its small files are. Of several processes that share a cache, one downloads a file while the
+    others wait for it.
 
     Raises ValueError where there is no such model, it is gated, or the Hub cannot be reached.
     """

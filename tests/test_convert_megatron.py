@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import os
 import pickle
@@ -37,9 +38,8 @@ from gemma2_jax.convert.torch_dist import TorchDistWriter
 from gemma2_jax.convert.writing import Job, write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FOLDERS = [
-    f"{kind}/{at.name}" for kind in ("torch_dist", "megatron_lm", "legacy") for at in (FIXTURES / kind).iterdir()
-]
+KINDS = "torch_dist", "megatron_lm", "legacy"
+FOLDERS = sorted(f"{kind}/{at.name}" for kind in KINDS for at in (FIXTURES / kind).iterdir())
 HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
 PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
 LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
@@ -537,7 +537,7 @@ def test_args_in_the_common_state_are_checked(tmp_path):
 
 
 def test_any_chunks_are_read(tmp_path):
-    """As a run with 8 tensor-parallel ranks and data-parallel shards may cut them: rows of heads, of gate, of tokens."""
+    """Cut within heads, across gate and up, by a few tokens."""
     at = Path(shutil.copytree(ONE, tmp_path / "it")) / "iter_0000000"
     state = as_numpy(torchs(at))
     for file in [at / ".metadata", *at.glob("*.distcp")]:
@@ -755,10 +755,12 @@ def magnitudes(tensors: Tensors) -> None:
         tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rows
 
 
-@pytest.mark.parametrize("how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=itertools.count()
+)
 def test_dora_with_an_a_each_is_refused(how, tmp_path):
-    also = how.pop("also", lambda tensors: None)
-    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), use_dora=True, **how)
+    also, only = how.get("also", lambda tensors: None), how.get("only", "")
+    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), only, use_dora=True)
     source = open_checkpoint(at, hf_config=HF["f32"])
     with pytest.raises(ValueError, match=r"is a DoRA whose projections have an A each, for which Megatron-Bridge has"):
         convert(source, tmp_path / "out", "megatron-adapter")
@@ -857,8 +859,6 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
 
 # Refusals
 
-ARGS = argparse.Namespace(num_layers=4, tensor_model_parallel_size=1)
-
 
 class Hostile:
     """A pickle that would make a file."""
@@ -870,156 +870,170 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-def same_state(change: Callable[[dict], object] = lambda state: None, **common) -> Callable[[Path], Path]:
-    """The fixture's tensors, changed, as torch saves them."""
-
-    def made(path: Path) -> Path:
-        state = torchs(ONE / "iter_0000000")
-        change(state)
-        return torch_dist(path / "it", state, ONE, common or None)
-
-    return made
-
-
-def copied(name: str, change: Callable[[Path], object], at: str = "iter_*") -> Callable[[Path], Path]:
-    """A fixture, of which a folder is changed."""
-
-    def made(path: Path) -> Path:
-        folder = Path(shutil.copytree(FIXTURES / name, path / "it"))
-        (there,) = folder.glob(at) if at else (folder,)
-        change(there)
-        return folder
-
-    return made
-
-
-def without_metadata(at: Path) -> None:
-    (at / ".metadata").unlink()
-    (at / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
-
-
-def legacy_args(**said) -> Callable[[Path], Path]:
-    def made(path: Path) -> Path:
-        with changed_ranks(path) as files:
-            for content in files.values():
-                vars(content["args"]).update(said)
-        return path / "it"
-
-    return made
-
-
-def legacy_changed(change: Callable[[dict], object], rank: str = "mp_rank_01_001") -> Callable[[Path], Path]:
-    def made(path: Path) -> Path:
-        with changed_ranks(path) as files:
-            change(files[rank])
-        return path / "it"
-
-    return made
+def gone(*ranks: str) -> Callable[[Path], object]:
+    return lambda at: [shutil.rmtree(at / f"mp_rank_{rank}") for rank in ranks]
 
 
 def bumped(name: str) -> Callable[[dict], object]:
     return lambda content: content["model"][name].add_(1)
 
 
-FC1_KEY = "decoder.layers.mlp.linear_fc1.weight"
-NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
-PLAIN, RANKS, LM = "torch_dist/A_f32_tp1pp1", "legacy/A_bf16_tp2pp2", "megatron_lm/A_f32_tp1pp1"
-TRACKER = "latest_checkpointed_iteration.txt"
-STAGE = "decoder.layers.0.self_attention.linear_qkv.weight"
-# What is wrong, how --hf-config is given ("": not; else where), and what is said.
-WRONG: dict[str, tuple[Callable[[Path], Path], str, str]] = {
-    "missing": (same_state(lambda s: s.pop("decoder.final_layernorm.weight")), "", r"lacks decoder\.final_layernorm"),
-    "extra": (
-        same_state(lambda s: s.update({"decoder.x.weight": torch.zeros(2)})),
-        "",
-        r"has unexpected decoder\.x\.weight; check that its config and its weights belong together",
-    ),
-    "a bias": (
-        same_state(lambda s: s.update({"decoder.layers.mlp.linear_fc1.bias": torch.zeros(4, 256)})),
-        "",
-        r"has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.bias, .* and 1 more",
-    ),
-    "a layer more": (
-        same_state(lambda s: s.update({n: torch.cat([x, x[:1]]) for n, x in s.items() if ".layers." in n})),
-        "",
-        r"has unexpected decoder\.layers\.4\.",
-    ),
-    "a shape": (
-        same_state(lambda s: s.update({"decoder.final_layernorm.weight": torch.zeros(65)})),
-        "",
-        r"decoder\.final_layernorm\.weight has shape \(65,\) where its config expects \(64,\)",
-    ),
-    "odd padding": (same_state(lambda s: s.update(padded(100)(s))), "", r"has shape \(612, 64\) where its config .*512"),
-    "fewer tokens": (
-        same_state(lambda s: s.update({"embedding.word_embeddings.weight": torch.zeros(384, 64)})),
-        "",
-        r"has shape \(384, 64\)",
-    ),
-    "absurd layers": (
-        same_state(lambda s: s.update({"decoder.layers.x.weight": torch.zeros(300_000)})),
-        "",
-        "300000 layers, which no model has",
-    ),
-    "gate without up": (
-        same_state(lambda s: s.update({f"{FC1_KEY}_w": s.pop(FC1_KEY)[:, :128]})),
-        "",
-        r"lacks decoder\.layers\.0\.mlp\.linear_fc1\.weight, .* and has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.weight_w",
-    ),
-
-    "no config": (lambda path: FIXTURES / LM, "", r"does not say its config \(there is no run_config\.yaml\); give --hf-"),
-    "no config, ranks": (lambda path: FIXTURES / RANKS, "", r"does not say its config"),
-    "another config": (lambda path: FIXTURES / PLAIN, "num_hidden_layers=5", r"run_config\.yaml is of another model than .*layers 4 and not 5"),
-    "another config, args": (lambda path: FIXTURES / LM, "num_hidden_layers=5", "its argument num_layers is 4 where the config has 5"),
-    "another config, ranks": (lambda path: FIXTURES / RANKS, "intermediate_size=64", "ffn_hidden_size is 128 where the config has 64"),
-    "a rank's folder": (copied(RANKS, lambda at: shutil.rmtree(at / "mp_rank_00_001")), "bf16", r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
-    "the last rank": (copied(RANKS, lambda at: shutil.rmtree(at / "mp_rank_01_001")), "bf16", r"rank 1, stage 1"),
-    "all of rank 1": (copied(RANKS, lambda at: [shutil.rmtree(at / f"mp_rank_01_00{i}") for i in range(2)]), "bf16", r"rank 1, stage 0"),
-    "the last stage": (copied(RANKS, lambda at: [shutil.rmtree(at / f"mp_rank_0{i}_001") for i in range(2)]), "bf16", r"rank 0, stage 1"),
-    "all but one": (copied(RANKS, lambda at: (at / "mp_rank_00_000").rename(at / "mp_rank_9999_9999")), "bf16", r"rank 0, stage 0"),
-    "a rank's file": (copied(RANKS, lambda at: (at / "mp_rank_00_001" / "model_optim_rng.pt").unlink()), "bf16", r"mp_rank_00_001.*is missing"),
-    "another rank": (copied(RANKS, lambda at: (at / "mp_rank_01_001_000").mkdir()), "bf16", r"mp_rank_01_001_000 is no rank's folder"),
-    "two layouts": (copied(RANKS, lambda at: shutil.copytree(at / "mp_rank_00_000", at / "mp_rank_00")), "bf16", r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"),
-    "ranks disagree": (legacy_changed(bumped(NORM)), "bf16", rf"ranks have different {re.escape(NORM)}, of which each has all"),
-    "the head disagrees": (legacy_changed(bumped(HEAD)), "bf16", r"lm_head\.weight is not the embedding"),
-    "a rank lacks": (legacy_changed(lambda c: c["model"].pop(STAGE)), "bf16", rf"{re.escape(STAGE)} is not a tensor of every"),
-    "a rank has more": (legacy_changed(lambda c: c["model"].update(x=torch.zeros(2))), "bf16", "x is not a tensor of every"),
-    "a rank's shape": (legacy_changed(lambda c: c["model"].update({STAGE: c["model"][STAGE][:8]})), "bf16", "in different shapes or dtypes"),
-    "an old version": (legacy_changed(lambda c: c.update(checkpoint_version=1.0)), "bf16", "checkpoint_version is 1.0; before 2.0"),
-    "no model": (legacy_changed(lambda c: c.pop("model")), "bf16", "holds no model; copy it again"),
-    "args": (legacy_args(num_query_groups=4), "bf16", "num_query_groups is 4 where the config has 2"),
-    "no iteration": (copied(PLAIN, lambda at: (at / TRACKER).write_text("5"), ""), "", r"names iteration 5, and there is no .*iter_0000005"),
-    "a path": (copied(PLAIN, lambda at: (at / TRACKER).write_text("../../x"), ""), "", r"says '\.\./\.\./x'; it must name an iteration"),
-    "an empty tracker": (copied(PLAIN, lambda at: (at / TRACKER).write_text(""), ""), "", "says ''; it must name an iteration"),
-    "an empty iteration": (copied(PLAIN, lambda at: [file.unlink() for file in at.iterdir()]), "", r"metadata\.json is missing"),
-    "no release": (copied(PLAIN, lambda at: (at / TRACKER).write_text("release"), ""), "", "names iteration release"),
-    "fsdp_dtensor": (copied(PLAIN, lambda at: (at / "metadata.json").unlink()), "", r"metadata\.json is missing: .*fsdp_dtensor, which this program does not read"),
-    "zarr": (copied(PLAIN, without_metadata), "", r"sharded_backend is 'zarr'; this program reads 'torch_dist'"),
-    "half copied": (copied(PLAIN, lambda at: (at / ".metadata").unlink()), "", r"\.metadata is missing; copy the whole checkpoint again"),
-    "metadata.json": (copied(PLAIN, lambda at: (at / "metadata.json").write_text("[" * 10**6)), "", "is not a JSON object; copy it again"),
-    "a base": (lambda path: FIXTURES / PLAIN, "base", "is not an adapter alone, so it takes no base model"),
-    "a base, no config": (lambda path: FIXTURES / LM, "base", "is not an adapter alone, so it takes no base model"),
-    "a scale": (copied("peft/A_f32_lora_tp1pp1", lambda at: (at / "run_config.yaml").unlink()), "f32", r"no run_config\.yaml that says its scale"),
-}  # fmt: skip
+def zarr(at: Path) -> None:
+    (at / ".metadata").unlink()
+    (at / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said(case, tmp_path, megatron):  # noqa: F811
-    made, config, message = WRONG[case]
-    how = {}
-    if "=" in config:
-        key, value = config.split("=")
-        content = json.loads((HF["f32"] / "config.json").read_text()) | {key: int(value)}
-        content.pop("layer_types")
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        how = {"hf_config": tmp_path}
-    elif config == "base":
-        how = {"base": HF["f32"]}
-    elif config:
-        how = {"hf_config": HF[config]}
-    folder = made(tmp_path)
+def refused(folder: Path, message: str, **how) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(folder, **how)
     assert str(folder) in str(caught.value)
+
+
+EMBEDDING, FINAL, FC1_KEY = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    f"{STACKED}mlp.linear_fc1.weight",
+)
+LAYER_FC1 = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(FINAL), r"lacks decoder\.final_layernorm\.weight; check that its config and its weights"),
+        (lambda s: s.update({"decoder.x.weight": torch.zeros(2)}), r"has unexpected decoder\.x\.weight; check"),
+        (
+            lambda s: s.update({FC1_KEY.replace("weight", "bias"): torch.zeros(4, 256)}),
+            r"has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.bias, .* and 1 more",
+        ),
+        (
+            lambda s: s.update({n: torch.cat([x, x[:1]]) for n, x in s.items() if ".layers." in n}),
+            r"has unexpected decoder\.layers\.4\.",
+        ),
+        (
+            lambda s: s.update({FINAL: torch.zeros(65)}),
+            r"decoder\.final_layernorm\.weight has shape \(65,\) where its config expects \(64,\)",
+        ),
+        (lambda s: s.update(padded(100)(s)), r"has shape \(612, 64\) where its config expects \(512, 64\)"),
+        (lambda s: s.update({EMBEDDING: torch.zeros(384, 64)}), r"has shape \(384, 64\)"),
+        (lambda s: s.update({"decoder.layers.x": torch.zeros(300_000)}), "300000 layers, which no model has"),
+        (
+            lambda s: s.update({f"{FC1_KEY}_w": s.pop(FC1_KEY)[:, :128]}),
+            rf"lacks {LAYER_FC1}, .* and has unexpected {LAYER_FC1}_w",
+        ),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    state = torchs(ONE / "iter_0000000")
+    change(state)
+    refused(torch_dist(tmp_path / "it", state, ONE), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: (at.parent / TRACKER).write_text("5"), r"names iteration 5, and there is no .*iter_0000005"),
+        (lambda at: (at.parent / TRACKER).write_text("../x"), r"says '\.\./x'; it must name an iteration"),
+        (lambda at: (at.parent / TRACKER).write_text(""), "says ''; it must name an iteration"),
+        (lambda at: (at.parent / TRACKER).write_text("release"), "names iteration release"),
+        (lambda at: [file.unlink() for file in at.iterdir()], r"metadata\.json is missing"),
+        (
+            lambda at: (at / "metadata.json").unlink(),
+            r"json is missing: .*fsdp_dtensor, which this program does not read",
+        ),
+        (zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
+        (lambda at: (at / ".metadata").unlink(), r"\.metadata is missing; copy the whole checkpoint again"),
+        (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not a JSON object; copy it again"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_files_are_named(change, message, tmp_path):
+    folder = Path(shutil.copytree(ONE, tmp_path / "it"))
+    change(folder / "iter_0000000")
+    refused(folder, message)
+
+
+NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+STAGE = "decoder.layers.0.self_attention.linear_qkv.weight"
+RANKS, LM = FIXTURES / "legacy" / "A_bf16_tp2pp2", FIXTURES / "megatron_lm" / "A_f32_tp1pp1"
+TRACKER = "latest_checkpointed_iteration.txt"
+TWO = r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (gone("00_001"), r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
+        (gone("01_001"), r"lacks the file of tensor-parallel rank 1, stage 1"),
+        (gone("01_000", "01_001"), r"rank 1, stage 0"),  # which only their arguments tell
+        (gone("00_001", "01_001"), r"rank 0, stage 1"),
+        (lambda at: (at / "mp_rank_00_000").rename(at / "mp_rank_9999_9999"), r"rank 0, stage 0"),
+        (lambda at: (at / "mp_rank_00_001" / "model_optim_rng.pt").unlink(), r"mp_rank_00_001.*is missing; copy it"),
+        (lambda at: (at / "mp_rank_01_001_000").mkdir(), r"mp_rank_01_001_000 is no rank's folder"),
+        (lambda at: shutil.copytree(at / "mp_rank_00_000", at / "mp_rank_00"), TWO),
+    ],
+    ids=itertools.count(),
+)
+def test_ranks_that_are_missing_are_named(change, message, tmp_path):
+    folder = Path(shutil.copytree(RANKS, tmp_path / "it"))
+    change(folder / "iter_0000010")
+    refused(folder, message, hf_config=HF["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bumped(NORM), rf"ranks have different {re.escape(NORM)}, of which each has all"),
+        (bumped(HEAD), r"lm_head\.weight is not the embedding"),
+        (lambda c: c["model"].pop(STAGE), rf"{re.escape(STAGE)} is not a tensor of every tensor-parallel rank"),
+        (lambda c: c["model"].update(x=torch.zeros(2)), "x is not a tensor of every tensor-parallel rank"),
+        (lambda c: c["model"].update({STAGE: c["model"][STAGE][:8]}), "ranks have .* in different shapes or dtypes"),
+        (
+            lambda c: c["model"].update({STAGE: c["model"][STAGE].float()}),
+            "ranks have .* in different shapes or dtypes",
+        ),
+        (lambda c: c.update(checkpoint_version=1.0), r"checkpoint_version is 1\.0; before 2\.0 q, k and v"),
+        (lambda c: c.pop("checkpoint_version"), r"checkpoint_version is None"),
+        (lambda c: c.pop("model"), "holds no model; copy it again"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_ranks_are_named(change, message, tmp_path, megatron):  # noqa: F811
+    with changed_ranks(tmp_path) as files:
+        change(files["mp_rank_01_001"])
+    refused(tmp_path / "it", message, hf_config=HF["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "message"),
+    [
+        (LM, None, r"does not say its config \(there is no run_config\.yaml\); give --hf-config"),
+        (RANKS, None, r"does not say its config"),
+        (ONE, {"num_hidden_layers": 5}, r"run_config\.yaml is of another model than .*layers 4 and not 5"),
+        (ONE, {"vocab_size": 500}, r"run_config\.yaml is of another model than .*vocab_size 512 and not 500"),
+        (LM, {"num_hidden_layers": 5}, "its argument num_layers is 4 where the config has 5"),
+        (LM, {"num_key_value_heads": 4}, "its argument num_query_groups is 2 where the config has 4"),
+        (RANKS, {"intermediate_size": 64}, "ffn_hidden_size is 128 where the config has 64"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_configs_are_named(folder, change, message, tmp_path):
+    content = json.loads((HF["f32"] / "config.json").read_text()) | (change or {})
+    content.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    refused(folder, message, hf_config=tmp_path if change else None)
+
+
+@pytest.mark.parametrize("folder", [ONE, LM, RANKS], ids=lambda folder: folder.parent.name)
+def test_weights_take_no_base(folder):
+    refused(folder, "is not an adapter alone, so it takes no base model", base=HF["f32"])
+
+
+def test_an_adapter_needs_its_scale(tmp_path):
+    folder = Path(shutil.copytree(LORA, tmp_path / "it"))
+    (folder / "iter_0000000" / "run_config.yaml").unlink()
+    refused(folder, r"holds an adapter, and no run_config\.yaml that says its scale; copy that", hf_config=HF["f32"])
 
 
 def test_a_config_that_says_the_same_is_taken(tmp_path):
