@@ -265,9 +265,8 @@ def iteration_folder(folder: Path) -> Path | None:
 
 def open_folder(folder: Path) -> Opened:
     """Reads what an iteration's folder says of its tensors. ValueError where it is damaged, or of another kind."""
-    if any(folder.glob("mp_rank_*")):
-        return _open_legacy(folder)
-    return _open_torch_dist(folder)
+    legacy = not (folder / METADATA).is_file() and any(folder.glob("mp_rank_*"))
+    return _open_legacy(folder) if legacy else _open_torch_dist(folder)
 
 
 def _open_torch_dist(folder: Path) -> Opened:
@@ -366,7 +365,8 @@ def _open_legacy(folder: Path) -> Opened:
         for axis, kind in enumerate(("tensor", "pipeline"))
     )
     if len(ranks) != tensor * stages:
-        rank, stage = next(rank for rank in itertools.product(range(tensor), range(stages)) if rank not in ranks)
+        every = (divmod(number, stages) for number in range(tensor * stages))
+        rank, stage = next(rank for rank in every if rank not in ranks)
         raise ValueError(f"{folder} lacks the file of tensor-parallel rank {rank}, stage {stage}; copy it too")
     chunks = _virtual_stages(content[0, 0])
     tensors, first = dict[str, Tensor](), 0
