@@ -114,11 +114,14 @@ def test_verify_across_formats(run, tmp_path):
 def test_verify_finds_what_differs(run, tmp_path):
     other = Path(shutil.copytree(HF["f32"], tmp_path / "other"))
     content = stored(other)
+    content["model.norm.weight"][3] = 0.0
+    save_file(content, other / "model.safetensors")
+    one = convert(other, tmp_path / "one", "megatron")
     content["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.25
     content["model.norm.weight"][3] = -0.0
     content["model.norm.weight"][4] = np.nan
     save_file(content, other / "model.safetensors")
-    code, said, _ = run("verify", ONE, other)
+    code, said, _ = run("verify", one, other)
     assert code == 1 and "11 of 13 arrays" in said and "bit by bit" in said
     assert re.search(r"blocks/mlp/up/w\W+float32\W+32,768\W+1\W+0\.25", said)
     assert re.search(r"final_norm/w\W+float32\W+64\W+2\W+nan", said) and "attn/q" not in said

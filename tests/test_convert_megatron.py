@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -27,15 +28,17 @@ from peers import BITING, hf_config, hf_model
 from safetensors.numpy import load_file, save_file
 from test_torch_dist import torchs
 from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
+from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from gemma2_jax import config as configs
 from gemma2_jax.checkpoint import Checkpoints
-from gemma2_jax.config import AdapterConfig, Config, ModelConfig, OptimConfig
+from gemma2_jax.config import AdapterConfig, Config, MeshConfig, ModelConfig, OptimConfig
 from gemma2_jax.convert import table, verify, writing
-from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint, read
 from gemma2_jax.convert.torch_dist import TorchDistWriter
 from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.mesh import make_mesh, stored as stored_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = "torch_dist", "megatron_lm", "legacy"
@@ -166,6 +169,35 @@ def test_an_optimizer_s_state_is_left_and_named(tmp_path):
     assert bits(stored(target)) != bits(stored(HF["bf16"]))
 
 
+def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
+    """Asserts that random parts of every array are those of its twin."""
+    rng = np.random.default_rng(seed)
+    for path, x in source.shapes.items():
+        for _ in range(10):
+            start = [int(rng.integers(size)) for size in x.shape]
+            index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
+            found, expected = (np.ascontiguousarray(read(one, path, index)) for one in (source, twin))
+            assert bits({path: found}) == bits({path: expected}), (path, index)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_any_part_of_an_array_is_read(name):
+    parts(open_fixture(name), open_checkpoint(twin(name)))
+
+
+def test_devices_get_their_slices():
+    source, want = open_fixture("torch_dist/A_bf16_tp2pp2"), open_checkpoint(HF["f32"])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    letters = {row.path: row.letters for row in table.MODEL}
+    wanted = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=stored_on(mesh, letters[path], x.shape))
+        for path, x in source.shapes.items()
+    }
+    for path, x in load(source, wanted).items():
+        expected = np.asarray(load(want, {path: want.shapes[path]})[path]).astype(jnp.bfloat16)
+        assert x.sharding == wanted[path].sharding and np.array_equal(x, expected.astype(np.float32))
+
+
 # Round trips
 
 
@@ -288,6 +320,9 @@ def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
     assert entries(at) == entries(there)
     assert objects(at) == objects(there)
     assert bits(as_numpy(torchs(at))) == bits(as_numpy(torchs(there)))
+    quietly(format_utils.dcp_to_torch_save, str(at), str(tmp_path / "one.pt"))
+    together = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert {name: plain(x) for name, x in together.items()} == plain(torchs(there)) | objects(there)
     assert json.loads((at / "metadata.json").read_text()) == json.loads((there / "metadata.json").read_text())
     for file in ("iter_0000000/common.pt", "iter_0000000/train_state.pt", "latest_train_state.pt"):
         assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(theirs / file, weights_only=True))
@@ -510,6 +545,8 @@ def test_variants_of_torch_dist(variant, tmp_path):
     common = None if variant == "common state inside" else {"iteration": 7}
     state = VARIANTS[variant](torchs(ONE / "iter_0000000"))
     source = open_checkpoint(torch_dist(tmp_path / "it", state, ONE, common))
+    noted = ("not read, as it is no weight: optimizer (1), rng_state (1)",) if variant == "other state" else ()
+    assert source.notes == noted
     assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
 
 
@@ -679,6 +716,7 @@ def test_dora_keeps_its_magnitudes_in_whatever_order(ranks, tmp_path):
     said.write_text(said.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
     at = convert(folder, tmp_path / "peft", "peft")
     assert bits(peft_tensors(at)) == expected
+    parts(open_checkpoint(folder), open_checkpoint(at, hf_config=HF["f32"]))
     assert peft.LoraConfig.from_pretrained(at).use_dora
     # What we write says that it is of one rank, and has that order.
     again = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "again", "megatron-adapter")
