@@ -250,9 +250,9 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
-    _no_base(folder, under)
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
+    _no_base(folder, model, under)
     files = Tensors(folder, tensors.MODEL)
     source = _Safetensors.open(folder, files, table.MODEL, model)
     table.check_tied(files.shapes, files.read, folder)
@@ -292,9 +292,9 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
     weights, adapter = _item(folder / "weights"), _item(folder / "adapter")
     only = Checkpoint(format="orbax", path=folder, tokenizer=tokenizer_folder(folder), beside=(folder,))
     if weights:
-        _no_base(folder, under)
         hf = read_json(folder / "config.json")
         model = model_config(hf, folder / "config.json")
+        _no_base(folder, model, under)
         under = replace(only, model=model, hf=hf, sources=(_Orbax.open(weights, table.MODEL, model),))
     if not adapter:
         assert under is not None
@@ -341,14 +341,14 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
         beside=(kept,),
     )
     if config.adapter.kind == "none":
-        _no_base(folder, under)
+        _no_base(folder, config.model, under)
         whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model, of_run=True),))
-        start = _local(config.init)
+        start = _local(config.init, config.model)
         return _after(start, whole) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
     source = partial(_Orbax.open, params, table.rows(config.adapter), of_run=True)
-    return _with_base(run, under or open_checkpoint(config.init), source, config.init)
+    return _with_base(run, under or open_checkpoint(config.init, model=config.model), source, config.init)
 
 
 def _is_megatron(folder: Path) -> bool:
@@ -362,14 +362,11 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     said = at / "run_config.yaml"
     run = megatron_config.read_yaml(said) if said.is_file() else None
     alone = megatron.is_adapter(opened)
-    if not alone and under and under.sources:
-        _no_base(folder, under)
-    model = under.model if under else None
-    if run:
-        stated = megatron_config.model_config(run, said)
-        if under and model and replace(stated, max_length=model.max_length) != model:
-            raise ValueError(f"{said} is of another model than was asked for ({_unlike(stated, model)})")
-        model = model or stated
+    asked = under.model if under else None
+    stated = megatron_config.model_config(run, said) if run else asked
+    model = asked or stated
+    if stated:
+        _no_base(said if run else at, stated, replace(under, sources=()) if under and alone else under)
     if model is None:
         raise ValueError(
             f"{folder} does not say its config (there is no {said.name}); give --hf-config, a folder with the model's "
@@ -408,7 +405,9 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
         "(adapter.after_norm)"
     )
     found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
-    return _with_base(found, under, adapted, (run.get("checkpoint") or {}).get("pretrained_checkpoint"))
+    start = run.get("checkpoint")
+    start = start.get("pretrained_checkpoint") if isinstance(start, dict) else None
+    return _with_base(found, under, adapted, start if isinstance(start, str) else None)
 
 
 def _unlike(one: ModelConfig, other: ModelConfig) -> str:
@@ -469,15 +468,16 @@ def _after(under: Checkpoint, above: Checkpoint) -> Checkpoint:
     )
 
 
-def _local(name: str | None) -> Checkpoint | None:
-    return open_checkpoint(name) if name and Path(name).is_dir() else None
+def _local(name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:
+    return open_checkpoint(name, model=model) if name and Path(name).is_dir() else None
 
 
-def _no_base(folder: Path, under: Checkpoint | None) -> None:
-    if under is not None and not under.sources:
-        raise ValueError(f"{folder} has its own config; leave out --hf-config")
-    if under is not None:
+def _no_base(folder: Path, model: ModelConfig, under: Checkpoint | None) -> None:
+    """Raises ValueError if a base is given for what says itself what it is, or another config."""
+    if under is not None and under.sources:
         raise ValueError(f"{folder} is not an adapter alone, so it takes no base model; {under.path} was given as one")
+    if under and under.model and replace(model, max_length=under.model.max_length) != under.model:
+        raise ValueError(f"{folder} is of another model than was asked for ({_unlike(model, under.model)})")
 
 
 def _inventory(checkpoint: Checkpoint) -> str:

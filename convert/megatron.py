@@ -31,6 +31,7 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+BACKEND_FILE = "metadata.json"
 RANK_FILE = "model_optim_rng.pt"
 _MOST_TENSORS = 200_000  # of a layer each; a 27B model with LoRA has 1,000
 
@@ -122,6 +123,7 @@ _EXTRA = [
         "mlp.linear_fc2.post_layernorm",
     )
 ] + ["decoder.final_layernorm._extra_state"]
+_NO_STATE = np.empty(0, np.uint8)
 # Each fused module: its projections here, the rows of its matrix, and what canonical adapters call those of its own.
 _MODULES: dict[str, tuple[dict[str, str], Rows]] = {
     f"{_L}.self_attention.linear_qkv": ({"attn/q": "q", "attn/k": "k", "attn/v": "v"}, "heads"),
@@ -258,16 +260,18 @@ def iteration_folder(folder: Path) -> Path | None:
         if not found.is_dir():
             raise ValueError(f"{tracker} names iteration {text}, and there is no {found}; copy it, or name another one")
         return found
-    return folder if (folder / METADATA).is_file() or any(folder.glob("mp_rank_*")) else None
+    known = (folder / METADATA).is_file() or (folder / BACKEND_FILE).is_file() or any(folder.glob("mp_rank_*"))
+    return folder if known else None
 
 
 def open_folder(folder: Path) -> Opened:
     """Reads what an iteration's folder says of its tensors. ValueError where it is damaged, or of another kind."""
-    return _open_torch_dist(folder) if (folder / METADATA).is_file() else _open_legacy(folder)
+    legacy = not (folder / METADATA).is_file() and any(folder.glob("mp_rank_*"))
+    return _open_legacy(folder) if legacy else _open_torch_dist(folder)
 
 
 def _open_torch_dist(folder: Path) -> Opened:
-    said = folder / "metadata.json"
+    said = folder / BACKEND_FILE
     try:
         backend = json.loads(said.read_bytes()).get("sharded_backend")
     except FileNotFoundError as error:
@@ -275,7 +279,7 @@ def _open_torch_dist(folder: Path) -> Opened:
             f"{said} is missing: this is a part of a checkpoint, or one of fsdp_dtensor, which this program does not "
             "read; copy the whole, or save it with --ckpt-format torch_dist"
         ) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{said} is not a JSON object; copy it again") from error
     if backend != "torch_dist":
         raise ValueError(f"{said} says that sharded_backend is {backend!r}; this program reads 'torch_dist'")
@@ -285,6 +289,8 @@ def _open_torch_dist(folder: Path) -> Opened:
         if name.startswith(_STATE):
             kind = name.split(".")[0]
             ignored[kind] = ignored.get(kind, 0) + 1
+            continue
+        if "._extra_state" in name:  # which torch itself flattens into tensors
             continue
         name_here = name.removeprefix(prefix)
         if ".layers." in name and not re.search(r"\.layers\.\d+\.", name) and shape:
@@ -350,20 +356,25 @@ def _open_legacy(folder: Path) -> Opened:
             raise ValueError(
                 f"{found} is no rank's folder that this program reads, as mp_rank_00 and mp_rank_00_000 are"
             )
-        ranks[int(number[1]), int(number[2] or 0)] = found / RANK_FILE
-    tensor, stages = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
-    missing = [rank for rank in itertools.product(range(tensor), range(stages)) if rank not in ranks]
-    if missing or len(ranks) != tensor * stages:
-        raise ValueError(
-            f"{folder} lacks the file of tensor-parallel rank {missing[0][0]}, stage {missing[0][1]}; copy it too"
-        )
+        path = ranks.setdefault((int(number[1]), int(number[2] or 0)), found / RANK_FILE)
+        if path.parent != found:
+            raise ValueError(f"{path.parent} and {found} are of one rank at two layouts; delete those of the older one")
     content = {rank: _rank(path) for rank, path in ranks.items()}
+    args = _plain(next(iter(content.values())).get("args")) or {}
+    tensor, stages = (
+        max(_whole(args.get(f"{kind}_model_parallel_size")) or 1, *(1 + rank[axis] for rank in ranks))
+        for axis, kind in enumerate(("tensor", "pipeline"))
+    )
+    if len(ranks) != tensor * stages:
+        every = (divmod(number, stages) for number in range(tensor * stages))
+        rank, stage = next(rank for rank in every if rank not in ranks)
+        raise ValueError(f"{folder} lacks the file of tensor-parallel rank {rank}, stage {stage}; copy it too")
     chunks = _virtual_stages(content[0, 0])
     tensors, first = dict[str, Tensor](), 0
     for chunk, stage in itertools.product(chunks, range(stages)):
         shares = [_state(content[rank, stage], chunk, ranks[rank, stage]) for rank in range(tensor)]
         layers = set()
-        for name in shares[0]:
+        for name in dict.fromkeys(itertools.chain(*shares)):
             layer = re.match(r"decoder\.layers\.(\d{1,4})\.", name)
             whole = name
             if layer:
@@ -372,7 +383,6 @@ def _open_legacy(folder: Path) -> Opened:
             if not name.endswith("_extra_state"):
                 tensors[whole] = _of_ranks(name, shares, folder)
         first += 1 + max(layers, default=-1)
-    args = _plain(content[0, 0].get("args"))
     keys = {key for rank in content.values() for key in rank}
     ignored = keys - {"args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", *chunks}
     return Opened(
@@ -381,7 +391,7 @@ def _open_legacy(folder: Path) -> Opened:
         iteration=_whole(content[0, 0].get("iteration")),
         tensors=tensors,
         ignored=tuple(sorted(str(key)[:100] for key in ignored)),
-        args=args,
+        args=args or None,
         ranks=tensor,
     )
 
@@ -537,19 +547,22 @@ def rank_tensors(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[
         yield MODEL[0], 0, _HEAD.name
 
 
-def rank_extra_states(model: ModelConfig, stages: int, stage: int) -> Iterator[str]:
-    """The names of what is kept for FP8 in a rank's file."""
+def rank_extra_states(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[str, Any]]:
+    """What is kept for FP8 in a rank's file, by name."""
     for name in _EXTRA:
         if "{L}" in name:
-            yield from (name.format(L=layer) for layer in range(model.layers // stages))
+            yield from ((name.format(L=layer), _NO_STATE) for layer in range(model.layers // stages))
         elif stage == stages - 1:
-            yield name
+            yield name, _NO_STATE
+    if stage == stages - 1:
+        yield "output_layer._extra_state", None  # Megatron-Core's own modules have none
 
 
-def extra_states(layers: int) -> Iterator[tuple[str, Any]]:
-    """The objects that Megatron-Bridge expects beside the weights, each with its content."""
-    for name in _EXTRA:
+def extra_states(layers: int, adapter: Iterable[Fused] = ()) -> Iterator[tuple[str, Any]]:
+    """The objects that Megatron-Bridge expects beside the weights, or beside an adapter's, each with its content."""
+    matrices = [f.name.removesuffix("weight") + "_extra_state" for f in adapter if f.name.endswith(".weight")]
+    for name in matrices or _EXTRA:
         key = name.replace(".{L}", "")
         shards = [f"{layer}_{layers}" for layer in range(layers)] if "{L}" in name else ["0_1"]
         for shard in shards:
-            yield f"{key}/shard_{shard}", [np.empty(0, np.uint8)]
+            yield f"{key}/shard_{shard}", [None if matrices else _NO_STATE]

@@ -290,9 +290,9 @@ def train_state(step: int = 0) -> dict[str, np.ndarray]:
     """The content of train_state.pt and of latest_train_state.pt, by whose step the latter's directory is found."""
     counts = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
     return {
-        "step": np.array(step, np.int64),
-        **{name: np.array(0, np.int64) for name in counts},
-        "floating_point_operations_so_far": np.array(0, np.float64),
+        "step": np.array(step, np.int32),
+        **{name: np.array(0, np.int32) for name in counts},
+        "floating_point_operations_so_far": np.array(0, np.float32),
         **{name: np.array(False) for name in ("do_train", "do_valid", "do_test")},
     }
 

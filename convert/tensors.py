@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it beside the weights") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; download it again")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -127,8 +128,16 @@ class Job:
         started = hf.get("dtype") or hf.get("torch_dtype")
         trained_whole = self.source.format == "run" and self.source.adapter.kind == "none"
         dtype = self.dtype or (started if trained_whole else None)
-        paths = [row.path for rows in self.groups.values() for row in rows]
-        return {path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths}
+        paths = {row.name: row.path for rows in self.groups.values() for row in rows}
+        shapes = {
+            path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
+        }
+        if self.to.startswith("megatron"):  # a fused tensor has one dtype, in which no part of it loses anything
+            for fused in (*megatron.MODEL, *megatron.adapter_written(self.adapter, canonical=False)):
+                parts = [shapes[paths[name]] for name in fused.parts if name in paths]
+                for name in fused.parts if len(parts) > 1 else ():
+                    shapes[paths[name]] = shapes[paths[name]].update(dtype=jnp.result_type(*parts))
+        return shapes
 
     @property
     def size(self) -> int:
@@ -262,7 +271,7 @@ def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float]
         run = megatron_config.run_config(model, dtype, adapter, base, canonical=canonical, tokenizer=tokenizer)
         with TorchDistWriter(at) as writer:
             _write_chunks(writer, job, fusings, moved)
-            for name, content in megatron.extra_states(model.layers) if adapter is None else ():
+            for name, content in megatron.extra_states(model.layers, fusings if adapter else ()):
                 writer.object(name, content)
         (at / "run_config.yaml").write_text(megatron_config.to_yaml(run))
         tensors.write_json(at / "metadata.json", megatron.BACKEND)
@@ -399,7 +408,7 @@ def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float],
         state: dict[str, Any] = {
             name: _Queued(share.shape, share.dtype, queue, moved) for name, share in shares.items()
         }
-        state |= dict.fromkeys(megatron.rank_extra_states(model, stages, stage), np.empty(0, np.uint8))
+        state |= megatron.rank_extra_states(model, stages, stage)
         content = {
             "args": Record("argparse.Namespace", state=args, new=True),
             "checkpoint_version": 3.0,

@@ -207,7 +207,7 @@ def test_what_cannot_be_merged_is_refused(checkpoint):
 def test_peft_is_told_nothing_and_the_user_is(checkpoint, tmp_path, capsys):
     for source, to in ((checkpoint.path, "peft"), (checkpoint.path, "orbax"), (tmp_path / "peft", "orbax")):
         target = tmp_path / (to if to == "peft" else f"{source.name}-again")
-        command._convert(command.Arguments(src=str(source), dst=target, to=to))
+        command._convert(command.Convert(src=str(source), dst=target, to=to))
         said, warned = capsys.readouterr()
         after = source == checkpoint.path
         assert (

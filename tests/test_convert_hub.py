@@ -124,6 +124,14 @@ def test_downloaded_once_and_then_read_without_a_network(tmp_path):
     assert {downloaded(process) for process in without} == folders
 
 
+def test_a_config_is_had_without_the_weights(tmp_path):
+    hub = Hub()
+    with hub.serve() as environment:
+        folder = downloaded(start(tmp_path, environment, code=CODE.replace("[1]", "[1], weights=False")))
+    assert {file.name for file in folder.iterdir()} == {name for name in NEEDED if not name.endswith(".safetensors")}
+    assert {file.name for file in folder.iterdir()} < set(NEEDED)
+
+
 def test_a_cache_that_was_made_elsewhere(tmp_path):
     """As an older library lays it out, or one copies it to a machine without a network."""
     at = tmp_path / "hub" / "models--org--tiny"

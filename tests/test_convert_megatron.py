@@ -1,0 +1,1126 @@
+"""Megatron's checkpoints and ours, both ways: against files that Megatron wrote, torch's reading, and explicit rows."""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+import yaml
+from peers import BITING, hf_config, hf_model
+from safetensors.numpy import load_file, save_file
+from test_torch_dist import torchs
+from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
+from torch.distributed.checkpoint import format_utils
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from gemma2_jax import config as configs
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax.config import AdapterConfig, Config, MeshConfig, ModelConfig, OptimConfig
+from gemma2_jax.convert import table, verify, writing
+from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint, read
+from gemma2_jax.convert.torch_dist import TorchDistWriter
+from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.mesh import make_mesh, stored as stored_on
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = "torch_dist", "megatron_lm", "legacy"
+FOLDERS = sorted(f"{kind}/{at.name}" for kind in KINDS for at in (FIXTURES / kind).iterdir())
+HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
+PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
+LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
+Tensors = dict[str, np.ndarray]
+
+
+def twin(name: str) -> Path:
+    return HF["bf16" if "bf16" in name else "f32"]
+
+
+def open_fixture(name: str) -> Checkpoint:
+    said = name.startswith(("torch_dist", "optimizer"))
+    return open_checkpoint(FIXTURES / name, hf_config=None if said else twin(name))
+
+
+def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
+    write(Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target)
+    return target
+
+
+def stored(folder: Path) -> Tensors:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def bits(tensors: Tensors) -> dict[str, tuple]:
+    return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in tensors.items()}
+
+
+def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
+    """Of a checkpoint; bfloat16 through its bits."""
+    return {
+        name: np.frombuffer(torch_bytes(x), jnp.bfloat16 if x.dtype == torch.bfloat16 else x.numpy().dtype).reshape(
+            tuple(x.shape)
+        )
+        for name, x in tensors.items()
+    }
+
+
+def grouped(c: ModelConfig) -> list[tuple[str, int]]:
+    """For each row of Megatron's qkv the projection and its row: by kv head, its query heads, its k, its v."""
+    rows = []
+    for g in range(c.kv_heads):
+        for n in range(g * c.heads // c.kv_heads, (g + 1) * c.heads // c.kv_heads):
+            rows += [("q", n * c.head_width + h) for h in range(c.head_width)]
+        rows += [(x, g * c.head_width + h) for x in "kv" for h in range(c.head_width)]
+    return rows
+
+
+NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm",
+    "self_attention.linear_proj.weight": "self_attn.o_proj",
+    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm",
+    "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm",
+    "mlp.linear_fc2.weight": "mlp.down_proj",
+    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm",
+}
+
+
+def to_megatron(hf: Tensors, c: ModelConfig) -> Tensors:
+    """What Hugging Face's tensors are in Megatron, row by row."""
+    layers = [
+        {n.removeprefix(f"model.layers.{i}."): x for n, x in hf.items() if f".layers.{i}." in n}
+        for i in range(c.layers)
+    ]
+    found = {
+        f"decoder.layers.{name}": np.stack([layer[f"{theirs}.weight"] for layer in layers])
+        for name, theirs in NAMES.items()
+    }
+    found["decoder.layers.self_attention.linear_qkv.weight"] = np.stack(
+        [np.stack([layer[f"self_attn.{x}_proj.weight"][row] for x, row in grouped(c)]) for layer in layers]
+    )
+    found["decoder.layers.mlp.linear_fc1.weight"] = np.stack(
+        [np.concatenate([layer[f"mlp.{x}_proj.weight"] for x in ("gate", "up")]) for layer in layers]
+    )
+    found["embedding.word_embeddings.weight"] = hf["model.embed_tokens.weight"]
+    return found | {"decoder.final_layernorm.weight": hf["model.norm.weight"]}
+
+
+def model_of(name: str) -> ModelConfig:
+    found = open_checkpoint(twin(name)).model
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Callable[[str, str], Path]:
+    folder = tmp_path_factory.mktemp("hf")
+
+    def saved(name: str, dtype: str) -> Path:
+        path = folder / f"{name}-{dtype}"
+        if not path.exists():
+            hf_model(BITING[name]).to(DTYPES[dtype]).save_pretrained(path)
+            for file, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ bos_token }}")):
+                (path / file).write_text(text)
+        return path
+
+    return saved
+
+
+# What Megatron wrote
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_megatron_wrote_is_its_twin(name, tmp_path):
+    source = open_fixture(name)
+    assert (source.format, source.model) == ("megatron", model_of(name))
+    parallel = "at TP {} and PP {}".format(*re.findall(r"\d", name.rpartition("_")[2]))
+    kind = "legacy torch" if name.startswith("legacy") else "torch_dist"
+    assert source.layout == (kind if name.startswith("megatron_lm") else f"{kind} {parallel}")
+    assert all("rng_state" in note for note in source.notes)
+    assert bool(source.notes) == (not name.startswith("torch_dist"))
+    target = convert(source, tmp_path / "hf", "hf")
+    assert bits(stored(target)) == bits(stored(twin(name)))
+    assert open_checkpoint(target).model == model_of(name)
+
+
+def test_an_optimizer_s_state_is_left_and_named(tmp_path):
+    source = open_fixture("optimizer/A_bf16_tp1pp1")
+    assert source.notes == ("not read, as it is no weight: optimizer (30), rng_state (1)",)
+    target = convert(source, tmp_path / "hf", "hf")
+    state = torchs(FIXTURES / "optimizer" / "A_bf16_tp1pp1" / "iter_0000001")
+    theirs = as_numpy({name: x for name, x in state.items() if not name.startswith("optimizer.")})
+    assert bits(to_megatron(stored(target), model_of("bf16"))) == bits(theirs)
+    assert bits(stored(target)) != bits(stored(HF["bf16"]))
+
+
+def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
+    """Asserts that random parts of every array are those of its twin."""
+    rng = np.random.default_rng(seed)
+    for path, x in source.shapes.items():
+        for _ in range(10):
+            start = [int(rng.integers(size)) for size in x.shape]
+            index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
+            found, expected = (np.ascontiguousarray(read(one, path, index)) for one in (source, twin))
+            assert bits({path: found}) == bits({path: expected}), (path, index)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_any_part_of_an_array_is_read(name):
+    parts(open_fixture(name), open_checkpoint(twin(name)))
+
+
+def test_devices_get_their_slices():
+    source, want = open_fixture("torch_dist/A_bf16_tp2pp2"), open_checkpoint(HF["f32"])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    letters = {row.path: row.letters for row in table.MODEL}
+    wanted = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=stored_on(mesh, letters[path], x.shape))
+        for path, x in source.shapes.items()
+    }
+    for path, x in load(source, wanted).items():
+        expected = np.asarray(load(want, {path: want.shapes[path]})[path]).astype(jnp.bfloat16)
+        assert x.sharding == wanted[path].sharding and np.array_equal(x, expected.astype(np.float32))
+
+
+# Round trips
+
+
+def legal(c: ModelConfig) -> list[tuple[int, int]]:
+    return [
+        (tp, pp)
+        for tp, pp in product(range(1, 9), repeat=2)
+        if not (c.kv_heads % tp or c.mlp_width % tp or c.vocab_size % tp or c.layers % pp)
+    ]
+
+
+def some_exhaustive(cases: list, sample: list) -> list:
+    assert all(case in cases for case in sample)
+    return [case if case in sample else pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "ranks"),
+    some_exhaustive(
+        [(name, dtype, ranks) for name in BITING for dtype in DTYPES for ranks in legal(BITING[name])],
+        [
+            ("2b", "bfloat16", (2, 3)),
+            ("9b", "float32", (1, 4)),
+            ("27b", "bfloat16", (4, 2)),
+            ("27b", "float32", (2, 1)),
+        ],
+    ),
+)
+def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
+    original = hf(name, dtype)
+    at = convert(original, tmp_path / "orbax", "orbax")
+    at = convert(at, tmp_path / "megatron", "megatron")
+    assert open_checkpoint(at).model == BITING[name]
+    assert bits(stored(convert(at, tmp_path / "direct", "hf"))) == bits(stored(original))
+    legacy = convert(at, tmp_path / "legacy", "megatron-legacy", ranks=ranks)
+    found = open_checkpoint(legacy, hf_config=original)
+    assert found.layout == f"legacy torch at TP {ranks[0]} and PP {ranks[1]}"
+    at = convert(found, tmp_path / "again", "megatron")
+    at = convert(at, tmp_path / "orbax-again", "orbax")
+    back = convert(at, tmp_path / "back", "hf")
+    assert bits(stored(back)) == bits(stored(original))
+    assert all(one.within(0) for one in verify.compare(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at)))
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (back / file).read_bytes() == (original / file).read_bytes()
+
+
+@pytest.mark.parametrize("to", ["megatron", "megatron-legacy"])
+def test_a_merged_adapter(tmp_path, to):
+    adapted = open_checkpoint(PEFT, base=HF["f32"])
+    merged = stored(convert(adapted, tmp_path / "hf", "hf", merge=True))
+    at = open_checkpoint(convert(adapted, tmp_path / "there", to, merge=True), hf_config=HF["f32"])
+    assert bits(stored(convert(at, tmp_path / "back", "hf"))) == bits(merged) != bits(stored(HF["f32"]))
+
+
+def test_dtypes_are_cast_when_asked_for(tmp_path):
+    target = convert(HF["f32"], tmp_path / "out", "megatron", dtype="bfloat16")
+    assert bits(stored(convert(target, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+    run = yaml.safe_load((target / "iter_0000000" / "run_config.yaml").read_text())
+    assert run["model"]["bf16"] is True
+
+
+def test_fused_tensors_of_two_dtypes_lose_nothing(tmp_path):
+    """What was stored in bfloat16 and is fused with float32 becomes float32."""
+    mixed = Path(shutil.copytree(HF["f32"], tmp_path / "mixed"))
+    tensors = {n: x.astype(jnp.bfloat16) if "q_proj" in n or "up_proj" in n else x for n, x in stored(mixed).items()}
+    save_file(tensors, mixed / "model.safetensors")
+    for to in ("megatron", "megatron-legacy"):
+        at = convert(open_checkpoint(convert(mixed, tmp_path / to, to), hf_config=mixed), tmp_path / f"{to}-hf", "hf")
+        assert bits(stored(at)) == bits({name: x.astype(np.float32) for name, x in tensors.items()})
+
+
+# What we write against what Megatron wrote
+
+
+def entries(folder: Path) -> dict[str, tuple]:
+    """What torch says of each entry, whatever the order of its chunks."""
+    metadata = dcp.FileSystemReader(str(folder)).read_metadata()
+    return {
+        name: (tuple(x.size), x.properties, sorted((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks))
+        if hasattr(x, "chunks")
+        else (type(x),)
+        for name, x in metadata.state_dict_metadata.items()
+    }
+
+
+def objects(folder: Path) -> dict[str, object]:
+    found = {}
+    for index, info in dcp.FileSystemReader(str(folder)).read_metadata().storage_data.items():
+        if index.offset is None:
+            data = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+            found[index.fqn] = plain(torch.load(io.BytesIO(data), weights_only=True))
+    return found
+
+
+def plain(x):
+    """Something that == compares."""
+    if isinstance(x, torch.Tensor):
+        return str(x.dtype), tuple(x.shape), torch_bytes(x)
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return [plain(value) for value in x] if isinstance(x, list) else x
+
+
+SAVED = {
+    "bf16": ("torch_dist/A_bf16_tp1pp1", lambda: open_checkpoint(HF["bf16"]), "megatron"),
+    "f32": ("torch_dist/A_f32_tp1pp1", lambda: open_checkpoint(HF["f32"]), "megatron"),
+    "lora": ("peft/A_f32_lora_tp1pp1", lambda: open_checkpoint(PEFT, hf_config=HF["f32"]), "megatron-adapter"),
+    "dora": ("peft/A_f32_dora_tp1pp1", lambda: open_checkpoint(DORA), "megatron-adapter"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
+    name, source, to = SAVED[case]
+    ours, theirs = convert(source(), tmp_path / "out", to), FIXTURES / name
+    listed = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, theirs)]
+    apart = {file for file in listed[0] ^ listed[1] if ".distcp" not in file and "tokenizer" not in file}
+    assert apart - {"iter_0000000/tokenizer/generation_config.json"} == set()
+    at, there = ours / "iter_0000000", theirs / "iter_0000000"
+    assert entries(at) == entries(there)
+    assert objects(at) == objects(there)
+    assert bits(as_numpy(torchs(at))) == bits(as_numpy(torchs(there)))
+    quietly(format_utils.dcp_to_torch_save, str(at), str(tmp_path / "one.pt"))
+    together = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert {name: plain(x) for name, x in together.items()} == plain(torchs(there)) | objects(there)
+    assert json.loads((at / "metadata.json").read_text()) == json.loads((there / "metadata.json").read_text())
+    for file in ("iter_0000000/common.pt", "iter_0000000/train_state.pt", "latest_train_state.pt"):
+        assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(theirs / file, weights_only=True))
+    tracker = "latest_checkpointed_iteration.txt"
+    assert (ours / tracker).read_text() == (theirs / tracker).read_text()
+    run = yaml.safe_load((at / "run_config.yaml").read_text())
+    if run.get("tokenizer"):
+        assert (Path(run["tokenizer"]["tokenizer_model"]) / "tokenizer.json").is_file()
+
+
+def test_torch_reshards_what_we_write(tmp_path):
+    """Every rank of a 2 x 2 layout (layers by stage, rows or columns by tensor rank) gets its boxes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    at = convert(HF["bf16"], tmp_path / "out", "megatron") / "iter_0000000"
+    whole = to_megatron(stored(HF["bf16"]), model_of("bf16"))
+    dims = {"embedding": 0, "linear_qkv.weight": 1, "linear_proj.weight": 2, "fc1.weight": 1, "fc2.weight": 2}
+    for rank in range(4):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+            state, expected = {}, {}
+            for name, x in as_torch(whole).items():
+                dim = next((dim for key, dim in dims.items() if key in name), None)
+                pp, tp = divmod(rank, 2)
+                part = x.chunk(2)[pp] if ".layers." in name else x
+                expected[name] = part if dim is None else part.chunk(2, dim)[tp]
+                placements = [
+                    Shard(0) if ".layers." in name else Replicate(),
+                    Replicate() if dim is None else Shard(dim),
+                ]
+                local = torch.zeros_like(expected[name]).contiguous()
+                state[name] = DTensor.from_local(local, mesh, placements, shape=x.shape, stride=x.stride())
+            quietly(dcp.load, state, checkpoint_id=str(at), no_dist=True)
+            assert all(torch.equal(state[name].to_local(), part) for name, part in expected.items())
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+def quietly(function, *args, **choices):
+    with warnings.catch_warnings():  # of running without a process group
+        warnings.simplefilter("ignore")
+        return function(*args, **choices)
+
+
+def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).view(torch.bfloat16)
+        if x.dtype == jnp.bfloat16
+        else torch.from_numpy(np.array(x))
+        for name, x in tensors.items()
+    }
+
+
+def rank_files(folder: Path) -> dict[str, dict]:
+    return {
+        file.parent.name: torch.load(file, weights_only=False)
+        for file in sorted(folder.glob("iter_*/*/model_optim_rng.pt"))
+    }
+
+
+@pytest.mark.parametrize("name", ["A_f32_tp1pp1", "A_bf16_tp2pp1", "A_bf16_tp2pp2"])
+def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):  # noqa: F811
+    ranks = tuple(int(digit) for digit in re.findall(r"\d", name.rpartition("_")[2]))
+    ours = convert(twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
+    found, theirs = rank_files(ours), rank_files(FIXTURES / "legacy" / name)
+    assert found.keys() == theirs.keys()
+    for rank, content in theirs.items():
+        assert plain(dict(found[rank]["model"])) == plain(dict(content["model"]))
+        assert found[rank]["checkpoint_version"] == content["checkpoint_version"]
+        said, meant = vars(found[rank]["args"]), vars(content["args"])
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "params_dtype"):
+            assert said[key] == meant[key], key
+    for file in ours.glob("iter_*/*/*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            torch.load(file, weights_only=True)
+    assert (ours / "latest_checkpointed_iteration.txt").read_text() == "0"
+
+
+# Rows, spelled out
+
+TINY = replace(
+    configs.GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8
+)
+
+
+@pytest.fixture
+def numbered(tmp_path) -> Path:
+    """A model whose weights say which row they are: k's from 100 on, v's from 200, up's from 100."""
+    first = {"k_proj": 100, "v_proj": 200, "up_proj": 100}
+    tensors = {}
+    for name, shape in table.their_shapes(table.MODEL, TINY).items():
+        rows = np.arange(shape[0]) + next((at for key, at in first.items() if key in name), 0)
+        tensors[name] = np.ascontiguousarray(
+            np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape), np.float32
+        )
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name] += 10 * np.arange(shape[1], dtype=np.float32)
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    hf_config(TINY, dtype="float32", architectures=["Gemma2ForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+ROWS = {
+    # Query heads 0 and 1 with kv head 0, 2 and 3 with kv head 1; each head is two rows.
+    "linear_qkv.weight": ([0, 1, 2, 3, 100, 101, 200, 201], [4, 5, 6, 7, 102, 103, 202, 203]),
+    "linear_fc1.weight": ([0, 1, 100, 101], [2, 3, 102, 103]),
+    "word_embeddings.weight": ([0, 1, 2], [3, 4, 5]),
+}
+COLUMNS = {
+    "linear_proj.weight": ([0, 10, 20, 30], [40, 50, 60, 70]),
+    "linear_fc2.weight": ([0, 10], [20, 30]),
+}
+
+
+def test_rows_of_each_rank(numbered, tmp_path):
+    at = convert(numbered, tmp_path / "legacy", "megatron-legacy", ranks=(2, 1)) / "iter_0000000"
+    for rank in range(2):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            model = torch.load(at / f"mp_rank_0{rank}" / "model_optim_rng.pt", weights_only=True)["model"]
+        for name, x in model.items():
+            for end, rows in ROWS.items():
+                assert not name.endswith(end) or x[:, 0].tolist() == rows[rank]
+            for end, columns in COLUMNS.items():
+                assert not name.endswith(end) or x[0].tolist() == columns[rank]
+    found = open_checkpoint(at, hf_config=numbered)
+    assert bits(stored(convert(found, tmp_path / "back", "hf"))) == bits(stored(numbered))
+
+
+def test_rows_of_the_whole(numbered, tmp_path):
+    state = torchs(convert(numbered, tmp_path / "megatron", "megatron") / "iter_0000000")
+    rows = {end: [*one, *other] for end, (one, other) in ROWS.items()} | {
+        "linear_fc1.weight": [0, 1, 2, 3, 100, 101, 102, 103]
+    }
+    for name, x in state.items():
+        for end, expected in rows.items():
+            if name.endswith(end):
+                assert x.reshape(-1, x.shape[-1])[:, 0].tolist() == expected
+
+
+# Other ways to say the same
+
+
+def torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
+    """A checkpoint as torch itself saves it, a chunk a tensor; with run_config.yaml and the rest of `like`."""
+    at = folder / "iter_0000000"
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    quietly(dcp.save, state, checkpoint_id=str(at), no_dist=True, planner=planner)
+    for name in ("metadata.json", "run_config.yaml"):
+        if like and (like / "iter_0000000" / name).exists():
+            shutil.copyfile(like / "iter_0000000" / name, at / name)
+    if common is not None:
+        torch.save(common, at / "common.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("0")
+    return folder
+
+
+ONE = FIXTURES / "torch_dist" / "A_f32_tp1pp1"
+STACKED = "decoder.layers."
+
+
+def unstacked(state: dict) -> dict:
+    found = {}
+    for name, x in state.items():
+        if name.startswith(STACKED):
+            found |= {name.replace(STACKED, f"{STACKED}{i}."): part for i, part in enumerate(x.clone())}
+        else:
+            found[name] = x
+    return found
+
+
+def apart(state: dict) -> dict:
+    """Gate and up as two."""
+    found = {}
+    for name, x in state.items():
+        halves = x.clone().chunk(2, -2) if name.endswith("fc1.weight") else ()
+        found |= dict(zip((f"{name}_w", f"{name}_v"), halves, strict=True)) if halves else {name: x}
+    return found
+
+
+def prefixed(prefix: str) -> Callable[[dict], dict]:
+    return lambda state: {prefix + name: x for name, x in state.items()}
+
+
+def padded(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
+    return lambda state: state | {name: torch.cat([state["embedding.word_embeddings.weight"], torch.randn(rows, 64)])}
+
+
+HEAD = "output_layer.weight"
+SAID = {"iteration": 7, "args": argparse.Namespace(num_layers=4, hidden_size=64)}
+VARIANTS: dict[str, Callable[[dict], dict]] = {
+    "a tensor a layer": unstacked,
+    "gate and up apart": apart,
+    "gate and up of a layer apart": lambda state: apart(unstacked(state)),
+    "model.": prefixed("model."),
+    "module.module.": prefixed("module.module."),
+    "model.module.a tensor a layer": lambda state: prefixed("model.module.")(unstacked(state)),
+    "padded": padded(128),
+    "padded for TP 2": padded(256),
+    "a head": lambda state: state | {HEAD: state["embedding.word_embeddings.weight"]},
+    "a padded head": lambda state: (both := padded(128)(state)) | {HEAD: both["embedding.word_embeddings.weight"]},
+    "common state inside": lambda state: state | {"common_state/shard_0_1": [SAID]},
+    "FP8 state as tensors": lambda state: (
+        state
+        | {f"{at}._extra_state/shard_0_1.0": torch.zeros(3) for at in ("decoder.final_layernorm", "decoder.layers.x")}
+    ),
+    "other state": lambda state: (
+        state
+        | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(64), "rng_state/shard_0_1": [{"a": 1}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_torch_dist(variant, tmp_path):
+    common = None if variant == "common state inside" else {"iteration": 7}
+    state = VARIANTS[variant](torchs(ONE / "iter_0000000"))
+    source = open_checkpoint(torch_dist(tmp_path / "it", state, ONE, common))
+    noted = ("not read, as it is no weight: optimizer (1), rng_state (1)",) if variant == "other state" else ()
+    assert source.notes == noted
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@pytest.mark.parametrize("rows", [0, 128])
+def test_another_head_is_refused(rows, tmp_path):
+    state = padded(rows)(torchs(ONE / "iter_0000000"))
+    head = state["embedding.word_embeddings.weight"].clone()
+    head[511] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not the embedding, so that the model has an untied head"):
+        open_checkpoint(torch_dist(tmp_path / "it", state | {HEAD: head}, ONE))
+
+
+def test_a_head_s_padding_is_not_compared(tmp_path):
+    state = padded(128, HEAD)(padded(128)(torchs(ONE / "iter_0000000")))
+    state[HEAD][:512] = state["embedding.word_embeddings.weight"][:512]
+    assert open_checkpoint(torch_dist(tmp_path / "it", state, ONE)).model == model_of("f32")
+
+
+def test_args_in_the_common_state_are_checked(tmp_path):
+    state = torchs(ONE / "iter_0000000")
+    said = {"args": argparse.Namespace(num_layers=5)}
+    for name, inside, common in (("a", {"common_state/shard_0_1": [said]}, None), ("b", {}, said)):
+        with pytest.raises(ValueError, match="its argument num_layers is 5 where the config has 4"):
+            open_checkpoint(torch_dist(tmp_path / name, state | inside, ONE, common))
+
+
+def test_any_chunks_are_read(tmp_path):
+    """Cut within heads, across gate and up, by a few tokens."""
+    at = Path(shutil.copytree(ONE, tmp_path / "it")) / "iter_0000000"
+    state = as_numpy(torchs(at))
+    for file in [at / ".metadata", *at.glob("*.distcp")]:
+        file.unlink()
+    with TorchDistWriter(at) as writer:
+        for name, x in state.items():
+            dim = 1 if x.ndim == 3 else 0
+            for start in range(0, x.shape[dim], 24):
+                index = (slice(None),) * dim + (slice(start, start + 24),)
+                writer.chunk(name, x.shape, (0,) * dim + (start,) + (0,) * (x.ndim - dim - 1), x[index])
+    assert bits(stored(convert(tmp_path / "it", tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@pytest.mark.parametrize("name", ["torch_dist/A_bf16_tp2pp2", "legacy/A_bf16_tp2pp2"])
+def test_the_folder_of_an_iteration_and_a_release(name, tmp_path):
+    root = Path(shutil.copytree(FIXTURES / name, tmp_path / "it"))
+    (at,) = root.glob("iter_*")
+    for folder, text in ((at, None), (root / "release", "release\n"), (root, None)):
+        if text:
+            at.rename(folder)
+            (root / "latest_checkpointed_iteration.txt").write_text(text)
+        source = open_checkpoint(folder, hf_config=None if name.startswith("torch_dist") else HF["bf16"])
+        assert verify.compare(source, open_checkpoint(HF["bf16"]))[0].within(0)
+
+
+def legacy(folder: Path, files: dict[str, dict]) -> Path:
+    for rank, content in files.items():
+        at = folder / "iter_0000010" / rank
+        at.mkdir(parents=True)
+        torch.save(content, at / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+def local(state: dict, i: int) -> dict:
+    """One layer of unstacked tensors, as number 0."""
+    return {name.replace(f".layers.{i}.", ".layers.0."): x for name, x in state.items() if f".layers.{i}." in name}
+
+
+def test_virtual_stages(tmp_path):
+    """Two stages with two parts each: layers 0 and 2 are on the first, 1 and 3 on the second."""
+    state = unstacked(torchs(ONE / "iter_0000000"))
+    embedding = state["embedding.word_embeddings.weight"]
+    last = {"decoder.final_layernorm.weight": state["decoder.final_layernorm.weight"], HEAD: embedding}
+    said = {"checkpoint_version": 3.0, "iteration": 10}
+    files = {
+        "mp_rank_00_000": said
+        | {"model0": {"embedding.word_embeddings.weight": embedding} | local(state, 0), "model1": local(state, 2)},
+        "mp_rank_00_001": said | {"model0": local(state, 1), "model1": local(state, 3) | last},
+    }
+    source = open_checkpoint(legacy(tmp_path / "it", files), hf_config=HF["f32"])
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+
+
+@contextmanager
+def changed_ranks(tmp_path: Path, name: str = "A_bf16_tp2pp2"):
+    """The files of the ranks of a fixture, to be changed; then they are written."""
+    files = {rank: dict(content) for rank, content in rank_files(FIXTURES / "legacy" / name).items()}
+    for content in files.values():
+        said = vars(content["args"])
+        content["args"] = argparse.Namespace(**{key: x for key, x in said.items() if isinstance(x, int | None)})
+        content["model"] = {key: x.clone() if hasattr(x, "clone") else x for key, x in content["model"].items()}
+    yield files
+    shutil.rmtree(tmp_path / "it", ignore_errors=True)
+    legacy(tmp_path / "it", files)
+
+
+def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):  # noqa: F811
+    with changed_ranks(tmp_path) as files:
+        for first, second, name in (("0", "1", "embedding.word_embeddings.weight"), ("0", "1", HEAD)):
+            stage = "000" if "embedding" in name else "001"
+            models = [files[f"mp_rank_0{rank}_{stage}"]["model"] for rank in (first, second)]
+            whole = torch.cat([*(model[name] for model in models), torch.zeros(256, 64, dtype=torch.bfloat16)])
+            models[0][name], models[1][name] = (part.clone() for part in whole.chunk(2))
+    source = open_checkpoint(tmp_path / "it", hf_config=HF["bf16"])
+    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+
+
+# Adapters
+
+
+def peft_tensors(folder: Path) -> Tensors:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("parallel", ["tp1pp1", "tp2pp1"])
+@pytest.mark.parametrize("based", [False, True])
+def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
+    source = open_checkpoint(FIXTURES / "peft" / f"A_f32_lora_{parallel}", base=HF["f32"] if based else None)
+    expected = AdapterConfig(kind="lora", rank=8, alpha=16, after_norm=True, targets=tuple(table.PROJECTIONS))
+    assert replace(source.adapter, targets=expected.targets) == expected
+    assert set(source.adapter.targets) == set(expected.targets)
+    assert any("attn/o and mlp/down act after the post-norm" in note for note in source.notes)
+    job = Job(source=source, to="peft")
+    assert re.search("attn/o and mlp/down was trained to be added after the post-norm", *job.warnings)
+    write(job, tmp_path / "peft")
+    assert bits(peft_tensors(tmp_path / "peft")) == bits(peft_tensors(PEFT))
+    ours, theirs = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
+    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert set(ours.target_modules) == set(theirs.target_modules)
+
+
+def dora_parts(state: Tensors) -> Tensors:
+    """PEFT's tensors of a fused adapter, row by row."""
+    c, found = model_of("f32"), {}
+    modules = {"self_attention.linear_qkv": "qkv", "mlp.linear_fc1": ("gate", "up")}
+    modules |= {"self_attention.linear_proj": "o", "mlp.linear_fc2": ("down",)}
+    for module, projections in modules.items():
+        for layer, projection in product(range(c.layers), projections):
+            part = "self_attn" if module.startswith("self") else "mlp"
+            at = f"base_model.model.model.layers.{layer}.{part}.{projection}_proj"
+            a, b, m = (
+                state[f"decoder.layers.{module}.adapter.{end}"][layer]
+                for end in ("linear_in.weight", "linear_out.weight", "weight_magnitude")
+            )
+            if projection in "qkv":
+                rows = [row for row, (name, _) in enumerate(grouped(c)) if name == projection]
+            else:
+                half = list(projections).index(projection)
+                rows = np.arange(len(b)).reshape(len(projections), -1)[half]
+            found |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b[rows]}
+            found[f"{at}.lora_magnitude_vector"] = m[rows]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_dora_keeps_its_magnitudes_in_whatever_order(ranks, tmp_path):
+    state = torchs(DORA / "iter_0000000")
+    expected = bits(dora_parts(as_numpy(state)))
+    name = "decoder.layers.mlp.linear_fc1.adapter.weight_magnitude"
+    gate, up = state[name].chunk(2, 1)
+    pieces = zip(gate.chunk(ranks, 1), up.chunk(ranks, 1), strict=True)
+    state[name] = torch.cat([piece for pair in pieces for piece in pair], 1)
+    folder = torch_dist(tmp_path / "it", state, DORA)
+    said = folder / "iter_0000000" / "run_config.yaml"
+    before = "tensor_model_parallel_size: 1"
+    assert before in said.read_text()
+    said.write_text(said.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
+    at = convert(folder, tmp_path / "peft", "peft")
+    assert bits(peft_tensors(at)) == expected
+    parts(open_checkpoint(folder), open_checkpoint(at, hf_config=HF["f32"]))
+    assert peft.LoraConfig.from_pretrained(at).use_dora
+    # What we write says that it is of one rank, and has that order.
+    again = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "again", "megatron-adapter")
+    assert bits(peft_tensors(convert(again, tmp_path / "back", "peft"))) == expected
+
+
+def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config) -> Path:
+    """PEFT's adapter to the fixture's model, changed; `only` the projections that this pattern finds."""
+    shutil.copytree(PEFT, folder)
+    tensors = {name: x for name, x in peft_tensors(PEFT).items() if re.search(only, name)}
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    path = folder / "adapter_config.json"
+    modules = sorted({re.search(r"(\w+_proj)", name)[1] for name in tensors})  # pyright: ignore
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": modules} | config))
+    return folder
+
+
+def bump(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        (name,) = [name for name in tensors if re.search(rf"\.{layer}\..*{projection}_proj\.lora_A", name)]
+        tensors[name] = tensors[name] + 1
+
+    return change
+
+
+FUSED, CANONICAL = "megatron.bridge.peft.lora.LoRA", "megatron.bridge.peft.canonical_lora.CanonicalLoRA"
+QKV, FC1 = "self_attention.linear_qkv.adapter.", "mlp.linear_fc1.adapter."
+ALONE = {"self_attention.linear_proj.adapter.", "mlp.linear_fc2.adapter."}
+EVERY_OWN = {*(f"{QKV}adapter_{x}." for x in "qkv"), f"{FC1}adapter_gate.", f"{FC1}adapter_up.", *ALONE}
+ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
+    "as exported": ({}, FUSED, {QKV, FC1, *ALONE}),
+    "another k": ({"change": bump("k")}, CANONICAL, EVERY_OWN),
+    "another up": ({"change": bump("up", 0)}, CANONICAL, EVERY_OWN),
+    "q and v": ({"only": "[qv]_proj"}, CANONICAL, {f"{QKV}adapter_q.", f"{QKV}adapter_v."}),
+    "gate": ({"only": "gate_proj"}, CANONICAL, {f"{FC1}adapter_gate."}),
+    "o": ({"only": "o_proj"}, FUSED, {"self_attention.linear_proj.adapter."}),
+    "attention": ({"only": "[qkvo]_proj"}, FUSED, {QKV, "self_attention.linear_proj.adapter."}),
+    "v, o and down": ({"only": "(v|o|down)_proj"}, CANONICAL, {f"{QKV}adapter_v.", *ALONE}),
+    "rslora": ({"use_rslora": True, "lora_dropout": 0.25}, FUSED, {QKV, FC1, *ALONE}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
+    how, target, modules = ADAPTERS[case]
+    before = open_checkpoint(of_peft(tmp_path / "peft", **how), hf_config=HF["f32"])
+    job = Job(source=before, to="megatron-adapter")
+    inside = [name for name in ("attn/o", "mlp/down") if name in table.targets(before.adapter)]
+    assert len(job.warnings) == bool(inside)
+    for warning in job.warnings:
+        assert f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm" in warning
+    write(job, tmp_path / "megatron")
+    names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
+    ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
+    assert names == {f"decoder.layers.{module}{end}" for module in modules for end in ends}
+    said = yaml.safe_load((tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text())["peft"]
+    assert said["_target_"] == target and said["dim"] == 8
+    assert said["alpha"] / 8 == pytest.approx(before.adapter.scale, rel=1e-15)
+    after = open_checkpoint(tmp_path / "megatron")
+    assert after.adapter.after_norm == bool(inside) and after.adapter.dropout == before.adapter.dropout
+    assert after.adapter.scale == pytest.approx(before.adapter.scale, rel=1e-15)
+    back = convert(after, tmp_path / "back", "peft")
+    assert bits(peft_tensors(back)) == bits(peft_tensors(tmp_path / "peft"))
+
+
+STATES = [f"._extra_state/shard_{layer}_4" for layer in range(4)]
+
+
+def magnitudes(tensors: Tensors) -> None:
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "lora_B" in name]:
+        rows = rng.random(len(tensors[name]), dtype=np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rows
+
+
+@pytest.mark.parametrize(
+    "how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=itertools.count()
+)
+def test_dora_with_an_a_each_is_refused(how, tmp_path):
+    also, only = how.get("also", lambda tensors: None), how.get("only", "")
+    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), only, use_dora=True)
+    source = open_checkpoint(at, hf_config=HF["f32"])
+    with pytest.raises(ValueError, match=r"is a DoRA whose projections have an A each, for which Megatron-Bridge has"):
+        convert(source, tmp_path / "out", "megatron-adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("only", ["", "(o|down)_proj"])
+def test_dora_of_peft_s_is_megatron_s(only, tmp_path):
+    at = of_peft(tmp_path / "peft", magnitudes, only, use_dora=True)
+    there = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "megatron", "megatron-adapter")
+    assert open_checkpoint(there).adapter.kind == "dora"
+    assert bits(peft_tensors(convert(there, tmp_path / "back", "peft"))) == bits(peft_tensors(at))
+
+
+def test_what_can_be_merged_merges_as_peft_s(tmp_path):
+    state = torchs(LORA / "iter_0000000")
+    some = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
+    source = open_checkpoint(torch_dist(tmp_path / "it", some, LORA), base=HF["f32"])
+    assert not source.notes and not source.adapter.apart
+    found = stored(convert(source, tmp_path / "hf", "hf", merge=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(HF["f32"])
+    adapter = of_peft(tmp_path / "peft", only="(q|k|v|gate|up)_proj")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, merged[name].numpy(), rtol=1e-6, atol=1e-6)
+    assert bits(found) != bits(stored(HF["f32"]))
+    whole = open_checkpoint(LORA, base=HF["f32"])
+    with pytest.raises(ValueError, match=r"attn/o and mlp/down cannot be merged: it is added after the post-norm"):
+        Job(source=whole, to="megatron", merge=True)
+
+
+def test_importing_runs_it_as_it_was_trained():
+    source = open_checkpoint(LORA, base=HF["f32"])
+    assert source.adapter.after_norm
+    other = replace(source, adapter=replace(source.adapter, after_norm=False))
+    after, before = (verify.logits(found, range(3, 27)) for found in (source, other))
+    assert np.abs(after - before).max() > 0.1 * np.abs(after).max()
+
+
+def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
+    base = convert(HF["f32"], tmp_path / "base", "megatron")
+    source = open_checkpoint(convert(open_checkpoint(PEFT, base=base), tmp_path / "adapter", "megatron-adapter"))
+    assert "embedding" not in source.shapes  # PEFT's own config names another
+    shutil.copytree(LORA, tmp_path / "lora")
+    (tmp_path / "mg" / "torch_dist").mkdir(parents=True)
+    base.rename(tmp_path / "mg" / "torch_dist" / "A_f32_tp1pp1")
+    monkeypatch.chdir(tmp_path)
+    found = open_checkpoint(tmp_path / "lora")
+    assert "embedding" in found.shapes and found.base == "mg/torch_dist/A_f32_tp1pp1"
+    with pytest.raises(ValueError, match="has an adapter, which --to megatron has no place for"):
+        Job(source=replace(found, adapter=replace(found.adapter, after_norm=False)), to="megatron")
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [5, ["x"], {"pretrained_checkpoint": 5}, {"pretrained_checkpoint": {"a": 1}}, None]
+)
+def test_a_base_that_is_no_path_is_none(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(LORA, tmp_path / "it"))
+    change_yaml(folder, lambda run: run.update(checkpoint=checkpoint))
+    assert open_checkpoint(folder).base == ""
+
+
+def change_yaml(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "iter_0000000" / "run_config.yaml"
+    run = yaml.safe_load(path.read_text())
+    change(run)
+    path.write_text(yaml.safe_dump(run))
+
+
+# A run that started from a checkpoint that does not say its config
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_a_run_from_megatron_lm(kind, tmp_path):
+    start, model = FIXTURES / "megatron_lm" / "A_f32_tp1pp1", replace(model_of("f32"), max_length=256)
+    adapter = (
+        AdapterConfig(kind=kind, rank=8, alpha=16, targets=tuple(table.PROJECTIONS))
+        if kind == "lora"
+        else AdapterConfig()
+    )
+    train = configs.TrainConfig(sequence_length=64)
+    config = Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(start), train=train)
+    source = open_checkpoint(PEFT, base=HF["f32"]) if kind == "lora" else open_checkpoint(HF["f32"])
+    params = {path: x for path, x in source.shapes.items() if ("/adapter/" in path) == (kind == "lora")}
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.txt").write_text(configs.to_text(config))
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(1, load(source, params), {"count": jnp.zeros(())}, {})
+    run = open_checkpoint(workdir)
+    assert run.model == model
+    assert all(one.within(0) for one in verify.compare(run, source))
+
+
+# Refusals
+
+
+class Hostile:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def gone(*ranks: str) -> Callable[[Path], object]:
+    return lambda at: [shutil.rmtree(at / f"mp_rank_{rank}") for rank in ranks]
+
+
+def bumped(name: str) -> Callable[[dict], object]:
+    return lambda content: content["model"][name].add_(1)
+
+
+def zarr(at: Path) -> None:
+    (at / ".metadata").unlink()
+    (at / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+
+
+def refused(folder: Path, message: str, **how) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        open_checkpoint(folder, **how)
+    assert str(folder) in str(caught.value)
+
+
+EMBEDDING, FINAL, FC1_KEY = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    f"{STACKED}mlp.linear_fc1.weight",
+)
+LAYER_FC1 = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(FINAL), r"lacks decoder\.final_layernorm\.weight; check that its config and its weights"),
+        (lambda s: s.update({"decoder.x.weight": torch.zeros(2)}), r"has unexpected decoder\.x\.weight; check"),
+        (
+            lambda s: s.update({FC1_KEY.replace("weight", "bias"): torch.zeros(4, 256)}),
+            r"has unexpected decoder\.layers\.0\.mlp\.linear_fc1\.bias, .* and 1 more",
+        ),
+        (
+            lambda s: s.update({n: torch.cat([x, x[:1]]) for n, x in s.items() if ".layers." in n}),
+            r"has unexpected decoder\.layers\.4\.",
+        ),
+        (
+            lambda s: s.update({FINAL: torch.zeros(65)}),
+            r"decoder\.final_layernorm\.weight has shape \(65,\) where its config expects \(64,\)",
+        ),
+        (lambda s: s.update(padded(100)(s)), r"has shape \(612, 64\) where its config expects \(512, 64\)"),
+        (lambda s: s.update({EMBEDDING: torch.zeros(384, 64)}), r"has shape \(384, 64\)"),
+        (lambda s: s.update({"decoder.layers.x": torch.zeros(300_000)}), "300000 layers, which no model has"),
+        (
+            lambda s: s.update({f"{FC1_KEY}_w": s.pop(FC1_KEY)[:, :128]}),
+            rf"lacks {LAYER_FC1}, .* and has unexpected {LAYER_FC1}_w",
+        ),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    state = torchs(ONE / "iter_0000000")
+    change(state)
+    refused(torch_dist(tmp_path / "it", state, ONE), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: (at.parent / TRACKER).write_text("5"), r"names iteration 5, and there is no .*iter_0000005"),
+        (lambda at: (at.parent / TRACKER).write_text("../x"), r"says '\.\./x'; it must name an iteration"),
+        (lambda at: (at.parent / TRACKER).write_text(""), "says ''; it must name an iteration"),
+        (lambda at: (at.parent / TRACKER).write_text("release"), "names iteration release"),
+        (lambda at: [file.unlink() for file in at.iterdir()], r"metadata\.json is missing"),
+        (
+            lambda at: (at / "metadata.json").unlink(),
+            r"json is missing: .*fsdp_dtensor, which this program does not read",
+        ),
+        (zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
+        (lambda at: (at / ".metadata").unlink(), r"\.metadata is missing; copy the whole checkpoint again"),
+        (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not a JSON object; copy it again"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_files_are_named(change, message, tmp_path):
+    folder = Path(shutil.copytree(ONE, tmp_path / "it"))
+    change(folder / "iter_0000000")
+    refused(folder, message)
+
+
+NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
+STAGE = "decoder.layers.0.self_attention.linear_qkv.weight"
+RANKS, LM = FIXTURES / "legacy" / "A_bf16_tp2pp2", FIXTURES / "megatron_lm" / "A_f32_tp1pp1"
+TRACKER = "latest_checkpointed_iteration.txt"
+TWO = r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (gone("00_001"), r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
+        (gone("01_001"), r"lacks the file of tensor-parallel rank 1, stage 1"),
+        (gone("01_000", "01_001"), r"rank 1, stage 0"),  # which only their arguments tell
+        (gone("00_001", "01_001"), r"rank 0, stage 1"),
+        (lambda at: (at / "mp_rank_00_000").rename(at / "mp_rank_9999_9999"), r"rank 0, stage 0"),
+        (lambda at: (at / "mp_rank_00_001" / "model_optim_rng.pt").unlink(), r"mp_rank_00_001.*is missing; copy it"),
+        (lambda at: (at / "mp_rank_01_001_000").mkdir(), r"mp_rank_01_001_000 is no rank's folder"),
+        (lambda at: shutil.copytree(at / "mp_rank_00_000", at / "mp_rank_00"), TWO),
+    ],
+    ids=itertools.count(),
+)
+def test_ranks_that_are_missing_are_named(change, message, tmp_path):
+    folder = Path(shutil.copytree(RANKS, tmp_path / "it"))
+    change(folder / "iter_0000010")
+    refused(folder, message, hf_config=HF["bf16"])
+
+
+def test_ranks_that_arguments_alone_tell_of(tmp_path):
+    said = {"args": argparse.Namespace(tensor_model_parallel_size=10**15), "checkpoint_version": 3.0, "model": {}}
+    message = "lacks the file of tensor-parallel rank 1, stage 0"  # and finds that out at once
+    refused(legacy(tmp_path / "it", {"mp_rank_00": said}), message, hf_config=HF["f32"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bumped(NORM), rf"ranks have different {re.escape(NORM)}, of which each has all"),
+        (bumped(HEAD), r"lm_head\.weight is not the embedding"),
+        (lambda c: c["model"].pop(STAGE), rf"{re.escape(STAGE)} is not a tensor of every tensor-parallel rank"),
+        (lambda c: c["model"].update(x=torch.zeros(2)), "x is not a tensor of every tensor-parallel rank"),
+        (lambda c: c["model"].update({STAGE: c["model"][STAGE][:8]}), "ranks have .* in different shapes or dtypes"),
+        (
+            lambda c: c["model"].update({STAGE: c["model"][STAGE].float()}),
+            "ranks have .* in different shapes or dtypes",
+        ),
+        (lambda c: c.update(checkpoint_version=1.0), r"checkpoint_version is 1\.0; before 2\.0 q, k and v"),
+        (lambda c: c.pop("checkpoint_version"), r"checkpoint_version is None"),
+        (lambda c: c.pop("model"), "holds no model; copy it again"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_ranks_are_named(change, message, tmp_path, megatron):  # noqa: F811
+    with changed_ranks(tmp_path) as files:
+        change(files["mp_rank_01_001"])
+    refused(tmp_path / "it", message, hf_config=HF["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "message"),
+    [
+        (LM, None, r"does not say its config \(there is no run_config\.yaml\); give --hf-config"),
+        (RANKS, None, r"does not say its config"),
+        (ONE, {"num_hidden_layers": 5}, r"run_config\.yaml is of another model than .*layers 4 and not 5"),
+        (ONE, {"vocab_size": 500}, r"run_config\.yaml is of another model than .*vocab_size 512 and not 500"),
+        (LM, {"num_hidden_layers": 5}, "its argument num_layers is 4 where the config has 5"),
+        (LM, {"num_key_value_heads": 4}, "its argument num_query_groups is 2 where the config has 4"),
+        (RANKS, {"intermediate_size": 64}, "ffn_hidden_size is 128 where the config has 64"),
+    ],
+    ids=itertools.count(),
+)
+def test_wrong_configs_are_named(folder, change, message, tmp_path):
+    content = json.loads((HF["f32"] / "config.json").read_text()) | (change or {})
+    content.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    refused(folder, message, hf_config=tmp_path if change else None)
+
+
+@pytest.mark.parametrize("folder", [ONE, LM, RANKS], ids=lambda folder: folder.parent.name)
+def test_weights_take_no_base(folder):
+    refused(folder, "is not an adapter alone, so it takes no base model", base=HF["f32"])
+
+
+def test_an_adapter_needs_its_scale(tmp_path):
+    folder = Path(shutil.copytree(LORA, tmp_path / "it"))
+    (folder / "iter_0000000" / "run_config.yaml").unlink()
+    refused(folder, r"holds an adapter, and no run_config\.yaml that says its scale; copy that", hf_config=HF["f32"])
+
+
+def test_a_config_that_says_the_same_is_taken(tmp_path):
+    for folder in (HF["f32"], ONE, convert(HF["f32"], tmp_path / "orbax", "orbax")):
+        assert open_checkpoint(folder, hf_config=HF["f32"]).model == model_of("f32")
+    wrong = Path(shutil.copytree(HF["f32"], tmp_path / "wrong"))
+    content = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(content | {"sliding_window": 9}))
+    for folder in (HF["f32"], ONE, tmp_path / "orbax"):
+        with pytest.raises(ValueError, match=r"of another model than was asked for \(window 8 and not 9\)"):
+            open_checkpoint(folder, hf_config=wrong)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"to": "megatron-legacy", "ranks": (4, 1)}, r"kv_heads 2 do not divide into 4; \[1, 2\] do"),
+        ({"to": "megatron-legacy", "ranks": (1, 3)}, r"layers 4 do not divide into 3; \[1, 2, 4\] do"),
+        ({"to": "megatron-legacy", "ranks": (0, 1)}, r"kv_heads 2 do not divide into 0"),
+        ({"to": "megatron-legacy", "ranks": (1, -1)}, r"layers 4 do not divide into -1"),
+        ({"to": "megatron", "ranks": (2, 1)}, "--to megatron is read at any parallelism; leave out --tp and --pp"),
+        ({"to": "hf", "ranks": (1, 2)}, "--to hf is read at any parallelism; leave out --tp and --pp"),
+        ({"to": "megatron-adapter"}, "has no adapter; leave out --merge, or write another format"),
+    ],
+)
+def test_what_cannot_be_written_is_said(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Job(source=open_checkpoint(HF["f32"]), **choices)
+
+
+@pytest.mark.parametrize("where", ["common.pt", ".metadata", "object", "rank"])
+def test_a_hostile_pickle_is_refused_and_not_run(where, tmp_path):
+    sentinel = tmp_path / "was-run"
+    state = torchs(ONE / "iter_0000000")
+    folder = torch_dist(tmp_path / "it", state, ONE, {"iteration": Hostile(sentinel)} if where == "common.pt" else None)
+    if where == ".metadata":
+        (folder / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(Hostile(sentinel)))
+    if where == "object":
+        shutil.rmtree(folder)
+        torch_dist(tmp_path / "it", state | {"common_state/shard_0_1": [Hostile(sentinel)]}, ONE)
+    if where == "rank":
+        shutil.rmtree(folder)
+        legacy(folder, {"mp_rank_00": {"model": {}, "checkpoint_version": 3.0, "args": Hostile(sentinel)}})
+    with pytest.raises(
+        ValueError, match=r"names '(posix|os)\.system', which no Megatron checkpoint has; it was not run"
+    ):
+        open_checkpoint(folder, hf_config=HF["f32"])
+    assert not sentinel.exists()
