@@ -7,8 +7,8 @@ rows. The files themselves are `torch_dist`'s and `torch_files`', their configs 
 """
 
 import itertools
-import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert import table, torch_files
 from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.table import Index, Shapes
+from gemma2_jax.convert.tensors import read_json
 from gemma2_jax.convert.torch_dist import METADATA, TorchDist
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -267,17 +268,14 @@ def open_folder(folder: Path) -> Opened:
 
 def _open_torch_dist(folder: Path) -> Opened:
     said = folder / "metadata.json"
-    try:
-        backend = json.loads(said.read_bytes()).get("sharded_backend")
-    except FileNotFoundError as error:
+    if not said.exists():
         raise ValueError(
             f"{said} is missing: this is a part of a checkpoint, or one of fsdp_dtensor, which this program does not "
             "read; copy the whole, or save it with --ckpt-format torch_dist"
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{said} is not a JSON object; copy it again") from error
+        )
+    backend = read_json(said).get("sharded_backend")
     if backend != "torch_dist":
-        raise ValueError(f"{said} says that sharded_backend is {backend!r}; this program reads 'torch_dist'")
+        raise ValueError(f"{said} says that sharded_backend is {reprlib.repr(backend)}; this program reads 'torch_dist'")
     store = TorchDist(folder)
     tensors, ignored, prefix = dict[str, Tensor](), dict[str, int](), _prefix(store.shapes)
     for name, shape in store.shapes.items():
@@ -349,12 +347,18 @@ def _open_legacy(folder: Path) -> Opened:
             raise ValueError(
                 f"{found} is no rank's folder that this program reads, as mp_rank_00 and mp_rank_00_000 are"
             )
-        ranks[int(number[1]), int(number[2] or 0)] = found / RANK_FILE
+        rank = int(number[1]), int(number[2] or 0)
+        if rank in ranks:
+            raise ValueError(f"{found} and {ranks[rank].parent} are of one rank; delete the one that is out of date")
+        ranks[rank] = found / RANK_FILE
+    if not ranks:
+        raise ValueError(f"{folder} has neither {METADATA} nor mp_rank_00; copy the whole checkpoint again")
     tensor, stages = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
-    missing = [rank for rank in itertools.product(range(tensor), range(stages)) if rank not in ranks]
-    if missing or len(ranks) != tensor * stages:
+    # The first one, as a name can promise a hundred million.
+    missing = next((rank for rank in itertools.product(range(tensor), range(stages)) if rank not in ranks), None)
+    if missing:
         raise ValueError(
-            f"{folder} lacks the file of tensor-parallel rank {missing[0][0]}, stage {missing[0][1]}; copy it too"
+            f"{folder} lacks the file of tensor-parallel rank {missing[0]}, stage {missing[1]}; copy it too"
         )
     content = {rank: _rank(path) for rank, path in ranks.items()}
     chunks = _virtual_stages(content[0, 0])

@@ -189,7 +189,8 @@ def _with(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
         return change(tree)
     key, *rest = path
     if isinstance(tree, Record):
-        return Record(tree.name, tree.args, _with(tree.state, tuple(rest), change), tree.new)
+        state = None if not rest and change is _gone else _with(tree.state, tuple(rest), change)
+        return Record(tree.name, tree.args, state, tree.new)
     try:
         new = _with(tree[key], tuple(rest), change)
     except KeyError:
@@ -368,7 +369,8 @@ def _trained(root: Path) -> Case:
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
     shapes = table.our_shapes(table.rows(LORA), TINY, LORA.rank)
-    return Case(root, _run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}}))
+    folder = _run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
+    return Case(root, folder, targets=("peft", "orbax", "merged"))
 
 
 def _trained_whole(root: Path) -> Case:
@@ -396,7 +398,7 @@ def _megatron_adapter(root: Path) -> Case:
     source = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
     write(Job(source=source, to="megatron-adapter"), root / "megatron")
     shutil.rmtree(root / "peft")
-    return Case(root, root / "megatron", {"base": root / "hf"}, targets=("peft", "orbax", "merged"))
+    return Case(root, root / "megatron", {"base": root / "hf"}, targets=("peft", "orbax", "megatron-adapter"))
 
 
 def _fixture(name: str, config: bool = False) -> Callable[[Path], Case]:
@@ -445,9 +447,8 @@ def read_all(checkpoint: Checkpoint, chance: random.Random) -> None:
                 assert (part.shape, part.dtype) == (wanted, stored.dtype), path
 
 
-def convert(checkpoint: Checkpoint, case: Case, chance: random.Random) -> None:
+def convert(checkpoint: Checkpoint, to: str, case: Case, chance: random.Random) -> None:
     """Writes it in another format: whole, or not at all."""
-    to = chance.choice(case.targets)
     target = case.root.parent / "out" / to
     try:
         job = Job(source=checkpoint, to="hf" if to == "merged" else to, merge=to == "merged")  # pyright: ignore
@@ -457,12 +458,11 @@ def convert(checkpoint: Checkpoint, case: Case, chance: random.Random) -> None:
         raise
     finally:
         assert [path for path in target.parent.iterdir() if path != target] == []
-    base = checkpoint if to == "megatron-adapter" else None
-    hf = case.root.parent / "config"
-    if to == "megatron-legacy":
-        hf.mkdir(exist_ok=True)
-        tensors.write_json(hf / "config.json", hf_config(checkpoint.model, "float32"))
-    del base
+    alone = to in ("peft", "megatron-adapter")
+    again = open_checkpoint(target, model=checkpoint.model) if to == "megatron-legacy" else open_checkpoint(target)
+    assert again.shapes == {path: shape for path, shape in checkpoint.shapes.items() if path in again.shapes}
+    assert alone or "embedding" in again.shapes
+    read_all(again, chance)
     shutil.rmtree(target)
 
 
@@ -494,8 +494,13 @@ def attempt(case: Case, chance: random.Random) -> bool:
         with watched(opened):
             checkpoint = open_checkpoint(case.folder, **case.options)
             read_all(checkpoint, chance)
+            if chance.random() < 0.1:
+                loaded = checkpoints.load(checkpoint, checkpoint.shapes)
+                assert {path: (x.shape, x.dtype) for path, x in loaded.items()} == {
+                    path: (x.shape, x.dtype) for path, x in checkpoint.shapes.items()
+                }
         if case.targets and chance.random() < 0.1:
-            convert(checkpoint, case, chance)
+            convert(checkpoint, chance.choice(case.targets), case, chance)
         read = True
     except (ValueError, OSError) as error:
         if not any(place in str(error) for place in (str(case.root.parent), *OUTSIDE)):
@@ -533,5 +538,9 @@ def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     (folder / "out").mkdir()
     monkeypatch.chdir(folder / "root" / "cwd")
     case = FORMATS[name][0](folder / "root")
-    read_all(open_checkpoint(case.folder, **case.options), random.Random(0))
+    whole = open_checkpoint(case.folder, **case.options)
+    read_all(whole, random.Random(0))
+    checkpoints.load(whole, whole.shapes)
+    for to in case.targets:
+        convert(whole, to, case, random.Random(0))
     return case
