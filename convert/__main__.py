@@ -121,7 +121,7 @@ def _verify(command: Verify) -> None:
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
     with _bar(size) as moved:
         found = verify.compare(pair[0], pair[1], moved)
-    table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "largest difference")
+    table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "by at most")
     different = [one for one in found if not one.within(command.atol)]
     for one in found:
         if one.unequal or one in different:
@@ -141,14 +141,13 @@ def _verify(command: Verify) -> None:
 def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     import numpy as np
 
-    from gemma2_jax import generate
     from gemma2_jax.convert import verify
     from gemma2_jax.data.encoding import load_tokenizer
 
     folder = pair[0].tokenizer or pair[1].tokenizer
     if folder is None:
         raise ValueError("neither checkpoint has a tokenizer for the prompt; copy its model's tokenizer.json there")
-    tokens = generate.encode(prompt, load_tokenizer(str(folder)), chat=False)
+    tokens = load_tokenizer(str(folder))(prompt)["input_ids"]
     one, other = (verify.logits(checkpoint, tokens) for checkpoint in pair)
     same = int(np.sum(one.argmax(-1) == other.argmax(-1)))
     print(

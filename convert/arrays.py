@@ -16,10 +16,9 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from gemma2_jax.checkpoint import CHUNK_BYTES
 from gemma2_jax.convert.copying import contiguous
 from gemma2_jax.convert.table import Index
-
-CHUNK_BYTES = 64 << 20  # of a chunk: small enough for a device to read little more than its slice
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
@@ -47,7 +46,7 @@ class Reader:
         store = self._open(path)
         first, *rest = index
         span = range(store.shape[0])[first]
-        depth = (store.chunk_layout.read_chunk.shape or (1,))[0] or 1
+        depth = self.chunk(path)[0]
         start = span.start // depth * depth
         if not path.startswith("blocks/") or len(span) >= depth or span.stop > start + depth:
             return self._read(store, (slice(span.start, span.stop), *rest), path)
@@ -58,6 +57,10 @@ class Reader:
             end = min(start + depth, store.shape[0])
             self._held[path] = start, self._read(store, (slice(start, end), *[slice(None)] * len(rest)), path)
         return self._held[path][1][(slice(span.start - start, span.stop - start), *rest)]
+
+    def chunk(self, path: str) -> tuple[int, ...]:
+        """The shape of the pieces that an array is stored in."""
+        return tuple(size or 1 for size in self._open(path).chunk_layout.read_chunk.shape or ())
 
     def _read(self, store: ts.TensorStore, index: Index, path: str) -> np.ndarray:
         try:

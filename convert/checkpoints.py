@@ -120,7 +120,7 @@ def _open(
 ) -> Checkpoint:
     under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
-        under = _described(_folder(hf_config))
+        under = _described(_folder(hf_config, weights=False))
     if model is not None and megatron.iteration_folder(folder):
         under = Checkpoint(format="megatron", path=folder, model=model)
     for is_one, opened in _FORMATS:
@@ -522,8 +522,8 @@ def _inventory(checkpoint: Checkpoint) -> str:
     return " and ".join(parts) or f"an adapter whose model is not at hand ({checkpoint.base or 'not named'})"
 
 
-def _folder(path: str | Path) -> Path:
-    """The folder that is meant; a Hub id's files are downloaded, once."""
+def _folder(path: str | Path, *, weights: bool = True) -> Path:
+    """The folder that is meant; a Hub id's files are downloaded, once, with the weights or without."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -531,4 +531,4 @@ def _folder(path: str | Path) -> Path:
         raise ValueError(f"{path} is a file; name the folder that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"there is no folder {path}")
-    return hub.download(str(path))
+    return hub.download(str(path), weights=weights)

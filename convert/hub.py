@@ -7,11 +7,13 @@ of them are huggingface_hub's. What the files mean is `checkpoints`'.
 from pathlib import Path
 
 # Of what lies at the top: folders hold the same weights in other forms, or a trainer's checkpoints.
-_WANTED, _LEFT_OUT = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"], ["*/*"]
+_SMALL, _WEIGHTS, _LEFT_OUT = ["*.json", "tokenizer*", "*.jinja"], ["*.safetensors"], ["*/*"]
 
 
-def download(name: str) -> Path:
+def download(name: str, *, weights: bool) -> Path:
     """The folder of the model `name`, such as google/gemma-2-2b, downloaded unless it is in the cache.
+
+    Without `weights` that is its config, its tokenizer and the like.
 
     Of several processes that share a cache, one downloads a file while the others wait for it.
 
@@ -22,7 +24,8 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_LEFT_OUT))
+        wanted = _SMALL + _WEIGHTS * weights
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_LEFT_OUT))
     except errors.HFValidationError as error:
         raise ValueError(f"there is no folder {name}") from error
     except errors.GatedRepoError as error:

@@ -75,6 +75,7 @@ _PREFIXES = (
     "torch.distributed.checkpoint.planner.",
     "torch.distributed.checkpoint.filesystem.",
     "megatron.",
+    "transformer_engine.",
     "numpy.dtypes.",
 )
 # What may be referred to again and again must be quick to look at each time.
@@ -256,13 +257,12 @@ class _Machine:
 
     def key(self, key: Any) -> Any:
         """A key of a dict, where finding it is quick and safe: a tuple's hash goes as deep as the tuple."""
-        parts = (key,)
-        if isinstance(key, tuple):
-            parts, self.tuple_keys = key[:64], self.tuple_keys + 1
+        parts = key if isinstance(key, tuple) else (key,)
+        self.tuple_keys += parts is key
         # Numbers of 61 bits or more can be made to collide.
         if (
-            (isinstance(key, tuple) and len(key) > len(parts))
-            or self.tuple_keys > _TUPLE_KEYS
+            self.tuple_keys > _TUPLE_KEYS
+            or len(parts) > 64
             or not all(
                 isinstance(part, float | None | Record | Global | np.dtype)
                 or (isinstance(part, int) and abs(part) < 1 << 60)

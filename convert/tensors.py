@@ -174,10 +174,7 @@ def write(
     files = [f"{base}-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
     stream = iter(parts)
     for file, names in zip(files if len(shards) > 1 else [stem], shards, strict=True):
-        try:
-            _write_file(folder / file, {name: wanted[name] for name in names}, stream, moved)
-        except OSError as error:
-            raise OSError(f"{folder / file} could not be written: {error}") from error
+        _write_file(folder / file, {name: wanted[name] for name in names}, stream, moved)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}

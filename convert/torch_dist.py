@@ -183,7 +183,7 @@ def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], 
             Record(state={"fqn": str(name)} as index),
             Record(state={"relative_path": str(file), "offset": int(offset), "length": int(length)} as place),
         ):
-            if len(file) > 255 or file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
+            if len(file) > 255 or file in ("", ".", "..") or "/" in file or not file.isprintable():
                 raise ValueError(f"{path} lists {file[:200]!r}; it may only name files in its own folder")
             at = index.get("offset")
             if offset >= 0 and length >= 0 and (at is None or _is_sizes(at)):

@@ -182,8 +182,6 @@ class _Archive:
         for (header, name, full, crc), limit in zip(found, [header for header, *_ in found[1:]] + [at], strict=False):
             if not name.startswith(folder):
                 raise self.damaged("its archive has more than one folder")
-            if header + _LOCAL.size + full > limit:
-                raise self.damaged("its archive's entries overlap")
             if entries.setdefault(name.removeprefix(folder), entry := _Entry(header, full, crc, limit)) is not entry:
                 raise self.damaged("two of its archive's entries have one name")
         if "data.pkl" not in entries:

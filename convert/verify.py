@@ -7,10 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from gemma2_jax import lora, model
+from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert import arrays
-from gemma2_jax.convert.checkpoints import Checkpoint, read
+from gemma2_jax.convert.checkpoints import Checkpoint, load, read
+from gemma2_jax.model import Gemma2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +73,20 @@ def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[flo
 
 def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of a row of tokens in float32, adapter included."""
-    import jax.numpy as jnp
 
-    from gemma2_jax import generate
-    from gemma2_jax.model import rebuild
+    def create() -> Gemma2:
+        assert checkpoint.model is not None
+        whole = Gemma2(checkpoint.model, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+        lora.attach(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
+        return whole
 
-    generator = generate.load(checkpoint, "float32")
-    whole = rebuild(generator.graph, generator.weights)
+    graph, shapes = nnx.split(nnx.eval_shape(create))
+    wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in model.flat(shapes).items()}
     row_1T = jnp.asarray(tokens, jnp.int32)[None]
 
     @jax.jit
-    def run(whole):
-        hidden_1TD = whole(row_1T, jnp.arange(len(tokens))[None], jnp.zeros_like(row_1T))
-        return whole.logits(hidden_1TD)[0]
+    def run(weights):
+        whole = model.rebuild(graph, weights)
+        return whole.logits(whole(row_1T, jnp.arange(len(tokens))[None], jnp.zeros_like(row_1T))[0])
 
-    return np.asarray(run(whole))
+    return np.asarray(run(load(checkpoint, wanted)))

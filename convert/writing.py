@@ -2,7 +2,7 @@
 
 What the source is and how its arrays are read is `checkpoints`'; merging is `lora`'s arithmetic. While a part is
 written the next ones are read: in memory are a few parts, of which the largest is a matrix of a layer, or as many rows
-of the embedding as make up `arrays.CHUNK_BYTES`.
+of the embedding as make up a chunk of `arrays`.
 """
 
 import itertools
@@ -202,25 +202,35 @@ def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: 
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
-    source, model, target = job.source, job.source.model, target.absolute()
-    assert model is not None
+    target = target.absolute()
     with folder.appearing(target, job.size) as partial_target:
-        if job.to.startswith("megatron"):
-            _write_megatron(partial_target, target, job, moved)
-            return
-        if job.to != "peft":
-            dtype = job.shapes["embedding"].dtype.name
-            tensors.write_json(partial_target / "config.json", hf_config(model, dtype, source.hf))
-        if job.adapter.kind != "none":
-            config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
-            tensors.write_json(partial_target / "adapter_config.json", config)
-        for name, rows in job.groups.items():
-            if job.to == "orbax":
-                _write_orbax(partial_target / name, job, rows, moved)
-            else:
-                _write_safetensors(partial_target, job, rows, moved)
-        for beside in source.beside:
-            folder.carry(beside, partial_target)
+        try:
+            _write(partial_target, target, job, moved)
+        except OSError as error:
+            if error.filename is None:  # a write's, which does not say of what
+                raise OSError(f"{target} could not be written: {error}") from error
+            raise
+
+
+def _write(at: Path, final: Path, job: Job, moved: Callable[[float], None]) -> None:
+    source, model = job.source, job.source.model
+    assert model is not None
+    if job.to.startswith("megatron"):
+        _write_megatron(at, final, job, moved)
+        return
+    if job.to != "peft":
+        dtype = job.shapes["embedding"].dtype.name
+        tensors.write_json(at / "config.json", hf_config(model, dtype, source.hf))
+    if job.adapter.kind != "none":
+        config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
+        tensors.write_json(at / "adapter_config.json", config)
+    for name, rows in job.groups.items():
+        if job.to == "orbax":
+            _write_orbax(at / name, job, rows, moved)
+        else:
+            _write_safetensors(at, job, rows, moved)
+    for beside in source.beside:
+        folder.carry(beside, at)
 
 
 def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
@@ -244,14 +254,12 @@ def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float]
     if job.to == "megatron-legacy":
         _write_legacy(at, job, dtype, moved)
     else:
-        adapter, canonical, fusings = None, False, megatron.MODEL
-        if job.to == "megatron-adapter":
-            adapter, canonical = _fusable(job)
-            fusings = megatron.adapter_written(adapter, canonical=canonical)
         tokenizer = str(final / at.name / "tokenizer") if source.tokenizer else None
-        run = megatron_config.run_config(
-            model, dtype, adapter, source.base or None, canonical=canonical, tokenizer=tokenizer
-        )
+        adapter, base, canonical, fusings = None, None, False, megatron.MODEL
+        if job.to == "megatron-adapter":
+            adapter, base, canonical = job.adapter, source.base or None, not _fusable(job)
+            fusings = megatron.adapter_written(adapter, canonical=canonical)
+        run = megatron_config.run_config(model, dtype, adapter, base, canonical=canonical, tokenizer=tokenizer)
         with TorchDistWriter(at) as writer:
             _write_chunks(writer, job, fusings, moved)
             for name, content in megatron.extra_states(model.layers) if adapter is None else ():
@@ -298,25 +306,26 @@ def _write_chunks(
         moved(sum(part.nbytes for part in found))
 
 
-def _fusable(job: Job) -> tuple[AdapterConfig, bool]:
-    """The adapter as Megatron-Bridge describes it, and whether every projection must keep its own A there."""
-    adapter, rows = job.adapter, {row.path: row for row in job.groups["adapter"]}
-    canonical = False
-    for together in megatron.must_share(adapter):
-        paths = [table.adapter_rows(name)["a"].path for name in together]
-        if not all(path in rows for path in paths) or any(
-            job.part(*one).tobytes() != job.part(*other).tobytes()
-            for path in paths[1:]
-            for one, other in zip(job.parts((rows[paths[0]],)), job.parts((rows[path],)), strict=True)
+def _fusable(job: Job) -> bool:
+    """Whether projections that Megatron-Bridge fuses have one A. Raises ValueError where a DoRA's do not."""
+    rows = {row.path: row for row in job.groups["adapter"]}
+
+    def whole(path: str) -> Iterator[bytes]:
+        return (job.part(*part).tobytes() for part in job.parts((rows[path],)))
+
+    for together in megatron.must_share(job.adapter):
+        first, *others = (table.adapter_rows(name)["a"].path for name in together)
+        if rows.keys() >= {first, *others} and all(
+            one == other for path in others for one, other in zip(whole(first), whole(path), strict=True)
         ):
-            canonical = True
-    if canonical and adapter.kind == "dora":
-        raise ValueError(
-            f"{job.source.path} is a DoRA whose projections have an A each, for which Megatron-Bridge has no DoRA: "
-            "its own share one among attn/q, attn/k, attn/v, and one among mlp/gate, mlp/up. Merge it (--merge), or "
-            "train a LoRA"
-        )
-    return adapter, canonical
+            continue
+        if job.adapter.kind == "dora":
+            raise ValueError(
+                f"{job.source.path} is a DoRA with an A of its own for each of {', '.join(together)}, and "
+                "Megatron-Bridge's has one for all of them; merge it (--merge --to megatron), or train a LoRA"
+            )
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,8 @@ from rich.filesize import decimal
 
 from gemma2_jax.model import Abstract, Weights
 
+CHUNK_BYTES = 64 << 20  # of what an array is stored in: small enough for a device to read little more than its slice
+
 
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last write."""
@@ -76,7 +78,9 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(_nested(params)),
+                    params=ocp.args.PyTreeSave(
+                        _nested(params), save_args=_nested({path: _pieces(path) for path in params})
+                    ),
                     optimizer=ocp.args.PyTreeSave(_nested(optimizer)),
                     loop=ocp.args.JsonSave(loop),
                 ),
@@ -105,6 +109,11 @@ class Checkpoints:
             ),
         )
         return _by_path(restored["params"]), _by_path(restored["optimizer"]), restored["loop"]
+
+
+def _pieces(path: str) -> ocp.SaveArgs:
+    """How an array is cut where it is stored: a layer apart from the others, as converters read them."""
+    return ocp.SaveArgs(shard_axes=(0,)) if path.startswith("blocks/") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
 
 def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:

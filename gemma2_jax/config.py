@@ -325,9 +325,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
-    init_adapter: str = (
-        ""  # adapter to go on training (or --adapter): a PEFT or Orbax folder, or a run; empty: a new one
-    )
+    init_adapter: str = ""  # adapter on init to go on training (or --adapter): PEFT, Orbax or a run; empty: a new one
     workdir: str  # where everything the run writes goes
     steps: int = 100  # optimizer steps
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from gemma2_jax import config as configs, mesh as meshes
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
-from gemma2_jax.convert import folder as folders, table, tensors, writing
+from gemma2_jax.convert import arrays, folder as folders, table, tensors, writing
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load, open_checkpoint
 from gemma2_jax.convert.hf_config import hf_config
@@ -319,6 +319,15 @@ def _run(workdir: Path, config: Config, steps: dict[int, dict[str, np.ndarray]])
 def _config(init: Path, adapter: AdapterConfig) -> Config:
     model = replace(BITING["2b"], max_length=2048)
     return Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
+
+
+def test_a_run_stores_its_layers_apart(hf, tmp_path):
+    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    workdir = _run(tmp_path / "run", _config(hf["2b", "float32"], AdapterConfig()), {1: weights})
+    reader = arrays.Reader(workdir / "checkpoints" / "1" / "params")
+    for path in ("blocks/attn/q/w", "blocks/pre_attn_norm/w", "embedding"):
+        chunk = reader.chunk(path)
+        assert chunk == ((1, *weights[path].shape[1:]) if path.startswith("blocks/") else weights[path].shape), path
 
 
 def test_a_full_run_is_its_newest_step(hf, tmp_path):

@@ -43,10 +43,12 @@ class Hub:
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        try:
+            yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
 
     def answer(self, to: BaseHTTPRequestHandler) -> None:
         path = urlsplit(to.path).path
@@ -75,7 +77,7 @@ class Hub:
             to.wfile.write(body)
 
 
-CODE = "import sys; from gemma2_jax.convert import hub; print(hub.download(sys.argv[1]))"
+CODE = "import sys; from gemma2_jax.convert import hub; print(hub.download(sys.argv[1], weights=True))"
 
 
 def start(home: Path, environment: dict[str, str], name: str = "org/tiny", code: str = CODE) -> subprocess.Popen:

@@ -19,7 +19,7 @@ ORDER = (
     ("config", "coordinator", "platforms"), ("hosts",), ("dims",), ("mesh", "kernels"),
     ("attention_xla", "loss"), ("attention_mosaic",), ("attention",), ("model",),
     ("lora", "pipeline"), ("optim", "data"),
-    ("checkpoint", "step", "decode"), ("convert",), ("metrics", "profiling"), ("report", "resume"),
+    ("checkpoint", "step", "decode"), ("convert",), ("metrics", "profiling"), ("report", "resume", "export"),
     ("loop", "traffic"), ("train", "generate"), ("plan",),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
