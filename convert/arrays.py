@@ -67,7 +67,7 @@ class Reader:
         try:
             return np.asarray(store[index].read().result())
         except ValueError as error:
-            raise ValueError(f"{self._folder}: {path} is damaged ({_first_line(error)}); copy it again") from error
+            raise ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again") from error
 
     def _open(self, path: str) -> ts.TensorStore:
         if path in self._stores:
@@ -76,10 +76,16 @@ class Reader:
         file = {"driver": "file", "path": base if self._ocdbt else base + name}
         kvstore = {"driver": "ocdbt", "base": file, "path": name} if self._ocdbt else file
         try:
-            self._stores[path] = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+            found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+            # Which only a driver that is named takes: that chunks which are gone are an error, and not zeros.
+            spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
+            self._stores[path] = store = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
-            raise ValueError(f"{self._folder}: {path} is damaged ({_first_line(error)}); copy it again") from error
-        return self._stores[path]
+            raise ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again") from error
+        chunk = store.chunk_layout.read_chunk.shape or store.shape
+        if any(size > max(whole, 1) for size, whole in zip(chunk, store.shape, strict=True)):
+            raise ValueError(f"{self._folder}: {path} of {store.shape} has chunks of {chunk}; copy it again")
+        return store
 
 
 class Writer:
@@ -134,5 +140,6 @@ def _name(path: str) -> str:
     return path.replace("/", ".")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+def first_line(error: Exception) -> str:
+    """What a library said, in short."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

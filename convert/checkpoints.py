@@ -14,7 +14,9 @@ the slices that this process's devices need. Nothing here writes. A folder is on
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -96,6 +98,26 @@ def open_checkpoint(
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
     folder = _folder(path)
+    opening = _OPENING.get()
+    if folder.resolve() in opening:
+        raise ValueError(f"{folder} is named as its own base model, directly or by what it names; name the real one")
+    token = _OPENING.set((*opening, folder.resolve()))
+    try:
+        return _open(folder, base, hf_config, model)
+    finally:
+        _OPENING.reset(token)
+
+
+# The folders whose opening led to the one that is being opened.
+_OPENING: ContextVar[tuple[Path, ...]] = ContextVar("_OPENING", default=())
+
+
+def _open(
+    folder: Path,
+    base: "str | Path | Checkpoint | None",
+    hf_config: str | Path | None,
+    model: ModelConfig | None,
+) -> Checkpoint:
     under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
         under = _described(_folder(hf_config, weights=False))
@@ -156,6 +178,8 @@ class _Safetensors:
     ):
         found = {name: shape for name, shape in files.shapes.items() if name != table.HEAD}
         table.claim(table.their_shapes(rows, model, rank), found, folder)
+        for name in found:
+            tensors.check_dtype(files.dtypes[name], f"{folder}: {name}")
         shapes: Abstract = {}
         for row in rows:
             dtype = jnp.result_type(*(files.dtypes[name] for name in row.names(model.layers)))
@@ -196,6 +220,8 @@ class _Orbax:
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
         table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
+        for path, leaf in shapes.items():
+            tensors.check_dtype(leaf.dtype, f"{folder}: {path}")
         return cls(folder=epath.Path(folder.absolute()), arrays=arrays.Reader(folder), shapes=shapes)
 
     def load(self, wanted: Abstract) -> dict[str, jax.Array]:
@@ -226,9 +252,15 @@ class _Orbax:
 
 def _orbax_shapes(folder: Path) -> Abstract:
     handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(epath.Path(folder.absolute())).tree
-    handler.close()
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
+    try:
+        tree = handler.metadata(epath.Path(folder.absolute())).tree
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
+    except Exception as error:  # Orbax checks little of its files: whatever a damaged one leads it to
+        raise ValueError(
+            f"{folder} is damaged, or is no Orbax checkpoint ({arrays.first_line(error)}); copy it again"
+        ) from error
+    finally:
+        handler.close()
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -309,11 +341,11 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
     """The folder of a run and that of its newest step, or of the step that `folder` is."""
     folder = folder.absolute()
-    if folder.name.isdigit() and folder.parent.name == "checkpoints" and (folder.parents[1] / "config.txt").is_file():
+    if folder.name.isdecimal() and folder.parent.name == "checkpoints" and (folder.parents[1] / "config.txt").is_file():
         return folder.parents[1], folder
     if not (folder / "config.txt").is_file() or not (folder / "checkpoints").is_dir():
         return None
-    steps = [step for step in (folder / "checkpoints").iterdir() if step.name.isdigit()]
+    steps = [step for step in (folder / "checkpoints").iterdir() if step.name.isdecimal()]
     return (folder, max(steps, key=lambda step: int(step.name))) if steps else None
 
 
@@ -325,7 +357,12 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     found = _run_step(folder)
     assert found is not None
     workdir, step = found
-    config = configs.from_text((workdir / "config.txt").read_text(), str(workdir / "config.txt"))
+    said = workdir / "config.txt"
+    try:
+        text = said.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{said} is damaged ({error}); copy it again") from error
+    config = configs.from_text(text, str(said))
     params = _item(step / "params")
     if params is None:
         raise ValueError(f"{step} has no params; name another of {workdir / 'checkpoints'}")
@@ -444,6 +481,8 @@ def _described(folder: Path) -> Checkpoint:
 
 def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, name: str | None) -> Checkpoint:
     """An adapter on its model, by default the folder `name`; without a model the shapes of its arrays are unknown."""
+    if not isinstance(name, str | None):
+        raise ValueError(f"{alone.path} names {reprlib.repr(name)} as its model, which is no folder or Hub id")
     under = under or _local(name)
     if under is None:
         sources = (source(alone.model, alone.adapter.rank),) if alone.model else ()

@@ -5,6 +5,7 @@ have is refused by name rather than ignored. Exporting writes a file that transf
 `table`'s; reading the file itself is `checkpoints`'.
 """
 
+import reprlib
 from typing import Any
 
 from gemma2_jax.config import ModelConfig
@@ -41,7 +42,9 @@ def model_config(hf: dict[str, Any], source: object = "config.json") -> ModelCon
     Raises ValueError naming a key that is missing, or one whose value this program does not implement.
     """
     if hf.get("model_type") != "gemma2":
-        raise ValueError(f"{source}: model_type is {hf.get('model_type')!r}; this program has 'gemma2' only")
+        raise ValueError(
+            f"{source}: model_type is {reprlib.repr(hf.get('model_type'))}; this program has 'gemma2' only"
+        )
     activation = "hidden_activation" if "hidden_activation" in hf else "hidden_act"
     _check(source, activation, need(hf, activation, source), ("gelu_pytorch_tanh",))
     for key, accepted in _FIXED.items():
@@ -49,8 +52,12 @@ def model_config(hf: dict[str, Any], source: object = "config.json") -> ModelCon
     values = {field: need(hf, key, source) for field, key in FIELDS.items()}
     for field, value in values.items():
         if not isinstance(value, int | float) and not (value is None and field.endswith("_softcap")):
-            raise ValueError(f"{source}: {FIELDS[field]} is {value!r}; it must be a number")
-    config = ModelConfig(**values, rope_theta=_rope_theta(hf, source))
+            raise ValueError(f"{source}: {FIELDS[field]} is {reprlib.repr(value)}; it must be a number")
+    values["rope_theta"] = _rope_theta(hf, source)
+    try:
+        config = ModelConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     _check(source, "layer_types", hf.get("layer_types") or _layer_types(config), (_layer_types(config),))
     return config
 
@@ -90,9 +97,11 @@ def _rope_theta(hf: dict[str, Any], source: object) -> float:
     theta = hf.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-            raise ValueError(f"{source}: {key} is {rope}; Gemma 2's RoPE is the default type, without scaling")
+            raise ValueError(
+                f"{source}: {key} is {reprlib.repr(rope)}; Gemma 2's RoPE is the default type, without scaling"
+            )
         theta = rope.get("rope_theta", theta)
     if theta is None:
         raise ValueError(f"{source} has neither rope_theta nor rope_parameters.rope_theta; add the model's own value")
@@ -101,4 +110,4 @@ def _rope_theta(hf: dict[str, Any], source: object) -> float:
 
 def _check(source: object, key: str, value: Any, accepted: tuple) -> None:
     if value not in accepted:
-        raise ValueError(f"{source}: {key} is {value!r}; this program has {accepted[0]!r} only")
+        raise ValueError(f"{source}: {key} is {reprlib.repr(value)}; this program has {accepted[0]!r} only")

@@ -7,8 +7,8 @@ rows. The files themselves are `torch_dist`'s and `torch_files`', their configs 
 """
 
 import itertools
-import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from gemma2_jax.convert import table, torch_files
 from gemma2_jax.convert.copying import empty
 from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.table import Index, Shapes
+from gemma2_jax.convert.tensors import read_json
 from gemma2_jax.convert.torch_dist import METADATA, TorchDist
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -272,17 +273,16 @@ def open_folder(folder: Path) -> Opened:
 
 def _open_torch_dist(folder: Path) -> Opened:
     said = folder / BACKEND_FILE
-    try:
-        backend = json.loads(said.read_bytes()).get("sharded_backend")
-    except FileNotFoundError as error:
+    if not said.exists():
         raise ValueError(
             f"{said} is missing: this is a part of a checkpoint, or one of fsdp_dtensor, which this program does not "
             "read; copy the whole, or save it with --ckpt-format torch_dist"
-        ) from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{said} is not a JSON object; copy it again") from error
+        )
+    backend = read_json(said).get("sharded_backend")
     if backend != "torch_dist":
-        raise ValueError(f"{said} says that sharded_backend is {backend!r}; this program reads 'torch_dist'")
+        raise ValueError(
+            f"{said} says that sharded_backend is {reprlib.repr(backend)}; this program reads 'torch_dist'"
+        )
     store = TorchDist(folder)
     tensors, ignored, prefix = dict[str, Tensor](), dict[str, int](), _prefix(store.shapes)
     for name, shape in store.shapes.items():

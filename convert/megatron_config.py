@@ -185,7 +185,11 @@ def model_config(run: dict[str, Any], source: object = "run_config.yaml") -> Mod
             values[field] = None
         else:
             values[field] = _number(value, f"model.{key}", source, whole=types[field] is int)
-    return ModelConfig(**values, window=_window(model, source))
+    values["window"] = _window(model, source)
+    try:
+        return ModelConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def parallel(run: dict[str, Any], source: object = "run_config.yaml") -> tuple[int, int]:
@@ -222,14 +226,17 @@ def adapter_config(run: dict[str, Any], projections: list[str], source: object) 
         _check(source, "peft.dropout_position", peft.get("dropout_position", "pre"), ("pre",))
     if not projections:
         raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
-    return AdapterConfig(
-        kind="dora" if _PEFT[target] == "dora" else "lora",
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        targets=tuple(projections),
-        after_norm=any(name in projections for name in _AFTER_NORM),
-    )
+    try:
+        return AdapterConfig(
+            kind="dora" if _PEFT[target] == "dora" else "lora",
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            targets=tuple(projections),
+            after_norm=any(name in projections for name in _AFTER_NORM),
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def run_config(

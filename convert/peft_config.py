@@ -4,6 +4,7 @@ Which projections an adapter has is read from its tensors, not from target_modul
 What this program does not have is refused by name. The tensors are `table`'s.
 """
 
+import reprlib
 from typing import Any
 
 from gemma2_jax.config import AdapterConfig
@@ -29,30 +30,39 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
     Raises ValueError naming a key that is missing, or one that asks for what this program does not implement.
     """
     if peft.get("peft_type") != "LORA":
-        raise ValueError(f"{source}: peft_type is {peft.get('peft_type')!r}; this program has 'LORA' only")
+        kind = reprlib.repr(peft.get("peft_type"))
+        raise ValueError(f"{source}: peft_type is {kind}; this program has 'LORA' only")
+    for key in ("use_rslora", "use_dora", _AFTER_NORM):
+        if peft.get(key) not in (True, False, None):
+            raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
     rank, alpha = need(peft, "r", source), need(peft, "lora_alpha", source)
     if peft.get("init_lora_weights") not in _STARTS:
         raise ValueError(
-            f"{source}: init_lora_weights is {peft['init_lora_weights']!r}, so the adapter is to changed base weights;"
+            f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed base weights;"
             " save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
         )
     uniform = {"rank_pattern": rank, "alpha_pattern": alpha}
     for key, value in peft.items():
-        if key in uniform and value and set(value.values()) == {uniform[key]}:
+        if key in uniform and isinstance(value, dict) and all(one == uniform[key] for one in value.values()):
             continue
         if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
-            raise ValueError(f"{source}: {key} is {value!r}, which this program does not have; train without it")
+            raise ValueError(
+                f"{source}: {key} is {reprlib.repr(value)}, which this program does not have; train without it"
+            )
     if not projections:
         raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
-    return AdapterConfig(
-        kind="dora" if peft.get("use_dora") else "lora",
-        rank=rank,
-        alpha=alpha,
-        rslora=bool(peft.get("use_rslora")),
-        dropout=peft.get("lora_dropout") or 0.0,
-        targets=tuple(projections),
-        after_norm=bool(peft.get(_AFTER_NORM)),
-    )
+    try:
+        return AdapterConfig(
+            kind="dora" if peft.get("use_dora") else "lora",
+            rank=rank,
+            alpha=alpha,
+            rslora=bool(peft.get("use_rslora")),
+            dropout=peft.get("lora_dropout") or 0.0,
+            targets=tuple(projections),
+            after_norm=bool(peft.get(_AFTER_NORM)),
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dict[str, Any]:

@@ -24,6 +24,15 @@ ADAPTER = "adapter_model.safetensors"
 SHARD_BYTES = 5_000_000_000  # as Hugging Face's own writer has it
 
 _DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+_JSON_BYTES = 32 << 20  # the index of a 27B model has 50 kB
+
+
+def check_dtype(dtype: np.dtype, source: object) -> None:
+    """Raises ValueError unless weights may be stored in it."""
+    if dtype not in [np.dtype(kind) for kind in _DTYPES.values()]:
+        raise ValueError(
+            f"{source} is stored as {dtype}; this program reads {', '.join(_DTYPES)}, so save the checkpoint as one"
+        )
 
 
 class Tensors:
@@ -65,9 +74,7 @@ class Tensors:
                 shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+        size, starts = _starts(path, dtypes, shapes)
         for name, shape in shapes.items():
             if name in self._places:
                 raise ValueError(f"{path} holds {name}, which another file of {self.folder} holds too; delete one")
@@ -78,8 +85,32 @@ class Tensors:
                 )
             if not shape:
                 raise ValueError(f"{path}: {name} is a single number, which no tensor of Gemma 2 is")
-            self._places[name] = path, 8 + size + header[name]["data_offsets"][0]
+            self._places[name] = path, 8 + size + starts[name]
             self.shapes[name], self.dtypes[name] = shape, np.dtype(_DTYPES[dtypes[name]])
+
+
+def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, dict[str, int]]:
+    """The size of a header, and where the tensors start after it, which the library has checked and does not tell."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+    try:
+        # Of a name that is there twice the library may have checked the other one.
+        entries = json.loads(header, object_pairs_hook=_once)
+        found = {name: entries[name] for name in shapes}
+        agree = all((at["dtype"], tuple(at["shape"])) == (dtypes[name], shapes[name]) for name, at in found.items())
+        starts = {name: at["data_offsets"][0] for name, at in found.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: its header is no safetensors header ({error}); get it again") from error
+    if not agree:
+        raise ValueError(f"{path} is damaged: its header says two things of one tensor; get it again")
+    return size, starts
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -95,7 +126,13 @@ def _weight_map(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file when it is missing or something else."""
     try:
-        content = json.loads(path.read_text())
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read without end
+            raise ValueError("it is not a file")
+        with path.open("rb") as file:
+            text = file.read(_JSON_BYTES + 1)
+        if len(text) > _JSON_BYTES:
+            raise ValueError(f"it is larger than {_JSON_BYTES >> 20} MiB")
+        content = json.loads(text.decode())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it beside the weights") from error
     except (ValueError, RecursionError) as error:

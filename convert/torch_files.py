@@ -89,6 +89,8 @@ def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
 
     Raises ValueError where it is damaged or no such file, naming what is wrong.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file; copy it again")
     try:
         with open(path, "rb", buffering=0) as file:
             archive = _Archive(path, file, offset, length)

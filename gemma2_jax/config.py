@@ -12,11 +12,14 @@ import fnmatch
 import importlib.util
 import math
 import re
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 DType = Literal["float32", "bfloat16"]
+_MOST_LAYERS = 10_000  # so that a damaged config costs little: every layer has names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "model")
         for name in (
             "layers",
             "width",
@@ -51,6 +55,8 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(f"model.layers is {self.layers}; no model has more than {_MOST_LAYERS:,}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}; "
@@ -89,6 +95,18 @@ class ModelConfig:
         matrices = self.parameter_count() - (4 * self.layers + 1) * self.width
         pairs = sum(_causal_pairs(length, window) for window in self.layer_windows(length))
         return 2 * matrices + 4 * self.heads * self.head_width * pairs / length
+
+
+def _check_numbers(config, group: str) -> None:
+    """Raises ValueError naming a field that is not a number of its type, or one that no model can have."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type is int and not (type(value) is int and abs(value) < 2**31):
+            raise ValueError(f"{group}.{f.name} is {reprlib.repr(value)}; it must be a whole number below 2**31")
+        if f.type is float or (f.type == float | None and value is not None):
+            # Neither NaN nor infinity.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
+                raise ValueError(f"{group}.{f.name} is {reprlib.repr(value)}; it must be a number below 2**53")
 
 
 def _causal_pairs(length: int, window: int) -> int:
@@ -135,6 +153,7 @@ class AdapterConfig:
     after_norm: bool = False  # of o and down: added after the post-norm, as Megatron-Bridge trains them
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "adapter")
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be at least 1")
         if not 0 <= self.dropout < 1:
@@ -410,7 +429,7 @@ def from_text(text: str, source: str = "config.txt") -> Config:
         group, _, name = key.rpartition(".")
         try:
             groups.setdefault(group, {})[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # as `ast` has it
             raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`") from error
         if not separator:
             raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`")
@@ -420,9 +439,27 @@ def from_text(text: str, source: str = "config.txt") -> Config:
         config = Config(**nested, **groups.pop("", {}))
     except TypeError as error:
         raise ValueError(f"{source} is of another version of this program: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if groups:
         raise ValueError(f"{source} is of another version of this program: unknown groups {sorted(groups)}")
+    for node in (config, *(getattr(config, name) for name in types)):
+        for f in dataclasses.fields(node):
+            if f.name not in types and not _is(getattr(node, f.name), f.type):
+                raise ValueError(f"{source}: {f.name} is {reprlib.repr(getattr(node, f.name))}; it must be a {f.type}")
     return config
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a field of that type can have this value."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(item, inner[0]) for item in value)
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in inner)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _flat(node, prefix: str = ""):
