@@ -8,6 +8,8 @@ as long. Names of arrays are `checkpoints`'.
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -20,6 +22,13 @@ from flax.traverse_util import unflatten_dict
 from gemma2_jax.checkpoint import CHUNK_BYTES
 from gemma2_jax.convert.copying import contiguous, reserve
 from gemma2_jax.convert.table import Index
+from gemma2_jax.convert.tensors import read_json
+from gemma2_jax.model import Abstract
+
+METADATA = "_METADATA"  # Orbax's, of the whole checkpoint
+_ARRAY_METADATA = (".zarray", "zarr.json")
+_METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # of one array; they have 1 kB, and less than 20 brackets
+_MOST_ARRAYS = 1000  # a model has 13, with adapters 34
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
@@ -33,10 +42,16 @@ class Reader:
     """The arrays of an Orbax checkpoint that any of its versions or settings has written."""
 
     def __init__(self, folder: Path):
+        """Reads what is said of the arrays. Raises ValueError where it is missing, damaged or something else."""
         self._folder = folder.absolute()
         self._ocdbt = (folder / "manifest.ocdbt").is_file()
         self._stores: dict[str, ts.TensorStore] = {}
         self._held: dict[str, tuple[int, np.ndarray]] = {}
+        _check_files(self._folder)
+        stores = {path: self._open(path) for path in _paths(folder / METADATA)}
+        self.shapes: Abstract = {
+            path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for path, store in stores.items()
+        }
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """A part of an array, as stored.
@@ -61,13 +76,14 @@ class Reader:
 
     def chunk(self, path: str) -> tuple[int, ...]:
         """The shape of the pieces that an array is stored in."""
-        return tuple(size or 1 for size in self._open(path).chunk_layout.read_chunk.shape or ())
+        store = self._open(path)
+        return tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or store.shape)
 
     def _read(self, store: ts.TensorStore, index: Index, path: str) -> np.ndarray:
         try:
             return np.asarray(store[index].read().result())
         except ValueError as error:
-            raise ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again") from error
+            raise self._damaged(path, error) from error
 
     def _open(self, path: str) -> ts.TensorStore:
         if path in self._stores:
@@ -76,16 +92,54 @@ class Reader:
         file = {"driver": "file", "path": base if self._ocdbt else base + name}
         kvstore = {"driver": "ocdbt", "base": file, "path": name} if self._ocdbt else file
         try:
+            if self._ocdbt:
+                values = ts.KvStore.open(kvstore).result()
+                for key in _ARRAY_METADATA:
+                    _check_metadata(values.read(key).result().value, f"{self._folder}: {key} of {path}")
             found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
             # Which only a driver that is named takes: that chunks which are gone are an error, and not zeros.
             spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
             self._stores[path] = store = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
-            raise ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again") from error
-        chunk = store.chunk_layout.read_chunk.shape or store.shape
+            raise self._damaged(path, error) from error
+        chunk = self.chunk(path)
         if any(size > max(whole, 1) for size, whole in zip(chunk, store.shape, strict=True)):
             raise ValueError(f"{self._folder}: {path} of {store.shape} has chunks of {chunk}; copy it again")
         return store
+
+    def _damaged(self, path: str, error: Exception) -> ValueError:
+        return ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError where the folder holds what TensorStore would wait for, read without end, or crash on."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = Path(at, name)
+            if not path.is_file():
+                raise ValueError(f"{path} is not a file, nor a link to one; copy the checkpoint again")
+            if name in _ARRAY_METADATA:
+                with path.open("rb") as file:
+                    _check_metadata(file.read(_METADATA_BYTES + 1), path)
+
+
+def _check_metadata(text: bytes, source: object) -> None:
+    """Raises ValueError unless an array's metadata is of a size, and its JSON of a depth, such as they have."""
+    if len(text) > _METADATA_BYTES or text.count(b"[") + text.count(b"{") > _METADATA_DEPTH:
+        raise ValueError(f"{source} is not the metadata of an array; copy it again")
+
+
+def _paths(metadata: Path) -> list[str]:
+    """The arrays that Orbax's own metadata lists."""
+    try:
+        entries = read_json(metadata)["tree_metadata"].values()
+        paths = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{metadata} is damaged, or of no Orbax checkpoint; copy it again") from error
+    for path in paths:
+        if len(paths) > _MOST_ARRAYS or not re.fullmatch(r"\w+(/\w+)*", path):
+            raise ValueError(f"{metadata} lists {len(paths)} arrays, of which {path[:200]!r} is none of Gemma 2's")
+    return paths
 
 
 class Writer:

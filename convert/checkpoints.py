@@ -25,9 +25,6 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
@@ -49,12 +46,8 @@ class Source(Protocol):
         """Every array as it is stored."""
         ...
 
-    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
-        """Arrays of this store in the dtype and sharding of `wanted`, whose shapes are right."""
-        ...
-
-    def read(self, path: str, index: table.Index) -> np.ndarray:
-        """A part of an array as it is stored, in the host's memory, in whatever order its dims are there."""
+    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+        """A part of an array, in the host's memory, in whatever order its dims are there."""
         ...
 
 
@@ -152,15 +145,33 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape "
                 f"{shapes[path].shape}, and {want.shape} is wanted"
             )
-    found: dict[str, jax.Array] = {}
-    for source in checkpoint.sources:
-        found |= source.load({path: want for path, want in wanted.items() if path in source.shapes})
-    return {path: found[path] for path in wanted}
+    return {path: _array(_source(checkpoint, path), path, want) for path, want in wanted.items()}
 
 
 def read(checkpoint: Checkpoint, path: str, index: table.Index) -> np.ndarray:
     """A part of an array as it is stored, in the host's memory; best one layer, or some rows, as memory goes."""
-    return next(source for source in checkpoint.sources if path in source.shapes).read(path, index)
+    source = _source(checkpoint, path)
+    return source.read(path, index, source.shapes[path].dtype)
+
+
+def _source(checkpoint: Checkpoint, path: str) -> Source:
+    return next(source for source in checkpoint.sources if path in source.shapes)
+
+
+def _array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+    @cache  # devices that hold copies of one slice ask for it once each
+    def part(index: table.Index):
+        have = [range(size)[at] for size, at in zip(source.shapes[path].shape, index, strict=True)]
+        whole = np.zeros([len(range(size)[at]) for size, at in zip(want.shape, index, strict=True)], want.dtype)
+        if have[0]:
+            found = source.read(path, tuple(slice(at.start, at.stop) for at in have), want.dtype)
+            if len(found) == len(whole):
+                return found
+            whole[: len(found)] = found
+        return whole
+
+    sharding = want.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(want.shape, sharding, part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,95 +197,39 @@ class _Safetensors:
             shapes[row.path] = jax.ShapeDtypeStruct(dims.shape(row.letters, model, rank), dtype)
         return cls(rows={row.path: row for row in rows}, size=dims.sizes(model, rank), tensors=files, shapes=shapes)
 
-    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
-        return {path: self._array(path, want) for path, want in wanted.items()}
-
-    def _array(self, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
-        @cache  # devices that hold copies of one slice ask for it once each
-        def part(index: table.Index):
-            have = [range(size)[at] for size, at in zip(self.shapes[path].shape, index, strict=True)]
-            there = tuple(slice(at.start, at.stop) for at in have)
-            found = self.rows[path].join(self.size, want.dtype, self.tensors.read, there)
-            missing = len(range(want.shape[0])[index[0]]) - len(have[0])
-            return np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1)) if missing else found
-
-        return jax.make_array_from_callback(want.shape, _sharding(want), part)
-
-    def read(self, path: str, index: table.Index) -> np.ndarray:
-        return self.rows[path].join(self.size, self.shapes[path].dtype, self.tensors.read, index)
+    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+        return self.rows[path].join(self.size, dtype, self.tensors.read, index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Orbax:
     """An Orbax checkpoint of a nested dict of our arrays."""
 
-    folder: epath.Path
     arrays: arrays.Reader
     shapes: Abstract
 
     @classmethod
     def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0, *, of_run: bool = False):
-        shapes = _orbax_shapes(folder)
+        reader, expected = arrays.Reader(folder), table.our_shapes(rows, model, rank)
+        shapes = dict(reader.shapes)
         if of_run:  # whose pipeline stages may have filled up the stacks with zeros: see `step.Program`
-            for path, shape in table.our_shapes(rows, model, rank).items():
+            for path, shape in expected.items():
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
-        table.claim(table.our_shapes(rows, model, rank), {path: leaf.shape for path, leaf in shapes.items()}, folder)
+        table.claim(expected, {path: leaf.shape for path, leaf in shapes.items()}, folder)
         for path, leaf in shapes.items():
             tensors.check_dtype(leaf.dtype, f"{folder}: {path}")
-        return cls(folder=epath.Path(folder.absolute()), arrays=arrays.Reader(folder), shapes=shapes)
+        return cls(arrays=reader, shapes=shapes)
 
-    def load(self, wanted: Abstract) -> dict[str, jax.Array]:
-        if not wanted:
-            return {}
-        return self._restore(
-            {
-                path: ocp.ArrayRestoreArgs(
-                    dtype=want.dtype, sharding=_sharding(want), global_shape=want.shape, strict=False
-                )
-                for path, want in wanted.items()
-            }
-        )
-
-    def read(self, path: str, index: table.Index) -> np.ndarray:
+    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
         shape = self.shapes[path].shape  # of a run the stack may be longer
         within = tuple(range(size)[at] for size, at in zip(shape, index, strict=True))
-        return self.arrays.read(path, tuple(slice(at.start, at.stop) for at in within))
-
-    def _restore(self, how: dict[str, Any]) -> dict[str, Any]:
-        handler = ocp.PyTreeCheckpointHandler()
-        item = unflatten_dict({path: self.shapes[path] for path in how}, sep="/")
-        args = ocp.args.PyTreeRestore(item, unflatten_dict(how, sep="/"), partial_restore=True)
-        tree = handler.restore(self.folder, args=args)
-        handler.close()
-        return _flat(tree)
-
-
-def _orbax_shapes(folder: Path) -> Abstract:
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        tree = handler.metadata(epath.Path(folder.absolute())).tree
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
-    except Exception as error:  # Orbax checks little of its files: whatever a damaged one leads it to
-        raise ValueError(
-            f"{folder} is damaged, or is no Orbax checkpoint ({arrays.first_line(error)}); copy it again"
-        ) from error
-    finally:
-        handler.close()
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    leaves: Any = flatten_dict(tree, sep="/")
-    return leaves
-
-
-def _sharding(want: jax.ShapeDtypeStruct):
-    return want.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        return self.arrays.read(path, tuple(slice(at.start, at.stop) for at in within)).astype(dtype, copy=False)
 
 
 def _item(folder: Path) -> Path | None:
     """Where the arrays of an Orbax checkpoint are: Orbax's second API puts them one folder down."""
-    return next((at for at in (folder, folder / "state") if (at / "_METADATA").is_file()), None)
+    return next((at for at in (folder, folder / "state") if (at / arrays.METADATA).is_file()), None)
 
 
 def _is_huggingface(folder: Path) -> bool:
@@ -332,7 +287,7 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
         assert under is not None
         return under
     peft = read_json(folder / "adapter_config.json")
-    projections = table.adapted(_orbax_shapes(adapter))
+    projections = table.adapted(arrays.Reader(adapter).shapes)
     adapted = replace(only, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
     source = partial(_Orbax.open, adapter, table.rows(adapted.adapter))
     return _with_base(adapted, under, source, peft.get("base_model_name_or_path"))

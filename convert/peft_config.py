@@ -38,8 +38,8 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
     rank, alpha = need(peft, "r", source), need(peft, "lora_alpha", source)
     if peft.get("init_lora_weights") not in _STARTS:
         raise ValueError(
-            f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed base weights;"
-            " save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
+            f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed "
+            "base weights; save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
         )
     uniform = {"rank_pattern": rank, "alpha_pattern": alpha}
     for key, value in peft.items():

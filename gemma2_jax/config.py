@@ -103,10 +103,10 @@ def _check_numbers(config, group: str) -> None:
         value = getattr(config, f.name)
         if f.type is int and not (type(value) is int and abs(value) < 2**31):
             raise ValueError(f"{group}.{f.name} is {reprlib.repr(value)}; it must be a whole number below 2**31")
-        if f.type is float or (f.type == float | None and value is not None):
-            # Neither NaN nor infinity.
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
-                raise ValueError(f"{group}.{f.name} is {reprlib.repr(value)}; it must be a number below 2**53")
+        real = f.type is float or (f.type == float | None and value is not None)
+        # Neither NaN nor infinity.
+        if real and (isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53):
+            raise ValueError(f"{group}.{f.name} is {reprlib.repr(value)}; it must be a number below 2**53")
 
 
 def _causal_pairs(length: int, window: int) -> int:

@@ -6,7 +6,6 @@ whole or not at all, and is what `python -m gemma2_jax.convert WORKDIR/checkpoin
 
 import shutil
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -76,8 +75,5 @@ class _Held:
     def shapes(self) -> Abstract:
         return {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in self.arrays.items()}
 
-    def load(self, wanted: Abstract) -> dict[str, Any]:
-        return {path: jax.device_put(self.arrays[path].astype(w.dtype), w.sharding) for path, w in wanted.items()}
-
-    def read(self, path: str, index: table.Index) -> np.ndarray:
-        return self.arrays[path][index]
+    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+        return self.arrays[path][index].astype(dtype, copy=False)

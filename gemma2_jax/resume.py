@@ -38,7 +38,8 @@ def open_source(config: Config) -> formats.Checkpoint | None:
             "training it, this as --adapter"
         )
     if source.adapter.kind != "none":
-        remedy = "give its model as --init and the adapter alone as --adapter to go on training it"
+        model = f"its model, {source.base}," if source.base else "its model"
+        remedy = f"give {model} as --init and the adapter alone as --adapter to go on training it"
         if not source.adapter.apart:  # else nothing can
             remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
         raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")

@@ -1,8 +1,8 @@
 """Whole checkpoints of every format with one thing changed: a checkpoint, or one sentence that says what is wrong.
 
 `test_torch_files`, `test_torch_dist` and `test_megatron_config` change the bytes of single files; here it is folders,
-and the trees that their files hold. Whatever was changed, opening and reading is soon over, takes little memory, imports
-nothing, opens no file outside and writes none.
+and the trees that their files hold. Whatever was changed, opening and reading is soon over, takes little memory,
+imports nothing, opens no file outside and writes none.
 """
 
 import json
@@ -261,6 +261,10 @@ def change(case: Case, chance: random.Random) -> str:
     return f"{name}: {kind}"
 
 
+def _cut_short(case: Case, path: Path, chance: random.Random) -> None:
+    case.put(path, case.files[path][: chance.randrange(len(case.files[path]) or 1)])
+
+
 def _swap(case: Case, path: Path, chance: random.Random) -> None:
     other = chance.choice(list(case.files))
     case.put(path, case.files[other])
@@ -298,7 +302,7 @@ def _emptied(case: Case, path: Path, chance: random.Random) -> None:
 
 
 KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
-    "cut short": lambda case, path, chance: case.put(path, case.files[path][: chance.randrange(len(case.files[path]) or 1)]),
+    "cut short": _cut_short,
     "bytes": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
     "bytes again": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
     "longer": lambda case, path, chance: case.put(path, case.files[path] + bytes(chance.randrange(1, 100))),

@@ -215,7 +215,7 @@ def test_adapters_that_do_not_fit_are_refused(run, adapter, tmp_path):
     assert resume.open_source(train.parse([*sft, *options]).run).adapter == replace(
         config.adapter, targets=tuple(every.split())
     )
-    message = rf"init {adapter} has a {run.name} adapter; give its model as --init and the adapter alone as"
+    message = rf"init {adapter} has a {run.name} adapter; give its model, {TINY}, as --init and the adapter alone as"
     with pytest.raises(ValueError, match=message):
         resume.open_source(replace(config, init=str(adapter), init_adapter=""))
 
