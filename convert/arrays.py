@@ -94,8 +94,8 @@ class Reader:
         try:
             if self._ocdbt:
                 values = ts.KvStore.open(kvstore).result()
-                for key in _ARRAY_METADATA:
-                    _check_metadata(values.read(key).result().value, f"{self._folder}: {key} of {path}")
+                if not all(_is_metadata(values.read(key).result().value) for key in _ARRAY_METADATA):
+                    raise ValueError("its metadata is not that of an array")
             found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
             # Which only a driver that is named takes: that chunks which are gone are an error, and not zeros.
             spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
@@ -120,13 +120,13 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"{path} is not a file, nor a link to one; copy the checkpoint again")
             if name in _ARRAY_METADATA:
                 with path.open("rb") as file:
-                    _check_metadata(file.read(_METADATA_BYTES + 1), path)
+                    if not _is_metadata(file.read(_METADATA_BYTES + 1)):
+                        raise ValueError(f"{path} is not the metadata of an array; copy it again")
 
 
-def _check_metadata(text: bytes, source: object) -> None:
-    """Raises ValueError unless an array's metadata is of a size, and its JSON of a depth, such as they have."""
-    if len(text) > _METADATA_BYTES or text.count(b"[") + text.count(b"{") > _METADATA_DEPTH:
-        raise ValueError(f"{source} is not the metadata of an array; copy it again")
+def _is_metadata(text: bytes) -> bool:
+    """Whether an array's metadata has a size, and its JSON a depth, such as they have."""
+    return len(text) <= _METADATA_BYTES and text.count(b"[") + text.count(b"{") <= _METADATA_DEPTH
 
 
 def _paths(metadata: Path) -> list[str]:

@@ -13,9 +13,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 import torch
 import transformers
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from peers import BITING, hf_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -78,6 +82,37 @@ def test_round_trip_through_orbax_is_exact(hf, tmp_path, name, dtype):
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (back / file).read_bytes() == (hf[name, dtype] / file).read_bytes()
     assert back.joinpath("model.safetensors").stat().st_mode & 0o777 == (back / "config.json").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orbax_restores_what_is_written(hf, tmp_path, dtype):
+    written = _convert(hf["2b", dtype], tmp_path / "orbax", "orbax") / "weights"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(written)
+    assert _same(flatten_dict(tree, sep="/"), table.from_hf(_stored(hf["2b", dtype]), BITING["2b"]))
+
+
+@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize("zarr3", [False, True])
+def test_what_orbax_writes_is_read(copy, tmp_path, ocdbt, zarr3):
+    weights = table.from_hf(_stored(copy), BITING["2b"])
+    weights["embedding"] = weights["embedding"].astype(jnp.bfloat16)
+    arrays = tmp_path / "orbax" / "weights"
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    handler.save(epath.Path(arrays), args=ocp.args.PyTreeSave(unflatten_dict(weights, sep="/")))
+    handler.finalize(epath.Path(arrays))
+    handler.close()
+    shutil.copy(copy / "config.json", arrays.parent)
+    found = open_checkpoint(arrays.parent)
+    assert _same({path: np.asarray(w) for path, w in load(found, found.shapes).items()}, weights)
+    if ocdbt:  # which holds the metadata of arrays itself
+        at = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
+        name = "zarr.json" if zarr3 else ".zarray"
+        at.write(f"final_norm.w/{name}", b"[" * 100_000).result()
+    else:
+        (arrays / "final_norm.w" / "zarr.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"weights.*final_norm.w.* is not (the metadata|that) of an array"):
+        open_checkpoint(arrays.parent)  # where TensorStore overflows its stack
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
