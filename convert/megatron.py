@@ -254,7 +254,8 @@ def iteration_folder(folder: Path) -> Path | None:
     """The folder of the iteration that a Megatron checkpoint's folder names, or of the one that it is."""
     tracker = folder / TRACKER
     if tracker.is_file():
-        text = tracker.read_bytes()[:100].decode(errors="replace").strip()
+        with tracker.open("rb") as file:
+            text = file.read(100).decode(errors="replace").strip()
         if text != "release" and not re.fullmatch("[0-9]{1,12}", text):
             raise ValueError(f"{tracker} says {text[:40]!r}; it must name an iteration, as 1000 or release")
         found = folder / (text if text == "release" else f"iter_{int(text):07}")

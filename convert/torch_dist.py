@@ -55,11 +55,10 @@ class TorchDist:
         self.shapes, self.dtypes, self.objects = dict[str, _Sizes](), dict[str, np.dtype](), list[str]()
         self._listed, self._checked = dict[str, list[Any]](), dict[str, _Chunks]()
         path = folder / METADATA
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{path} is missing; copy the whole checkpoint again") from error
-        match pickles.loads(data, path):
+        if not path.is_file():  # a pipe would be waited for
+            state = "not a file" if path.exists() else "missing"
+            raise ValueError(f"{path} is {state}; copy the whole checkpoint again")
+        match pickles.loads(path.read_bytes(), path):
             case Record(state={"state_dict_metadata": dict(entries), "storage_data": dict(storage)}):
                 for name, entry in entries.items():
                     self._list(name, entry)

@@ -127,7 +127,7 @@ def test_downloaded_once_and_then_read_without_a_network(tmp_path):
 def test_a_config_is_had_without_the_weights(tmp_path):
     hub = Hub()
     with hub.serve() as environment:
-        folder = downloaded(start(tmp_path, environment, code=CODE.replace("[1]", "[1], weights=False")))
+        folder = downloaded(start(tmp_path, environment, code=CODE.replace("weights=True", "weights=False")))
     assert {file.name for file in folder.iterdir()} == {name for name in NEEDED if not name.endswith(".safetensors")}
     assert {file.name for file in folder.iterdir()} < set(NEEDED)
 
