@@ -12,13 +12,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from gemma2_jax import hosts, report, resume
+from gemma2_jax import hosts, metrics, report, resume
 from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
 from gemma2_jax.data import pipeline
 from gemma2_jax.export import Adapters
 from gemma2_jax.mesh import balanced, make_mesh
-from gemma2_jax.metrics import Metrics
 from gemma2_jax.profiling import Trace
 from gemma2_jax.step import Batch, Program, State
 
@@ -29,6 +28,7 @@ def train(config: Config) -> None:
     Raises ValueError for what cannot be done as asked, FloatingPointError when the loss or its gradient is no longer
     finite, and OSError when the disk does not take what is written.
     """
+    metrics.check(config)
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file has no width of its own
@@ -57,7 +57,7 @@ def train(config: Config) -> None:
         def evaluate(state: State) -> float:
             return mean_loss(eval_step, state, (place(program, batch) for batch in held_out))
 
-        with Metrics(config, console, first_step=first) as log, Trace(config, first) as trace:
+        with metrics.Metrics(config, console, first_step=first) as log, Trace(config, first) as trace:
             if loop is None:
                 log.evaluation(0, evaluate(state))
             for step in range(first + 1, config.steps + 1):

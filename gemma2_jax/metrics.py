@@ -100,15 +100,21 @@ class Metrics:
             self._console.print(text, highlight=False)
 
 
-def _wandb(config: Config):
-    """The run's page at Weights & Biases, the same one when it resumes."""
+def check(config: Config) -> None:
+    """Raises ValueError where metrics are to go to what is not installed."""
     try:
-        wandb = importlib.import_module("wandb")
+        if config.train.wandb:
+            importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
             f"train.wandb is {config.train.wandb!r}, but wandb is not installed: pip install 'gemma2-jax[wandb]', or "
             "leave train.wandb empty"
         ) from error
+
+
+def _wandb(config: Config):
+    """The run's page at Weights & Biases, the same one when it resumes."""
+    wandb = importlib.import_module("wandb")
     lines = dict(line.split(" = ", 1) for line in to_text(config).splitlines())
     page = hashlib.blake2b(str(config.output.absolute()).encode(), digest_size=8).hexdigest()
     return wandb.init(

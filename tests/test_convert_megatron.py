@@ -800,7 +800,9 @@ def test_dora_with_an_a_each_is_refused(how, tmp_path):
     also, only = how.get("also", lambda tensors: None), how.get("only", "")
     at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), only, use_dora=True)
     source = open_checkpoint(at, hf_config=HF["f32"])
-    with pytest.raises(ValueError, match=r"is a DoRA whose projections have an A each, for which Megatron-Bridge has"):
+    with pytest.raises(
+        ValueError, match=r"is a DoRA with an A of its own for each of .*, and Megatron-Bridge's has one"
+    ):
         convert(source, tmp_path / "out", "megatron-adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
@@ -980,7 +982,7 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
         ),
         (zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
         (lambda at: (at / ".metadata").unlink(), r"\.metadata is missing; copy the whole checkpoint again"),
-        (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not a JSON object; copy it again"),
+        (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not JSON .*; download it again"),
     ],
     ids=itertools.count(),
 )

@@ -212,6 +212,8 @@ def test_choices_that_lose_the_adapter_are_refused(base, theirs, tmp_path):
     with pytest.raises(ValueError, match=r"both has an adapter already, .*dora is another; merge the first one first"):
         open_checkpoint(theirs["dora"], base=both)
     with pytest.raises(ValueError, match="is not an adapter alone, so it takes no base model"):
+        open_checkpoint(base, base=both)
+    with pytest.raises(ValueError, match="is named as its own base model"):
         open_checkpoint(base, base=base)
 
 

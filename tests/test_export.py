@@ -26,6 +26,8 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import Gemma2
 from gemma2_jax.step import Program
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-gemma2"
 QUESTION = "<start_of_turn>user\nWhat does json.dumps do?<end_of_turn>\n<start_of_turn>model\n"
@@ -44,6 +46,7 @@ def run(request, tmp_path_factory) -> Path:
             init=str(TINY),
             workdir=str(workdir),
             steps=4,
+            data=replace(recipe.data, train=str(ROOT / "tests" / "fixtures" / "sums.jsonl"), eval_fraction=0.05),
             optim=replace(recipe.optim, lr=0.02, min_lr=0.01, warmup_steps=0),
             train=replace(recipe.train, **sizes, **saves),
         )

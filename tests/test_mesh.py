@@ -20,6 +20,8 @@ from gemma2_jax.loop import place
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.step import Program
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 GOLDEN = Path(__file__).parent / "golden" / "shardings"
 
 
@@ -103,18 +105,18 @@ def test_shardings_are_golden(name):
 # What runs always, model, mesh: layers that stages do not divide, and heads that tensor shards exceed, among them.
 MESHES = [
     (None, "9b", MeshConfig(data=4, tensor=2)),
-    ("lora", "27b", MeshConfig(data=2, tensor=4)),
+    (None, "27b", MeshConfig(data=2, tensor=4)),
     ("sft", "27b", MeshConfig(tensor=8)),  # twice its key/value heads
-    ("sft", "9b", MeshConfig(fsdp=8)),
+    (None, "9b", MeshConfig(fsdp=8)),
     (None, "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
     ("dora", "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
     (None, "2b", MeshConfig(stage=2, data=4)),
-    ("lora", 5, MeshConfig(stage=3, tensor=2)),  # 2 + 2 + 1 layers, on six devices
+    (None, 5, MeshConfig(stage=3, tensor=2)),  # 2 + 2 + 1 layers, on six devices
     ("sft", 7, MeshConfig(stage=4, fsdp=2)),  # 2 + 2 + 2 + 1 layers
     (None, "9b", MeshConfig(context=2, data=4)),
-    ("sft", "9b", MeshConfig(context=4, fsdp=2)),
+    (None, "9b", MeshConfig(context=4, fsdp=2)),
     (None, "9b", MeshConfig(context=2, tensor=2, data=2)),
-    ("sft", "9b", MeshConfig(context=4, tensor=2)),
+    (None, "9b", MeshConfig(context=4, tensor=2)),
     ("lora", "2b", MeshConfig(stage=2, context=2, tensor=2)),
 ]
 
@@ -312,6 +314,7 @@ def compiled(**changes):
         return run, jax.jit(run.train_step).lower(run.state, run.batch).compile()
 
 
+@pytest.mark.exhaustive
 def test_what_a_stage_keeps_does_not_grow_with_the_passes():
     """Eight times the passes need room for their tokens and nothing else: [B, T] times five arrays of four bytes."""
     few, many = (compiled(train=TrainConfig(sequence_length=32, global_batch_size=rows)) for rows in (8, 64))
@@ -321,6 +324,7 @@ def test_what_a_stage_keeps_does_not_grow_with_the_passes():
     assert grown[1] - grown[0] <= 5 * (64 - 8) * 32 * 4 + 2 * one_pass
 
 
+@pytest.mark.exhaustive
 def test_a_pass_that_stages_wait_for_alone():
     """Fewer passes than stages."""
     losses = []
@@ -344,7 +348,7 @@ def test_held_out_losses_agree():
 
 
 @pytest.mark.parametrize(
-    "policies", [("block", "dots", "none"), pytest.param(("block", "offload"), marks=pytest.mark.exhaustive)]
+    "policies", [("block", "dots"), pytest.param(("block", "dots", "none", "offload"), marks=pytest.mark.exhaustive)]
 )
 def test_remat_policies_agree(policies):
     """Whatever is kept of a block, the gradients are the same; what keeps more takes more memory."""

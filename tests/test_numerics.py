@@ -182,7 +182,7 @@ def test_window_boundary():
     assert configs.GEMMA2_2B.layer_windows(100)[:2] == [100, 100]
 
 
-@pytest.mark.parametrize("T", [64, 128, 300])
+@pytest.mark.parametrize("T", [64, pytest.param(128, marks=pytest.mark.exhaustive), 300])
 def test_blocked_attention_equals_unblocked(T):
     """Queries in blocks, the last of them short, against one block; forward and backward."""
     keys = jax.random.split(jax.random.key(0), 4)

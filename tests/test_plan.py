@@ -171,7 +171,8 @@ def test_fsdp_gathers_one_layer_at_a_time():
 @pytest.mark.parametrize("trained", [pytest.param("sft", marks=pytest.mark.exhaustive), "lora"])
 def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
     """Sequence parallelism: [B, T, D] is gathered before products and scattered after; logits stay where they are."""
-    found = small(trained, tensor=8)
+    found = small(trained, data=2, tensor=8)
+    assert {c.times for c in found.traffic if "data" in c.axes} == {1}, "gradients meet once a step"
     positions = 2 * (2 * 128 * SMALL.width) * 7 / 8  # bfloat16 [2, 128, D]
     for kind in "all-gather", "reduce-scatter":
         assert {c.axes for c in per_layer(found, kind)} == {"tensor"}
@@ -187,12 +188,6 @@ def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
     moved = re.findall(r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", found.text)
     sizes = {int(size) for types in moved for shape in re.findall(r"\[([\d,]+)\]", types) for size in shape.split(",")}
     assert 128 in sizes and not sizes & {SMALL.vocab_size, SMALL.vocab_size // 8, SMALL.mlp_width}
-
-
-@needs_plugin
-def test_gradients_meet_once_a_step():
-    found = small("lora", data=4, tensor=2)
-    assert {c.times for c in found.traffic if "data" in c.axes} == {1}
 
 
 @needs_plugin
