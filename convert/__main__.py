@@ -11,7 +11,8 @@ on the CPU here whatever the machine has: there is nothing to compute but casts 
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -36,8 +37,10 @@ class Convert:
     `import` and `export` have Megatron-Bridge's names. Each has a --help.
     """
 
-    src: tyro.conf.Positional[str]  # what to read: a folder whose format is found out, or a Hub id
-    dst: tyro.conf.Positional[Path]  # folder to write; it must not exist yet
+    src: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")
+    ]  # what to read: a folder whose format is found out, or a Hub id
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]  # folder to write; it must not exist yet
     # Format to write. peft and megatron-adapter are the adapter alone; megatron is torch_dist, which Megatron-Bridge
     # loads; megatron-legacy is a file a rank.
     to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
@@ -54,7 +57,7 @@ class Convert:
 class Inspect:
     """Say what a checkpoint is: format, config, arrays, dtypes, sizes, parallel layout, adapter."""
 
-    path: tyro.conf.Positional[str]  # a folder, or a Hub id
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, or a Hub id
     hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
 
 
@@ -62,8 +65,8 @@ class Inspect:
 class Verify:
     """Compare two checkpoints of whatever formats, array by array; the exit status is 1 where they differ."""
 
-    one: tyro.conf.Positional[str]  # a folder, or a Hub id
-    other: tyro.conf.Positional[str]  # another
+    one: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, or a Hub id
+    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
     atol: float = 0.0  # largest difference of two elements that counts as none; 0: bits and dtypes must be the same
     prompt: str | None = None  # compare their logits on this text too
     hf_config: str | None = None  # folder or Hub id with the config.json of Megatron checkpoints that have none
@@ -76,6 +79,8 @@ class Import:
     hf_model: str  # folder or Hub id
     megatron_path: Path  # folder to write
     torch_dtype: DType | None = None  # of what is written; None: as stored
+    device_map: str | None = None  # no effect: conversions need no device
+    trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,8 @@ class Export:
     megatron_path: str  # what to read
     hf_path: Path  # folder to write
     torch_dtype: DType | None = None  # of what is written; None: as stored
+    no_progress: _Flag = False  # show no bar
+    trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
 
 
 def main() -> None:
@@ -162,7 +169,7 @@ def _import(command: Import) -> None:
 
 def _export(command: Export) -> None:
     paths = {"src": command.megatron_path, "dst": command.hf_path, "hf_config": command.hf_model}
-    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype))
+    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype), progress=not command.no_progress)
 
 
 _COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -173,14 +180,14 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 }
 
 
-def _convert(command: Convert) -> None:
+def _convert(command: Convert, progress: bool = True) -> None:
     from gemma2_jax.convert.writing import Job, write
 
     source = _open(command.src, command.adapter, command.hf_config)
     job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with _bar(job.size) as moved:
+    with _bar(job.size, shown=progress) as moved:
         write(job, command.dst, moved)
     print(f"wrote {command.dst}: {_summary(job)}\n{_usage(job, command.dst)}")
 
@@ -199,24 +206,19 @@ def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
     return found
 
 
-def _bar(size: int):
-    from contextlib import contextmanager
-
+@contextmanager
+def _bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
     from rich import progress
 
-    @contextmanager
-    def shown():
-        columns = (
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns) as bar:
-            task = bar.add_task("", total=size)
-            yield lambda part: bar.advance(task, part)
-
-    return shown()
+    columns = (
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("", total=size)
+        yield lambda part: bar.advance(task, part)
 
 
 def _summary(job: "Job") -> str:
