@@ -37,9 +37,7 @@ class Convert:
     `import` and `export` have Megatron-Bridge's names. Each has a --help.
     """
 
-    src: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")
-    ]  # what to read: a folder whose format is found out, or a Hub id
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder to read, or a Hub id")]
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]  # folder to write; it must not exist yet
     # Format to write. peft and megatron-adapter are the adapter alone; megatron is torch_dist, which Megatron-Bridge
     # loads; megatron-legacy is a file a rank.
