@@ -213,12 +213,12 @@ def test_which_keys_each_query_sees(window, packing):
 
 def test_the_same_bit_by_bit():
     """Each time, and whatever else is in the row or the batch."""
-    arrays = drawn(SMALL, rows=2, large=8.0)
+    arrays, segments_BT = drawn(SMALL, rows=2, large=8.0, length=128), segments("many", 2)[:, :128]
     run = implementation("mosaic", SMALL.scale)
-    first, again = (run(*arrays, segments("many", 2), jnp.int32(100)) for _ in range(2))
+    first, again = (run(*arrays, segments_BT, jnp.int32(100)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     other = [x.at[0, 71:].set(1).at[1].set(2) for x in arrays]  # beside the first segment, of 70, of the first row
-    changed = run(*other, segments("many", 2), jnp.int32(100))
+    changed = run(*other, segments_BT, jnp.int32(100))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0, :70], b[0, :70]), first, changed)
     assert not np.array_equal(first[0], changed[0])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compilers import need
+from filelock import FileLock
 
 from benchmarks import kernels as table
 from benchmarks.kernels import CASES, DIRECTIONS, LAYERS, PRODUCTS
@@ -35,12 +36,19 @@ def compile_case(name: str, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory) -> dict[str, dict[str, Kernel]]:
-    """The kernels of the cases that tests of this run ask for, compiled side by side."""
+def compiled(request, of_all_workers) -> dict[str, dict[str, Kernel]]:
+    """The kernels of the cases that tests of this run ask for, compiled side by side, once for all workers."""
     need()
     tests = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
     names = list(dict.fromkeys(test.callspec.params["case"][0] for test in tests))
-    folder = tmp_path_factory.mktemp("kernels")
+    folder = of_all_workers / "kernels"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        _compile([name for name in names if not (folder / name).exists()], folder)
+    return {name: pickle.loads((folder / name).read_bytes()) for name in names}
+
+
+def _compile(names: list[str], folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = []
     try:
@@ -55,7 +63,6 @@ def compiled(request, tmp_path_factory) -> dict[str, dict[str, Kernel]]:
             process.kill()
             process.wait()
             process.stderr.close()
-    return {name: pickle.loads((folder / name).read_bytes()) for name in names}
 
 
 @pytest.fixture(params=KERNELS, ids=lambda case: " ".join(case))

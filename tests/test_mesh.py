@@ -112,7 +112,7 @@ MESHES = [
     ("dora", "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
     (None, "2b", MeshConfig(stage=2, data=4)),
     (None, 5, MeshConfig(stage=3, tensor=2)),  # 2 + 2 + 1 layers, on six devices
-    ("sft", 7, MeshConfig(stage=4, fsdp=2)),  # 2 + 2 + 2 + 1 layers
+    (None, 7, MeshConfig(stage=4, fsdp=2)),  # 2 + 2 + 2 + 1 layers
     (None, "9b", MeshConfig(context=2, data=4)),
     (None, "9b", MeshConfig(context=4, fsdp=2)),
     (None, "9b", MeshConfig(context=2, tensor=2, data=2)),

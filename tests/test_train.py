@@ -43,6 +43,7 @@ def small(name: str, workdir: Path, **changes) -> Config:
         data=replace(
             recipe.data, train="tests/fixtures/sums.jsonl", tokenizer="assets/tiny-gemma2", eval_fraction=0.05
         ),
+        optim=replace(recipe.optim, decay_steps=20),  # the same program whatever the steps
         train=replace(
             recipe.train,
             sequence_length=64,
@@ -146,15 +147,16 @@ def test_what_a_run_writes(tmp_path):
 
 
 def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
-    loop.train(small("tiny_lora", tmp_path, steps=1))
-    other = small("tiny_lora", tmp_path, steps=2)
-    other = replace(other, optim=replace(other.optim, lr=1.0))
+    once = small("tiny_lora", tmp_path, steps=1)
+    once = replace(once, optim=replace(once.optim, decay_steps=None))
+    longer = replace(once, steps=2)
+    loop.train(once)
     with pytest.raises(ValueError, match=r"holds another run: optim.lr was 0.005 and is 1.0"):
-        loop.train(other)
+        loop.train(replace(longer, optim=replace(longer.optim, lr=1.0)))
     capsys.readouterr()
     path = tmp_path / "config.txt"  # as a version wrote it that had not got a field yet
     path.write_text(path.read_text().replace("init_adapter = ''\n", ""))
-    loop.train(small("tiny_lora", tmp_path, steps=2))
+    loop.train(longer)
     assert "changed steps was 1 and is 2, which the learning rate follows" in " ".join(capsys.readouterr().out.split())
 
 
