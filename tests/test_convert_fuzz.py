@@ -519,7 +519,7 @@ def attempt(case: Case, chance: random.Random) -> bool:
         if not any(place in str(error) for place in (str(case.root.parent), *OUTSIDE)):
             raise
         read = False
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 5  # what goes off takes minutes
     assert _listing(case.root) == before
     assert [file for file, how in opened if not file.startswith(str(case.root)) or "w" in how] == []
     assert set(sys.modules) - modules == set()

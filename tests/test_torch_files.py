@@ -328,12 +328,12 @@ def hostile(sentinel: Path) -> dict[str, bytes]:
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
     sentinel = tmp_path / "sentinel"
     for name, data in hostile(sentinel).items():
-        before, start = set(sys.modules), time.perf_counter()
+        before, start = set(sys.modules), time.process_time()
         with pytest.raises(ValueError, match=r"its pickle|which no") as caught:
             pickles.loads(data, "it")
         assert not isinstance(caught.value, UnicodeError) and len(str(caught.value)) < 1000, name
         assert not sentinel.exists() and set(sys.modules) == before, name
-        assert time.perf_counter() - start < 1, name
+        assert time.process_time() - start < 5, name  # what goes off takes minutes
     with pytest.raises(ValueError, match=r"^it names 'posix.system', which no Megatron checkpoint has; it was not run"):
         pickles.loads(pickle.dumps(Runs(os.system, "x")), "it")
 
@@ -531,14 +531,14 @@ def fuzz(attempt, data: bytes, count: int) -> int:
     passed, chance, modules = 0, random.Random(count), set(sys.modules)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             attempt(mutated(data, chance))
             passed += 1
         except ValueError as error:
             if not re.search(OURS, str(error)):
                 raise
-        assert time.perf_counter() - start < 1, number
+        assert time.process_time() - start < 5, number
     assert set(sys.modules) == modules
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 << 10
     return passed
