@@ -162,13 +162,12 @@ def _array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
     @cache  # devices that hold copies of one slice ask for it once each
     def part(index: table.Index):
         have = [range(size)[at] for size, at in zip(source.shapes[path].shape, index, strict=True)]
-        whole = np.zeros([len(range(size)[at]) for size, at in zip(want.shape, index, strict=True)], want.dtype)
-        if have[0]:
-            found = source.read(path, tuple(slice(at.start, at.stop) for at in have), want.dtype)
-            if len(found) == len(whole):
-                return found
-            whole[: len(found)] = found
-        return whole
+        shape = [len(range(size)[at]) for size, at in zip(want.shape, index, strict=True)]
+        if not have[0]:
+            return np.zeros(shape, want.dtype)
+        found = source.read(path, tuple(slice(at.start, at.stop) for at in have), want.dtype)
+        missing = shape[0] - len(found)
+        return np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1)) if missing else found
 
     sharding = want.sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(want.shape, sharding, part)

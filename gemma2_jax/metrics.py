@@ -103,7 +103,7 @@ class Metrics:
 def check(config: Config) -> None:
     """Raises ValueError where metrics are to go to what is not installed."""
     try:
-        if config.train.wandb:
+        if config.train.wandb and jax.process_index() == 0:  # which alone has a page there
             importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
