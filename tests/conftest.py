@@ -1,8 +1,11 @@
 """Eight virtual CPU devices for the whole suite; full float32 matrix products, as torch has them on CPU."""
 
 import os
+import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is there, compiles without a GPU
@@ -45,3 +48,15 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+class AttnBackend(Enum):
+    flash, fused, unfused, local, auto = range(1, 6)
+
+
+@pytest.fixture
+def megatron(monkeypatch):
+    """The one class of Megatron's that the fixtures name, for torch's own reading."""
+    for name in ("megatron", "megatron.core", "megatron.core.transformer", "megatron.core.transformer.enums"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["megatron.core.transformer.enums"].AttnBackend = AttnBackend

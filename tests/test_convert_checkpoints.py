@@ -21,11 +21,11 @@ import transformers
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from peers import BITING, hf_model
+from runs import saved_run
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gemma2_jax import config as configs, mesh as meshes
-from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax import mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import arrays, folder as folders, table, tensors, writing
 from gemma2_jax.convert.__main__ import main
@@ -341,16 +341,6 @@ def test_a_disk_without_room_is_refused_before_a_byte(hf, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def _run(workdir: Path, config: Config, steps: dict[int, dict[str, np.ndarray]]) -> Path:
-    """A training run's folder as training leaves it."""
-    workdir.mkdir()
-    (workdir / "config.txt").write_text(configs.to_text(config))
-    with Checkpoints(workdir, keep=3) as checkpoints:
-        for step, params in steps.items():
-            checkpoints.save(step, {path: jnp.asarray(w) for path, w in params.items()}, {"count": jnp.zeros(())}, {})
-    return workdir
-
-
 def _config(init: Path, adapter: AdapterConfig) -> Config:
     model = replace(BITING["2b"], max_length=2048)
     return Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
@@ -358,7 +348,7 @@ def _config(init: Path, adapter: AdapterConfig) -> Config:
 
 def test_a_run_stores_its_layers_apart(hf, tmp_path):
     weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
-    workdir = _run(tmp_path / "run", _config(hf["2b", "float32"], AdapterConfig()), {1: weights})
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "float32"], AdapterConfig()), {1: weights})
     reader = arrays.Reader(workdir / "checkpoints" / "1" / "params")
     for path in ("blocks/attn/q/w", "blocks/pre_attn_norm/w", "embedding"):
         chunk = reader.chunk(path)
@@ -368,7 +358,7 @@ def test_a_run_stores_its_layers_apart(hf, tmp_path):
 def test_a_full_run_is_its_newest_step(hf, tmp_path):
     weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
     steps = {9: {path: w + 1 for path, w in weights.items()}, 10: weights}
-    workdir = _run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), steps)
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), steps)
     (workdir / "checkpoints" / "11.orbax-checkpoint-tmp-1").mkdir()
     found = open_checkpoint(workdir)
     assert (found.format, found.tokenizer, found.model) == (
@@ -388,7 +378,7 @@ def test_a_full_run_is_its_newest_step(hf, tmp_path):
 
 def test_a_run_s_own_tokenizer_and_config_come_first(hf, tmp_path):
     weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
-    workdir = _run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), {1: weights})
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), {1: weights})
     kept = workdir / "tokenizer"
     kept.mkdir()
     (kept / "tokenizer.json").write_text("[]")

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from megatron_files import DORA, FIXTURES, HF, LORA, ONE, PEFT, TINY, Hostile, bits, convert, stored
 from peers import hf_config
 from safetensors.numpy import save_file
-from test_convert_megatron import DORA, HF, LORA, ONE, PEFT, TINY, bits, convert, stored
-from test_convert_megatron_refusals import Hostile
-from test_torch_files import FIXTURES
 
 from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import table

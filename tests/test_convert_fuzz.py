@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from fuzzing import mutated
+from megatron_files import FIXTURES
 from peers import BITING
-from test_convert_checkpoints import _run
-from test_torch_files import FIXTURES, mutated
+from runs import saved_run
 
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints, pickles, table, tensors, torch_files
@@ -382,7 +383,7 @@ def _trained(root: Path) -> Case:
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
     shapes = table.our_shapes(table.rows(LORA), TINY, LORA.rank)
-    folder = _run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
+    folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
     return Case(root, folder, targets=("peft", "orbax", "merged"))
 
 
@@ -392,7 +393,7 @@ def _trained_whole(root: Path) -> Case:
         workdir="x", model=TINY, optim=OptimConfig(lr=1.0), init=str(base), train=TrainConfig(sequence_length=8)
     )
     weights = {path: np.ones(shape, "f4") for path, shape in table.our_shapes(table.MODEL, TINY).items()}
-    return Case(root, _run(root / "run", config, {9: weights, 10: weights}))
+    return Case(root, saved_run(root / "run", config, {9: weights, 10: weights}))
 
 
 def _megatron(root: Path) -> Case:

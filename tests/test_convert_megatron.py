@@ -5,10 +5,7 @@ import io
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,70 +16,51 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from megatron_files import (
+    DORA,
+    FIXTURES,
+    HEAD,
+    HF,
+    ONE,
+    PEFT,
+    STACKED,
+    TINY,
+    as_numpy,
+    bits,
+    changed_ranks,
+    convert,
+    grouped,
+    legacy,
+    model_of,
+    padded,
+    parts,
+    quietly,
+    rank_files,
+    stored,
+    torch_bytes,
+    torch_dist,
+    torchs,
+    twin,
+)
 from peers import BITING, hf_config, hf_model
-from safetensors.numpy import load_file, save_file
-from test_torch_dist import torchs
-from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
+from safetensors.numpy import save_file
 from torch.distributed.checkpoint import format_utils
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from gemma2_jax import config as configs
 from gemma2_jax.config import MeshConfig, ModelConfig
-from gemma2_jax.convert import table, verify, writing
-from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint, read
+from gemma2_jax.convert import table, verify
+from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
 from gemma2_jax.convert.torch_dist import TorchDistWriter
-from gemma2_jax.convert.writing import Job, write
 from gemma2_jax.mesh import make_mesh, stored as stored_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = "torch_dist", "megatron_lm", "legacy"
 FOLDERS = sorted(f"{kind}/{at.name}" for kind in KINDS for at in (FIXTURES / kind).iterdir())
-HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
-PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
-LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
 Tensors = dict[str, np.ndarray]
-
-
-def twin(name: str) -> Path:
-    return HF["bf16" if "bf16" in name else "f32"]
 
 
 def open_fixture(name: str) -> Checkpoint:
     said = name.startswith(("torch_dist", "optimizer"))
     return open_checkpoint(FIXTURES / name, hf_config=None if said else twin(name))
-
-
-def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
-    write(Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target)
-    return target
-
-
-def stored(folder: Path) -> Tensors:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def bits(tensors: Tensors) -> dict[str, tuple]:
-    return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in tensors.items()}
-
-
-def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
-    """Of a checkpoint; bfloat16 through its bits."""
-    return {
-        name: np.frombuffer(torch_bytes(x), jnp.bfloat16 if x.dtype == torch.bfloat16 else x.numpy().dtype).reshape(
-            tuple(x.shape)
-        )
-        for name, x in tensors.items()
-    }
-
-
-def grouped(c: ModelConfig) -> list[tuple[str, int]]:
-    """For each row of Megatron's qkv the projection and its row: by kv head, its query heads, its k, its v."""
-    rows = []
-    for g in range(c.kv_heads):
-        for n in range(g * c.heads // c.kv_heads, (g + 1) * c.heads // c.kv_heads):
-            rows += [("q", n * c.head_width + h) for h in range(c.head_width)]
-        rows += [(x, g * c.head_width + h) for x in "kv" for h in range(c.head_width)]
-    return rows
 
 
 NAMES = {
@@ -113,12 +91,6 @@ def to_megatron(hf: Tensors, c: ModelConfig) -> Tensors:
     )
     found["embedding.word_embeddings.weight"] = hf["model.embed_tokens.weight"]
     return found | {"decoder.final_layernorm.weight": hf["model.norm.weight"]}
-
-
-def model_of(name: str) -> ModelConfig:
-    found = open_checkpoint(twin(name)).model
-    assert found
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +133,6 @@ def test_an_optimizer_s_state_is_left_and_named(tmp_path):
     theirs = as_numpy({name: x for name, x in state.items() if not name.startswith("optimizer.")})
     assert bits(to_megatron(stored(target), model_of("bf16"))) == bits(theirs)
     assert bits(stored(target)) != bits(stored(HF["bf16"]))
-
-
-def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
-    """Asserts that random parts of every array are those of its twin."""
-    rng = np.random.default_rng(seed)
-    for path, x in source.shapes.items():
-        for _ in range(10):
-            start = [int(rng.integers(size)) for size in x.shape]
-            index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
-            found, expected = (np.ascontiguousarray(read(one, path, index)) for one in (source, twin))
-            assert bits({path: found}) == bits({path: expected}), (path, index)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -358,12 +319,6 @@ def test_torch_reshards_what_we_write(tmp_path):
             torch.distributed.destroy_process_group()
 
 
-def quietly(function, *args, **choices):
-    with warnings.catch_warnings():  # of running without a process group
-        warnings.simplefilter("ignore")
-        return function(*args, **choices)
-
-
 def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {
         name: torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).view(torch.bfloat16)
@@ -373,15 +328,8 @@ def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
     }
 
 
-def rank_files(folder: Path) -> dict[str, dict]:
-    return {
-        file.parent.name: torch.load(file, weights_only=False)
-        for file in sorted(folder.glob("iter_*/*/model_optim_rng.pt"))
-    }
-
-
 @pytest.mark.parametrize("name", ["A_f32_tp1pp1", "A_bf16_tp2pp1", "A_bf16_tp2pp2"])
-def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):  # noqa: F811
+def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):
     ranks = tuple(int(digit) for digit in re.findall(r"\d", name.rpartition("_")[2]))
     ours = convert(twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
     found, theirs = rank_files(ours), rank_files(FIXTURES / "legacy" / name)
@@ -399,10 +347,6 @@ def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):  # noq
 
 
 # Rows, spelled out
-
-TINY = replace(
-    configs.GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8
-)
 
 
 @pytest.fixture
@@ -464,24 +408,6 @@ def test_rows_of_the_whole(numbered, tmp_path):
 # Other ways to say the same
 
 
-def torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
-    """A checkpoint as torch itself saves it, a chunk a tensor; with run_config.yaml and the rest of `like`."""
-    at = folder / "iter_0000000"
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    quietly(dcp.save, state, checkpoint_id=str(at), no_dist=True, planner=planner)
-    for name in ("metadata.json", "run_config.yaml"):
-        if like and (like / "iter_0000000" / name).exists():
-            shutil.copyfile(like / "iter_0000000" / name, at / name)
-    if common is not None:
-        torch.save(common, at / "common.pt")
-    (folder / "latest_checkpointed_iteration.txt").write_text("0")
-    return folder
-
-
-ONE = FIXTURES / "torch_dist" / "A_f32_tp1pp1"
-STACKED = "decoder.layers."
-
-
 def unstacked(state: dict) -> dict:
     found = {}
     for name, x in state.items():
@@ -505,11 +431,6 @@ def prefixed(prefix: str) -> Callable[[dict], dict]:
     return lambda state: {prefix + name: x for name, x in state.items()}
 
 
-def padded(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
-    return lambda state: state | {name: torch.cat([state["embedding.word_embeddings.weight"], torch.randn(rows, 64)])}
-
-
-HEAD = "output_layer.weight"
 SAID = {"iteration": 7, "args": argparse.Namespace(num_layers=4, hidden_size=64)}
 VARIANTS: dict[str, Callable[[dict], dict]] = {
     "a tensor a layer": unstacked,
@@ -594,15 +515,6 @@ def test_the_folder_of_an_iteration_and_a_release(name, tmp_path):
         assert verify.compare(source, open_checkpoint(HF["bf16"]))[0].within(0)
 
 
-def legacy(folder: Path, files: dict[str, dict]) -> Path:
-    for rank, content in files.items():
-        at = folder / "iter_0000010" / rank
-        at.mkdir(parents=True)
-        torch.save(content, at / "model_optim_rng.pt")
-    (folder / "latest_checkpointed_iteration.txt").write_text("10")
-    return folder
-
-
 def local(state: dict, i: int) -> dict:
     """One layer of unstacked tensors, as number 0."""
     return {name.replace(f".layers.{i}.", ".layers.0."): x for name, x in state.items() if f".layers.{i}." in name}
@@ -623,20 +535,7 @@ def test_virtual_stages(tmp_path):
     assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
 
 
-@contextmanager
-def changed_ranks(tmp_path: Path, name: str = "A_bf16_tp2pp2"):
-    """The files of the ranks of a fixture, to be changed; then they are written."""
-    files = {rank: dict(content) for rank, content in rank_files(FIXTURES / "legacy" / name).items()}
-    for content in files.values():
-        said = vars(content["args"])
-        content["args"] = argparse.Namespace(**{key: x for key, x in said.items() if isinstance(x, int | None)})
-        content["model"] = {key: x.clone() if hasattr(x, "clone") else x for key, x in content["model"].items()}
-    yield files
-    shutil.rmtree(tmp_path / "it", ignore_errors=True)
-    legacy(tmp_path / "it", files)
-
-
-def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):  # noqa: F811
+def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):
     with changed_ranks(tmp_path) as files:
         for first, second, name in (("0", "1", "embedding.word_embeddings.weight"), ("0", "1", HEAD)):
             stage = "000" if "embedding" in name else "001"

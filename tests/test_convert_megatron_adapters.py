@@ -16,9 +16,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
-from safetensors.numpy import load_file, save_file
-from test_convert_megatron import (
+from megatron_files import (
     DORA,
+    FIXTURES,
     HF,
     LORA,
     PEFT,
@@ -31,9 +31,9 @@ from test_convert_megatron import (
     parts,
     stored,
     torch_dist,
+    torchs,
 )
-from test_torch_dist import torchs
-from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
+from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import table, verify

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import pickle
 import re
 import shutil
@@ -14,22 +13,23 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 import torch
-from test_convert_megatron import (
+from megatron_files import (
+    FIXTURES,
     HEAD,
     HF,
     LORA,
     ONE,
     PEFT,
     STACKED,
+    Hostile,
     changed_ranks,
     convert,
     legacy,
     model_of,
     padded,
     torch_dist,
+    torchs,
 )
-from test_torch_dist import torchs
-from test_torch_files import FIXTURES, megatron, torch_bytes  # noqa: F401  # megatron: a fixture
 
 from gemma2_jax import config as configs
 from gemma2_jax.checkpoint import Checkpoints
@@ -64,16 +64,6 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
 
 
 # Refusals
-
-
-class Hostile:
-    """A pickle that would make a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def gone(*ranks: str) -> Callable[[Path], object]:
@@ -211,7 +201,7 @@ def test_ranks_that_arguments_alone_tell_of(tmp_path):
     ],
     ids=itertools.count(),
 )
-def test_wrong_ranks_are_named(change, message, tmp_path, megatron):  # noqa: F811
+def test_wrong_ranks_are_named(change, message, tmp_path, megatron):
     with changed_ranks(tmp_path) as files:
         change(files["mp_rank_01_001"])
     refused(tmp_path / "it", message, hf_config=HF["bf16"])

@@ -5,14 +5,14 @@ import pickle
 import random
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_torch_files import FIXTURES, OURS, fuzz, mutated, torch_bytes
+from fuzzing import OURS, fuzz, mutated
+from megatron_files import FIXTURES, quietly, torch_bytes, torchs
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -22,21 +22,6 @@ from gemma2_jax.convert.torch_dist import TorchDist, TorchDistWriter
 
 FOLDERS = sorted(path.parent for path in FIXTURES.glob("**/.metadata"))
 ONE = FIXTURES / "torch_dist" / "A_bf16_tp2pp2" / "iter_0000000"
-
-
-def torchs(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, as torch reads them."""
-    with open(folder / ".metadata", "rb") as file:
-        entries = pickle.load(file).state_dict_metadata
-    state = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in entries.items() if hasattr(x, "size")}
-    _quietly(dcp.load, state, checkpoint_id=str(folder), no_dist=True)
-    return state
-
-
-def _quietly(function, *args, **kwargs):
-    with warnings.catch_warnings():  # of running without a process group
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
 
 
 def whole(shape) -> tuple[slice, ...]:
@@ -94,7 +79,7 @@ def test_what_we_write_is_to_torch_what_megatron_wrote(folder, tmp_path, monkeyp
     assert {k: (v.shape, torch_bytes(v)) for k, v in before.items()} == {
         k: (v.shape, torch_bytes(v)) for k, v in after.items()
     }
-    _quietly(format_utils.dcp_to_torch_save, str(tmp_path / "out"), str(tmp_path / "one.pt"))
+    quietly(format_utils.dcp_to_torch_save, str(tmp_path / "out"), str(tmp_path / "one.pt"))
     together = torch.load(tmp_path / "one.pt", weights_only=True)
     for name in objects:
         info = theirs.storage_data[dcp.metadata.MetadataIndex(name)]
@@ -110,7 +95,7 @@ def test_reads_what_torch_saves(tmp_path):
     state = {"a": torch.arange(12.0).reshape(3, 4), "scalar": torch.tensor(5), "empty": torch.zeros(0, 3), "text": "x"}
     state["payload"] = [torch.zeros(0, dtype=torch.uint8)]
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    _quietly(dcp.save, state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
+    quietly(dcp.save, state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
     ours = TorchDist(tmp_path)
     for name in ("a", "scalar", "empty"):
         assert ours.read(name, whole(state[name].shape)).tolist() == state[name].tolist()

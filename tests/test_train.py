@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from runs import ROOT, command, lines_of, small
 
 from gemma2_jax import config as configs, loop
 from gemma2_jax.checkpoint import Checkpoints
@@ -25,44 +26,11 @@ from gemma2_jax.step import Program
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     """Recipes of the tiny model name assets/ relative to the repository."""
     monkeypatch.chdir(ROOT)
-
-
-def small(name: str, workdir: Path, **changes) -> Config:
-    """The tiny recipe on few documents, short rows and two layers, from random weights, over all eight devices."""
-    recipe = configs.load(name)
-    return replace(
-        recipe,
-        model=replace(recipe.model, layers=2),
-        data=replace(
-            recipe.data, train="tests/fixtures/sums.jsonl", tokenizer="assets/tiny-gemma2", eval_fraction=0.05
-        ),
-        optim=replace(recipe.optim, decay_steps=20),  # the same program whatever the steps
-        train=replace(
-            recipe.train,
-            sequence_length=64,
-            global_batch_size=8,
-            micro_batch_size=1,
-            eval_batches=1,
-            eval_every=1,
-            checkpoint_every=10,
-        ),
-        **{"init": "", "workdir": str(workdir), "steps": 20} | changes,
-    )
-
-
-def command(name: str, config: Config) -> list[str]:
-    """The command line that gives this config."""
-    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(name)).splitlines())
-    lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
-    changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
-    return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
 
 
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -73,10 +41,6 @@ def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
         params, optimizer, state = checkpoints.restore(step, program.params, program.state.optimizer)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(optimizer)}
     return {**params, **leaves, "loop": json.dumps(state, sort_keys=True)}
-
-
-def lines_of(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

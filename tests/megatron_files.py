@@ -1,0 +1,168 @@
+"""Checkpoints that Megatron wrote, what torch says of them, and ways to make others like them."""
+
+import argparse
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.numpy import load_file
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from gemma2_jax import config as configs
+from gemma2_jax.config import ModelConfig
+from gemma2_jax.convert import writing
+from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read
+from gemma2_jax.convert.writing import Job, write
+
+FIXTURES = Path(__file__).parent / "fixtures" / "megatron"
+HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
+ONE = FIXTURES / "torch_dist" / "A_f32_tp1pp1"
+PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
+LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
+STACKED = "decoder.layers."
+HEAD = "output_layer.weight"
+TINY = replace(
+    configs.GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8
+)
+
+
+Tensors = dict[str, np.ndarray]
+
+
+def twin(name: str) -> Path:
+    return HF["bf16" if "bf16" in name else "f32"]
+
+
+def model_of(name: str) -> ModelConfig:
+    found = open_checkpoint(twin(name)).model
+    assert found
+    return found
+
+
+def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
+    write(Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target)
+    return target
+
+
+def stored(folder: Path) -> Tensors:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def bits(tensors: Tensors) -> dict[str, tuple]:
+    return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in tensors.items()}
+
+
+def torch_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
+    """Of a checkpoint; bfloat16 through its bits."""
+    return {
+        name: np.frombuffer(torch_bytes(x), jnp.bfloat16 if x.dtype == torch.bfloat16 else x.numpy().dtype).reshape(
+            tuple(x.shape)
+        )
+        for name, x in tensors.items()
+    }
+
+
+def quietly(function, *args, **choices):
+    with warnings.catch_warnings():  # of running without a process group
+        warnings.simplefilter("ignore")
+        return function(*args, **choices)
+
+
+def torchs(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder, as torch reads them."""
+    with open(folder / ".metadata", "rb") as file:
+        entries = pickle.load(file).state_dict_metadata
+    state = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in entries.items() if hasattr(x, "size")}
+    quietly(dcp.load, state, checkpoint_id=str(folder), no_dist=True)
+    return state
+
+
+def rank_files(folder: Path) -> dict[str, dict]:
+    return {
+        file.parent.name: torch.load(file, weights_only=False)
+        for file in sorted(folder.glob("iter_*/*/model_optim_rng.pt"))
+    }
+
+
+def grouped(c: ModelConfig) -> list[tuple[str, int]]:
+    """For each row of Megatron's qkv the projection and its row: by kv head, its query heads, its k, its v."""
+    rows = []
+    for g in range(c.kv_heads):
+        for n in range(g * c.heads // c.kv_heads, (g + 1) * c.heads // c.kv_heads):
+            rows += [("q", n * c.head_width + h) for h in range(c.head_width)]
+        rows += [(x, g * c.head_width + h) for x in "kv" for h in range(c.head_width)]
+    return rows
+
+
+def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
+    """Asserts that random parts of every array are those of its twin."""
+    rng = np.random.default_rng(seed)
+    for path, x in source.shapes.items():
+        for _ in range(10):
+            start = [int(rng.integers(size)) for size in x.shape]
+            index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
+            found, expected = (np.ascontiguousarray(read(one, path, index)) for one in (source, twin))
+            assert bits({path: found}) == bits({path: expected}), (path, index)
+
+
+def torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
+    """A checkpoint as torch itself saves it, a chunk a tensor; with run_config.yaml and the rest of `like`."""
+    at = folder / "iter_0000000"
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    quietly(dcp.save, state, checkpoint_id=str(at), no_dist=True, planner=planner)
+    for name in ("metadata.json", "run_config.yaml"):
+        if like and (like / "iter_0000000" / name).exists():
+            shutil.copyfile(like / "iter_0000000" / name, at / name)
+    if common is not None:
+        torch.save(common, at / "common.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("0")
+    return folder
+
+
+def padded(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
+    return lambda state: state | {name: torch.cat([state["embedding.word_embeddings.weight"], torch.randn(rows, 64)])}
+
+
+def legacy(folder: Path, files: dict[str, dict]) -> Path:
+    for rank, content in files.items():
+        at = folder / "iter_0000010" / rank
+        at.mkdir(parents=True)
+        torch.save(content, at / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+@contextmanager
+def changed_ranks(tmp_path: Path, name: str = "A_bf16_tp2pp2"):
+    """The files of the ranks of a fixture, to be changed; then they are written."""
+    files = {rank: dict(content) for rank, content in rank_files(FIXTURES / "legacy" / name).items()}
+    for content in files.values():
+        said = vars(content["args"])
+        content["args"] = argparse.Namespace(**{key: x for key, x in said.items() if isinstance(x, int | None)})
+        content["model"] = {key: x.clone() if hasattr(x, "clone") else x for key, x in content["model"].items()}
+    yield files
+    shutil.rmtree(tmp_path / "it", ignore_errors=True)
+    legacy(tmp_path / "it", files)
+
+
+class Hostile:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)

@@ -1,0 +1,60 @@
+"""Training runs small enough for tests, as commands and as the folders that they leave."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma2_jax import config as configs
+from gemma2_jax.checkpoint import Checkpoints
+from gemma2_jax.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(name: str, workdir: Path, **changes) -> Config:
+    """The tiny recipe on few documents, short rows and two layers, from random weights, over all eight devices."""
+    recipe = configs.load(name)
+    return replace(
+        recipe,
+        model=replace(recipe.model, layers=2),
+        data=replace(
+            recipe.data, train="tests/fixtures/sums.jsonl", tokenizer="assets/tiny-gemma2", eval_fraction=0.05
+        ),
+        optim=replace(recipe.optim, decay_steps=20),  # the same program whatever the steps
+        train=replace(
+            recipe.train,
+            sequence_length=64,
+            global_batch_size=8,
+            micro_batch_size=1,
+            eval_batches=1,
+            eval_every=1,
+            checkpoint_every=10,
+        ),
+        **{"init": "", "workdir": str(workdir), "steps": 20} | changes,
+    )
+
+
+def command(name: str, config: Config) -> list[str]:
+    """The command line that gives this config."""
+    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(name)).splitlines())
+    lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
+    changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
+    return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_run(workdir: Path, config: Config, steps: dict[int, dict[str, np.ndarray]]) -> Path:
+    """A training run's folder as training leaves it."""
+    workdir.mkdir()
+    (workdir / "config.txt").write_text(configs.to_text(config))
+    with Checkpoints(workdir, keep=3) as checkpoints:
+        for step, params in steps.items():
+            checkpoints.save(step, {path: jnp.asarray(w) for path, w in params.items()}, {"count": jnp.zeros(())}, {})
+    return workdir
