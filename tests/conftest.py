@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for the whole suite; full float32 matrix products, as torch has them on CPU."""
+"""Eight virtual CPU devices for the whole suite, whose programs are compiled with few of LLVM's optimizations."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is there, compiles without a GPU
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the suite's time is compiling; `optimized` has them all
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -48,6 +49,16 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Has programs compiled as they are for use: for what they take, in memory or machine code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 class AttnBackend(Enum):

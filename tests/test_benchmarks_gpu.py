@@ -81,6 +81,7 @@ TARGETS = {"mosaic": "mosaic_gpu_v2", "cudnn": "__cudnn$fmha"}
 
 
 @needs_plugin
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_what_is_timed_is_made_for_cuda(everything):
     """And nothing but the kernels has kernels; cuDNN itself is not asked whether it takes these shapes."""

@@ -240,6 +240,7 @@ def test_anything(seed):
 
 
 @needs_plugin
+@pytest.mark.usefixtures("optimized")
 def test_compiles_for_h100():
     """Of 2B and 27B, the whole row and the ring, and with three tokens: nothing spilled, two blocks on a processor."""
     done = subprocess.run(

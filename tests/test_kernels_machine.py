@@ -36,7 +36,7 @@ def compile_case(name: str, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(request, of_all_workers) -> dict[str, dict[str, Kernel]]:
+def compiled(request, of_all_workers, optimized) -> dict[str, dict[str, Kernel]]:
     """The kernels of the cases that tests of this run ask for, compiled side by side, once for all workers."""
     need()
     tests = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]

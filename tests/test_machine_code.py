@@ -72,7 +72,7 @@ def compile_all() -> dict:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found(optimized) -> dict:
     need()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)

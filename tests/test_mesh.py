@@ -109,7 +109,7 @@ MESHES = [
     ("sft", "27b", MeshConfig(tensor=8)),  # twice its key/value heads
     (None, "9b", MeshConfig(fsdp=8)),
     (None, "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
-    ("dora", "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
+    (None, "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
     (None, "2b", MeshConfig(stage=2, data=4)),
     (None, 5, MeshConfig(stage=3, tensor=2)),  # 2 + 2 + 1 layers, on six devices
     (None, 7, MeshConfig(stage=4, fsdp=2)),  # 2 + 2 + 2 + 1 layers
@@ -117,7 +117,7 @@ MESHES = [
     (None, "9b", MeshConfig(context=4, fsdp=2)),
     (None, "9b", MeshConfig(context=2, tensor=2, data=2)),
     (None, "9b", MeshConfig(context=4, tensor=2)),
-    ("lora", "2b", MeshConfig(stage=2, context=2, tensor=2)),
+    ("dora", "2b", MeshConfig(stage=2, context=2, tensor=2)),
 ]
 
 

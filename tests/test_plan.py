@@ -19,6 +19,8 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.step import Program
 from gemma2_jax.traffic import per_axis, traffic
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LAYERS, PASSES = 3, 5
 SMALL = replace(
     GEMMA2_2B, layers=LAYERS, width=192, mlp_width=512, heads=16, kv_heads=8, head_width=16, vocab_size=2048, window=64
