@@ -29,7 +29,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import arrays, hub, megatron, megatron_config, table, tensors
+from gemma2_jax.convert import arrays, copying, hub, megatron, megatron_config, table, tensors
 from gemma2_jax.convert.folder import tokenizer_folder
 from gemma2_jax.convert.hf_config import model_config
 from gemma2_jax.convert.peft_config import adapter_config
@@ -313,8 +313,8 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     workdir, step = found
     said = workdir / "config.txt"
     try:
-        text = said.read_text()
-    except UnicodeDecodeError as error:
+        text = copying.whole(said, 1 << 20).decode()
+    except ValueError as error:
         raise ValueError(f"{said} is damaged ({error}); copy it again") from error
     config = configs.from_text(text, str(said))
     params = _item(step / "params")

@@ -55,6 +55,17 @@ def read(path: Path, start: int, size: int) -> np.ndarray:
     return found
 
 
+def whole(path: Path, most: int) -> bytes:
+    """A small file's bytes. Raises ValueError where it has more than `most`, or may be waited for, as a pipe is."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most >> 20} MiB")
+    return data
+
+
 def reserve(file: BinaryIO, size: int) -> None:
     """Has the disk set `size` bytes aside for what is written next, where its file system can.
 

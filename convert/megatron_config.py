@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from gemma2_jax.config import AdapterConfig, DType, ModelConfig
-from gemma2_jax.convert import table
+from gemma2_jax.convert import copying, table
 
 _BYTES = 1 << 20  # real ones have 15 kB, 100 kB with the names of 27B's adapters
 _NODES = 20_000  # with what aliases stand for; real ones have 1,000, and 3,000
@@ -145,12 +145,8 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A run_config.yaml as plain values. Tags other than YAML's own are refused, and nothing is instantiated."""
-    with open(path, "rb") as file:
-        data = file.read(_BYTES + 1)
-    if len(data) > _BYTES:
-        raise ValueError(f"{path} is larger than {_BYTES >> 20} MiB, which is no run_config.yaml")
     try:
-        tree = yaml.load(data.decode(), _Loader)
+        tree = yaml.load(copying.whole(path, _BYTES).decode(), _Loader)
     except Exception as error:  # PyYAML's constructors raise whatever a malformed value leads them to
         problem = str(error) or type(error).__name__
         raise ValueError(f"{path} is no run_config.yaml that this program reads: {problem}") from error

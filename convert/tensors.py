@@ -126,13 +126,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file when it is missing or something else."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read without end
-            raise ValueError("it is not a file")
-        with path.open("rb") as file:
-            text = file.read(_JSON_BYTES + 1)
-        if len(text) > _JSON_BYTES:
-            raise ValueError(f"it is larger than {_JSON_BYTES >> 20} MiB")
-        content = json.loads(text.decode())
+        content = json.loads(copying.whole(path, _JSON_BYTES).decode())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it beside the weights") from error
     except (ValueError, RecursionError) as error:

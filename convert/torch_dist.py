@@ -14,12 +14,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemma2_jax.convert import pickles, torch_files
+from gemma2_jax.convert import copying, pickles, torch_files
 from gemma2_jax.convert.copying import reserve
 from gemma2_jax.convert.pickles import Record
 from gemma2_jax.convert.torch_files import Index, Stored
 
 METADATA = ".metadata"
+_METADATA_BYTES = 1 << 28  # some 500 bytes a chunk, of which 27B with optimizer at TP 8 has 12,000
 FILE_BYTES = 5_000_000_000  # after which a writer starts another file
 
 _Sizes = tuple[int, ...]
@@ -55,10 +56,12 @@ class TorchDist:
         self.shapes, self.dtypes, self.objects = dict[str, _Sizes](), dict[str, np.dtype](), list[str]()
         self._listed, self._checked = dict[str, list[Any]](), dict[str, _Chunks]()
         path = folder / METADATA
-        if not path.is_file():  # a pipe would be waited for
-            state = "not a file" if path.exists() else "missing"
-            raise ValueError(f"{path} is {state}; copy the whole checkpoint again")
-        match pickles.loads(path.read_bytes(), path):
+        try:
+            data = copying.whole(path, _METADATA_BYTES)
+        except (ValueError, FileNotFoundError) as error:
+            state = "missing" if isinstance(error, FileNotFoundError) else f"no checkpoint's metadata ({error})"
+            raise ValueError(f"{path} is {state}; copy the whole checkpoint again") from error
+        match pickles.loads(data, path):
             case Record(state={"state_dict_metadata": dict(entries), "storage_data": dict(storage)}):
                 for name, entry in entries.items():
                     self._list(name, entry)

@@ -1,6 +1,7 @@
 """Checkpoints as folders: told apart, read by slices, written whole or not at all, and exact through every format."""
 
 import json
+import os
 import logging
 import resource
 import shutil
@@ -374,6 +375,9 @@ def test_a_full_run_is_its_newest_step(hf, tmp_path):
     ninth = open_checkpoint(workdir / "checkpoints" / "9")
     final = load(ninth, {"final_norm/w": jax.ShapeDtypeStruct((36,), jnp.float32)})["final_norm/w"]
     np.testing.assert_array_equal(final, weights["final_norm/w"] + 1)
+    os.truncate(workdir / "config.txt", 1 << 40)
+    with pytest.raises(ValueError, match=r"config\.txt is damaged \(it is larger than 1 MiB\)"):
+        open_checkpoint(workdir)
 
 
 def test_a_run_s_own_tokenizer_and_config_come_first(hf, tmp_path):

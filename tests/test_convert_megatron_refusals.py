@@ -141,6 +141,9 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
         (zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
         (lambda at: (at / ".metadata").unlink(), r"\.metadata is missing; copy the whole checkpoint again"),
         (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not JSON .*; download it again"),
+        (lambda at: os.truncate(at / "metadata.json", 1 << 40), r"is not JSON \(it is larger than 32 MiB\)"),
+        (lambda at: os.truncate(at / ".metadata", 1 << 40), r"no checkpoint's metadata \(it is larger than 256 MiB\)"),
+        (lambda at: os.truncate(at / "run_config.yaml", 1 << 40), r"no run_config\.yaml .*it is larger than 1 MiB"),
     ],
     ids=itertools.count(),
 )
