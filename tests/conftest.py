@@ -9,7 +9,7 @@ from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is there, compiles without a GPU
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the suite's time is compiling; `optimized` has them all
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time goes into compiling; see `optimized`
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -53,7 +53,7 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
-    """Has programs compiled as they are for use: for what they take, in memory or machine code."""
+    """Has programs compiled as they are for use, where it is those that a module is about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         jax.config.update("jax_disable_most_optimizations", False)

@@ -31,7 +31,7 @@ def small(name: str, workdir: Path, **changes) -> Config:
             global_batch_size=8,
             micro_batch_size=1,
             eval_batches=1,
-            eval_every=1,
+            eval_every=10,
             checkpoint_every=10,
         ),
         **{"init": "", "workdir": str(workdir), "steps": 20} | changes,

@@ -139,7 +139,7 @@ def test_capabilities(name, softcap, width, groups):
         (dict(data=1, tensor=8), (2, 130, 8, 2, 64)),  # fewer key heads than shards
         (dict(data=2, fsdp=2, context=2), (4, 256, 2, 1, 64)),
         (dict(data=1, context=4, tensor=2), (1, 256, 4, 2, 64)),
-        (dict(data=1, context=2, tensor=4), (1, 256, 4, 2, 64)),
+        pytest.param(dict(data=1, context=2, tensor=4), (1, 256, 4, 2, 64), marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize("window", [40, pytest.param(10_000, marks=pytest.mark.exhaustive)])

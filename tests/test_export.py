@@ -33,7 +33,7 @@ TINY = ROOT / "assets" / "tiny-gemma2"
 QUESTION = "<start_of_turn>user\nWhat does json.dumps do?<end_of_turn>\n<start_of_turn>model\n"
 
 
-@pytest.fixture(scope="module", params=["lora", "dora"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.exhaustive)])
 def run(request, tmp_path_factory) -> Path:
     """A few steps of the tiny recipe from the checkpoint in the repository, at a rate that shows."""
     workdir = tmp_path_factory.mktemp("run") / request.param

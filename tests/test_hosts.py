@@ -246,7 +246,7 @@ def named(error: str, victim: subprocess.Popen, index: int) -> bool:
 
 def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
     """With a stage for each, who read the same rows, as their devices differ in the layers that they have."""
-    config = replace(cut(alone, tmp_path / "run", 2), mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2))
+    config = replace(cut(alone, tmp_path / "run", 2), mesh=MeshConfig(data=1, stage=2, fsdp=4))
     given = options()
     processes = two(config, given)
     while not (tmp_path / "run" / "checkpoints" / "4").exists() and processes[0].poll() is None:

@@ -63,7 +63,7 @@ def test_files_say_what_they_are(path):
     assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a paragraph"
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("optimized")  # else XLA does not use that library
 def test_sums_are_repeatable():
     """Norms of DoRA, a fused sum, come out finite and alike each time (see gemma2_jax/__init__.py)."""
     recipe = configs.load("tiny_dora")

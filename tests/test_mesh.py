@@ -106,7 +106,7 @@ def test_shardings_are_golden(name):
 MESHES = [
     (None, "9b", MeshConfig(data=4, tensor=2)),
     (None, "27b", MeshConfig(data=2, tensor=4)),
-    ("sft", "27b", MeshConfig(tensor=8)),  # twice its key/value heads
+    (None, "27b", MeshConfig(tensor=8)),  # twice its key/value heads
     (None, "9b", MeshConfig(fsdp=8)),
     (None, "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
     (None, "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
@@ -225,7 +225,7 @@ def test_adapters_after_the_norm_on_a_mesh():
             assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
 
 
-@pytest.mark.parametrize("kind", ["sft", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.exhaustive), "dora"])
 def test_what_a_tensor_parallel_step_communicates(kind, capfd):
     """Positions are gathered for the blocks; logits and MLP are not, and XLA finds no resharding it cannot do."""
     run = program(kind, MeshConfig(tensor=8), model=BITING["27b"])

@@ -16,6 +16,8 @@ from gemma2_jax.config import AdapterConfig, ComputeConfig, ModelConfig
 from gemma2_jax.convert.table import from_hf, to_hf
 from gemma2_jax.model import Gemma2, Weights
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def build(config: ModelConfig, compute: ComputeConfig = F32):
     return nnx.graphdef(nnx.eval_shape(lambda: Gemma2(config, compute, rngs=nnx.Rngs(0))))

@@ -92,6 +92,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
 
 def test_what_a_run_writes(tmp_path):
     config = small("tiny_lora", tmp_path, steps=3)
+    config = replace(config, train=replace(config.train, eval_every=1))
     loop.train(config)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "data",
