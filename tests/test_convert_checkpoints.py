@@ -1,8 +1,8 @@
 """Checkpoints as folders: told apart, read by slices, written whole or not at all, and exact through every format."""
 
 import json
-import os
 import logging
+import os
 import resource
 import shutil
 import subprocess

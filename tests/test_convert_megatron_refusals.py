@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
