@@ -24,6 +24,7 @@ def small(name: str, workdir: Path, **changes) -> Config:
         data=replace(
             recipe.data, train="tests/fixtures/sums.jsonl", tokenizer="assets/tiny-gemma2", eval_fraction=0.05
         ),
+        adapter=replace(recipe.adapter, dropout=0.0 if recipe.adapter.kind == "none" else 0.1),
         optim=replace(recipe.optim, decay_steps=20),  # the same program whatever the steps
         train=replace(
             recipe.train,
@@ -32,9 +33,9 @@ def small(name: str, workdir: Path, **changes) -> Config:
             micro_batch_size=1,
             eval_batches=1,
             eval_every=10,
-            checkpoint_every=10,
+            checkpoint_every=5,
         ),
-        **{"init": "", "workdir": str(workdir), "steps": 20} | changes,
+        **{"init": "", "workdir": str(workdir), "steps": 10} | changes,
     )
 
 

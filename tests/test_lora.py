@@ -100,7 +100,9 @@ def test_logits_and_gradients_equal_peft(name):
             assert error < 1e-4, f"{path} layer {layer}: relative L2 error {error:.2e}"
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name", ["rslora", "dora", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lora", "some"))]
+)
 def test_merged_equals_unmerged(name):
     config, ours, _ = pair(ADAPTERS[name])
     rows = rows_of(config)
