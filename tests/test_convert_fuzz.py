@@ -465,7 +465,7 @@ def convert(checkpoint: Checkpoint, to: str, case: Case, chance: random.Random) 
     """Writes it in another format: whole, or not at all."""
     target = case.root.parent / "out" / to
     try:
-        job = Job(source=checkpoint, to="hf" if to == "merged" else to, merge=to == "merged")  # pyright: ignore
+        job = Job(source=checkpoint, to="hf" if to == "merged" else to, merge=to == "merged")
         write(job, target)
     except (ValueError, OSError):
         assert not target.exists()

@@ -115,7 +115,7 @@ def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config)
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
     path = folder / "adapter_config.json"
-    modules = sorted({re.search(r"(\w+_proj)", name)[1] for name in tensors})  # pyright: ignore
+    modules = sorted({module for name in tensors for module in re.findall(r"\w+_proj", name)})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": modules} | config))
     return folder
 
