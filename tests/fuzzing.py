@@ -7,6 +7,7 @@ import struct
 import sys
 import time
 
+# The ends of our sentences, which a ValueError of numpy's or Python's has not.
 OURS = r"again$|original$|was run|not run|right file$|own folder$|extensions$"
 
 

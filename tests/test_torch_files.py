@@ -476,9 +476,6 @@ def read(x):
     return x
 
 
-# The ends of our sentences, which a ValueError of numpy's or Python's has not.
-
-
 FUZZED = {
     "common": (FIXTURES / "megatron_lm" / "A_f32_tp1pp1" / "iter_0000010" / "common.pt", 600),
     "train_state": (FIXTURES / "torch_dist" / "A_f32_tp1pp1" / "latest_train_state.pt", 1500),

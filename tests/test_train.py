@@ -169,10 +169,7 @@ def test_profile_writes_a_trace(tmp_path):
 def refused(*arguments: str) -> str:
     """What the command prints when it ends with an error; never a traceback."""
     result = subprocess.run(
-        [sys.executable, "-m", "gemma2_jax.train", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-m", "gemma2_jax.train", *arguments], capture_output=True, text=True, timeout=120
     )
     assert result.returncode != 0
     assert "Traceback" not in result.stderr, result.stderr
