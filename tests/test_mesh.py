@@ -106,7 +106,7 @@ def test_shardings_are_golden(name):
 MESHES = [
     (None, "9b", MeshConfig(data=4, tensor=2)),
     (None, "27b", MeshConfig(data=2, tensor=4)),
-    (None, "27b", MeshConfig(tensor=8)),  # twice its key/value heads
+    ("sft", "27b", MeshConfig(tensor=8)),  # twice its key/value heads
     (None, "9b", MeshConfig(fsdp=8)),
     (None, "9b", MeshConfig(data=2, fsdp=2, tensor=2)),
     (None, "2b", MeshConfig(stage=2, fsdp=2, tensor=2)),  # 2 + 1 layers
