@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma2_jax import attention_mosaic, attention_xla
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.attention import attention
 from gemma2_jax.kernels.decode import decode
 from gemma2_jax.kernels.shapes import SHAPES, Shape
 from gemma2_jax.kernels.tiles import GPU, Build
+from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
 
 L2_BYTES = 50 * 2**20  # of an H100
 # An error may be so many times that of XLA's bfloat16, as in FlashAttention's tests of its soft cap, and so much more.

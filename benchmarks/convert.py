@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from gemma2_jax.config import GEMMA2_2B, GEMMA2_27B, ModelConfig
-from gemma2_jax.convert import table, tensors
-from gemma2_jax.convert.hf_config import hf_config
+from gemma2_jax.convert.files import safetensors as tensors
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.hf_config import hf_config
 
 ROUNDS = 3  # of each, by turns with cp
 # Memory depends on the largest matrix of a layer and not on their number, so that two layers show that of 27B.
@@ -74,7 +75,7 @@ def conversions(folder: Path, model: ModelConfig) -> tuple[int, list[tuple[str, 
         copying, seconds, memory = [], [], []
         for _ in range(ROUNDS):
             shutil.rmtree(at["copy"], ignore_errors=True)
-            copying.append(measured("cp", "-r", at[source], at["copy"])[0])
+            memory.append(measured("cp", "-r", at[source], at["copy"])[0])
             shutil.rmtree(at["copy"])
             shutil.rmtree(at[target], ignore_errors=True)
             command = (sys.executable, "-m", "gemma2_jax.convert", at[source], at[target], "--to", to)

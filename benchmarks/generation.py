@@ -27,8 +27,8 @@ def ours(model: ModelConfig, batch: int, weights: Path) -> Callable[[], Tokens]:
     from flax import nnx
 
     from gemma2_jax.config import ComputeConfig
-    from gemma2_jax.decode import Generator
-    from gemma2_jax.model import Gemma2
+    from gemma2_jax.inference.generator import Generator
+    from gemma2_jax.model.gemma2 import Gemma2
 
     compute = ComputeConfig(dtype="float32")
     graph = nnx.graphdef(nnx.eval_shape(lambda: Gemma2(model, compute, rngs=nnx.Rngs(0))))

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax import platforms
+from gemma2_jax.cluster import platforms
 from gemma2_jax.kernels.shapes import SHAPES
 
 PEAK_BYTES = 3.35e12  # a second, of an H100 SXM: NVIDIA's data sheet
@@ -90,7 +90,7 @@ def device(interpret: bool) -> dict[str, str]:
     import jax
     import jax.extend
 
-    from gemma2_jax.attention import architecture
+    from gemma2_jax.model.attention.choice import architecture
 
     if interpret:  # warpgroups wait for one another: were their programs enqueued, some would never begin
         jax.config.update("jax_cpu_enable_async_dispatch", False)

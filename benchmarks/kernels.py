@@ -170,7 +170,7 @@ def intervals(documents: tuple[int, ...], window: int, length: int = LENGTH) -> 
     """The first and the last key that each query of a row sees, int32 [1, T], as a model has them."""
     import jax.numpy as jnp
 
-    from gemma2_jax import attention_mosaic
+    from gemma2_jax.model.attention import mosaic as attention_mosaic
 
     at = jnp.arange(length, dtype=jnp.int32)
     segments = jnp.searchsorted(jnp.array(documents), at, side="right")[None]

@@ -44,7 +44,7 @@ def our_weights(model: ModelConfig, path: Path) -> dict:
     """Those weights by our paths."""
     import jax
 
-    from gemma2_jax.convert.table import from_hf
+    from gemma2_jax.convert.formats.table import from_hf
 
     with np.load(path) as saved:
         return jax.device_put(from_hf(dict(saved), model))

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import Config, MeshConfig
-from gemma2_jax.traffic import per_axis
+from gemma2_jax.planning.traffic import per_axis
 
 RECIPES = [f"{size}_{kind}" for kind in ("pretrain", "sft", "lora", "dora") for size in ("2b", "9b", "27b")]
 # Recipe, rows of a step for each data x fsdp shard, mesh of one data shard, and its GPUs.

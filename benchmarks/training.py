@@ -28,9 +28,9 @@ def rows(model: ModelConfig) -> np.ndarray:
 def ours(model: ModelConfig, kind: str, weights: Path) -> Step:
     import jax
 
-    from gemma2_jax.loop import place
     from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.step import Program
+    from gemma2_jax.training.loop import place
+    from gemma2_jax.training.step import Program
 
     recipe = configs.load(f"tiny_{kind}")
     config = replace(recipe, model=model, init="", optim=replace(recipe.optim, warmup_steps=0, weight_decay=0.0))

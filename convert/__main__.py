@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gemma2_jax import platforms
+from gemma2_jax.cluster import platforms
 from gemma2_jax.config import DType
 
 if TYPE_CHECKING:

@@ -29,13 +29,15 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert import arrays, copying, hub, megatron, megatron_config, table, tensors
-from gemma2_jax.convert.folder import tokenizer_folder
-from gemma2_jax.convert.hf_config import model_config
-from gemma2_jax.convert.peft_config import adapter_config
-from gemma2_jax.convert.table import Row
-from gemma2_jax.convert.tensors import Tensors, read_json
-from gemma2_jax.model import Abstract
+from gemma2_jax.convert.files import hub, memory, orbax as arrays, safetensors as tensors
+from gemma2_jax.convert.files.folder import tokenizer_folder
+from gemma2_jax.convert.files.memory import Index
+from gemma2_jax.convert.files.safetensors import Tensors, read_json
+from gemma2_jax.convert.formats import megatron, megatron_config, table
+from gemma2_jax.convert.formats.hf_config import model_config
+from gemma2_jax.convert.formats.peft_config import adapter_config
+from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model.gemma2 import Abstract
 
 
 class Source(Protocol):
@@ -46,7 +48,7 @@ class Source(Protocol):
         """Every array as it is stored."""
         ...
 
-    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """A part of an array, in the host's memory, in whatever order its dims are there."""
         ...
 
@@ -148,7 +150,7 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     return {path: _array(_source(checkpoint, path), path, want) for path, want in wanted.items()}
 
 
-def read(checkpoint: Checkpoint, path: str, index: table.Index) -> np.ndarray:
+def read(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
     """A part of an array as it is stored, in the host's memory; best one layer, or some rows, as memory goes."""
     source = _source(checkpoint, path)
     return source.read(path, index, source.shapes[path].dtype)
@@ -160,7 +162,7 @@ def _source(checkpoint: Checkpoint, path: str) -> Source:
 
 def _array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
     @cache  # devices that hold copies of one slice ask for it once each
-    def part(index: table.Index):
+    def part(index: Index):
         have = [range(size)[at] for size, at in zip(source.shapes[path].shape, index, strict=True)]
         shape = [len(range(size)[at]) for size, at in zip(want.shape, index, strict=True)]
         if not have[0]:
@@ -196,7 +198,7 @@ class _Safetensors:
             shapes[row.path] = jax.ShapeDtypeStruct(dims.shape(row.letters, model, rank), dtype)
         return cls(rows={row.path: row for row in rows}, size=dims.sizes(model, rank), tensors=files, shapes=shapes)
 
-    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         return self.rows[path].join(self.size, dtype, self.tensors.read, index)
 
 
@@ -220,7 +222,7 @@ class _Orbax:
             tensors.check_dtype(leaf.dtype, f"{folder}: {path}")
         return cls(arrays=reader, shapes=shapes)
 
-    def read(self, path: str, index: table.Index, dtype: np.dtype) -> np.ndarray:
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         shape = self.shapes[path].shape  # of a run the stack may be longer
         within = tuple(range(size)[at] for size, at in zip(shape, index, strict=True))
         return self.arrays.read(path, tuple(slice(at.start, at.stop) for at in within)).astype(dtype, copy=False)
@@ -313,7 +315,7 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     workdir, step = found
     said = workdir / "config.txt"
     try:
-        text = copying.whole(said, 1 << 20).decode()
+        text = memory.whole(said, 1 << 20).decode()
     except ValueError as error:
         raise ValueError(f"{said} is damaged ({error}); copy it again") from error
     config = configs.from_text(text, str(said))

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from gemma2_jax.convert import table
 from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.convert.formats import table
 
 _NAMES = {
     "huggingface": "a Hugging Face model",

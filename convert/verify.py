@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma2_jax import lora, model
 from gemma2_jax.config import ComputeConfig
-from gemma2_jax.convert import arrays
 from gemma2_jax.convert.checkpoints import Checkpoint, load, read
-from gemma2_jax.model import Gemma2
+from gemma2_jax.convert.files import orbax as arrays
+from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.gemma2 import Gemma2
 
 
 @dataclass(frozen=True, kw_only=True)

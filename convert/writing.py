@@ -21,21 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma2_jax import dims, lora
+from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
-from gemma2_jax.convert import arrays, folder, megatron, megatron_config, table, tensors, torch_files
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
-from gemma2_jax.convert.copying import contiguous, reserve
-from gemma2_jax.convert.hf_config import hf_config
-from gemma2_jax.convert.peft_config import peft_config
-from gemma2_jax.convert.pickles import Record
-from gemma2_jax.convert.table import Row
-from gemma2_jax.convert.torch_dist import TorchDistWriter
-from gemma2_jax.model import Gemma2
+from gemma2_jax.convert.files import folder, orbax as arrays, safetensors as tensors, torch_files
+from gemma2_jax.convert.files.memory import Index, contiguous, reserve
+from gemma2_jax.convert.files.pickles import Record
+from gemma2_jax.convert.files.torch_dist import TorchDistWriter
+from gemma2_jax.convert.formats import megatron, megatron_config, table
+from gemma2_jax.convert.formats.hf_config import hf_config
+from gemma2_jax.convert.formats.peft_config import peft_config
+from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model import lora
+from gemma2_jax.model.gemma2 import Gemma2
 
 Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
 _ADAPTER_ALONE = ("peft", "megatron-adapter")
-Part = tuple[Row, table.Index]
+Part = tuple[Row, Index]
 _AHEAD = 2  # parts that are read before they are written
 
 
@@ -154,14 +156,14 @@ class Job:
                 last = min(at + step, want.shape[0])
                 yield row, (slice(at, last), *[slice(None)] * (len(want.shape) - 1))
 
-    def part(self, row: Row, index: table.Index) -> np.ndarray:
+    def part(self, row: Row, index: Index) -> np.ndarray:
         """A part of an array as it is written, merged if that is asked for, in whatever order in memory."""
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.targets(self.source.adapter):
             return self._merged(projection, row.path, index)
         return read(self.source, row.path, index).astype(self.shapes[row.path].dtype, copy=False)
 
-    def theirs(self, row: Row, index: table.Index) -> np.ndarray:
+    def theirs(self, row: Row, index: Index) -> np.ndarray:
         """A part as Hugging Face's or PEFT's tensor: of one layer, or some rows of it."""
         ours = self.part(row, index)
         return contiguous(row.theirs(ours[0] if row.stacked else ours))
@@ -173,7 +175,7 @@ class Job:
         shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
         return jax.ShapeDtypeStruct(shape, self.shapes[row.path].dtype)
 
-    def _merged(self, projection: str, path: str, index: table.Index) -> np.ndarray:
+    def _merged(self, projection: str, path: str, index: Index) -> np.ndarray:
         rows = {part: row.path for part, row in table.adapter_rows(projection).items()}
         paths = {part: at for part, at in {"w": path, **rows}.items() if at in self.source.shapes}
         layers = {

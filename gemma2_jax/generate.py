@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from gemma2_jax import platforms
+from gemma2_jax.cluster import platforms
 from gemma2_jax.config import ComputeConfig, DType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from gemma2_jax.convert.checkpoints import Checkpoint
-    from gemma2_jax.decode import Generator
+    from gemma2_jax.inference.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def main() -> None:
 def _generate(command: Command) -> None:
     from gemma2_jax.convert.checkpoints import open_checkpoint
     from gemma2_jax.data.encoding import load_tokenizer
-    from gemma2_jax.decode import Sampling
+    from gemma2_jax.inference.generator import Sampling
 
     sampling = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, seed=command.seed)
     path = command.adapter or command.checkpoint
@@ -97,9 +97,9 @@ def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
     import jax
     from flax import nnx
 
-    from gemma2_jax import lora, model
     from gemma2_jax.convert import checkpoints
-    from gemma2_jax.decode import Generator
+    from gemma2_jax.inference.generator import Generator
+    from gemma2_jax.model import gemma2 as model, lora
 
     config = checkpoint.model
     if config is None:

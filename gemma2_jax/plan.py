@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax import platforms, train
+from gemma2_jax import train
+from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
-from gemma2_jax.traffic import SENT, Collective, per_axis, traffic
+from gemma2_jax.planning.traffic import SENT, Collective, per_axis, traffic
 
 if TYPE_CHECKING:
-    from gemma2_jax.step import Program
+    from gemma2_jax.training.step import Program
 
 PER_HOST = 8  # GPUs
 MOST = 512  # GPUs
@@ -113,7 +114,7 @@ def cluster(gpus: int) -> list:
 def planned(config: Config, gpus: int) -> Program:
     """The run of `config` on so many GPUs, before anything is compiled."""
     from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.step import Program
+    from gemma2_jax.training.step import Program
 
     return Program(config, make_mesh(config.mesh, cluster(gpus)))
 

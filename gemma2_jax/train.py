@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from gemma2_jax import config as configs, platforms
+from gemma2_jax import config as configs
+from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
 
 DEFAULT_RECIPE = "tiny_lora"
@@ -53,7 +54,8 @@ def main() -> None:
         print(configs.to_text(command.run), end="")
         return
     platforms.settle()
-    from gemma2_jax import hosts, loop
+    from gemma2_jax.cluster import hosts
+    from gemma2_jax.training import loop
 
     try:
         with hosts.joined(command.run.hosts):

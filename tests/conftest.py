@@ -12,6 +12,8 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is ther
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time goes into compiling; see `optimized`
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests that run their own file as a program find the modules beside this one.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import jax
 import pytest

@@ -17,7 +17,7 @@ import transformers
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
-from gemma2_jax.step import Program
+from gemma2_jax.training.step import Program
 
 torch.set_num_threads(1)  # more are slower on models this small, and far slower beside another busy process
 

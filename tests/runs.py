@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax import config as configs
-from gemma2_jax.checkpoint import Checkpoints
 from gemma2_jax.config import Config
+from gemma2_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 

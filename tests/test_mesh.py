@@ -16,9 +16,9 @@ from peers import BITING
 
 from gemma2_jax import config as configs, dims, mesh as meshes
 from gemma2_jax.config import ComputeConfig, MeshConfig, ModelConfig, TrainConfig
-from gemma2_jax.loop import place
 from gemma2_jax.mesh import make_mesh
-from gemma2_jax.step import Program
+from gemma2_jax.training.loop import place
+from gemma2_jax.training.step import Program
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

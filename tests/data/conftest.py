@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax.data.pipeline import load_tokenizer
+from gemma2_jax.data.batches import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 

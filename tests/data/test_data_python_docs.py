@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import python_docs, sources
-from gemma2_jax.data.pipeline import load_tokenizer
+from gemma2_jax.data.batches import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 

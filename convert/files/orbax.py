@@ -1,0 +1,198 @@
+"""Orbax checkpoints by parts of arrays, read with TensorStore, which is what Orbax itself stores with.
+
+Orbax's own calls move whole arrays, and of a 27B model one stack of layers is 15 GB. Checkpoints are written as Orbax
+has them without OCDBT: an array a folder, in Zarr 2 (zarr-specs.readthedocs.io), uncompressed, as weights hardly
+shrink, and a chunk for a layer or for a part of one. Zarr 3 would have checksums, with which reading took three times
+as long. Names of arrays are `checkpoints`'.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from gemma2_jax.convert.files.memory import Index, contiguous, reserve
+from gemma2_jax.convert.files.safetensors import read_json
+from gemma2_jax.model.gemma2 import Abstract
+
+CHUNK_BYTES = 64 << 20  # of what an array is stored in: small enough for a device to read little more than its slice
+METADATA = "_METADATA"  # Orbax's, of the whole checkpoint
+_ARRAY_METADATA = (".zarray", "zarr.json")
+_METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # of one array; they have 1 kB, and less than 20 brackets
+_MOST_ARRAYS = 1000  # a model has 13, with adapters 34
+
+
+def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
+    """How many rows of an array, or of each layer of a stack, make up a chunk."""
+    dim = 1 if stacked else 0
+    row = math.prod(want.shape[dim + 1 :]) * want.dtype.itemsize
+    return max(1, min(want.shape[dim], CHUNK_BYTES // row))
+
+
+class Reader:
+    """The arrays of an Orbax checkpoint that any of its versions or settings has written."""
+
+    def __init__(self, folder: Path):
+        """Reads what is said of the arrays. Raises ValueError where it is missing, damaged or something else."""
+        self._folder = folder.absolute()
+        self._ocdbt = (folder / "manifest.ocdbt").is_file()
+        self._stores: dict[str, ts.TensorStore] = {}
+        self._held: dict[str, tuple[int, np.ndarray]] = {}
+        _check_files(self._folder)
+        stores = {path: self._open(path) for path in _paths(folder / METADATA)}
+        self.shapes: Abstract = {
+            path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for path, store in stores.items()
+        }
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A part of an array, as stored.
+
+        Where a chunk holds more layers than are asked for, as a run's may, the last ones read are kept for the next
+        call: three, as many as one tensor of Megatron has of ours.
+        """
+        store = self._open(path)
+        first, *rest = index
+        span = range(store.shape[0])[first]
+        depth = self.chunk(path)[0]
+        start = span.start // depth * depth
+        if not _stacked(path) or len(span) >= depth or span.stop > start + depth:
+            return self._read(store, (slice(span.start, span.stop), *rest), path)
+        if self._held.get(path, (None,))[0] != start:
+            self._held.pop(path, None)
+            while len(self._held) > 2:
+                del self._held[next(iter(self._held))]
+            end = min(start + depth, store.shape[0])
+            self._held[path] = start, self._read(store, (slice(start, end), *[slice(None)] * len(rest)), path)
+        return self._held[path][1][(slice(span.start - start, span.stop - start), *rest)]
+
+    def chunk(self, path: str) -> tuple[int, ...]:
+        """The shape of the pieces that an array is stored in."""
+        store = self._open(path)
+        return tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or store.shape)
+
+    def _read(self, store: ts.TensorStore, index: Index, path: str) -> np.ndarray:
+        try:
+            return np.asarray(store[index].read().result())
+        except ValueError as error:
+            raise self._damaged(path, error) from error
+
+    def _open(self, path: str) -> ts.TensorStore:
+        if path in self._stores:
+            return self._stores[path]
+        name, base = f"{_name(path)}/", f"{self._folder}/"
+        file = {"driver": "file", "path": base if self._ocdbt else base + name}
+        kvstore = {"driver": "ocdbt", "base": file, "path": name} if self._ocdbt else file
+        try:
+            if self._ocdbt:
+                values = ts.KvStore.open(kvstore).result()
+                if not all(_is_metadata(values.read(key).result().value) for key in _ARRAY_METADATA):
+                    raise ValueError("its metadata is not that of an array")
+            found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+            # Which only a driver that is named takes: that chunks which are gone are an error, and not zeros.
+            spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
+            self._stores[path] = store = ts.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise self._damaged(path, error) from error
+        chunk = self.chunk(path)
+        if any(size > max(whole, 1) for size, whole in zip(chunk, store.shape, strict=True)):
+            raise ValueError(f"{self._folder}: {path} of {store.shape} has chunks of {chunk}; copy it again")
+        return store
+
+    def _damaged(self, path: str, error: Exception) -> ValueError:
+        return ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError where the folder holds what TensorStore would wait for, read without end, or crash on."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = Path(at, name)
+            if not path.is_file():
+                raise ValueError(f"{path} is not a file, nor a link to one; copy the checkpoint again")
+            if name in _ARRAY_METADATA:
+                with path.open("rb") as file:
+                    if not _is_metadata(file.read(_METADATA_BYTES + 1)):
+                        raise ValueError(f"{path} is not the metadata of an array; copy it again")
+
+
+def _is_metadata(text: bytes) -> bool:
+    """Whether an array's metadata has a size, and its JSON a depth, such as they have."""
+    return len(text) <= _METADATA_BYTES and text.count(b"[") + text.count(b"{") <= _METADATA_DEPTH
+
+
+def _paths(metadata: Path) -> list[str]:
+    """The arrays that Orbax's own metadata lists."""
+    try:
+        entries = read_json(metadata)["tree_metadata"].values()
+        paths = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{metadata} is damaged, or of no Orbax checkpoint; copy it again") from error
+    for path in paths:
+        if len(paths) > _MOST_ARRAYS or not re.fullmatch(r"\w+(/\w+)*", path):
+            raise ValueError(f"{metadata} lists {len(paths)} arrays, of which {path[:200]!r} is none of Gemma 2's")
+    return paths
+
+
+class Writer:
+    """A checkpoint of these arrays, whose parts are then written."""
+
+    def __init__(self, folder: Path, shapes: dict[str, jax.ShapeDtypeStruct]):
+        self._folder, self._shapes = folder, shapes
+        # Orbax writes what it keeps beside the arrays; their own metadata is then replaced by what we want.
+        tree = {path: np.zeros((1,) * len(want.shape), want.dtype) for path, want in shapes.items()}
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+        handler.save(epath.Path(folder.absolute()), args=ocp.args.PyTreeSave(unflatten_dict(tree, sep="/")))
+        handler.close()
+        for path, want in shapes.items():
+            dim = int(_stacked(path))
+            metadata = {
+                "zarr_format": 2,
+                "shape": want.shape,
+                "chunks": (*(1,) * dim, rows_at_once(want, _stacked(path)), *want.shape[dim + 1 :]),
+                # As TensorStore spells them.
+                "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,
+                "compressor": None,
+                "filters": None,
+                "fill_value": None,
+                "order": "C",
+                "dimension_separator": ".",
+            }
+            (folder / _name(path) / ".zarray").write_text(json.dumps(metadata))
+
+    def write(self, path: str, index: Index, part: np.ndarray) -> None:
+        """Writes a layer of a stack, or as many rows of another array as begin and end with chunks."""
+        # A chunk is a file, and one in C order without compression is what is in memory. TensorStore writes it too, in
+        # twice the time.
+        want, dim = self._shapes[path], int(_stacked(path))
+        rows, span = rows_at_once(want, _stacked(path)), range(want.shape[dim])[index[dim]]
+        assert span.start % rows == 0 and (span.stop % rows == 0 or span.stop == want.shape[dim])
+        part = contiguous(part[0] if dim else part)
+        for at in range(0, len(part), rows):
+            numbers = [index[0].start] * dim + [(span.start + at) // rows] + [0] * (len(want.shape) - dim - 1)
+            with (self._folder / _name(path) / ".".join(map(str, numbers))).open("wb") as file:
+                chunk = part[at : at + rows]
+                reserve(file, chunk.nbytes)
+                file.write(chunk.reshape(-1).view(np.uint8))
+                if len(chunk) < rows:  # the last one is filled up
+                    file.write(bytes((rows - len(chunk)) * chunk[0].nbytes))
+
+
+def _stacked(path: str) -> bool:
+    return path.startswith("blocks/")
+
+
+def _name(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def first_line(error: Exception) -> str:
+    """What a library said, in short."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

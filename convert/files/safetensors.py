@@ -1,0 +1,201 @@
+"""Folders of safetensors files: one, or several with an index, read and written in parts of tensors.
+
+Names and layouts are `table`'s, this module knows bytes only. Opening reads headers, which the safetensors library
+checks; the bytes are read and written here, as the library's memory map of a file counts towards this process's
+memory, and its writer wants a whole file's tensors at once.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gemma2_jax.convert.files import memory
+from gemma2_jax.convert.files.memory import Index, Shapes
+
+MODEL = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+SHARD_BYTES = 5_000_000_000  # as Hugging Face's own writer has it
+
+_DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+_JSON_BYTES = 32 << 20  # the index of a 27B model has 50 kB
+
+
+def check_dtype(dtype: np.dtype, source: object) -> None:
+    """Raises ValueError unless weights may be stored in it."""
+    if dtype not in [np.dtype(kind) for kind in _DTYPES.values()]:
+        raise ValueError(
+            f"{source} is stored as {dtype}; this program reads {', '.join(_DTYPES)}, so save the checkpoint as one"
+        )
+
+
+class Tensors:
+    """The tensors of a folder, by name."""
+
+    def __init__(self, folder: Path, stem: str):
+        """Opens `stem` (model.safetensors) or the files of its index, and reads their headers."""
+        self.folder, self.shapes, self.dtypes = folder, Shapes(), dict[str, np.dtype]()
+        self._places: dict[str, tuple[Path, int]] = {}
+        index = folder / f"{stem}.index.json"
+        listed = _weight_map(index) if index.exists() else None
+        if listed and (folder / stem).exists():
+            raise ValueError(f"{folder} has both {stem} and {index.name}; delete the one that is out of date")
+        for name in sorted(set(listed.values())) if listed else [stem]:
+            self._open(folder / name)
+        for name, file in (listed or {}).items():
+            if name not in self.shapes:
+                raise ValueError(f"{index} says that {file} holds {name}, which it does not; download both again")
+        for name in self.shapes:
+            if listed and name not in listed:
+                raise ValueError(f"{folder} holds {name}, which {index.name} does not list; download both again")
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, as stored; of its rows no others are read."""
+        path, start = self._places[name]
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        rows = range(shape[0])[index[0]]
+        row = math.prod(shape[1:]) * dtype.itemsize
+        found = memory.read(path, start + rows.start * row, len(rows) * row)
+        return found.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; download it, or the whole checkpoint, again")
+        try:
+            with safe_open(path, framework="np") as file:
+                found = {name: file.get_slice(name) for name in file.offset_keys()}
+                dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
+                shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+        size, starts = _starts(path, dtypes, shapes)
+        for name, shape in shapes.items():
+            if name in self._places:
+                raise ValueError(f"{path} holds {name}, which another file of {self.folder} holds too; delete one")
+            if dtypes[name] not in _DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is stored as {dtypes[name]}; this program reads {', '.join(_DTYPES)}, "
+                    "so use the checkpoint before it was quantized"
+                )
+            if not shape:
+                raise ValueError(f"{path}: {name} is a single number, which no tensor of Gemma 2 is")
+            self._places[name] = path, 8 + size + starts[name]
+            self.shapes[name], self.dtypes[name] = shape, np.dtype(_DTYPES[dtypes[name]])
+
+
+def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, dict[str, int]]:
+    """The size of a header, and where the tensors start after it, which the library has checked and does not tell."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+    try:
+        # Of a name that is there twice the library may have checked the other one.
+        entries = json.loads(header, object_pairs_hook=_once)
+        found = {name: entries[name] for name in shapes}
+        agree = all((at["dtype"], tuple(at["shape"])) == (dtypes[name], shapes[name]) for name, at in found.items())
+        starts = {name: at["data_offsets"][0] for name, at in found.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: its header is no safetensors header ({error}); get it again") from error
+    if not agree:
+        raise ValueError(f"{path} is damaged: its header says two things of one tensor; get it again")
+    return size, starts
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map; download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} lists {file!r}; an index may only name safetensors files in its own folder")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file when it is missing or something else."""
+    try:
+        content = json.loads(memory.whole(path, _JSON_BYTES).decode())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; copy it beside the weights") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; download it again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object as Hugging Face's libraries do: sorted, two spaces."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write(
+    folder: Path,
+    stem: str,
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    parts: Iterable[np.ndarray],
+    moved: Callable[[float], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `wanted` as `stem`, or as numbered files and an index where it takes more than `shard_bytes`.
+
+    Args:
+      wanted: shape and dtype of each tensor.
+      parts: the tensors, in the order of `wanted`, each whole or as several blocks of its rows.
+      moved: told of the bytes that are written.
+    """
+    sizes = {name: math.prod(want.shape) * want.dtype.itemsize for name, want in wanted.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    base = stem.removesuffix(".safetensors")
+    files = [f"{base}-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
+    stream = iter(parts)
+    for file, names in zip(files if len(shards) > 1 else [stem], shards, strict=True):
+        _write_file(folder / file, {name: wanted[name] for name in names}, stream, moved)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / f"{stem}.index.json", {"metadata": total, "weight_map": weight_map})
+
+
+def _write_file(
+    path: Path,
+    wanted: dict[str, jax.ShapeDtypeStruct],
+    stream: Iterator[np.ndarray],
+    moved: Callable[[float], None],
+) -> None:
+    # The format: the header's length in 8 bytes, the header as JSON, the tensors one after another. Transformers 4
+    # wants to be told that they are torch's.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}, 0
+    for name, want in wanted.items():
+        start, end = end, end + math.prod(want.shape) * want.dtype.itemsize
+        header[name] = {"dtype": names[want.dtype], "shape": list(want.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        memory.reserve(file, 8 + len(text) + end)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, want in wanted.items():
+            left = math.prod(want.shape) * want.dtype.itemsize
+            while left:
+                part = memory.contiguous(next(stream))
+                assert part.dtype == want.dtype and part.shape[1:] == want.shape[1:] and part.nbytes <= left, name
+                file.write(part.reshape(-1).view(np.uint8))
+                left -= part.nbytes
+                moved(part.nbytes)

@@ -1,0 +1,319 @@
+"""The processes of one run: which of them this one is, their start, and their common end.
+
+`find` reads flags and environment; `joined` is the time in which the processes belong together. When one of them
+fails, is killed or loses its host, each of the others says which and ends: see `coordinator`. Nothing here divides
+work or data. JAX is imported only where there are several processes.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, keep_alive
+from gemma2_jax.config import HostsConfig
+
+PATIENCE_SECONDS = 300  # for all processes to come
+_LAST_WORDS_SECONDS = 5  # for a process that fails to print why
+_BARRIER_SECONDS = 24 * 3600  # for process 0 to tokenise; one that fails ends the run sooner
+_OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This process among those of the run."""
+
+    coordinator: str = ""  # host:port
+    count: int = 1
+    index: int = 0
+    devices: tuple[int, ...] | None = None  # those of this host's accelerators that are its own; None: all it sees
+    source: str = ""  # what said so
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return "1 process" + (f" ({self.source})" if self.source else "")
+        return f"{self.count} processes, found from {self.source}"
+
+
+def find(config: HostsConfig, environment: Mapping[str, str]) -> Place:
+    """This process's place: flags before JAX's variables before a launcher's; alone where none speaks of others.
+
+    Raises ValueError where they say only a part.
+    """
+    flags = {"coordinator": config.coordinator, "count": config.count or "", "index": config.index}
+    sources = {
+        "flags": {name: value for name, value in flags.items() if value not in ("", -1)},
+        "JAX's variables": _variables(environment),
+        "Open MPI": _open_mpi(environment),
+        "SLURM": _slurm(environment),
+        "Kubernetes": _kubernetes(environment),
+    }
+    found: dict = {}
+    for said in reversed(sources.values()):
+        found |= said
+    note = found.pop("note", "")
+    if found.get("count") == 1 or not (found.keys() & {"coordinator", "count"} or "index" in sources["flags"]):
+        return Place(source=note)
+    missing = [name for name in _OPTIONS if name not in found]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(f'hosts.{name}' for name in found if name in _OPTIONS)} given, but not "
+            f"{' and '.join(f'hosts.{name}' for name in missing)}: give every process "
+            f"{' '.join(_OPTIONS[name] for name in missing)}, or start them with srun, mpirun or a Kubernetes JobSet"
+        )
+    if found["index"] >= found["count"]:
+        raise ValueError(
+            f"this is process {found['index']} of {found['count']}, but processes count from 0; "
+            "give as many indices as hosts.count says"
+        )
+    return Place(**found, source=next(name for name, said in sources.items() if "index" in said))
+
+
+def _variables(environment: Mapping[str, str]) -> dict:
+    """Those that JAX and the Kubernetes operators for it use."""
+    said: dict = {}
+    if address := environment.get("JAX_COORDINATOR_ADDRESS"):
+        said["coordinator"] = address
+    for name, variable in (("count", "JAX_NUM_PROCESSES"), ("index", "JAX_PROCESS_ID")):
+        if variable in environment:
+            said[name] = int(environment[variable])
+    return said
+
+
+def _open_mpi(environment: Mapping[str, str]) -> dict:
+    """What mpirun sets; it says where process 0 is in version 4, or when all are on one host."""
+    count = int(environment.get("OMPI_COMM_WORLD_SIZE", 1))
+    if count == 1:
+        return {}
+    local, here = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("RANK", "SIZE"))
+    said: dict = {"count": count, "index": int(environment["OMPI_COMM_WORLD_RANK"])}
+    said |= _own_device(local, here, environment)
+    launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # such as 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
+    job = launcher.partition(";")[0] or environment.get("PMIX_NAMESPACE", "")
+    if here == count:
+        said["coordinator"] = f"127.0.0.1:{_port(job)}"
+    elif address := re.search(r"tcp://([^,:]+)", launcher):
+        said["coordinator"] = f"{address[1]}:{_port(job)}"
+    return said
+
+
+def _slurm(environment: Mapping[str, str]) -> dict:
+    """What srun sets for each task. The shell of salloc and the script of sbatch are not tasks of the job."""
+    count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if count == 1:
+        tasks = int(environment.get("SLURM_NTASKS", 1))
+        return {"note": f"not started by srun, though SLURM has {tasks} tasks"} if tasks > 1 else {}
+    # Nodes are written like node[07-08,11],other; tasks on each of them like 8(x2),4.
+    host = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])[0]
+    host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", host)
+    tasks = [
+        int(tasks)
+        for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
+        for _ in range(int(times or 1))
+    ]
+    here = tasks[int(environment["SLURM_NODEID"])]
+    job = f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
+    return {
+        "coordinator": f"{host}:{_port(job)}",
+        "count": count,
+        "index": int(environment["SLURM_PROCID"]),
+        **_own_device(int(environment["SLURM_LOCALID"]), here, environment),
+    }
+
+
+def _kubernetes(environment: Mapping[str, str]) -> dict:
+    """What Kubernetes sets in each pod of an Indexed Job; the rest is for the manifest to say, in JAX's variables."""
+    index = environment.get("JOB_COMPLETION_INDEX")
+    return {} if index is None else {"index": int(index)}
+
+
+def _own_device(local: int, here: int, environment: Mapping[str, str]) -> dict:
+    """One of a host's accelerators where several processes share it, unless the launcher has divided them."""
+    divided = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    return {} if here == 1 or divided else {"devices": (local,)}
+
+
+def _port(job: str) -> int:
+    """The same for all processes of a job, above the ports that Linux gives to connections."""
+    return 61440 + zlib.crc32(job.encode()) % 4096
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """The time in which the processes of a run belong together. JAX must not have looked for devices before.
+
+    Raises ValueError where this process's place is unclear, and OSError where the others cannot be met. When another
+    process fails in that time, this one ends.
+    """
+    place = find(config, os.environ)
+    if place.count == 1:
+        yield
+        return
+    with _coordinator(place), _meet(place) as link:
+        import jax
+
+        jax.config.update("jax_enable_preemption_service", False)  # which takes SIGTERM, and then goes on
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        watch = threading.Thread(target=link.watch, daemon=True)
+        watch.start()
+        try:
+            # Process 0 starts a service that nobody is told of; that of the coordinator outlives it.
+            jax.distributed.initialize(
+                link.service,
+                place.count,
+                place.index,
+                place.devices,
+                cluster_detection_method="deactivate",
+                coordinator_bind_address="127.0.0.1:0",
+            )
+            yield
+            jax.distributed.shutdown()
+        except BaseException as error:
+            if _is_echo(error):
+                watch.join(SILENCE_SECONDS + 5)  # until which the one that failed has been told of
+            interrupted = isinstance(error, KeyboardInterrupt)
+            link.leave("was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}")
+            _end_soon(130 if interrupted else 1)
+            raise
+        link.leave()
+
+
+@contextlib.contextmanager
+def first(what: str) -> Iterator[None]:
+    """Process 0 carries out the block before the others begin it, and find what it wrote."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    if state.client is not None and state.process_id > 0:
+        state.client.wait_at_barrier(what, _BARRIER_SECONDS * 1000)
+    yield
+    if state.client is not None and state.process_id == 0:
+        state.client.wait_at_barrier(what, _BARRIER_SECONDS * 1000)
+
+
+@contextlib.contextmanager
+def _coordinator(place: Place) -> Iterator[None]:
+    """The coordinator's process, if this is process 0."""
+    if place.index != 0:
+        yield
+        return
+    port = int(place.coordinator.rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    try:
+        listener = socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        )
+    except OSError as error:
+        raise OSError(
+            f"the processes cannot meet at {place.coordinator}: {error}; give all of them another --hosts.coordinator"
+        ) from error
+    with listener:
+        command = [sys.executable, "-m", "gemma2_jax.cluster.coordinator", f"--listener={listener.fileno()}"]
+        process = subprocess.Popen(
+            [*command, f"--count={place.count}", f"--patience={PATIENCE_SECONDS}"],
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        )
+    yield
+    process.wait()
+
+
+class _Link:
+    """This process's connection to the coordinator."""
+
+    def __init__(self, link: socket.socket, place: Place):
+        self._link, self._lines, self._left = link, link.makefile(), False
+        keep_alive(link)
+        self._send(index=place.index, count=place.count, host=socket.gethostname(), pid=os.getpid())
+        hello = self._receive() or {"verdict": "it ended"}
+        if "verdict" in hello:
+            raise OSError(f"the processes could not meet at {place.coordinator}: {hello['verdict']}")
+        self.service = f"{_host(place)}:{hello['service']}"
+        self._beside = hello["beside"]
+
+    def leave(self, reason: str = "") -> None:
+        """Says that this process is done, or why it fails."""
+        self._left = True
+        self._send(end=reason)
+
+    def watch(self) -> None:
+        """Waits until another process has failed, and then ends this one whatever it is doing."""
+        told = self._receive() or {"verdict": f"{self._beside} stopped answering, and the coordinator there"}
+        if not self._left:
+            ending = "every process ends here. The same command resumes after the newest checkpoint"
+            os.write(sys.stderr.fileno(), f"error: {told['verdict']}; {ending}\n".encode())
+            os._exit(1)
+
+    def _send(self, **message: object) -> None:
+        with contextlib.suppress(OSError):  # `watch` hears of it too
+            self._link.sendall(json.dumps(message).encode() + b"\n")
+
+    def _receive(self) -> dict | None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._lines.readline())
+
+
+def _host(place: Place) -> str:
+    return "127.0.0.1" if place.index == 0 else place.coordinator.rpartition(":")[0]
+
+
+@contextlib.contextmanager
+def _meet(place: Place) -> Iterator[_Link]:
+    """Waits until all processes are there."""
+    address, deadline = _host(place).strip("[]"), time.monotonic() + PATIENCE_SECONDS
+    if place.index == 0:
+        print(f"waiting for {place.count - 1} more process(es) at {place.coordinator}", flush=True)
+    while True:
+        try:
+            link = socket.create_connection((address, int(place.coordinator.rpartition(":")[2])), timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"nothing answered at {place.coordinator} for {PATIENCE_SECONDS} s ({error}); is process 0 "
+                    "running, and is that a port of its host which this one may reach?"
+                ) from error
+            time.sleep(0.5)
+    link.settimeout(None)
+    with link:
+        yield _Link(link, place)
+        with contextlib.suppress(OSError):
+            link.shutdown(socket.SHUT_WR)
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether this is what a collective raises when another process is gone: anything of XLA's but lack of memory."""
+    from jax.errors import JaxRuntimeError
+
+    while error is not None:
+        if isinstance(error, JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__
+    return False
+
+
+def _end_soon(status: int) -> None:
+    """Lets this process print its error, and ends it even if a thread of it waits for the others."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)
+    timer = threading.Timer(_LAST_WORDS_SECONDS, end)
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,391 @@
+"""Gemma 2 in Flax NNX: Einsum, RMSNorm, RoPE, Attention, MLP, Block, Gemma2.
+
+The modules describe one model and hold its weights with Hugging Face's values: the query scale, 1 + w of the norms
+and sqrt(D) of the embedding are applied at run time. Layers are alike but for their window, so their weights are
+stacked ([L, ...]) and scanned over, with the window as data. Meshes, training and caches' lifetimes are decided by
+callers.
+
+Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gemma2_jax import dims
+from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.mesh import constrain, constrain_stored, replicate
+from gemma2_jax.model.attention import choice as attention
+
+Norm = Callable[[jax.Array], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Cache = list[tuple[jax.Array, jax.Array]]  # of each layer, keys and values [B, K, S, H]: attention_xla.attend_cached
+
+Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
+Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
+
+INIT_STD = 0.02
+
+
+class Update(Protocol):
+    """What an adapter adds to a projection; see `lora`."""
+
+    after_norm: bool  # whether what it adds to has been through the norm that follows the projection
+
+    def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
+
+
+def _sum(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
+
+    On CPU, XLA's libraries copy the first operand if it is not summed over its last dims, the second if not over its
+    first, and compute what made it in that order. So x comes first and its order of summed dims is kept, where einsum
+    sorts them; and the gradient by w has the smaller of its operands first.
+    """
+    first, second, result = equation.replace("->", ",").split(",")
+    summed = [letter for letter in first if letter not in result]
+    kept = [letter for letter in first + second if letter not in summed]
+    axes = [first.index(letter) for letter in summed], [second.index(letter) for letter in summed]
+    product = jnp.tensordot(x, w, axes, preferred_element_type=dtype)
+    return jnp.transpose(product, [kept.index(letter) for letter in result])
+
+
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` in the dtype of x, with one layer's weight as it is stored.
+
+    The weight is rounded, then gathered; its gradient is formed, and summed over shards, in the weight's own dtype.
+    """
+    return _product_forward(equation, _Primal(x), _Primal(w))[0]
+
+
+product = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
+class _Primal(NamedTuple):
+    """An argument as `defvjp(symbolic_zeros=True)` hands it on."""
+
+    value: jax.Array
+    perturbed: bool = False
+
+
+def _product_forward(equation, x, w):
+    weight = equation.replace("->", ",").split(",")[1]
+    gathered = constrain(w.value.astype(x.value.dtype), weight)
+    like_w = jnp.zeros((), w.value.dtype)
+    return _sum(equation, x.value, gathered), (x.value, gathered, like_w, x.perturbed, w.perturbed)
+
+
+def _product_backward(equation, residuals, grad):
+    x, w, like_w, x_perturbed, w_perturbed = residuals
+    inputs, weight, outputs = equation.replace("->", ",").split(",")
+    grad = constrain(grad, outputs)  # gathered once for both
+    grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
+    if not w_perturbed:
+        return grad_x, None
+    if x.size <= grad.size:
+        return grad_x, _sum(f"{inputs},{outputs}->{weight}", x, grad, like_w.dtype)
+    return grad_x, _sum(f"{outputs},{inputs}->{weight}", grad, x, like_w.dtype)
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
+def _as_is(y: jax.Array) -> jax.Array:
+    return y
+
+
+class Einsum(nnx.Module):
+    """A weight applied by an einsum whose letters are its shape, its sharding and its use.
+
+    `equation` is like "BTD,DNH->BTNH". The stored weight has a leading L: one slice per layer, as `jax.lax.scan`
+    takes them. `adapter`, where there is one, may change the output, before or after the norm that follows.
+    """
+
+    def __init__(self, equation: str, config: ModelConfig, *, std: float, rngs: nnx.Rngs):
+        self.equation = equation
+        letters = "L" + equation.split(",")[1].split("->")[0]
+        self.letters = (("w", letters),)
+        shape = dims.shape(letters, config)
+        self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.adapter: Update | None = nnx.data(None)
+
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, spread: jax.Array | None = None, norm: Norm = _as_is
+    ) -> jax.Array:
+        """The product, normed; `spread` is x before its positions were gathered, if they were: adapters take it."""
+        w = self.w[...]
+        outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
+        y = constrain(product(self.equation, x, w), outputs)
+        if self.adapter is None:
+            return norm(y)
+        before, after = (norm, _as_is) if self.adapter.after_norm else (_as_is, norm)
+        return after(constrain(self.adapter(x if spread is None else spread, before(y), w, key), outputs))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + w), in float32 and cast back (arXiv:1910.07467; Gemma's w is zero-centred)."""
+
+    def __init__(self, config: ModelConfig, *, stacked: bool):
+        letters = "LD" if stacked else "D"
+        self.letters = (("w", letters),)
+        self.eps = config.norm_eps
+        self.w = nnx.Param(jnp.zeros(dims.shape(letters, config)))
+
+    @jax.named_scope("norm")
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * (1 + self.w[...].astype(jnp.float32))).astype(x_BTD.dtype)
+
+
+def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles (arXiv:2104.09864), float32 [B, T, 1, H / 2]."""
+    half = config.head_width // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """RoPE over the whole head width, first half against second half, in float32."""
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+def _whole(x_BTD: jax.Array) -> jax.Array:
+    """Positions that tensor shards share between blocks, gathered once for every product that reads them."""
+    return constrain(constrain(x_BTD, "BPD"), "BTD")
+
+
+class Attention(nnx.Module):
+    """Projections around whatever `attend` is: the whole sequence, or a cache."""
+
+    def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, rngs=rngs)
+        self.q = make("BTD,DNH->BTNH", std=INIT_STD)
+        self.k = make("BTD,DKH->BTKH", std=INIT_STD)
+        self.v = make("BTD,DKH->BTKH", std=INIT_STD)
+        self.o = make("BTNH,NHD->BTD", std=std_out)
+
+    def __call__(self, x_BTD, rope, attend: Attend, key, norm: Norm):
+        key_q, key_k, key_v, key_o = _split(key, 4)
+        with jax.named_scope("qkv"):
+            whole_BTD = _whole(x_BTD)
+            q_BTNH = rotate(self.q(whole_BTD, key_q, x_BTD), rope)
+            k_BTKH = rotate(self.k(whole_BTD, key_k, x_BTD), rope)
+            v_BTKH = self.v(whole_BTD, key_v, x_BTD)
+        with jax.named_scope("attend"):
+            out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = constrain(out_BTNH, "BTNH")  # and so its gradient
+        with jax.named_scope("o"):
+            return self.o(out_BTNH, key_o, norm=norm), cache
+
+
+class MLP(nnx.Module):
+    """GeGLU: down(gelu_tanh(gate) * up) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
+        make = partial(Einsum, config=config, rngs=rngs)
+        self.gate = make("BTD,DF->BTF", std=INIT_STD)
+        self.up = make("BTD,DF->BTF", std=INIT_STD)
+        self.down = make("BTF,FD->BTD", std=std_out)
+
+    def __call__(self, x_BTD, key, norm: Norm):
+        key_gate, key_up, key_down = _split(key, 3)
+        with jax.named_scope("gate_up"):
+            whole_BTD = _whole(x_BTD)
+            gate_BTF = jax.nn.gelu(self.gate(whole_BTD, key_gate, x_BTD), approximate=True)
+            inner_BTF = gate_BTF * self.up(whole_BTD, key_up, x_BTD)
+        with jax.named_scope("down"):
+            return self.down(inner_BTF, key_down, norm=norm)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each between a norm before and a norm after, on the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        std_out = INIT_STD / math.sqrt(2 * config.layers)
+        self.pre_attn_norm = RMSNorm(config, stacked=True)
+        self.attn = Attention(config, std_out=std_out, rngs=rngs)
+        self.post_attn_norm = RMSNorm(config, stacked=True)
+        self.pre_mlp_norm = RMSNorm(config, stacked=True)
+        self.mlp = MLP(config, std_out=std_out, rngs=rngs)
+        self.post_mlp_norm = RMSNorm(config, stacked=True)
+
+    def __call__(self, x_BTD, rope, attend: Attend, key):
+        key_attn, key_mlp = _split(key, 2)
+        with jax.named_scope("attention"):
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn, self.post_attn_norm)
+            x_BTD = constrain(x_BTD + out_BTD, "BPD")
+        with jax.named_scope("mlp"):
+            x_BTD = constrain(x_BTD + self.mlp(self.pre_mlp_norm(x_BTD), key_mlp, self.post_mlp_norm), "BPD")
+        return x_BTD, cache
+
+
+class Gemma2(nnx.Module):
+    """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device=None):
+        self.config = config
+        self.dtype = jnp.dtype(compute.dtype)
+        self.attention, _ = attention.choose(config, compute, device or jax.devices()[0])
+        self.letters = (("embedding", "VD"),)
+        shape = dims.shape("VD", config)
+        self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
+        self.final_norm = RMSNorm(config, stacked=False)
+
+    def __call__(self, tokens_BT, positions_BT, segments_BT) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 positions for RoPE, from 0 in each document.
+          segments_BT: int32; a token attends within its segment only. Padding is a segment of its own.
+        """
+        return self._run(tokens_BT, positions_BT, partial(self.attend_all, segments_BT))[0]
+
+    def attend_all(self, segments_BT, window, _, q, k, v):
+        """Attention of a layer with that window, of a whole sequence to itself; no cache."""
+        return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
+
+    def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of prompts, [B, T, D], and a cache of them for `slots` tokens, of blocks that stand apart.
+
+        Prompts start at position 0 and are padded at the end. A local layer's cache holds no more than its window.
+        """
+        B, T = tokens_BT.shape
+        segments_BT = jnp.zeros((B, T), jnp.int32)
+
+        def attend(window, slots, q, k, v):
+            last_B1 = lengths_B[:, None] - 1
+            position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(slots)) % slots, 0)
+            cache = [jnp.take_along_axis(new, position_BS[:, :, None, None], axis=1) for new in (k, v)]
+            cache = tuple(constrain(jnp.einsum("BSKH->BKSH", new), "BKSH") for new in cache)
+            return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
+
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        return self._run(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
+
+    def extend(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, D] of one new token a row, which stands at `position_B`, and the cache with it in."""
+
+        def put(old_KSH, new_1KH, position):
+            return old_KSH.at[:, position % old_KSH.shape[1]].set(new_1KH[0])
+
+        def attend(_, cache, q, k, v):
+            pairs = zip(cache, (k, v), strict=True)
+            cache = [constrain(jax.vmap(put)(old, new, position_B), "BKSH") for old, new in pairs]
+            # Else XLA fuses the update into each of its readers, and copies the whole cache for it (CPU, one row).
+            k, v = jax.lax.optimization_barrier(cache)
+            return self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
+
+        hidden_BTD, cache = self._run(token_B[:, None], position_B[:, None], attend, cache)
+        return hidden_BTD[:, 0], cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped logits, float32 [..., V], of hidden states [..., D]."""
+        logits = jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            self.embedding[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _attend(self, implementation, *inputs):
+        scale = self.config.query_pre_attn_scalar**-0.5
+        return implementation(*inputs, scale=scale, softcap=self.config.attn_softcap)
+
+    def embed(self, tokens_BT) -> jax.Array:
+        """The embedding's rows times sqrt(D), [B, T, D] in the compute dtype."""
+        with jax.named_scope("embedding"):
+            # Each shard looks all tokens up among the rows that it stores: those are fewer bytes than the table's.
+            x_BTD = self.embedding[...].astype(self.dtype)[replicate(tokens_BT)] * self._embedding_scale
+            return constrain(x_BTD, "BPD")
+
+    def add_embedding_gradient(self, total_VD, tokens_BT, d_BTD) -> jax.Array:
+        """`total_VD`, float32, with the gradient of `embed` by the embedding added, for that of its result."""
+        with jax.named_scope("embedding"):
+            d_BTD = replicate(d_BTD).astype(jnp.float32) * self._embedding_scale.astype(jnp.float32)
+            return constrain_stored(total_VD.at[replicate(tokens_BT)].add(d_BTD), "VD")
+
+    @property
+    def _embedding_scale(self) -> jax.Array:
+        return jnp.asarray(math.sqrt(self.config.width), self.dtype)
+
+    def finish(self, x_BTD) -> jax.Array:
+        """The final norm of what leaves the last block."""
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_BTD)
+
+    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
+        """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
+        rope = rope_angles(positions_BT, self.config)
+        windows = self.config.layer_windows(tokens_BT.shape[1])
+        layers = self._scanned if isinstance(self.blocks, Block) else self._one_by_one
+        x_BTD, cache = layers(self.embed(tokens_BT), rope, attend, windows, cache)
+        return self.finish(x_BTD), cache
+
+    def _scanned(self, x_BTD, rope, attend, windows, cache):
+        assert cache is None  # those of local and global layers differ in length: `unstack` first
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            weights, window = inputs
+            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, None), None)
+
+        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32)))
+
+    def _one_by_one(self, x_BTD, rope, attend, windows, cache):
+        assert isinstance(self.blocks, nnx.List)
+        kept = []
+        for block, window, old in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
+            x_BTD, new = block(x_BTD, rope, partial(attend, window, old), None)
+            kept.append(new)
+        return x_BTD, kept
+
+
+def letters(model: Gemma2) -> dict[str, str]:
+    """The dims of every variable by its path: {"blocks/attn/q/w": "LDNH", ...}."""
+    return {
+        "/".join((*map(str, path), name)): dims
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module)
+        for name, dims in getattr(node, "letters", ())
+    }
+
+
+def flat(state: nnx.State) -> Weights:
+    """The arrays of a state by path, as everything outside the model holds them."""
+    return cast(Weights, flatten_dict(nnx.to_pure_dict(state), sep="/"))
+
+
+def rebuild[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
+    """The model, or the part of one, of that structure with these arrays, each given once by its path."""
+    return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
+
+
+def unstack(whole: Gemma2) -> Gemma2:
+    """The same model with a block per layer, blocks/0/attn/q/w and so on: for the same work, code L times as long.
+
+    It is worth it where each weight is used for few tokens, so that cutting it out of the stack takes as long.
+    """
+    assert isinstance(whole.blocks, Block)
+    graph, weights = nnx.split(whole.blocks)
+    layers = (jax.tree.map(itemgetter(number), weights) for number in range(whole.config.layers))
+    whole.blocks = nnx.List([nnx.merge(graph, layer) for layer in layers])
+    return whole
+
+
+def _split(key: jax.Array | None, n: int):
+    return [None] * n if key is None else jax.random.split(key, n)

@@ -1,0 +1,140 @@
+"""Orbax checkpoints of a run: trained weights, optimizer, step and data position, as one atomic step.
+
+A step is a folder WORKDIR/checkpoints/STEP that appears whole or not at all. Only trained weights are kept: with
+adapters that is the adapters alone, and the frozen weights come from where the run started. Writing overlaps with
+training; what is written is copied off the devices first.
+
+Any mesh and number of processes may restore what another has saved. Stacks of layers may differ in the zeros that
+follow the last layer, with which pipeline stages are filled up.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint.checkpoint_args import get_registered_args_cls
+from orbax.checkpoint.checkpoint_managers import LatestN
+from rich.filesize import decimal
+
+from gemma2_jax.convert.files.orbax import CHUNK_BYTES
+from gemma2_jax.model.gemma2 import Abstract, Weights
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = workdir.absolute() / "checkpoints"
+        # Orbax logs, with its stack, what it then raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep), cleanup_tmp_directories=True, create=True
+        )
+        handlers = ocp.DefaultCheckpointHandlerRegistry()
+        for item, handler in (
+            ("params", ocp.PyTreeCheckpointHandler()),
+            ("optimizer", ocp.PyTreeCheckpointHandler()),
+            ("loop", ocp.JsonCheckpointHandler()),
+        ):
+            save, restore = get_registered_args_cls(handler)
+            handlers.add(item, save, handler)
+            handlers.add(item, restore, handler)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, failed, *_) -> None:
+        if failed is not None and jax.process_count() > 1:
+            return  # the others, who would end the write with this process, are about to end themselves
+        with self._explained():
+            self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> None:
+        """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON.
+
+        Raises OSError where the disk has no room for it, or the step before it could not be written.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise OSError(
+                f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
+                f"make room, and the same command resumes after step {self.latest or 0}"
+            )
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(
+                        _nested(params), save_args=_nested({path: _pieces(path) for path in params})
+                    ),
+                    optimizer=ocp.args.PyTreeSave(_nested(optimizer)),
+                    loop=ocp.args.JsonSave(loop),
+                ),
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what Orbax raises for a failed write, here or in a thread of its own, into one sentence."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder}: {reason}; "
+                f"once that is mended, the same command resumes after step {self.latest or 0}"
+            ) from error
+
+    def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
+        """A step's contents, shaped and placed like the abstract arrays given."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=_restore_args(_nested(params)),
+                optimizer=_restore_args(_nested(optimizer)),
+                loop=ocp.args.JsonRestore(),
+            ),
+        )
+        return _by_path(restored["params"]), _by_path(restored["optimizer"]), restored["loop"]
+
+
+def _pieces(path: str) -> ocp.SaveArgs:
+    """How an array is cut where it is stored: a layer apart from the others, as converters read them."""
+    return ocp.SaveArgs(shard_axes=(0,)) if path.startswith("blocks/") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+
+def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:
+    """How to read a tree of abstract arrays; the first dim of each may be cut, or followed by zeros."""
+    how = jax.tree.map(
+        lambda w: ocp.ArrayRestoreArgs(dtype=w.dtype, sharding=w.sharding, global_shape=w.shape, strict=False), wanted
+    )
+    return ocp.args.PyTreeRestore(wanted, how)
+
+
+def _nested(tree: Any) -> Any:
+    """Every dict of paths in the tree as nested dicts, which are what Orbax names arrays by."""
+    return jax.tree.map(
+        lambda node: unflatten_dict(node, sep="/") if isinstance(node, dict) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, dict),
+    )
+
+
+def _by_path(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda node: flatten_dict(node, sep="/") if isinstance(node, dict) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, dict),
+    )

@@ -1,0 +1,190 @@
+"""One step as plain JAX on split state: what is trained, what is frozen, how both change.
+
+`Program` holds everything about a run that is decided before its first step: the model's structure, the shapes and
+shardings of its arrays (no memory), and the functions to compile. The loop calls them; a planner can compile them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma2_jax import dims, mesh as meshes
+from gemma2_jax.config import Config
+from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights
+from gemma2_jax.training import optim
+from gemma2_jax.training.pipeline import Batch, Pipeline
+
+BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
+# Options of XLA's GPU compiler by `compute.gpu_flags`. Overlap: collectives start early and end late, up to four at a
+# time, and a layer's weights are gathered while the layer before is computed (loops run two bodies a trip).
+GPU_FLAGS: dict[str, dict[str, bool | int]] = {
+    "none": {},
+    "overlap": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    },
+}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer"], meta_fields=[])
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything a step reads and replaces; of arrays, or of their shapes alone."""
+
+    step: Any  # int32 scalar: steps taken
+    params: Any  # Weights: what is trained
+    frozen: Any  # Weights: the rest
+    optimizer: Any  # optax state of `params`
+
+
+class Program:
+    """The run of `config` on `mesh`, before anything is allocated."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        meshes.check(config, mesh)
+        self.config, self.mesh = config, mesh
+        self.device = mesh.devices.flat[0]  # what it is compiled for
+        skeleton = nnx.eval_shape(self._create)
+        self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
+        self.letters = model.letters(skeleton)
+        self.pipeline = Pipeline(skeleton, config, mesh)
+        self.params = self._abstract(model.flat(params), config.compute.trained_dtype)
+        self.frozen = self._abstract(model.flat(frozen), config.compute.frozen_dtype)
+        self.optimizer = optim.optimizer(config.optim, config.steps, {path: self.letters[path] for path in self.params})
+        self.schedule = optim.schedule(config.optim, config.steps)
+
+    @cached_property
+    def state(self) -> State:
+        """Shapes, dtypes and shardings of the whole state."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        scalar = partial(jax.ShapeDtypeStruct, sharding=replicated)
+        optimizer = optax.tree.map_params(
+            self.optimizer,
+            lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+            jax.eval_shape(self.optimizer.init, self.params),
+            self.params,
+            transform_non_params=lambda leaf: scalar(leaf.shape, leaf.dtype),
+        )
+        return State(step=scalar((), jnp.int32), params=self.params, frozen=self.frozen, optimizer=optimizer)
+
+    @property
+    def base(self) -> Abstract:
+        """Abstract weights of the model itself, whichever are trained."""
+        return {path: w for path, w in {**self.params, **self.frozen}.items() if "/adapter/" not in path}
+
+    @property
+    def batch(self) -> Abstract:
+        """Abstract global batch."""
+        shape = self.config.train.global_batch_size, self.config.train.sequence_length
+        sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used, "context"))
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+    @property
+    def compiler_options(self) -> dict[str, bool | int]:
+        """What XLA is told when the steps are compiled."""
+        return GPU_FLAGS[self.config.compute.gpu_flags] if self.device.platform == "gpu" else {}
+
+    @cached_property
+    def rows(self) -> range:
+        """Rows of the global batch that this process's devices take: the same for those that share a data shard."""
+        shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        spans = {index[0].indices(shape[0])[:2] for index in indices if index}
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        assert sum(stop - start for start, stop in spans) == last - first, "make_mesh keeps a process's rows together"
+        return range(first, last)
+
+    def random_base(self) -> Weights:
+        """Base weights drawn from `train.seed`, made where they are kept."""
+
+        def draw() -> Weights:
+            drawn = model.flat(nnx.state(self._create(adapters=False)))
+            return {path: self._padded(path, w.astype(self.base[path].dtype)) for path, w in drawn.items()}
+
+        return jax.jit(draw, out_shardings=_shardings(self.base))()
+
+    def fresh(self, base: Weights) -> State:
+        """The state of step 0 around given base weights, with new adapters if the run has them."""
+
+        def start(base: Weights) -> State:
+            whole = self._create(adapters=False)
+            layers = {path: w[: self.config.model.layers] if self._stacked(path) else w for path, w in base.items()}
+            nnx.update(whole, nnx.state(model.rebuild(nnx.graphdef(whole), layers)))
+            lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
+            weights = model.flat(nnx.state(whole))
+            params = {path: self._padded(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()}
+            frozen = {path: base[path] for path in self.frozen}
+            return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=self.optimizer.init(params))
+
+        return jax.jit(start, out_shardings=_shardings(self.state), donate_argnums=0)(base)
+
+    def train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """One optimizer step over the global batch; the loss is a mean over its target tokens (nats)."""
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
+        loss, gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
+        targets = jnp.sum(batch["weights"])
+        share = 1 / jnp.maximum(targets, 1)
+        gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), gradients, state.params)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss * share,
+            "grad_norm": optax.tree.norm(gradients),
+            "lr": self.schedule(state.step),
+            "target_tokens": targets,
+        }
+        return State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer), metrics
+
+    def eval_step(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed loss (nats) and number of target tokens of a batch."""
+        return self.pipeline.loss(state.params, state.frozen, self._passes(batch)), jnp.sum(batch["weights"])
+
+    @property
+    def _has_dropout(self) -> bool:
+        return self.config.adapter.kind != "none" and self.config.adapter.dropout > 0
+
+    def _passes(self, batch: Batch) -> Batch:
+        """[B, T] as [passes, rows, T], each device's own rows dealt out over the passes."""
+        passes = self.pipeline.passes
+        return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
+
+    def _create(self, adapters: bool = True) -> Gemma2:
+        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), device=self.device)
+        if adapters:
+            lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
+        return whole
+
+    def _rngs(self, stream: int) -> nnx.Rngs:
+        return nnx.Rngs(jax.random.fold_in(jax.random.key(self.config.train.seed), stream))
+
+    def _abstract(self, weights: Weights, dtype: str) -> Abstract:
+        def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            shape = (self._layers, *shape[1:]) if self._stacked(path) else shape
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path], shape))
+
+        return {path: leaf(path, w.shape) for path, w in weights.items()}
+
+    @property
+    def _layers(self) -> int:
+        """Layers as stored: each stage has room for as many, and what is over, at the end, is zero and never used."""
+        return meshes.layers_per_stage(self.config.model, self.mesh) * self.mesh.shape["stage"]
+
+    def _stacked(self, path: str) -> bool:
+        return self.letters[path].startswith("L")
+
+    def _padded(self, path: str, w: jax.Array) -> jax.Array:
+        over = self._layers - w.shape[0] if self._stacked(path) else 0
+        return jnp.pad(w, ((0, over), *((0, 0),) * (w.ndim - 1)))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,415 @@
+"""Checkpoints as folders: told apart, read by slices, written whole or not at all, and exact through every format."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+import torch
+import transformers
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from peers import BITING, hf_model
+from runs import saved_run
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from gemma2_jax import mesh as meshes
+from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
+from gemma2_jax.convert import writing
+from gemma2_jax.convert.__main__ import main
+from gemma2_jax.convert.checkpoints import load, open_checkpoint
+from gemma2_jax.convert.files import folder as folders, orbax as arrays, safetensors as tensors
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.hf_config import hf_config
+from gemma2_jax.convert.writing import Job, write
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Every biting model as transformers writes it, in one file."""
+    folder = tmp_path_factory.mktemp("hf")
+    return {(name, dtype): _saved(folder / f"{name}-{dtype}", name, dtype) for name in BITING for dtype in DTYPES}
+
+
+def _saved(path: Path, name: str, dtype: str, **how) -> Path:
+    hf_model(BITING[name]).to(DTYPES[dtype]).save_pretrained(path, **how)
+    for file, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ bos_token }}")):
+        (path / file).write_text(text)
+    return path
+
+
+@pytest.fixture
+def copy(hf, tmp_path) -> Path:
+    """A float32 model that a test may damage."""
+    return Path(shutil.copytree(hf["2b", "float32"], tmp_path / "copy"))
+
+
+def _convert(source: Path, target: Path, to: writing.Format, **choices) -> Path:
+    write(Job(source=open_checkpoint(source), to=to, **choices), target)
+    return target
+
+
+def _stored(folder: Path) -> dict[str, np.ndarray]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and left[key].tobytes() == right[key].tobytes() for key in left
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BITING)
+def test_round_trip_through_orbax_is_exact(hf, tmp_path, name, dtype):
+    orbax = _convert(hf[name, dtype], tmp_path / "orbax", "orbax")
+    back = _convert(orbax, tmp_path / "back", "hf")
+    assert _same(_stored(back), _stored(hf[name, dtype]))
+    found = open_checkpoint(orbax)
+    assert (found.format, found.model, found.tokenizer) == ("orbax", BITING[name], orbax)
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (back / file).read_bytes() == (hf[name, dtype] / file).read_bytes()
+    assert back.joinpath("model.safetensors").stat().st_mode & 0o777 == (back / "config.json").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orbax_restores_what_is_written(hf, tmp_path, dtype):
+    written = _convert(hf["2b", dtype], tmp_path / "orbax", "orbax") / "weights"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(written)
+    assert _same(flatten_dict(tree, sep="/"), table.from_hf(_stored(hf["2b", dtype]), BITING["2b"]))
+
+
+@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize("zarr3", [False, True])
+def test_what_orbax_writes_is_read(copy, tmp_path, ocdbt, zarr3):
+    weights = table.from_hf(_stored(copy), BITING["2b"])
+    weights["embedding"] = weights["embedding"].astype(jnp.bfloat16)
+    arrays = tmp_path / "orbax" / "weights"
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    handler.save(epath.Path(arrays), args=ocp.args.PyTreeSave(unflatten_dict(weights, sep="/")))
+    handler.finalize(epath.Path(arrays))
+    handler.close()
+    shutil.copy(copy / "config.json", arrays.parent)
+    found = open_checkpoint(arrays.parent)
+    assert _same({path: np.asarray(w) for path, w in load(found, found.shapes).items()}, weights)
+    if ocdbt:  # which holds the metadata of arrays itself
+        at = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
+        name = "zarr.json" if zarr3 else ".zarray"
+        at.write(f"final_norm.w/{name}", b"[" * 100_000).result()
+    else:
+        (arrays / "final_norm.w" / "zarr.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"weights.*final_norm.w.* is not (the metadata|that) of an array"):
+        open_checkpoint(arrays.parent)  # where TensorStore overflows its stack
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_are_read_and_written(hf, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(tensors.write, "__defaults__", (50_000,))
+    theirs = _saved(tmp_path / "theirs", "2b", dtype, max_shard_size="50KB")
+    ours = _convert(theirs, tmp_path / "ours", "hf")
+    assert _same(_stored(ours), _stored(hf["2b", dtype]))
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files == sorted(file.name for file in ours.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    with safe_open(ours / files[0], framework="np") as opened:
+        assert opened.metadata() == {"format": "pt"}  # transformers 4 wants to be told
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _stored(ours).values())
+    assert _same(_stored(_convert(ours, tmp_path / "back", "hf")), _stored(hf["2b", dtype]))
+
+
+@pytest.mark.parametrize("name", BITING)
+def test_transformers_loads_what_is_written(hf, tmp_path, monkeypatch, caplog, name):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    target = _convert(_convert(hf[name, "float32"], tmp_path / "orbax", "orbax"), tmp_path / "hf", "hf")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not caplog.records
+    config = loaded.config
+    assert (config.query_pre_attn_scalar, config.sliding_window) == (BITING[name].query_pre_attn_scalar, 8)
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        wanted = hf_model(BITING[name])(tokens).logits
+        assert torch.equal(loaded.set_attn_implementation("eager") or loaded(tokens).logits, wanted)
+
+
+def test_dtype_is_cast_when_asked_for(hf, tmp_path):
+    bfloat16 = _convert(hf["2b", "float32"], tmp_path / "bf16", "hf", dtype="bfloat16")
+    assert _same(_stored(bfloat16), _stored(hf["2b", "bfloat16"]))  # both round to nearest even
+    config = json.loads((bfloat16 / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_load_reads_slices_into_any_sharding(hf, tmp_path, to):
+    source = open_checkpoint(_convert(hf["2b", "float32"], tmp_path / "source", to))
+    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    wanted = {
+        row.path: jax.ShapeDtypeStruct(
+            source.shapes[row.path].shape,
+            jnp.bfloat16,
+            sharding=meshes.stored(mesh, row.letters, source.shapes[row.path].shape),
+        )
+        for row in table.MODEL
+    }
+    loaded = load(source, wanted)
+    whole = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    for path, want in wanted.items():
+        assert loaded[path].sharding == want.sharding and loaded[path].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(loaded[path], whole[path].astype(jnp.bfloat16))
+    embedding = {"embedding": jax.ShapeDtypeStruct((384, 36), jnp.float32)}
+    np.testing.assert_array_equal(load(source, embedding)["embedding"], whole["embedding"])
+
+
+def test_a_device_s_slice_is_all_that_is_read(hf, monkeypatch):
+    source = open_checkpoint(hf["2b", "float32"])
+    read = tensors.Tensors.read
+    sizes = []
+
+    def counted(self, name, index):
+        part = read(self, name, index)
+        sizes.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(tensors.Tensors, "read", counted)
+    shape = source.shapes["blocks/attn/q/w"]
+    sharding = meshes.stored(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH", shape.shape)
+    load(source, {"blocks/attn/q/w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)})
+    # Three layers, two slices, each once although four devices have it.
+    assert sizes == [64 * 36 * 4 // 2] * 6
+
+
+def test_load_names_another_config(hf):
+    source = open_checkpoint(hf["2b", "float32"])
+    with pytest.raises(
+        ValueError, match=r"another config: it has final_norm/w with shape \(36,\), and \(40,\) is wanted"
+    ):
+        load(source, {"final_norm/w": jax.ShapeDtypeStruct((40,), jnp.float32)})
+    with pytest.raises(ValueError, match="has no blocks/attn/q/adapter/a; it holds 13 arrays"):
+        load(source, {"blocks/attn/q/adapter/a": jax.ShapeDtypeStruct((3, 36, 2), jnp.float32)})
+
+
+def test_unknown_folders_say_what_was_found(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"it holds pytorch_model\.bin\. Known are Hugging Face folders"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="is a file; name the folder"):
+        open_checkpoint(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="there is no folder /no/such/folder"):
+        open_checkpoint("/no/such/folder")
+    with pytest.raises(ValueError, match=r"google/gemma-2-2b, it is not in the cache at .* HF_HUB_OFFLINE is set"):
+        open_checkpoint("google/gemma-2-2b")  # the suite is offline
+
+
+def _cut(folder: Path):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _without(name: str):
+    return lambda folder: _rewrite(folder, lambda stored: stored.pop(name))
+
+
+def _rewrite(folder: Path, change):
+    stored = _stored(folder)
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, r"model\.safetensors is damaged or cut short .*; download it again"),
+        (_without("model.norm.weight"), r"lacks model\.norm\.weight;"),
+        (lambda at: _rewrite(at, lambda s: s.update(extra=np.zeros(2))), "extra is stored as F64; this program reads"),
+        (lambda at: _rewrite(at, lambda s: s.update(extra=np.zeros(2, "f4"))), "has unexpected extra;"),
+        (
+            lambda at: _rewrite(at, lambda s: s.update({"model.norm.weight": np.zeros(37, "f4")})),
+            r"model\.norm\.weight has shape \(37,\) where its config expects \(36,\)",
+        ),
+        (lambda at: _rewrite(at, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1})), "untied"),
+        (lambda at: (at / "config.json").unlink(), r"config\.json is missing"),
+        (lambda at: (at / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (lambda at: (at / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
+        (lambda at: (at / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'), "both"),
+    ],
+)
+def test_damaged_folders_are_refused(copy, damage, message):
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(copy)
+
+
+def test_a_tied_head_is_read_as_the_embedding(copy, tmp_path):
+    original = _stored(copy)
+    _rewrite(copy, lambda stored: stored.update({"lm_head.weight": stored["model.embed_tokens.weight"]}))
+    assert _same(_stored(_convert(copy, tmp_path / "out", "hf")), original)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.update({"model.norm.weight": "../other.safetensors"}),
+            r"lists '\.\./other\.safetensors'; an index",
+        ),
+        (lambda m: m.update({"model.norm.weight": "/etc/passwd"}), "lists '/etc/passwd'; an index"),
+        (lambda m: m.update({"model.norm.weight": "config.json"}), r"lists 'config\.json'; an index"),
+        (lambda m: m.update({"model.norm.weight": "gone.safetensors"}), r"gone\.safetensors is missing"),
+        (lambda m: m.update({"extra": m["model.norm.weight"]}), "holds extra, which it does not"),
+        (
+            lambda m: m.pop("model.norm.weight"),
+            r"holds model\.norm\.weight, which model\.safetensors\.index\.json does not",
+        ),
+        (lambda m: m.clear(), "has no weight_map"),
+    ],
+)
+def test_a_bad_index_is_refused(tmp_path, change, message):
+    folder = _saved(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    folder = _saved(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(first) | load_file(last), last)
+    with pytest.raises(ValueError, match=r"which another file of .* holds too"):
+        open_checkpoint(folder)
+
+
+@contextmanager
+def _no_file_beyond(size: int):
+    """A disk on which writing fails midway, as far as this process can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
+    target = tmp_path / "out" / to
+    job = Job(source=open_checkpoint(hf["2b", "float32"]), to=to)
+    with _no_file_beyond(20_000), pytest.raises((OSError, ValueError)):
+        write(job, target)
+    assert list(target.parent.iterdir()) == []
+    write(job, target)
+    assert open_checkpoint(target).model == BITING["2b"]
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next(hf, tmp_path):
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "model.safetensors.index.json").write_text("{}")
+    target = _convert(hf["2b", "float32"], tmp_path / "out", "hf")
+    assert not left.exists()
+    assert not (target / "model.safetensors.index.json").exists()
+
+
+def test_existing_folders_are_refused_and_kept(hf, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already; delete it, or write somewhere else"):
+        _convert(hf["2b", "float32"], tmp_path, "hf")
+    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_disk_without_room_is_refused_before_a_byte(hf, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB, and .* has 0\.0 GB free; write to another disk"):
+        _convert(hf["2b", "float32"], tmp_path / "out", "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _config(init: Path, adapter: AdapterConfig) -> Config:
+    model = replace(BITING["2b"], max_length=2048)
+    return Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
+
+
+def test_a_run_stores_its_layers_apart(hf, tmp_path):
+    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "float32"], AdapterConfig()), {1: weights})
+    reader = arrays.Reader(workdir / "checkpoints" / "1" / "params")
+    for path in ("blocks/attn/q/w", "blocks/pre_attn_norm/w", "embedding"):
+        chunk = reader.chunk(path)
+        assert chunk == ((1, *weights[path].shape[1:]) if path.startswith("blocks/") else weights[path].shape), path
+
+
+def test_a_full_run_is_its_newest_step(hf, tmp_path):
+    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    steps = {9: {path: w + 1 for path, w in weights.items()}, 10: weights}
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), steps)
+    (workdir / "checkpoints" / "11.orbax-checkpoint-tmp-1").mkdir()
+    found = open_checkpoint(workdir)
+    assert (found.format, found.tokenizer, found.model) == (
+        "run",
+        hf["2b", "bfloat16"],
+        replace(BITING["2b"], max_length=2048),
+    )
+    # The weights it started from were bfloat16, so those it ends with are by default.
+    assert _same(_stored(_convert(workdir, tmp_path / "hf", "hf")), _stored(hf["2b", "bfloat16"]))
+    whole = _convert(workdir, tmp_path / "hf32", "hf", dtype="float32")
+    assert _same(_stored(whole), _stored(hf["2b", "float32"]))
+    assert json.loads((whole / "config.json").read_text())["max_position_embeddings"] == 2048
+    ninth = open_checkpoint(workdir / "checkpoints" / "9")
+    final = load(ninth, {"final_norm/w": jax.ShapeDtypeStruct((36,), jnp.float32)})["final_norm/w"]
+    np.testing.assert_array_equal(final, weights["final_norm/w"] + 1)
+    os.truncate(workdir / "config.txt", 1 << 40)
+    with pytest.raises(ValueError, match=r"config\.txt is damaged \(it is larger than 1 MiB\)"):
+        open_checkpoint(workdir)
+
+
+def test_a_run_s_own_tokenizer_and_config_come_first(hf, tmp_path):
+    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), {1: weights})
+    kept = workdir / "tokenizer"
+    kept.mkdir()
+    (kept / "tokenizer.json").write_text("[]")
+    written = hf_config(BITING["2b"], "float32") | {"eos_token_id": [1, 107]}
+    (kept / "config.json").write_text(json.dumps(written))
+    assert open_checkpoint(workdir).tokenizer == kept
+    target = _convert(workdir, tmp_path / "hf", "hf")
+    assert (target / "tokenizer.json").read_text() == "[]"
+    assert (target / "generation_config.json").exists()
+    assert json.loads((target / "config.json").read_text())["eos_token_id"] == [1, 107]
+    assert _same(_stored(target), _stored(hf["2b", "float32"]))
+
+
+def test_command_line(hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", str(hf["2b", "float32"]), "out", "--to", "orbax"])
+    main()
+    said = capsys.readouterr().out
+    assert "as a Hugging Face model: Gemma 2 of 3 layers, 66,132 parameters" in said
+    assert "wrote out: weights, 264.5 kB of float32" in said
+    with pytest.raises(SystemExit, match=r"error: .* exists already"):
+        main()
+
+
+def test_help_comes_before_jax():
+    script = "import sys, gemma2_jax.convert.__main__ as m; assert 'jax' not in sys.modules, 'slow'; m.main()"
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True)
+    assert "--to {orbax,hf,peft,megatron,megatron-legacy,megatron-adapter}" in done.stdout

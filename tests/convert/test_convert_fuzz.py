@@ -1,0 +1,562 @@
+"""Whole checkpoints of every format with one thing changed: a checkpoint, or one sentence that says what is wrong.
+
+`test_torch_files`, `test_torch_dist` and `test_megatron_config` change the bytes of single files; here it is folders,
+and the trees that their files hold. Whatever was changed, opening and reading is soon over, takes little memory,
+imports nothing, opens no file outside and writes none.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from fuzzing import mutated
+from megatron_files import FIXTURES
+from peers import BITING
+from runs import saved_run
+
+from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
+from gemma2_jax.convert import checkpoints
+from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
+from gemma2_jax.convert.files import pickles, safetensors as tensors, torch_files
+from gemma2_jax.convert.files.pickles import Record
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.hf_config import hf_config
+from gemma2_jax.convert.formats.peft_config import peft_config
+from gemma2_jax.convert.writing import Job, write
+
+TINY = replace(
+    BITING["2b"], layers=2, width=8, mlp_width=12, heads=4, kv_heads=2, head_width=4, vocab_size=16, max_length=32
+)
+LORA = AdapterConfig(kind="lora", rank=2, alpha=4.0, targets=tuple(table.PROJECTIONS))
+OUTSIDE = ["../../etc/passwd", "/etc/passwd", "/dev/zero", "/proc/self/environ", "..", "/", ".", "~"]
+HOSTILE: list[Any] = [
+    *(None, True, False, 0, 1, -1, 3, 2.5, 2.0, -0.0, 1e308, 1e-320, 10**12, 10**18, 2**63, -(2**63), 10**400),
+    *(float("nan"), float("inf"), -float("inf"), "", "4", "nan", "a", "\0", "\ud800", "x" * 300, "int8", "float64"),
+    *([], {}, [1], [[]], [None, "a"], {"a": 1}, {"": {}}, [0, 10**12], [[0, 1]] * 40, (1, 2)),
+    *OUTSIDE,
+]
+DEEP = "\1deep"  # stands for what JSON's own writer would not write
+
+
+@dataclass
+class Case:
+    """A whole checkpoint, and what is changed in it at the moment."""
+
+    root: Path  # all that may be read
+    folder: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("hf", "orbax", "megatron", "megatron-legacy")
+
+    def __post_init__(self) -> None:
+        self.files = {path: path.read_bytes() for path in sorted(self.root.rglob("*")) if path.is_file()}
+        self.trees: dict[Path, Any] = {path: tree for path in self.files if (tree := _tree(path)) is not None}
+        self.listing = _listing(self.root)
+        self.changed: list[Path] = []
+
+    def put(self, path: Path, content: bytes | Callable[[Path], object] | None) -> None:
+        """Replaces a file by other bytes, by what `content` makes there, or by nothing."""
+        self.changed.append(path)
+        _clear(path)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content:
+            content(path)
+
+    def restore(self) -> None:
+        for path in self.changed:
+            _clear(path)
+            if path in self.files:
+                path.write_bytes(self.files[path])
+        self.changed = []
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _listing(root: Path) -> list[tuple[str, list[str], list[str]]]:
+    return sorted((folder, sorted(folders), sorted(files)) for folder, folders, files in os.walk(root))
+
+
+# What a file holds, and the file of what it is to hold.
+
+
+def _tree(path: Path) -> Any:
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if path.suffix in (".json", "") and data[:1] == b"{":
+        return json.loads(data)
+    if path.suffix == ".yaml":
+        return yaml.safe_load(data)
+    if path.suffix == ".pt":
+        return torch_files.load(path)
+    if path.name == ".metadata":
+        return pickles.loads(data, path)
+    if path.name == "config.txt":
+        return dict(line.split(" = ", 1) for line in data.decode().splitlines())
+    return None
+
+
+def _bytes(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes | Callable[[Path], object]:
+    if path.suffix == ".pt":
+        content = _kept(tree)
+
+        def save(path: Path) -> None:
+            with path.open("wb") as file:
+                torch_files.save(file, content)
+
+        return save
+    if path.name == ".metadata":
+        return pickles.dumps(tree)
+    if path.name == "config.txt":
+        values = {key: value if type(value) is str else repr(value) for key, value in tree.items()}
+        return "".join(f"{key} = {value}\n" for key, value in values.items()).encode(errors="surrogatepass")
+    text = json.dumps(tree)
+    deep = chance.choice([50, 2000, 100_000])
+    text = text.replace(json.dumps(DEEP), chance.choice(["[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep]))
+    text = text.replace("\\u0001", "")  # what began with it is now there twice
+    if path.suffix != ".safetensors":
+        return text.encode()
+    header = text.encode()
+    size = chance.choice([len(header)] * 8 + [0, len(header) - 1, len(header) + 8, 1 << 40, (1 << 64) - 1])
+    return size.to_bytes(8, "little") + header + before[8 + int.from_bytes(before[:8], "little") :]
+
+
+class _Kept:
+    """A tensor of a torch file that may be gone when it is written again."""
+
+    def __init__(self, stored: torch_files.Stored):
+        self.shape, self.dtype, self.array = stored.shape, stored.dtype, stored.read()
+
+    def read(self) -> np.ndarray:
+        return self.array
+
+
+def _kept(tree: Any) -> Any:
+    match tree:
+        case dict():
+            return {key: _kept(value) for key, value in tree.items()}
+        case list() | tuple():
+            return type(tree)(map(_kept, tree))
+        case torch_files.Stored():
+            return _Kept(tree)
+    return tree
+
+
+# Changes
+
+
+def _children(tree: Any) -> list[Any]:
+    match tree:
+        case dict():
+            return list(tree)
+        case list() | tuple():
+            return list(range(len(tree)))
+        case Record():
+            return ["state"] if isinstance(tree.state, dict | tuple | list) else []
+    return []
+
+
+def _at(tree: Any, key: Any) -> Any:
+    return tree.state if isinstance(tree, Record) else tree[key]
+
+
+def _paths(tree: Any, depth: int = 8) -> Iterator[tuple]:
+    for key in _children(tree):
+        yield (key,)
+        if depth:
+            yield from ((key, *rest) for rest in _paths(_at(tree, key), depth - 1))
+
+
+def _with(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
+    """The tree with what is at `path` changed; `KeyError` takes it away."""
+    if not path:
+        return change(tree)
+    key, *rest = path
+    if isinstance(tree, Record):
+        state = None if not rest and change is _gone else _with(tree.state, tuple(rest), change)
+        return Record(tree.name, tree.args, state, tree.new)
+    try:
+        new = _with(tree[key], tuple(rest), change)
+    except KeyError:
+        if isinstance(tree, dict):
+            return {k: v for k, v in tree.items() if k is not key}
+        return type(tree)(value for at, value in enumerate(tree) if at != key)
+    if isinstance(tree, dict):
+        return {k: new if k is key else v for k, v in tree.items()}
+    return type(tree)(new if at == key else value for at, value in enumerate(tree))
+
+
+def _gone(value: Any) -> Any:
+    raise KeyError
+
+
+def _near(value: Any, chance: random.Random) -> Any:
+    """Another value of that kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return chance.choice([value + 1, value - 1, -value, value * 2, value * 10**9, float(value), str(value)])
+    if isinstance(value, str):
+        return chance.choice([value + "x", value[:-1], value.upper(), value.replace("0", "1"), value * 3, [value]])
+    return chance.choice(HOSTILE)
+
+
+def edited(tree: Any, chance: random.Random) -> Any:
+    """A tree with one thing changed in it."""
+    top = [(key,) for key in _children(tree)]
+    paths = list(_paths(tree)) if chance.random() < 0.6 else top
+    if not paths:
+        return chance.choice(HOSTILE)
+    path, other = chance.choice(paths), chance.choice(paths)
+    at = tree
+    for key in other:
+        at = _at(at, key)
+    match chance.randrange(8):
+        case 0:
+            return _with(tree, path, _gone)
+        case 1 | 2 | 3:
+            value = chance.choice(HOSTILE)
+            return _with(tree, path, lambda _: value)
+        case 4 | 5:
+            return _with(tree, path, lambda value: _near(value, chance))
+        case 6:
+            return _with(tree, path, lambda _: at)
+    if isinstance(path[-1], str) and not any(isinstance(key, Record) for key in path):
+        value = chance.choice([at, *HOSTILE])
+        key = chance.choice(["\1" + path[-1], path[-1] + "x", chance.choice(OUTSIDE)])
+        return _with(tree, path[:-1], lambda part: {**part, key: value} if isinstance(part, dict) else value)
+    return _with(tree, path, lambda _: DEEP)
+
+
+def change(case: Case, chance: random.Random) -> str:
+    """Changes one thing in the folder, and says what."""
+    path = chance.choice(list(case.trees) if chance.random() < 0.5 else list(case.files))
+    before, name = case.files[path], path.relative_to(case.root)
+    if path in case.trees and chance.random() < 0.75:
+        tree = edited(case.trees[path], chance)
+        try:
+            case.put(path, _bytes(path, tree, before, chance))
+        except (TypeError, OverflowError, ValueError, RecursionError, AttributeError, AssertionError) as error:
+            case.put(path, before)  # the test's writers have no place for every tree
+            return f"{name} as it was: {error}"
+        return f"{name} as a tree: {path.read_bytes()[:3000] if len(before) < 3000 else 'long'}"
+    kind = chance.choice(list(KINDS))
+    KINDS[kind](case, path, chance)
+    return f"{name}: {kind}"
+
+
+def _cut_short(case: Case, path: Path, chance: random.Random) -> None:
+    case.put(path, case.files[path][: chance.randrange(len(case.files[path]) or 1)])
+
+
+def _swap(case: Case, path: Path, chance: random.Random) -> None:
+    other = chance.choice(list(case.files))
+    case.put(path, case.files[other])
+    case.put(other, case.files[path])
+
+
+def _beside(case: Case, path: Path, chance: random.Random) -> None:
+    """A file more, where a reader may look for one."""
+    names = ["model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"]
+    names += ["config.json", "manifest.ocdbt", "_METADATA", ".zarray", "zarr.json", "common.pt", ".metadata"]
+    names += [
+        "mp_rank_00",
+        "mp_rank_9999_9999",
+        "mp_rank_x",
+        "mp_rank_01",
+        "run_config.yaml",
+        "tokenizer.json",
+        "²",
+        "state",
+    ]
+    new = path.parent / chance.choice(names)
+    if not new.exists():
+        case.put(new, chance.choice([b"", b"{}", b"x", before_or(case, chance), Path.mkdir]))
+
+
+def before_or(case: Case, chance: random.Random) -> bytes:
+    return case.files[chance.choice(list(case.files))]
+
+
+def _emptied(case: Case, path: Path, chance: random.Random) -> None:
+    """A whole folder of the checkpoint, without its files."""
+    folder = chance.choice([parent for parent in path.parents if parent.is_relative_to(case.folder)] or [path.parent])
+    for file in [file for file in case.files if file.is_relative_to(folder)]:
+        case.put(file, None)
+
+
+KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
+    "cut short": _cut_short,
+    "bytes": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
+    "bytes again": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
+    "longer": lambda case, path, chance: case.put(path, case.files[path] + bytes(chance.randrange(1, 100))),
+    "gone": lambda case, path, chance: case.put(path, None),
+    "empty": lambda case, path, chance: case.put(path, b""),
+    "a folder": lambda case, path, chance: case.put(path, Path.mkdir),
+    "a pipe": lambda case, path, chance: case.put(path, os.mkfifo),
+    "a link": lambda case, path, chance: case.put(
+        path, lambda new: new.symlink_to(chance.choice([new.name, "gone", "/dev/zero", ".", *list(case.files)]))
+    ),
+    "swapped": _swap,
+    "one more": _beside,
+    "emptied": _emptied,
+    "other text": lambda case, path, chance: case.put(
+        path, chance.choice(["1", "-1", "release", "1e9", "9" * 5000, "[]", "null", "\ud800", "\0", "é" * 50, *OUTSIDE])
+        .encode(errors="surrogatepass"),
+    ),
+}  # fmt: skip
+
+
+# Checkpoints
+
+
+def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], rank: int = 0, dtype=jnp.float32, **how) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = table.their_shapes(rows, TINY, rank)
+    wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    numbers = np.random.default_rng(0)
+    parts = (numbers.normal(size=shape).astype(dtype) for shape in shapes.values())
+    tensors.write(folder, stem, wanted, parts, lambda size: None, **how)
+    return folder
+
+
+def _model(folder: Path, **how) -> Path:
+    _tensors(folder, tensors.MODEL, table.MODEL, **how)
+    tensors.write_json(folder / "config.json", hf_config(TINY, "float32"))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def _adapter(folder: Path, base: Path, adapter: AdapterConfig = LORA) -> Path:
+    _tensors(folder, tensors.ADAPTER, table.rows(adapter), adapter.rank)
+    tensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
+    return folder
+
+
+def _huggingface(root: Path) -> Case:
+    return Case(root, _model(root / "hf"))
+
+
+def _sharded(root: Path) -> Case:
+    return Case(root, _model(root / "sharded", shard_bytes=3000))
+
+
+def _lora(root: Path) -> Case:
+    return Case(root, _adapter(root / "peft", _model(root / "hf")), targets=("peft", "orbax", "megatron-adapter"))
+
+
+def _dora(root: Path) -> Case:
+    folder = _adapter(root / "peft", Path("gone"), replace(LORA, kind="dora"))
+    _model(root / "hf").joinpath(tensors.MODEL).unlink()
+    return Case(root, folder, {"hf_config": root / "hf"}, targets=("peft",))
+
+
+def _orbax(root: Path) -> Case:
+    both = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
+    write(Job(source=both, to="orbax"), root / "orbax")
+    shutil.rmtree(root / "hf")
+    shutil.rmtree(root / "peft")
+    return Case(root, root / "orbax", targets=("peft", "orbax", "merged"))
+
+
+def _trained(root: Path) -> Case:
+    base = _model(root / "hf")
+    config = Config(
+        workdir="x", model=TINY, adapter=LORA, optim=OptimConfig(lr=1.0), init=str(base),
+        train=TrainConfig(sequence_length=8),
+    )  # fmt: skip
+    shapes = table.our_shapes(table.rows(LORA), TINY, LORA.rank)
+    folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
+    return Case(root, folder, targets=("peft", "orbax", "merged"))
+
+
+def _trained_whole(root: Path) -> Case:
+    base = _model(root / "hf")
+    config = Config(
+        workdir="x", model=TINY, optim=OptimConfig(lr=1.0), init=str(base), train=TrainConfig(sequence_length=8)
+    )
+    weights = {path: np.ones(shape, "f4") for path, shape in table.our_shapes(table.MODEL, TINY).items()}
+    return Case(root, saved_run(root / "run", config, {9: weights, 10: weights}))
+
+
+def _megatron(root: Path) -> Case:
+    write(Job(source=open_checkpoint(_model(root / "hf")), to="megatron"), root / "megatron")
+    shutil.rmtree(root / "hf")
+    return Case(root, root / "megatron")
+
+
+def _legacy(root: Path) -> Case:
+    write(Job(source=open_checkpoint(_model(root / "hf")), to="megatron-legacy", ranks=(2, 2)), root / "legacy")
+    (root / "hf" / tensors.MODEL).unlink()
+    return Case(root, root / "legacy", {"hf_config": root / "hf"})
+
+
+def _megatron_adapter(root: Path) -> Case:
+    source = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
+    write(Job(source=source, to="megatron-adapter"), root / "megatron")
+    shutil.rmtree(root / "peft")
+    return Case(root, root / "megatron", {"base": root / "hf"}, targets=("peft", "orbax", "megatron-adapter"))
+
+
+def _fixture(name: str, config: bool = False) -> Callable[[Path], Case]:
+    def build(root: Path) -> Case:
+        shutil.copytree(FIXTURES / name, root / "megatron")
+        options = {}
+        if config:
+            (root / "hf").mkdir()
+            shutil.copy(FIXTURES / "hf" / "A_f32" / "config.json", root / "hf")
+            options = {"hf_config": root / "hf"}
+        return Case(root, root / "megatron", options, targets=())
+
+    return build
+
+
+# Each with the cases of the normal suite.
+FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
+    "huggingface": (_huggingface, 400),
+    "sharded": (_sharded, 300),
+    "lora": (_lora, 300),
+    "dora": (_dora, 200),
+    "orbax": (_orbax, 150),
+    "run": (_trained, 80),
+    "whole run": (_trained_whole, 60),
+    "torch_dist": (_megatron, 120),
+    "legacy": (_legacy, 150),
+    "adapter": (_megatron_adapter, 100),
+    "bridge": (_fixture("torch_dist/A_bf16_tp2pp2"), 30),
+    "bridge adapter": (_fixture("peft/A_f32_dora_tp1pp1", config=True), 30),
+    "megatron_lm": (_fixture("megatron_lm/A_f32_tp1pp1", config=True), 50),
+    "optimizer": (_fixture("optimizer/A_bf16_tp1pp1"), 20),
+    "legacy of theirs": (_fixture("legacy/A_bf16_tp2pp2", config=True), 50),
+}
+
+
+def read_all(checkpoint: Checkpoint, chance: random.Random) -> None:
+    """Reads every array by parts, which are what the checkpoint says of them."""
+    for path, stored in checkpoint.shapes.items():
+        cut = chance.randrange(stored.shape[0] + 1)
+        rest = [slice(*sorted(chance.choices(range(size + 1), k=2))) for size in stored.shape[1:]]
+        for index in ((slice(0, cut),), (slice(cut, stored.shape[0]),), (slice(0, stored.shape[0]), *rest)):
+            index = (*index, *[slice(None)] * (len(stored.shape) - len(index)))
+            wanted = tuple(len(range(size)[at]) for size, at in zip(stored.shape, index, strict=True))
+            if all(wanted):
+                part = checkpoints.read(checkpoint, path, index)
+                assert (part.shape, part.dtype) == (wanted, stored.dtype), path
+
+
+def convert(checkpoint: Checkpoint, to: str, case: Case, chance: random.Random) -> None:
+    """Writes it in another format: whole, or not at all."""
+    target = case.root.parent / "out" / to
+    try:
+        job = Job(source=checkpoint, to="hf" if to == "merged" else to, merge=to == "merged")
+        write(job, target)
+    except (ValueError, OSError):
+        assert not target.exists()
+        raise
+    finally:
+        assert [path for path in target.parent.iterdir() if path != target] == []
+    alone = to in ("peft", "megatron-adapter")
+    again = open_checkpoint(target, model=checkpoint.model) if to == "megatron-legacy" else open_checkpoint(target)
+    assert again.shapes == {path: shape for path, shape in checkpoint.shapes.items() if path in again.shapes}
+    assert alone or "embedding" in again.shapes
+    read_all(again, chance)
+    shutil.rmtree(target)
+
+
+@contextmanager
+def watched(opened: list[tuple[str, str]]) -> Iterator[None]:
+    """Every file that Python opens meanwhile, and how."""
+    _WATCHING.append(opened)
+    try:
+        yield
+    finally:
+        _WATCHING.remove(opened)
+
+
+_WATCHING: list[list[tuple[str, str]]] = []
+
+
+def _audit(event: str, args: tuple) -> None:
+    if event == "open" and _WATCHING:
+        _WATCHING[-1].append((os.fsdecode(args[0]) if not isinstance(args[0], int) else "", str(args[1])))
+
+
+sys.addaudithook(_audit)  # for good: there is no taking it back
+
+
+def attempt(case: Case, chance: random.Random) -> bool:
+    """Whether the checkpoint as it is now was read; fails where it is refused in another way than by a sentence."""
+    before, opened, start, modules = _listing(case.root), list[tuple[str, str]](), time.process_time(), set(sys.modules)
+    try:
+        with watched(opened):
+            checkpoint = open_checkpoint(case.folder, **case.options)
+            read_all(checkpoint, chance)
+            if chance.random() < 0.1:
+                loaded = checkpoints.load(checkpoint, checkpoint.shapes)
+                assert {path: (x.shape, x.dtype) for path, x in loaded.items()} == {
+                    path: (x.shape, x.dtype) for path, x in checkpoint.shapes.items()
+                }
+        if case.targets and chance.random() < 0.1:
+            convert(checkpoint, chance.choice(case.targets), case, chance)
+        read = True
+    except (ValueError, OSError) as error:
+        if not any(place in str(error) for place in (str(case.root.parent), *OUTSIDE)):
+            raise
+        read = False
+    assert time.process_time() - start < 5  # what goes off takes minutes
+    assert _listing(case.root) == before
+    assert [file for file, how in opened if not file.startswith(str(case.root)) or "w" in how] == []
+    assert set(sys.modules) - modules == set()
+    return read
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_with_one_thing_changed_is_read_or_refused_in_a_sentence(name, times, tmp_path, monkeypatch):
+    case, count = made(name, tmp_path, monkeypatch), FORMATS[name][1] * times
+    peak, read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for number in range(count):
+        chance = random.Random(f"{name} {number}")
+        what = change(case, chance)
+        try:
+            read += attempt(case, chance)
+        except BaseException as error:
+            error.add_note(f"{name} {number}: {what}")
+            raise
+        case.restore()
+    assert _listing(case.root) == case.listing
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300 << 10
+    assert count / 20 < read < count
+
+
+def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """The checkpoint as it should be; the working directory is in the folder that all is read from."""
+    (folder / "root" / "cwd").mkdir(parents=True)
+    (folder / "out").mkdir()
+    monkeypatch.chdir(folder / "root" / "cwd")
+    case = FORMATS[name][0](folder / "root")
+    whole = open_checkpoint(case.folder, **case.options)
+    read_all(whole, random.Random(0))
+    checkpoints.load(whole, whole.shapes)
+    for to in case.targets:
+        convert(whole, to, case, random.Random(0))
+    return case

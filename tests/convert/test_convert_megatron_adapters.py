@@ -1,0 +1,256 @@
+"""Megatron's adapters and PEFT's, both ways: against adapters that Megatron-Bridge trained, and against peft."""
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+import yaml
+from megatron_files import (
+    DORA,
+    FIXTURES,
+    HF,
+    LORA,
+    PEFT,
+    Tensors,
+    as_numpy,
+    bits,
+    convert,
+    grouped,
+    model_of,
+    parts,
+    stored,
+    torch_dist,
+    torchs,
+)
+from safetensors.numpy import load_file, save_file
+
+from gemma2_jax.config import AdapterConfig
+from gemma2_jax.convert import verify
+from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.writing import Job, write
+
+
+def peft_tensors(folder: Path) -> Tensors:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("parallel", ["tp1pp1", "tp2pp1"])
+@pytest.mark.parametrize("based", [False, True])
+def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
+    source = open_checkpoint(FIXTURES / "peft" / f"A_f32_lora_{parallel}", base=HF["f32"] if based else None)
+    expected = AdapterConfig(kind="lora", rank=8, alpha=16, after_norm=True, targets=tuple(table.PROJECTIONS))
+    assert replace(source.adapter, targets=expected.targets) == expected
+    assert set(source.adapter.targets) == set(expected.targets)
+    assert any("attn/o and mlp/down act after the post-norm" in note for note in source.notes)
+    job = Job(source=source, to="peft")
+    assert re.search("attn/o and mlp/down was trained to be added after the post-norm", *job.warnings)
+    write(job, tmp_path / "peft")
+    assert bits(peft_tensors(tmp_path / "peft")) == bits(peft_tensors(PEFT))
+    ours, theirs = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
+    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert set(ours.target_modules) == set(theirs.target_modules)
+
+
+def dora_parts(state: Tensors) -> Tensors:
+    """PEFT's tensors of a fused adapter, row by row."""
+    c, found = model_of("f32"), {}
+    modules = {"self_attention.linear_qkv": "qkv", "mlp.linear_fc1": ("gate", "up")}
+    modules |= {"self_attention.linear_proj": "o", "mlp.linear_fc2": ("down",)}
+    for module, projections in modules.items():
+        for layer, projection in product(range(c.layers), projections):
+            part = "self_attn" if module.startswith("self") else "mlp"
+            at = f"base_model.model.model.layers.{layer}.{part}.{projection}_proj"
+            a, b, m = (
+                state[f"decoder.layers.{module}.adapter.{end}"][layer]
+                for end in ("linear_in.weight", "linear_out.weight", "weight_magnitude")
+            )
+            if projection in "qkv":
+                rows = [row for row, (name, _) in enumerate(grouped(c)) if name == projection]
+            else:
+                half = list(projections).index(projection)
+                rows = np.arange(len(b)).reshape(len(projections), -1)[half]
+            found |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b[rows]}
+            found[f"{at}.lora_magnitude_vector"] = m[rows]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_dora_keeps_its_magnitudes_in_whatever_order(ranks, tmp_path):
+    state = torchs(DORA / "iter_0000000")
+    expected = bits(dora_parts(as_numpy(state)))
+    name = "decoder.layers.mlp.linear_fc1.adapter.weight_magnitude"
+    gate, up = state[name].chunk(2, 1)
+    pieces = zip(gate.chunk(ranks, 1), up.chunk(ranks, 1), strict=True)
+    state[name] = torch.cat([piece for pair in pieces for piece in pair], 1)
+    folder = torch_dist(tmp_path / "it", state, DORA)
+    said = folder / "iter_0000000" / "run_config.yaml"
+    before = "tensor_model_parallel_size: 1"
+    assert before in said.read_text()
+    said.write_text(said.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
+    at = convert(folder, tmp_path / "peft", "peft")
+    assert bits(peft_tensors(at)) == expected
+    parts(open_checkpoint(folder), open_checkpoint(at, hf_config=HF["f32"]))
+    assert peft.LoraConfig.from_pretrained(at).use_dora
+    # What we write says that it is of one rank, and has that order.
+    again = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "again", "megatron-adapter")
+    assert bits(peft_tensors(convert(again, tmp_path / "back", "peft"))) == expected
+
+
+def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config) -> Path:
+    """PEFT's adapter to the fixture's model, changed; `only` the projections that this pattern finds."""
+    shutil.copytree(PEFT, folder)
+    tensors = {name: x for name, x in peft_tensors(PEFT).items() if re.search(only, name)}
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    path = folder / "adapter_config.json"
+    modules = sorted({module for name in tensors for module in re.findall(r"\w+_proj", name)})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": modules} | config))
+    return folder
+
+
+def bump(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        (name,) = [name for name in tensors if re.search(rf"\.{layer}\..*{projection}_proj\.lora_A", name)]
+        tensors[name] = tensors[name] + 1
+
+    return change
+
+
+FUSED, CANONICAL = "megatron.bridge.peft.lora.LoRA", "megatron.bridge.peft.canonical_lora.CanonicalLoRA"
+QKV, FC1 = "self_attention.linear_qkv.adapter.", "mlp.linear_fc1.adapter."
+ALONE = {"self_attention.linear_proj.adapter.", "mlp.linear_fc2.adapter."}
+EVERY_OWN = {*(f"{QKV}adapter_{x}." for x in "qkv"), f"{FC1}adapter_gate.", f"{FC1}adapter_up.", *ALONE}
+ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
+    "as exported": ({}, FUSED, {QKV, FC1, *ALONE}),
+    "another k": ({"change": bump("k")}, CANONICAL, EVERY_OWN),
+    "another up": ({"change": bump("up", 0)}, CANONICAL, EVERY_OWN),
+    "q and v": ({"only": "[qv]_proj"}, CANONICAL, {f"{QKV}adapter_q.", f"{QKV}adapter_v."}),
+    "gate": ({"only": "gate_proj"}, CANONICAL, {f"{FC1}adapter_gate."}),
+    "o": ({"only": "o_proj"}, FUSED, {"self_attention.linear_proj.adapter."}),
+    "attention": ({"only": "[qkvo]_proj"}, FUSED, {QKV, "self_attention.linear_proj.adapter."}),
+    "v, o and down": ({"only": "(v|o|down)_proj"}, CANONICAL, {f"{QKV}adapter_v.", *ALONE}),
+    "rslora": ({"use_rslora": True, "lora_dropout": 0.25}, FUSED, {QKV, FC1, *ALONE}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
+    how, target, modules = ADAPTERS[case]
+    before = open_checkpoint(of_peft(tmp_path / "peft", **how), hf_config=HF["f32"])
+    job = Job(source=before, to="megatron-adapter")
+    inside = [name for name in ("attn/o", "mlp/down") if name in table.targets(before.adapter)]
+    assert len(job.warnings) == bool(inside)
+    for warning in job.warnings:
+        assert f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm" in warning
+    write(job, tmp_path / "megatron")
+    names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
+    ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
+    assert names == {f"decoder.layers.{module}{end}" for module in modules for end in ends}
+    said = yaml.safe_load((tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text())["peft"]
+    assert said["_target_"] == target and said["dim"] == 8
+    assert said["alpha"] / 8 == pytest.approx(before.adapter.scale, rel=1e-15)
+    after = open_checkpoint(tmp_path / "megatron")
+    assert after.adapter.after_norm == bool(inside) and after.adapter.dropout == before.adapter.dropout
+    assert after.adapter.scale == pytest.approx(before.adapter.scale, rel=1e-15)
+    back = convert(after, tmp_path / "back", "peft")
+    assert bits(peft_tensors(back)) == bits(peft_tensors(tmp_path / "peft"))
+
+
+STATES = [f"._extra_state/shard_{layer}_4" for layer in range(4)]
+
+
+def magnitudes(tensors: Tensors) -> None:
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "lora_B" in name]:
+        rows = rng.random(len(tensors[name]), dtype=np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rows
+
+
+@pytest.mark.parametrize(
+    "how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=itertools.count()
+)
+def test_dora_with_an_a_each_is_refused(how, tmp_path):
+    also, only = how.get("also", lambda tensors: None), how.get("only", "")
+    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), only, use_dora=True)
+    source = open_checkpoint(at, hf_config=HF["f32"])
+    with pytest.raises(
+        ValueError, match=r"is a DoRA with an A of its own for each of .*, and Megatron-Bridge's has one"
+    ):
+        convert(source, tmp_path / "out", "megatron-adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("only", ["", "(o|down)_proj"])
+def test_dora_of_peft_s_is_megatron_s(only, tmp_path):
+    at = of_peft(tmp_path / "peft", magnitudes, only, use_dora=True)
+    there = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "megatron", "megatron-adapter")
+    assert open_checkpoint(there).adapter.kind == "dora"
+    assert bits(peft_tensors(convert(there, tmp_path / "back", "peft"))) == bits(peft_tensors(at))
+
+
+def test_what_can_be_merged_merges_as_peft_s(tmp_path):
+    state = torchs(LORA / "iter_0000000")
+    some = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
+    source = open_checkpoint(torch_dist(tmp_path / "it", some, LORA), base=HF["f32"])
+    assert not source.notes and not source.adapter.apart
+    found = stored(convert(source, tmp_path / "hf", "hf", merge=True))
+    model = transformers.AutoModelForCausalLM.from_pretrained(HF["f32"])
+    adapter = of_peft(tmp_path / "peft", only="(q|k|v|gate|up)_proj")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, merged[name].numpy(), rtol=1e-6, atol=1e-6)
+    assert bits(found) != bits(stored(HF["f32"]))
+    whole = open_checkpoint(LORA, base=HF["f32"])
+    with pytest.raises(ValueError, match=r"attn/o and mlp/down cannot be merged: it is added after the post-norm"):
+        Job(source=whole, to="megatron", merge=True)
+
+
+def test_importing_runs_it_as_it_was_trained():
+    source = open_checkpoint(LORA, base=HF["f32"])
+    assert source.adapter.after_norm
+    other = replace(source, adapter=replace(source.adapter, after_norm=False))
+    after, before = (verify.logits(found, range(3, 27)) for found in (source, other))
+    assert np.abs(after - before).max() > 0.1 * np.abs(after).max()
+
+
+def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
+    base = convert(HF["f32"], tmp_path / "base", "megatron")
+    source = open_checkpoint(convert(open_checkpoint(PEFT, base=base), tmp_path / "adapter", "megatron-adapter"))
+    assert "embedding" not in source.shapes  # PEFT's own config names another
+    shutil.copytree(LORA, tmp_path / "lora")
+    (tmp_path / "mg" / "torch_dist").mkdir(parents=True)
+    base.rename(tmp_path / "mg" / "torch_dist" / "A_f32_tp1pp1")
+    monkeypatch.chdir(tmp_path)
+    found = open_checkpoint(tmp_path / "lora")
+    assert "embedding" in found.shapes and found.base == "mg/torch_dist/A_f32_tp1pp1"
+    with pytest.raises(ValueError, match="has an adapter, which --to megatron has no place for"):
+        Job(source=replace(found, adapter=replace(found.adapter, after_norm=False)), to="megatron")
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [5, ["x"], {"pretrained_checkpoint": 5}, {"pretrained_checkpoint": {"a": 1}}, None]
+)
+def test_a_base_that_is_no_path_is_none(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(LORA, tmp_path / "it"))
+    change_yaml(folder, lambda run: run.update(checkpoint=checkpoint))
+    assert open_checkpoint(folder).base == ""
+
+
+def change_yaml(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "iter_0000000" / "run_config.yaml"
+    run = yaml.safe_load(path.read_text())
+    change(run)
+    path.write_text(yaml.safe_dump(run))

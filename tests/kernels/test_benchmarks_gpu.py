@@ -1,0 +1,313 @@
+"""`python -m benchmarks.gpu` where no GPU is: its conventions, its checks, and that what it would time compiles.
+
+Run as a program, which is what a test here does once, it lowers what is timed for CUDA and prints what it found as
+JSON: JAX must not have been used before `plan.prepare`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilers import needs_plugin
+
+from benchmarks import attention, gpu
+from benchmarks.attention import Cached, Check, Layer
+from gemma2_jax import plan
+from gemma2_jax.kernels import reference
+from gemma2_jax.kernels.shapes import SHAPES
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def lower(everything: bool) -> dict[str, list]:
+    """Kernels in each program that is timed, of each pass in turn, at its real shapes.
+
+    Unless everything is asked for, those of a local layer and of a ring for each head width, less the program of both
+    passes; and nothing is compiled.
+    """
+    plan.prepare()
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    # It asks cuDNN and the GPU, neither of which is there. So a change of jax's own checks is not seen here.
+    cudnn.check_cudnn_version = lambda: 91000
+    cudnn.check_compute_capability = lambda _: True
+    everywhere = NamedSharding(Mesh(np.array(plan.cluster(1)), ("device",)), PartitionSpec())
+
+    def kernels(run, *inputs) -> dict[str, int]:
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
+        lowered = run.trace(*inputs).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text()
+        found = {name: text.count(f"@{target}") for name, target in TARGETS.items()}
+        if everything and not found["cudnn"]:
+            lowered.compile()
+        return found
+
+    found = {}
+    for name in ("2b", "9b", "27b") if everything else ("2b", "27b"):
+        layers, caches = attention.timed(name), attention.timed_caches(name)
+        for layer in layers if everything else layers[2:3]:
+            q, k, v, d = layer.shapes()
+            mask = jax.eval_shape(layer.mask)
+            for by in attention.by_kernel, attention.by_xla, *([] if layer.packed else [attention.by_cudnn]):
+                run = attention.programs(by(layer))
+                pull = jax.eval_shape(run.saved, q, k, v, mask)
+                passes = [kernels(run.forward, q, k, v, mask), kernels(run.backward, pull, d)]
+                if everything:
+                    passes.append(kernels(run.both, q, k, v, d, mask))
+                found[f"{layer} {by.__name__}"] = passes
+        for case in caches if everything else caches[3:]:
+            q, k, v = case.shapes()
+            position = jax.ShapeDtypeStruct((len(case.positions),), jnp.int32)
+            kept = [(k, v)] * attention.caches(case)
+            for by in attention.decode_by_kernel, attention.decode_by_xla:
+                chain = jax.jit(attention.chained(by(case), case))
+                found[f"{case} {by.__name__}"] = [kernels(chain, q, kept, position)]
+    return found
+
+
+TARGETS = {"mosaic": "mosaic_gpu_v2", "cudnn": "__cudnn$fmha"}
+
+
+@needs_plugin
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_what_is_timed_is_made_for_cuda(everything):
+    """And nothing but the kernels has kernels; cuDNN itself is not asked whether it takes these shapes."""
+    command = [sys.executable, __file__, *(["everything"] if everything else [])]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == (3 * (3 * 3 + 2 + 4 * 2) if everything else 2 * (3 + 2))
+    for name, passes in found.items():
+        mosaic, cudnn = ([each[kind] for each in passes] for kind in TARGETS)
+        match name.rpartition(" ")[2]:
+            case "by_kernel":
+                assert mosaic == [1, 2, 3][: len(passes)] and not any(cudnn), name
+            case "by_cudnn":
+                assert not any(mosaic) and all(cudnn), name
+            case "decode_by_kernel":
+                assert mosaic[0] > 0 and cudnn == [0], name
+            case _:
+                assert not any(mosaic + cudnn), name
+
+
+PACKED = Layer(name="2b", shape=SHAPES["2b"], rows=3, length=300, window=70, packed=True)
+
+
+@pytest.mark.parametrize("layer", [PACKED, replace(PACKED, window=None), replace(PACKED, packed=False, window=299)])
+def test_pairs_are_those_that_see_each_other(layer):
+    segments = layer.segments_BT
+    seen = 0
+    for i in range(layer.length):
+        for j in range(i + 1):
+            if layer.window is None or i - j < layer.window:
+                seen += int((segments[:, i] == segments[:, j]).sum())
+    assert layer.pairs == seen
+    mask = layer.mask()
+    assert int((mask.last_BT - mask.first_BT + 1).sum()) == seen, "so many the kernel is told to take"
+
+
+def test_convention_of_flops():
+    full = Layer(name="27b", shape=SHAPES["27b"], rows=2, length=8192)
+    assert full.pairs == 2 * 33_558_528 and replace(full, window=4096).pairs == 2 * 25_167_872
+    assert full.flops("forward") == 4 * full.pairs * 32 * 128
+    assert full.flops("both") == full.flops("forward") + full.flops("backward") == 3.5 * full.flops("forward")
+    short = Layer(name="27b", shape=SHAPES["27b"], rows=1, length=2048)
+    assert short.pairs == replace(short, window=4096).pairs, "rows within a window: one kind of layer is timed"
+
+
+def test_bytes_of_a_cache():
+    ring, dense = (
+        Cached(name="9b", shape=SHAPES["9b"], slots=4096, positions=(8191, 99)),
+        attention.timed_caches("2b")[0],
+    )
+    assert ring.bytes == (4096 + 100) * 8 * 256 * 2 * 2
+    assert dense.bytes == 2**13 * 4 * 256 * 4 and attention.caches(dense) * dense.bytes >= 8 * attention.L2_BYTES
+
+
+def test_packed_rows_are_of_many_kinds():
+    lengths = [np.diff(np.flatnonzero(np.diff(row, prepend=0, append=0))) for row in PACKED.segments_BT]
+    assert all(len(of) >= 4 and of.min() == 1 for of in lengths)
+    assert all(row[127] != row[128] and (np.diff(row) >= 0).all() for row in PACKED.segments_BT)
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    for arguments in [], ["--check-only"], ["--shapes", "27b"]:
+        with pytest.raises(SystemExit) as ended:
+            gpu.main(arguments)
+        assert ended.value.code == 2
+        output = capsys.readouterr()
+        assert "need a GPU of compute capability 9.0, such as an H100, and JAX found cpu" in output.err
+        assert not output.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--shapes", "3b"], "no shape 3b: there are 2b; 9b"), (["--interpret"], "--check-only")]
+)
+def test_other_mistakes(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_checks_pass_interpreted(tmp_path):
+    """The command itself, and the kernels: what a GPU would do, on CPU."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--check-only", "--interpret", "--shapes", "2b, tensor 8"]
+    run = subprocess.run(
+        [*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [each["same"] for each in found["checks"]] == [True, True] and "attention" not in found
+    assert "2b, tensor 8: 1 x 100, window 33, packed" in run.stdout and [p.name for p in tmp_path.iterdir()] == [
+        "found.json"
+    ]
+
+
+def stand_in(q, k, v, first, last, *, scale, softcap, build, out_of=lambda out: out):
+    """The meaning, as if it were a kernel."""
+    out, lse = reference.attention(q, k, v, first, last, scale=scale, softcap=softcap)
+    return out_of(out).astype(jnp.bfloat16), lse
+
+
+def stand_in_decode(q, k, v, position, window, *, scale, softcap, build):
+    return reference.decode(q, k, v, position, window, scale=scale, softcap=softcap).astype(jnp.bfloat16)
+
+
+def no_cap(kernel):
+    return lambda *inputs, softcap, **settings: kernel(*inputs, softcap=None, **settings)
+
+
+def narrower(kernel):
+    return lambda q, k, v, first, last, **settings: kernel(q, k, v, jnp.minimum(first + 1, last), last, **settings)
+
+
+def one_slot_less(kernel):
+    return lambda q, k, v, position, window, **settings: kernel(q, k, v, position, window - 1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("break_attention", "break_decode"),
+    [(None, None), (no_cap, no_cap), (narrower, one_slot_less)],
+)
+def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, capsys):
+    """Nothing is timed then, and the exit status is 1."""
+    kernels = {"attention": (stand_in, break_attention), "decode": (stand_in_decode, break_decode)}
+    for name, (kernel, broken) in kernels.items():
+        monkeypatch.setattr(attention, name, broken(kernel) if broken else kernel)
+    try:
+        gpu.main(["--check-only", "--interpret", "--shapes", "27b"])
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    output = capsys.readouterr().out
+    failed = output.partition("failed:")[2]
+    caught = [f"27b: 1 x 100, window 33, packed, exact tanh: {name}" for name in ("out", "lse", "dq", "dk", "dv")]
+    caught = (caught if break_attention else []) + (
+        ["27b: decode, 2 x 128 slots, ring, exact tanh: out"] if break_decode else []
+    )
+    assert status == (1 if caught else 0), output
+    assert all(f"{each} is off by" in failed for each in caught) and failed.count("is off by") == len(caught), failed
+
+
+def test_one_key_of_a_long_window_is_caught(monkeypatch):
+    """Where a key weighs little: scores are far from the cap, and a row sees 512."""
+    shape = replace(SHAPES["2b"], heads=1, kv_heads=1)
+    monkeypatch.setattr(attention, "reaching_the_cap", lambda q, shape: q)
+    monkeypatch.setattr(attention, "attention", narrower(stand_in))
+    layer = Layer(name="2b", shape=shape, rows=1, length=768, window=512)
+    (found,) = attention.check(layer, interpret=True)
+    assert any("out is off" in failure for failure in found.failures)
+
+
+GOOD = Check(case="c", tanh="exact", errors={"out": 3e-3, "lse": 1e-5}, xla={"out": 2e-3}, same=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "failures"),
+    [
+        (GOOD, []),
+        (replace(GOOD, same=False), ["c, exact tanh: not the same bits twice"]),
+        (replace(GOOD, errors={"out": 7e-3}), ["c, exact tanh: out is off by 7.0e-03, of 6.5e-03 allowed"]),
+        (replace(GOOD, errors={"out": 7e-3}, tanh="approximate"), []),
+        (replace(GOOD, errors={"lse": 3e-4}), ["c, exact tanh: lse is off by 3.0e-04, of 2.0e-04 allowed"]),
+        (replace(GOOD, errors={"out": float("nan")}), ["c, exact tanh: out is off by nan, of 6.5e-03 allowed"]),
+        (replace(GOOD, xla={"out": 0.1}), ["c, exact tanh: out of XLA, the measure of it, is off by 1.0e-01"]),
+    ],
+)
+def test_criterion(found, failures):
+    assert found.failures == failures
+
+
+def test_errors_are_of_the_worst_head():
+    meant = {"out": np.ones((1, 8, 4, 2), np.float32), "lse": np.zeros((1, 4, 8), np.float32)}
+    off = {name: x.copy() for name, x in meant.items()}
+    off["out"][:, :, 3] *= 1.5
+    off["lse"][0, 1, 2] = -0.25
+    assert attention.errors(off, meant) == {"out": 0.5, "lse": 0.25}
+    assert np.isnan(attention.errors({"out": np.full((1, 8, 4, 2), np.nan)}, meant)["out"])
+
+
+def test_times_are_those_of_a_call():
+    """More work takes longer, and about what one call takes that is waited for."""
+    product = jax.jit(lambda x: x @ x @ x @ x)
+    sizes = [jnp.ones((size, size)) for size in (16, 256, 1024)]
+    found = [attention.seconds(product, x, least=0.02, rounds=3) for x in sizes]
+    assert all(small < large for small, large in pairwise(found)), found
+    alone = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(product(sizes[-1]))
+        alone.append(time.perf_counter() - began)
+    assert found[-1] / 4 < min(alone) < 4 * found[-1]
+
+
+def test_rounds_are_as_long_as_asked():
+    calls = []
+
+    def slow(x):
+        calls.append(x)
+        time.sleep(0.002)
+        return x
+
+    found = attention.seconds(slow, jnp.zeros(()), least=0.02, rounds=2)
+    assert 0.002 <= found < 0.02 and 2 + 2 <= len(calls) <= 2 + 2 * 10
+
+
+def test_timing_loop(monkeypatch, capsys, tmp_path):
+    """All of the command, with stand-ins for the kernels and tiny cases: cuDNN is not there, and a note says so."""
+    shape = replace(SHAPES["27b"], heads=2, kv_heads=1, window=32)
+    monkeypatch.setattr(attention, "attention", stand_in)
+    monkeypatch.setattr(attention, "decode", stand_in_decode)
+    monkeypatch.setattr(attention, "L2_BYTES", 2**12)
+    monkeypatch.setattr(attention, "seconds", partial(attention.seconds, least=0.001, rounds=1))
+    layer, cached = partial(Layer, name="27b", shape=shape), partial(Cached, name="27b", shape=shape)
+    monkeypatch.setattr(attention, "timed", lambda _: [layer(rows=2, length=64, window=32)])
+    monkeypatch.setattr(attention, "timed_caches", lambda _: [cached(slots=32, positions=(40, 7))])
+    monkeypatch.setattr(attention, "checked", lambda *_: [cached(slots=32, positions=(40, 7))])
+    monkeypatch.setattr(gpu, "device", lambda _: {"kind": "none"})
+    gpu.main(["--shapes", "27b", "--json", str(tmp_path / "found.json")])
+    output = capsys.readouterr().out
+    assert "cuDNN gave no times, width 128: " in output and "Dao-AILab" in output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [each["tanh"] for each in found["checks"]] == ["approximate", "exact"]
+    assert [each["pass"] for each in found["attention"]] == ["forward", "backward", "both"]
+    for each in found["attention"] + found["decode"]:
+        assert 0 < each["seconds"]["kernel"] < 1 and 0 < each["seconds"]["xla"] < 1
+    assert all(each["seconds"]["cudnn"] is None for each in found["attention"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(lower("everything" in sys.argv)))

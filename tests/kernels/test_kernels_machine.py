@@ -1,0 +1,314 @@
+"""The attention kernels as compiled for an H100 that is not there, and the tiles that they visit, with nothing run.
+
+Run as a program with the name of a case and of a file, which is what the tests here do, it compiles the kernels of that
+case: JAX must not have been used before `plan.prepare`.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compilers import need
+from filelock import FileLock
+
+from benchmarks import kernels as table
+from benchmarks.kernels import CASES, DIRECTIONS, LAYERS, PRODUCTS
+from benchmarks.machine_code import REGISTERS_PER_SM, SHARED_PER_BLOCK, Kernel
+from gemma2_jax import plan
+
+ROOT = Path(__file__).parents[2]
+KERNELS = [
+    pytest.param((name, direction), marks=pytest.mark.exhaustive if name in ("64", "256, one head") else ())
+    for name in CASES
+    for direction in DIRECTIONS
+]
+
+
+def compile_case(name: str, path: str) -> None:
+    plan.prepare()
+    found = {**table.compiled(CASES[name]), "decode": table.compiled_decode(CASES[name])}
+    Path(path).write_bytes(pickle.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def compiled(request, of_all_workers, optimized) -> dict[str, dict[str, Kernel]]:
+    """The kernels of the cases that tests of this run ask for, compiled side by side, once for all workers."""
+    need()
+    tests = [item for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    names = list(dict.fromkeys(test.callspec.params["case"][0] for test in tests))
+    folder = of_all_workers / "kernels"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        _compile([name for name in names if not (folder / name).exists()], folder)
+    return {name: pickle.loads((folder / name).read_bytes()) for name in names}
+
+
+def _compile(names: list[str], folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = []
+    try:
+        for name in names:
+            command = [sys.executable, __file__, name, str(folder / name)]
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        for process in processes:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+@pytest.fixture(params=KERNELS, ids=lambda case: " ".join(case))
+def case(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def kernel(compiled, case) -> Kernel:
+    name, direction = case
+    return compiled[name][direction]
+
+
+def test_no_register_is_spilled(kernel):
+    assert (kernel.spill_stores, kernel.spill_loads, kernel.stack) == (0, 0, 0)
+    assert kernel.opcodes.of("LDL") == kernel.opcodes.of("STL") == 0
+
+
+def test_ptxas_warns_of_nothing(kernel):
+    assert kernel.warnings == ()
+
+
+def test_hopper_multiplies_and_loads(kernel):
+    assert kernel.opcodes.of("HGMMA") > 0 and kernel.opcodes.of("HMMA") == 0
+    assert kernel.opcodes.of("UTMALDG") > 0 and kernel.opcodes.of("UTMASTG") > 0
+
+
+def test_a_block_fits_a_multiprocessor(kernel):
+    assert 0 < kernel.shared <= SHARED_PER_BLOCK and kernel.blocks_per_sm >= 1
+    set_by = kernel.set_registers
+    assert kernel.threads == 3 * 128
+    each = (set_by[0], *set_by) if len(set_by) == 2 else set_by  # two warpgroups that run the same code
+    assert len(each) == 3 and 128 * sum(each) <= REGISTERS_PER_SM
+
+
+@pytest.mark.parametrize("case", [("256", "decode"), ("128", "decode")], ids=lambda case: " ".join(case))
+def test_decode(compiled, case):
+    """As for the others above; and two blocks at a time, one of which loads while the other computes."""
+    kernel = compiled[case[0]]["decode"]
+    test_no_register_is_spilled(kernel)
+    test_ptxas_warns_of_nothing(kernel)
+    test_hopper_multiplies_and_loads(kernel)
+    assert kernel.threads == 2 * 128 and kernel.blocks_per_sm == 2
+
+
+def test_loops_do_what_a_tile_needs_and_no_more(kernel, case):
+    name, direction = case
+    shape = CASES[name]
+    size = table.tile_of(shape, direction).size
+    found = table.work(kernel, PRODUCTS[direction], shape.width)
+    assert [each.columns for each in found] == [size] * (2 if direction == "dkv" else 1), "multiplied twice, or not"
+    assert [len(each.masked) for each in found] == ([2, 0] if direction == "dkv" else [2])
+    for loop in kernel.tiles:
+        for function in "MUFU.TANH", "MUFU.EX2":
+            assert loop.opcodes.of(function) <= 64 * size / 128, f"{function} more than once for each score"
+        assert loop.opcodes.of("MUFU.RCP") == 0, "a division, as in an exact tanh"
+
+
+def test_masked_tiles_are_not_twice_as_long(kernel, case):
+    name, direction = case
+    scores, *others = table.work(kernel, PRODUCTS[direction], CASES[name].width)
+    assert all(scores.clean < masked <= 1.9 * scores.clean for masked in scores.masked)
+    assert not any(other.masked for other in others)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tiles_that_do_not_fit_are_found_on_a_cpu(direction):
+    """So that sizes can be chosen with neither a GPU nor a compiler for one."""
+    import jax
+    import jax.numpy as jnp
+
+    from gemma2_jax.kernels import backward, forward
+    from gemma2_jax.kernels.tiles import Build, Tile
+
+    shape = CASES["256"]
+    function = forward.forward if direction == "forward" else getattr(backward, direction)
+    q, k = (jax.ShapeDtypeStruct((1, 256, n, shape.width), jnp.bfloat16) for n in (shape.heads, shape.kv_heads))
+    sums = jax.ShapeDtypeStruct((1, shape.heads, 256), jnp.float32)
+    ends = [jax.ShapeDtypeStruct((1, 256), jnp.int32)] * 2
+    inputs = (q, k, k, *ends) if direction == "forward" else (q, k, k, q, sums, sums, *ends)
+
+    def lower(tile):
+        def run(*inputs):
+            return function(*inputs, scale=shape.scale, softcap=shape.softcap, tile=tile, build=Build())
+
+        jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",))
+
+    lower(table.tile_of(shape, direction))
+    with pytest.raises(ValueError, match=f"shared memory.*{SHARED_PER_BLOCK}"):
+        lower(Tile(size=128, stages=2, v_stages=2))
+
+
+def pairs(segments_BT, window) -> np.ndarray:
+    """Which key each query sees, [B, T, T], by the meaning of the words: one in its segment and window, not later."""
+    at = np.arange(segments_BT.shape[1])
+    distance = at[:, None] - at
+    return (segments_BT[:, :, None] == segments_BT[:, None]) & (distance >= 0) & (distance < np.asarray(window))
+
+
+def in_tiles(seen, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each tile of [..., rows, columns]: whether any pair in it is seen, and whether all are."""
+    *batch, T, S = seen.shape
+    tiles = seen.reshape(*batch, T // rows, rows, S // columns, columns)
+    return tiles.any(-1).any(-2), tiles.all(-1).all(-2)
+
+
+def check(bounds, some, whole) -> None:
+    """That tiles are visited if and only if a pair in them is seen, and masked if and only if not all are."""
+    bounds = np.asarray(bounds)
+    start, clean, masked, end = np.moveaxis(bounds[..., None], -2, 0)
+    assert (np.diff(bounds, axis=-1) >= 0).all() and (start >= 0).all()
+    at = np.arange(some.shape[-1])
+    np.testing.assert_array_equal((start <= at) & (at < end), some)
+    np.testing.assert_array_equal((clean <= at) & (at < masked), whole)
+
+
+@cache
+def layer(name: str) -> np.ndarray:
+    documents, window = LAYERS[name]
+    segments = np.searchsorted(documents, np.arange(table.LENGTH), side="right")
+    return pairs(segments[None], window)
+
+
+# Of tiles of a block's rows x columns, scores visited over those that are needed, at 8,192 tokens.
+RATIOS = {
+    (64, 64): {"global": 1.00769, "local": 1.01554, "packed": 1.17609},
+    (64, 128): {"global": 1.01550, "local": 1.03117, "packed": 1.30746},
+    (128, 64): {"global": 1.01550, "local": 1.03117, "packed": 1.30541},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_visits_of_a_long_row(name, case):
+    seen, shape, direction = layer(name), CASES[case[0]], case[1]
+    first, last = table.intervals(*LAYERS[name])
+    found = table.visits(shape, direction, first, last)
+    assert found.exact == np.count_nonzero(seen)
+    some, whole = in_tiles(seen.swapaxes(1, 2) if direction == "dkv" else seen, found.rows, found.columns)
+    check(table.bounds(shape, direction, first, last), some, whole)
+    assert found.tiles == np.count_nonzero(some) and found.masked == found.tiles - np.count_nonzero(whole)
+    assert found.ratio == pytest.approx(RATIOS[found.rows, found.columns][name], abs=1e-5)
+    if name != "packed":
+        # Tiles of twice that size, at both edges of a window, are the only ones to pass 1.03.
+        wide = name == "local" and found.rows * found.columns > 64 * 64
+        assert (found.ratio > 1.03) == wide
+
+
+LENGTH = 384
+WINDOWS = (1, 63, 64, 65, 100, 127, 128, 129, LENGTH, 1000)
+
+
+def layouts(seed: int, count: int) -> np.ndarray:
+    """Segments of rows, [count, LENGTH]: one, many, of length 1, starting at edges of tiles and beside them."""
+    random = np.random.default_rng(seed)
+    edges = np.arange(64, LENGTH, 64)
+
+    def single():
+        at = random.integers(1, LENGTH - 1, 4)
+        return np.concatenate([at, at + 1])
+
+    kinds = (
+        lambda: [],
+        lambda: range(LENGTH),
+        lambda: random.choice(edges, random.integers(1, 5), replace=False),
+        lambda: np.append(random.choice(edges, 3) + random.integers(-1, 2, 3), random.choice(edges)),
+        single,
+        lambda: random.integers(1, LENGTH, random.integers(1, 40)),
+    )
+    found = np.zeros((count, LENGTH), np.int32)
+    for number in range(count):
+        found[number, np.array(kinds[number % len(kinds)](), int)] = 1
+    return found.cumsum(1)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """Segments and windows, what queries see, and their intervals; in some rows the last queries see nothing."""
+    import jax.numpy as jnp
+
+    from gemma2_jax.model.attention import mosaic as attention_mosaic
+
+    segments = np.concatenate([layouts(seed, 36) for seed in range(len(WINDOWS))])
+    window = np.repeat(WINDOWS, 36)[:, None]
+    seen = pairs(segments, window[:, :, None])
+    starts = attention_mosaic.starts(jnp.asarray(segments))
+    ends = attention_mosaic.intervals(jnp.arange(LENGTH), starts, (0,), LENGTH, jnp.asarray(window))
+    first, last = map(np.array, ends)
+    # As `kernels.attention` fills up rows.
+    nobody = np.arange(LENGTH) >= np.random.default_rng(0).choice([1, 63, 64, 200, LENGTH], len(segments))[:, None]
+    seen[nobody] = False
+    first[nobody], last[nobody] = LENGTH, LENGTH - 1
+    return seen, jnp.asarray(first), jnp.asarray(last)
+
+
+def test_intervals_are_what_queries_see(cases):
+    seen, first, last = cases
+    at = np.arange(LENGTH)
+    np.testing.assert_array_equal((first[..., None] <= at) & (at <= last[..., None]), seen)
+    assert len(seen) >= 300 and (np.diff(first) >= 0).all() and (np.diff(last) >= 0).all()
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_bounds_are_those_of_a_search(cases, rows, size):
+    from gemma2_jax.kernels import tiles
+
+    seen, first, last = cases
+    check(tiles.bounds(first, last, rows, size), *in_tiles(seen, rows, size))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_bounds_by_keys_are_those_of_a_search(cases, size):
+    from gemma2_jax.kernels import backward, tiles
+
+    seen, first, last = cases
+    q_first, q_last = backward.seen_by(first, last, LENGTH)
+    at = np.arange(LENGTH)
+    by_key = seen.swapaxes(1, 2)
+    np.testing.assert_array_equal((q_first[..., None] <= at) & (at <= q_last[..., None]), by_key)
+    check(tiles.bounds(q_first, q_last, 64, size), *in_tiles(by_key, 64, size))
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_bounds_of_a_ring(shards):
+    """Queries of a context shard, at two places of the row (`mesh.balanced`), and the keys of another."""
+    import jax.numpy as jnp
+
+    from gemma2_jax.kernels import backward, tiles
+    from gemma2_jax.model.attention import mosaic as attention_mosaic
+
+    piece = 64
+    length = 2 * shards * piece
+    segments = np.concatenate([layouts(seed, 12)[:, :length] for seed in range(len(WINDOWS))])
+    window = np.repeat(WINDOWS, 12)[:, None]
+    everything = pairs(segments, window[:, :, None])
+    starts = attention_mosaic.starts(jnp.asarray(segments))
+    for mine in range(shards):
+        for theirs in range(shards):
+            places = [(shard * piece, (2 * shards - 1 - shard) * piece) for shard in (mine, theirs)]
+            q_at, k_at = (np.concatenate([at + np.arange(piece) for at in pair]) for pair in places)
+            seen = everything[:, q_at][:, :, k_at]
+            first, last = attention_mosaic.intervals(q_at, starts[:, q_at], places[1], piece, jnp.asarray(window))
+            check(tiles.bounds(first, last, 64, 64), *in_tiles(seen, 64, 64))
+            by_key = backward.seen_by(first, last, 2 * piece)
+            check(tiles.bounds(*by_key, 64, 64), *in_tiles(seen.swapaxes(1, 2), 64, 64))
+
+
+if __name__ == "__main__":
+    compile_case(*sys.argv[1:])

@@ -1,0 +1,192 @@
+"""LoRA and DoRA against PEFT: logits, gradients, merging; and that a frozen base costs no gradient."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from flax import nnx
+from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
+
+from gemma2_jax import config as configs
+from gemma2_jax.config import AdapterConfig, TrainConfig
+from gemma2_jax.convert.formats.table import from_hf
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.training.step import Program
+
+LAYOUTS = {  # of one layer: PEFT's [r, in] or [out, r] or [out], flattened from our letters
+    "a": lambda x: x.reshape(-1, x.shape[-1]).T,
+    "b": lambda x: x.reshape(x.shape[0], -1).T,
+    "m": lambda x: x.reshape(-1),
+}
+TORCH_NAMES = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
+MODULES = {"attn": "self_attn", "mlp": "mlp"}
+
+
+def pair(adapter: AdapterConfig, name: str = "2b"):
+    """Our adapted model and PEFT's, with the same random base and adapters (B is not zero)."""
+    config = BITING[name]
+    base = hf_model(config)
+    weights = {path: jnp.asarray(w) for path, w in from_hf(state_dict(base), config).items()}
+    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    nnx.update(ours, nnx.state(model.rebuild(nnx.graphdef(ours), weights)))
+    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
+    targets = sorted({f"{name.split('/')[1]}_proj" for name, p in lora.projections(ours).items() if p.adapter})
+    peer = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            use_rslora=adapter.rslora,
+            use_dora=adapter.kind == "dora",
+            target_modules=targets,
+            lora_dropout=0.0,
+        ),
+    )
+    rng = np.random.default_rng(3)
+    theirs = dict(peer.named_parameters())
+    for name, projection in lora.projections(ours).items():
+        if projection.adapter is None:
+            continue
+        for part in "abm" if adapter.kind == "dora" else "ab":
+            variable = getattr(projection.adapter, part)
+            spread = {"a": 0.3, "b": 0.1, "m": 0.3}[part]
+            variable[...] = variable[...] + spread * rng.standard_normal(variable.shape).astype(np.float32)
+            for layer, value in enumerate(np.asarray(variable[...])):
+                theirs[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
+    return config, ours, peer
+
+
+def torch_name(projection: str, layer: int, part: str) -> str:
+    group, name = projection.split("/")
+    return f"base_model.model.model.layers.{layer}.{MODULES[group]}.{name}_proj.{TORCH_NAMES[part]}"
+
+
+@jax.jit
+def logits_of(ours: Gemma2, rows):
+    return ours.logits(ours(*rows))
+
+
+ADAPTERS = {
+    "lora": AdapterConfig(kind="lora", rank=4, alpha=8.0),
+    "dora": AdapterConfig(kind="dora", rank=4, alpha=8.0),
+    "rslora": AdapterConfig(kind="lora", rank=4, alpha=8.0, rslora=True),
+    "some": AdapterConfig(kind="dora", rank=3, alpha=5.0, targets=("attn/[qv]", "mlp/down")),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_and_gradients_equal_peft(name):
+    config, ours, peer = pair(ADAPTERS[name])
+    rows = rows_of(config)
+    tokens = torch.tensor(rows[0])
+    expected = peer(tokens, labels=tokens)
+    expected.loss.backward()
+    np.testing.assert_allclose(logits_of(ours, rows), expected.logits.detach().numpy(), atol=1e-4, rtol=0)
+    targets, counted = np.roll(rows[0], -1, axis=1), np.ones(rows[0].shape, np.float32)
+    counted[:, -1] = 0
+    loss, gradients = training_gradients(config, ADAPTERS[name], model.flat(nnx.state(ours)), *rows, targets, counted)
+    np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
+    theirs = dict(peer.named_parameters())
+    for path, gradient in gradients.items():
+        _, group, projection, _, part = path.split("/")
+        for layer, got in enumerate(np.asarray(gradient)):
+            wanted = theirs[torch_name(f"{group}/{projection}", layer, part)].grad.numpy()
+            error = np.linalg.norm(LAYOUTS[part](got) - wanted) / np.linalg.norm(wanted)
+            assert error < 1e-4, f"{path} layer {layer}: relative L2 error {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    "name", ["rslora", "dora", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lora", "some"))]
+)
+def test_merged_equals_unmerged(name):
+    config, ours, _ = pair(ADAPTERS[name])
+    rows = rows_of(config)
+    apart = logits_of(ours, rows)
+    lora.merge(ours)
+    assert not any(isinstance(node, lora.Adapter) for _, node in nnx.iter_graph(ours))
+    np.testing.assert_allclose(logits_of(ours, rows), apart, atol=1e-4, rtol=0)
+
+
+def test_new_adapters_change_nothing():
+    """B is zero and DoRA's magnitude is the norm, so that training starts from the given model."""
+    config = BITING["9b"]
+    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    rows = rows_of(config)
+    plain = logits_of(ours, rows)
+    lora.attach(ours, AdapterConfig(kind="dora", rank=4), rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(logits_of(ours, rows), plain, atol=1e-5)
+
+
+def test_dropout_drops_inputs_of_the_adapter_only():
+    config, adapter = BITING["2b"], AdapterConfig(kind="lora", rank=4, dropout=0.5)
+    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
+    rows = rows_of(config)
+
+    counted = np.ones(rows[0].shape, np.float32)
+
+    @jax.jit
+    def loss_of(weights, key):
+        return training_gradients(config, adapter, weights, *rows, rows[0], counted, key)[0]
+
+    def loss(seed: int | None = None):
+        return loss_of(model.flat(nnx.state(ours)), None if seed is None else jax.random.key(seed))
+
+    assert loss(0) == loss()  # B is zero: whatever is dropped, nothing changes
+    ours.blocks.attn.q.adapter.b[...] = jnp.ones(ours.blocks.attn.q.adapter.b.shape)
+    assert loss(0) == loss(0)
+    assert abs(loss(0) - loss(1)) > 1e-4
+    assert abs(loss(0) - loss()) > 1e-4
+
+
+def test_unknown_target_is_an_error():
+    ours = Gemma2(BITING["2b"], F32, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"'attn/qkv' matches nothing; there are attn/k, .*mlp/up"):
+        lora.attach(ours, AdapterConfig(kind="lora", targets=("attn/q", "attn/qkv")), rngs=nnx.Rngs(0))
+
+
+def run(kind: str, **train) -> tuple[configs.Config, Program]:
+    config = configs.finetune(
+        "test",
+        BITING["2b"],
+        "",
+        kind,
+        train=TrainConfig(sequence_length=32, global_batch_size=4, **train),
+        compute=replace(F32, frozen_dtype="bfloat16"),
+    )
+    return config, Program(config, make_mesh(configs.MeshConfig(data=1), jax.devices()[:1]))
+
+
+def shapes_in(jaxpr) -> set[tuple[int, ...]]:
+    """Shapes of every value computed anywhere in a jaxpr."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {v.aval.shape for v in equation.outvars}
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found |= shapes_in(inner)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_frozen_base_has_no_gradient_and_no_optimizer_state(kind):
+    _, program = run(kind)
+    assert {leaf.dtype.name for leaf in program.frozen.values()} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in program.params.values()} == {"float32"}
+    assert all("/adapter/" in path for path in program.params)
+    state_size = sum(leaf.size for leaf in jax.tree.leaves(program.state.optimizer))
+    assert state_size <= 2 * sum(leaf.size for leaf in program.params.values()) + 8
+    # A gradient of the embedding or of a stacked weight would be a float array of its shape that the step computes.
+    computed = shapes_in(jax.make_jaxpr(program.train_step)(program.state, program.batch).jaxpr)
+    frozen = {path: leaf.shape for path, leaf in program.frozen.items() if leaf.ndim > 2}
+    assert not {path for path, shape in frozen.items() if shape in computed}
+    _, full = run("sft")
+    computed = shapes_in(jax.make_jaxpr(full.train_step)(full.state, full.batch).jaxpr)
+    assert {leaf.shape for leaf in full.params.values()} <= computed, "the test could not see a gradient"

@@ -1,0 +1,38 @@
+"""Runs that earlier versions of the program wrote still go on: their config, their checkpoints, their data position."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import lines_of
+
+from gemma2_jax import config as configs
+from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.training import loop
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+# Losses of steps 5 to 8 as version 0.1 had them when it went on from its own checkpoint of step 4.
+LOSSES = {5: 6.481631278991699, 6: 6.806430339813232, 7: 6.741625785827637, 8: 6.696861743927002}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return shutil.copytree(FIXTURES / "run-0.1", tmp_path / "run")
+
+
+def test_a_run_of_version_0_1_goes_on(saved):
+    """The same adapter, optimizer and order of documents: the losses are those that version 0.1 would have had."""
+    config = configs.from_text((saved / "config.txt").read_text())
+    config = replace(config, workdir=str(saved), steps=8, train=replace(config.train, micro_batch_size=1))
+    loop.train(config)
+    losses = {line["step"]: line["loss"] for line in lines_of(saved) if "loss" in line}
+    assert sorted(losses) == list(range(1, 9))
+    assert {step: losses[step] for step in LOSSES} == pytest.approx(LOSSES, rel=1e-5)
+
+
+def test_an_adapter_of_version_0_1_opens(saved):
+    """Its folder is known for what it is, with the adapter's config from config.txt."""
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.format == "run" and checkpoint.adapter.rank == 2
+    assert {path.rpartition("/")[2] for path in checkpoint.shapes if "/adapter/" in path} == {"a", "b"}

@@ -1,0 +1,341 @@
+"""Runs from end to end: killed and resumed, evaluated, refused; every one the real command or the real loop."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from runs import ROOT, command, lines_of, small
+
+from gemma2_jax import config as configs
+from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.convert.checkpoints import open_checkpoint, read
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.training import loop
+from gemma2_jax.training.checkpoint import Checkpoints
+from gemma2_jax.training.step import Program
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Recipes of the tiny model name assets/ relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Everything in a checkpoint, by name."""
+    config = configs.from_text((workdir / "config.txt").read_text())
+    program = Program(config, make_mesh(config.mesh))
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        params, optimizer, state = checkpoints.restore(step, program.params, program.state.optimizer)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(optimizer)}
+    return {**params, **leaves, "loop": json.dumps(state, sort_keys=True)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sft", marks=pytest.mark.exhaustive), "lora", pytest.param("dora", marks=pytest.mark.exhaustive)],
+)
+def test_killed_and_resumed_equals_straight(kind, tmp_path):
+    """Five steps, kill -9, resumed to ten: weights, optimizer and data position are those of ten straight."""
+    straight, broken = (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))
+    loop.train(straight)
+    process = subprocess.Popen(
+        command(f"tiny_{kind}", broken),
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    complete = tmp_path / "broken" / "checkpoints" / "5"
+    while not complete.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    assert complete.exists(), output
+    assert not (complete.parent / "10").exists(), "it was over before it was killed"
+    loop.train(broken)
+    expected, got = saved(tmp_path / "straight", 10), saved(tmp_path / "broken", 10)
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    losses = [
+        {line["step"]: line["loss"] for line in lines_of(tmp_path / name) if "loss" in line}
+        for name in ("straight", "broken")
+    ]
+    assert losses[0] == losses[1]
+    assert list(losses[1]) == list(range(1, 11)), "a step is missing, or logged twice"
+
+
+@pytest.mark.exhaustive
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    config = small("tiny_lora", tmp_path, steps=2)
+    loop.train(config)
+    before = lines_of(tmp_path)
+    loop.train(config)
+    assert lines_of(tmp_path) == before
+    assert "python -m gemma2_jax.generate --checkpoint" in capsys.readouterr().out
+
+
+def test_what_a_run_writes(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=3)
+    config = replace(config, train=replace(config.train, eval_every=1))
+    loop.train(config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "data",
+    }  # fmt: skip
+    assert configs.from_text((tmp_path / "config.txt").read_text()) == config
+    lines = lines_of(tmp_path)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {"step", "loss", "grad_norm", "lr", "tokens_per_s"} <= steps[0].keys()
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 3]
+    # Only what was trained is kept.
+    program = Program(config, make_mesh(config.mesh))
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        params, _, _ = checkpoints.restore(3, program.params, program.state.optimizer)
+    assert params
+    assert all("/adapter/" in path for path in params)
+
+
+def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys):
+    once = small("tiny_lora", tmp_path, steps=1)
+    once = replace(once, optim=replace(once.optim, decay_steps=None))
+    longer = replace(once, steps=2)
+    loop.train(once)
+    with pytest.raises(ValueError, match=r"holds another run: optim.lr was 0.005 and is 1.0"):
+        loop.train(replace(longer, optim=replace(longer.optim, lr=1.0)))
+    capsys.readouterr()
+    path = tmp_path / "config.txt"  # as a version wrote it that had not got a field yet
+    path.write_text(path.read_text().replace("init_adapter = ''\n", ""))
+    loop.train(longer)
+    assert "changed steps was 1 and is 2, which the learning rate follows" in " ".join(capsys.readouterr().out.split())
+
+
+def test_accumulated_steps_equal_whole_steps(tmp_path):
+    """Four passes of two rows give the gradient of one pass of eight."""
+    for name, rows in (("whole", 8), ("passes", 2)):
+        config = small("tiny_sft", tmp_path / name, steps=2)
+        config = replace(config, train=replace(config.train, micro_batch_size=rows), mesh=MeshConfig(data=1))
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        program = Program(config, mesh)
+        with jax.set_mesh(mesh):
+            state = program.fresh(program.random_base())
+            rng = np.random.default_rng(0)
+            batch = {key: rng.integers(0, 2, leaf.shape).astype(leaf.dtype) for key, leaf in program.batch.items()}
+            batch["tokens"] = rng.integers(0, 4096, batch["tokens"].shape, np.int32)
+            batch["targets"] = np.roll(batch["tokens"], -1, axis=1)
+            batch["segments"] = np.sort(batch["segments"], axis=1)
+            state, metrics = jax.jit(program.train_step)(state, loop.place(program, batch))
+        if name == "whole":
+            expected = metrics, state.params
+    np.testing.assert_allclose(metrics["loss"], expected[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], expected[0]["grad_norm"], rtol=1e-5)
+    assert metrics["target_tokens"] == batch["weights"].sum()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = small("tiny_sft", tmp_path, steps=9)
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    config = replace(config, train=replace(config.train, checkpoint_every=1))
+    with pytest.raises(FloatingPointError, match=r"step 2 has loss .*(nan|inf).*; it was not saved"):
+        loop.train(config)
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        assert checkpoints.latest == 1
+
+
+def test_profile_writes_a_trace(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=3)
+    loop.train(replace(config, profile=configs.ProfileConfig(start=1, steps=1)))
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    text = traces[0].read_bytes()
+    parts = ("norm", "attention/qkv", "attention/attend", "attention/o", "mlp/gate_up", "mlp/down", "embedding")
+    for scope in (*parts, "loss", "optimizer"):
+        assert f"/{scope}/".encode() in text, f"no scope {scope}"
+
+
+def refused(*arguments: str) -> str:
+    """What the command prints when it ends with an error; never a traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "gemma2_jax.train", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    return " ".join((result.stdout + result.stderr).replace("│", " ").split())
+
+
+def test_mistakes_on_the_command_line():
+    assert "did you mean 27b_lora?" in refused("--config", "27_lora")
+    assert "--optim.lr FLOAT" in refused("--optm.lr", "1")
+    assert "Expected one of ('none', 'lora', 'dora')" in refused("adapter.kind=qlora")
+    assert "could not convert string to float: 'fast'" in refused("optim.lr=fast")
+
+
+def test_a_batch_that_does_not_divide(tmp_path):
+    message = refused("--workdir", str(tmp_path / "w"), "train.global_batch_size=60", "train.micro_batch_size=16")
+    assert "train.global_batch_size 60 does not divide over micro batch 16 x data 1 x fsdp 1 = 16" in message
+    assert "use 64" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """Nothing half-written, the last whole step kept, and a sentence that says what to do."""
+    config = small("tiny_lora", tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+
+    def shrinking(path):
+        return usage._replace(free=0 if (tmp_path / "checkpoints" / "5").exists() else usage.free)
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    with pytest.raises(OSError, match=r"step 10 needs .* has 0 bytes free; make room, .* resumes after step 5"):
+        loop.train(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    monkeypatch.undo()
+    loop.train(config)
+    assert (tmp_path / "checkpoints" / "10").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_write_that_fails(tmp_path):
+    """A disk that fills up while Orbax writes: one sentence, no step, and the same command goes on."""
+    config = small("tiny_sft", tmp_path, steps=1)
+    limited = f"ulimit -f 2500; exec {shlex.join(command('tiny_sft', config))}"
+    result = subprocess.run(
+        ["bash", "-c", limited], env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "error: a checkpoint could not be written to" in result.stderr
+    assert "the same command resumes after step 0" in result.stderr
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    config = small("tiny_lora", tmp_path, steps=2000)
+    process = subprocess.Popen(
+        # Shells have what they start in the background ignore SIGINT, and so would this.
+        ["env", "--default-signal=INT", *command("tiny_lora", config)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while not (tmp_path / "checkpoints" / "5").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted; the same command resumes after its newest checkpoint" in error
+
+
+def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):
+    config = small("tiny_lora", tmp_path, steps=1)
+    config = replace(config, train=replace(config.train, wandb="a-project"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ValueError, match=r"pip install 'gemma2-jax\[wandb\]'"):
+        loop.train(config)
+    started, logged, finished = [], [], []
+    page = SimpleNamespace(
+        log=lambda line, step: logged.append((step, line)), finish=lambda exit_code: finished.append(0)
+    )
+    fake = SimpleNamespace(init=lambda **options: started.append(options) or page)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    loop.train(config)
+    assert started[0]["project"] == "a-project"
+    assert started[0]["config"]["optim.lr"] == "0.005"
+    assert started[0]["name"] == tmp_path.name
+    assert [line for _, line in logged] == lines_of(tmp_path)
+    assert finished == [0]
+
+
+def copied(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "assets" / "tiny-gemma2", folder)
+    return folder
+
+
+def from_checkpoint(init: Path, workdir: Path, **data) -> Config:
+    """The tiny recipe as it is, but for where it starts and what it reads."""
+    recipe = configs.load("tiny_lora")
+    train = replace(recipe.train, micro_batch_size=2)
+    data_config = replace(recipe.data, **data)
+    return replace(recipe, init=str(init), workdir=str(workdir), steps=1, train=train, data=data_config)
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    """Each a sentence that names the file or the field, before anything is written."""
+    workdir, folder = tmp_path / "run", copied(tmp_path)
+    with pytest.raises(ValueError, match=r"no folder .*nowhere"):
+        loop.train(from_checkpoint(tmp_path / "nowhere", workdir))
+    config = from_checkpoint(folder, workdir)
+    with pytest.raises(ValueError, match=r"its layers is 6, and model.layers is 2; choose the recipe of that model"):
+        loop.train(replace(config, model=replace(config.model, layers=2)))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors.*(truncated|cut|shorter|incomplete)"):
+        loop.train(config)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors"):
+        loop.train(config)
+    assert not workdir.exists()
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    workdir, path = tmp_path / "run", tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    for bad, message in (
+        (f"{good}\n{good[:-3]}\n", r"data.jsonl:2: .*JSON"),
+        (f"{good}\n\n{good}\n", r"data.jsonl:2: the line is blank; remove it"),
+        (f'{good}\n{good}\n{{"question": "a"}}\n', r"data.jsonl:3: .*question"),
+        ("", r"data.jsonl.*(empty|no documents)"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(path)))
+    with pytest.raises(ValueError, match=r"missing.jsonl"):
+        loop.train(from_checkpoint(ROOT / "assets" / "tiny-gemma2", workdir, train=str(tmp_path / "missing.jsonl")))
+
+
+@pytest.mark.exhaustive
+def test_resumes_on_other_meshes(tmp_path):
+    """Stages with a layer too few, then context shards, then one device: weights and losses are those of one mesh."""
+
+    def run(name: str, steps: int, **mesh: int) -> Config:
+        config = small("tiny_sft", tmp_path / name, steps=steps, mesh=MeshConfig(**mesh))
+        return replace(
+            config,
+            model=replace(config.model, layers=3),
+            optim=replace(config.optim, decay_steps=6, eps=1e-2),
+            train=replace(config.train, eval_every=6, checkpoint_every=2),
+        )
+
+    straight = run("straight", 6)
+    loop.train(straight)
+    for steps, mesh in (2, dict(data=1, stage=2, fsdp=2, tensor=2)), (4, dict(data=4, context=2)):
+        moved = run("moved", steps, **mesh)
+        loop.train(moved)
+        stored = open_checkpoint(tmp_path / "moved")
+        assert stored.shapes["blocks/attn/q/w"].shape[0] == 3, "the layer that is none is not part of the model"
+        assert read(stored, "blocks/attn/q/w", (slice(None),) * 4).shape[0] == 3
+    loop.train(run("moved", 6))
+    losses = [[line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("straight", "moved")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    expected, got = saved(tmp_path / "straight", 6), saved(tmp_path / "moved", 6)
+    assert got.pop("loop") == expected.pop("loop"), "the data goes on from another position"
+    for name, value in expected.items():
+        error = np.linalg.norm(got[name] - value) / max(np.linalg.norm(value), 1e-30)
+        assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
