@@ -30,8 +30,8 @@ def main() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    talks = [message["content"] for talk in python_docs.instructions().values() for message in talk["messages"]]
-    tokenizer.train_from_iterator([*python_docs.documents().values(), *talks], trainer)
+    talks = [message["content"] for talk in python_docs.python_instructions().values() for message in talk["messages"]]
+    tokenizer.train_from_iterator([*python_docs.python_documents().values(), *talks], trainer)
     assert tokenizer.get_vocab_size() == _ENTRIES
     bos = ("<bos>", _SPECIAL.index("<bos>"))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -100,8 +100,8 @@ class Layer:
     def mask(self) -> Mask:
         """As `attention_mosaic` makes it."""
         segments_BT = jnp.asarray(self.segments_BT)
-        start_BT = attention_mosaic.starts(segments_BT)
-        seen = attention_mosaic.intervals(jnp.arange(self.length), start_BT, (0,), self.length, self.reach)
+        start_BT = attention_mosaic.segment_starts(segments_BT)
+        seen = attention_mosaic.key_intervals(jnp.arange(self.length), start_BT, (0,), self.length, self.reach)
         return Mask(segments_BT, *seen)
 
 
@@ -173,7 +173,7 @@ def by_reference(layer: Layer) -> Callable:
     """The meaning: what is seen does not come from what the kernels get."""
     at_BT = jnp.broadcast_to(jnp.arange(layer.length), (layer.rows, layer.length))
     start_BT = np.array([np.searchsorted(row, row) for row in layer.segments_BT], np.int32)
-    seen = reference.visible(at_BT, at_BT, start_BT, layer.reach)
+    seen = reference.visible_mask(at_BT, at_BT, start_BT, layer.reach)
     settings = dict(scale=layer.shape.scale, softcap=layer.shape.softcap)
     return lambda q, k, v, mask: reference.attention(q, k, v, *seen, **settings)
 

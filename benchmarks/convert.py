@@ -46,7 +46,7 @@ def random_checkpoint(folder: Path, model: ModelConfig) -> None:
             yield (bits & 0xBFFF).view(ml_dtypes.bfloat16)  # below 2, so that none is NaN
 
     folder.mkdir()
-    tensors.write(folder, tensors.MODEL, wanted, parts(), lambda size: None)
+    tensors.write_safetensors(folder, tensors.MODEL, wanted, parts(), lambda size: None)
     tensors.write_json(folder / "config.json", hf_config(model, "bfloat16"))
 
 

@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     if command.interpret and not command.check_only:
         refuse("the interpreter says nothing of time: use --interpret with --check-only")
     if command.interpret:
-        platforms.on_cpu()
+        platforms.import_jax_on_cpu()
     else:
-        platforms.settle()
+        platforms.choose_platform()
     console = Console()
     if not console.is_terminal:
         console.width = 160
@@ -90,18 +90,18 @@ def device(interpret: bool) -> dict[str, str]:
     import jax
     import jax.extend
 
-    from gemma2_jax.model.attention.choice import architecture
+    from gemma2_jax.model.attention.choice import device_architecture
 
     if interpret:  # warpgroups wait for one another: were their programs enqueued, some would never begin
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     plain = os.environ.get("JAX_PLATFORMS") == "cpu"
     try:
-        with platforms.quiet() if plain else contextlib.nullcontext():
+        with platforms.silence_stderr() if plain else contextlib.nullcontext():
             first = jax.devices()[0]
         described = first.device_kind
     except (RuntimeError, AssertionError):  # JAX's, where JAX_PLATFORMS names what is not there
         first, described = None, "no device"
-    if not interpret and (first is None or architecture(first) != "sm_90"):
+    if not interpret and (first is None or device_architecture(first) != "sm_90"):
         if capability := getattr(first, "compute_capability", None):
             described += f", of compute capability {capability}"
         refuse(

@@ -55,7 +55,7 @@ LAYERS = {
 def compiled(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     """The kernels of `gemma2_jax.kernels.attention`, by direction, for one row of so many tokens.
 
-    Raises ImportError without the extra `plan`. `plan.prepare` comes before JAX.
+    Raises ImportError without the extra `plan`. `plan.prepare_jax` comes before JAX.
     """
     import jax
     import jax.numpy as jnp
@@ -174,7 +174,7 @@ def intervals(documents: tuple[int, ...], window: int, length: int = LENGTH) -> 
 
     at = jnp.arange(length, dtype=jnp.int32)
     segments = jnp.searchsorted(jnp.array(documents), at, side="right")[None]
-    return attention_mosaic.intervals(at, attention_mosaic.starts(segments), (0,), length, window)
+    return attention_mosaic.key_intervals(at, attention_mosaic.segment_starts(segments), (0,), length, window)
 
 
 def tile_of(shape: Shape, direction: str) -> Tile:
@@ -184,7 +184,7 @@ def tile_of(shape: Shape, direction: str) -> Tile:
 
 
 def bounds(shape: Shape, direction: str, first, last) -> np.ndarray:
-    """The bounds [B, blocks, 4] (`tiles.bounds`) that a kernel loops by: what it is called with, but nothing is run."""
+    """The bounds [B, blocks, 4] (`tiles.tile_bounds`) that a kernel loops by. Nothing is run."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -328,7 +328,7 @@ def show(console: Console, title: str, columns: tuple[str, ...], rows: Iterator[
 
 
 def main() -> None:
-    plan.prepare()
+    plan.prepare_jax()
     console = Console()
     if not console.is_terminal:
         console.width = 240

@@ -135,13 +135,13 @@ def compiled(function: Callable, *arguments: Any) -> list[Kernel]:
     Kernels of one name are numbered. One that JAX lowers in two places is compiled twice, and is two. What XLA found
     to be of no use is not compiled.
 
-    Raises ImportError without the extra `plan`. `plan.prepare` comes before JAX.
+    Raises ImportError without the extra `plan`. `plan.prepare_jax` comes before JAX.
     """
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    everywhere = NamedSharding(Mesh(np.array(plan.cluster(1)), ("device",)), PartitionSpec())
+    everywhere = NamedSharding(Mesh(np.array(plan.describe_cluster(1)), ("device",)), PartitionSpec())
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
     with _dumps() as folder:
         # A function that JAX has not seen: it would give back what it compiled before, and nothing would be written.

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import Config, MeshConfig
-from gemma2_jax.planning.traffic import per_axis
+from gemma2_jax.planning.traffic import sum_traffic
 
 RECIPES = [f"{size}_{kind}" for kind in ("pretrain", "sft", "lora", "dora") for size in ("2b", "9b", "27b")]
 # Recipe, rows of a step for each data x fsdp shard, mesh of one data shard, and its GPUs.
@@ -47,10 +47,10 @@ def fewest(config: Config) -> plan.Plan | None:
     for gpus in (1, 2, 4, 8, 16):
         for mesh in meshes(gpus):
             try:
-                program = plan.planned(replace(config, mesh=mesh), gpus)
+                program = plan.make_program(replace(config, mesh=mesh), gpus)
             except ValueError:  # this mesh does not divide the model
                 continue
-            if sum(plan.held(program).values()) > plan.USABLE_BYTES:
+            if sum(plan.argument_bytes(program).values()) > plan.USABLE_BYTES:
                 continue
             found = compiled(config, mesh)
             if found.total <= plan.USABLE_BYTES:
@@ -72,10 +72,10 @@ def row(name: str, found: plan.Plan) -> tuple[str, ...]:
 
 def traffic_row(name: str, rows: int, mesh: MeshConfig) -> tuple[str, ...]:
     """GB over each axis, with `rows` rows of a step for each of its data x fsdp shards."""
-    config = configs.load(name)
+    config = configs.load_recipe(name)
     batch = rows * mesh.data * mesh.fsdp
     found = compiled(replace(config, train=replace(config.train, global_batch_size=batch)), mesh)
-    sent = {axis: kinds.total() / 1e9 for axis, kinds in per_axis(found.traffic).items()}
+    sent = {axis: kinds.total() / 1e9 for axis, kinds in sum_traffic(found.traffic).items()}
     missing = [c for c in found.traffic if c.times is None]
     assert not missing, f"not counted: {missing}"
     single = [sent.pop(axis, 0) for axis in ("data", "stage", "fsdp", "tensor")]
@@ -95,12 +95,12 @@ def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tupl
 
 
 def main() -> None:
-    plan.prepare()
+    plan.prepare_jax()
     console = Console()
     if not console.is_terminal:
         console.width = 140
     given, least = [], []
-    cases = {name: configs.load(name) for name in RECIPES}
+    cases = {name: configs.load_recipe(name) for name in RECIPES}
     for name, config in cases.items():
         given.append(row(name, compiled(config, replace(config.mesh, data=1))))
     show(console, "With the recipes' own meshes", COLUMNS, given)

@@ -29,16 +29,16 @@ def ours(model: ModelConfig, kind: str, weights: Path) -> Step:
     import jax
 
     from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.training.loop import place
+    from gemma2_jax.training.loop import place_batch
     from gemma2_jax.training.step import Program
 
-    recipe = configs.load(f"tiny_{kind}")
+    recipe = configs.load_recipe(f"tiny_{kind}")
     config = replace(recipe, model=model, init="", optim=replace(recipe.optim, warmup_steps=0, weight_decay=0.0))
     program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
-    state = program.fresh(our_weights(model, weights))
+    state = program.initial_state(our_weights(model, weights))
     step = jax.jit(program.train_step, donate_argnums=0).lower(program.state, program.batch).compile()
     tokens = rows(model)
-    batch = place(
+    batch = place_batch(
         program,
         {
             "tokens": tokens[:, :-1],
@@ -65,7 +65,7 @@ def transformers(model: ModelConfig, kind: str, weights: Path) -> Step:
 
     # peft 0.21 calls what transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    recipe = configs.load(f"tiny_{kind}")
+    recipe = configs.load_recipe(f"tiny_{kind}")
     whole = transformers_model(model)
     if kind == "lora":
         targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]

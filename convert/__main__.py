@@ -100,7 +100,7 @@ def main() -> None:
     kind, run = _COMMANDS.get(name, (Convert, _convert))
     command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=words[bool(name) :])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-    platforms.on_cpu()
+    platforms.import_jax_on_cpu()
     try:
         run(command)
     except (ValueError, OSError) as error:
@@ -113,7 +113,7 @@ def _inspect(command: Inspect) -> None:
     from gemma2_jax.convert import describe
     from gemma2_jax.convert.checkpoints import open_checkpoint
 
-    describe.show(open_checkpoint(command.path, hf_config=command.hf_config), Console())
+    describe.print_checkpoint(open_checkpoint(command.path, hf_config=command.hf_config), Console())
 
 
 def _verify(command: Verify) -> None:
@@ -125,7 +125,7 @@ def _verify(command: Verify) -> None:
     pair = [_open(path, None, command.hf_config) for path in (command.one, command.other)]
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
     with _bar(size) as moved:
-        found = verify.compare(pair[0], pair[1], moved)
+        found = verify.compare_checkpoints(pair[0], pair[1], moved)
     table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "by at most")
     different = [one for one in found if not one.within(command.atol)]
     for one in found:
@@ -179,14 +179,14 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 
 
 def _convert(command: Convert, progress: bool = True) -> None:
-    from gemma2_jax.convert.writing import Job, write
+    from gemma2_jax.convert.writing import Job, write_checkpoint
 
     source = _open(command.src, command.adapter, command.hf_config)
     job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with _bar(job.size, shown=progress) as moved:
-        write(job, command.dst, moved)
+        write_checkpoint(job, command.dst, moved)
     print(f"wrote {command.dst}: {_summary(job)}\n{_usage(job, command.dst)}")
 
 
@@ -198,7 +198,7 @@ def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
         found = open_checkpoint(src, hf_config=hf_config)
     else:
         found = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config))
-    print(f"read {adapter or src} as {describe.sentence(found)}")
+    print(f"read {adapter or src} as {describe.describe_checkpoint(found)}")
     for note in found.notes:
         print(f"note: {note}")
     return found

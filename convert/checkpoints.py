@@ -1,6 +1,6 @@
 """Any checkpoint as one thing: what it is, which arrays it has, and those arrays, placed as asked.
 
-`open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load` reads of each array
+`open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load_weights` reads of an array
 the slices that this process's devices need. Nothing here writes. A folder is one of these:
 
     huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards
@@ -92,7 +92,7 @@ def open_checkpoint(
 
     Raises ValueError when it is none of the known formats, or a damaged or unsupported one.
     """
-    folder = _folder(path)
+    folder = _containing_folder(path)
     opening = _OPENING.get()
     if folder.resolve() in opening:
         raise ValueError(f"{folder} is named as its own base model, directly or by what it names; name the real one")
@@ -115,7 +115,7 @@ def _open(
 ) -> Checkpoint:
     under = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
-        under = _described(_folder(hf_config, weights=False))
+        under = _describe_folder(_containing_folder(hf_config, weights=False))
     if model is not None and megatron.iteration_folder(folder):
         under = Checkpoint(format="megatron", path=folder, model=model)
     for is_one, opened in _FORMATS:
@@ -130,7 +130,7 @@ def _open(
     )
 
 
-def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
+def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     """The arrays of `wanted`, by path, in its dtypes and shardings (none: on the first device).
 
     Stacks of layers may be wanted longer than they are, with zeros after the last layer.
@@ -147,10 +147,10 @@ def load(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape "
                 f"{shapes[path].shape}, and {want.shape} is wanted"
             )
-    return {path: _array(_source(checkpoint, path), path, want) for path, want in wanted.items()}
+    return {path: _read_sharded(_source(checkpoint, path), path, want) for path, want in wanted.items()}
 
 
-def read(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
+def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
     """A part of an array as it is stored, in the host's memory; best one layer, or some rows, as memory goes."""
     source = _source(checkpoint, path)
     return source.read(path, index, source.shapes[path].dtype)
@@ -160,7 +160,7 @@ def _source(checkpoint: Checkpoint, path: str) -> Source:
     return next(source for source in checkpoint.sources if path in source.shapes)
 
 
-def _array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+def _read_sharded(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
     @cache  # devices that hold copies of one slice ask for it once each
     def part(index: Index):
         have = [range(size)[at] for size, at in zip(source.shapes[path].shape, index, strict=True)]
@@ -189,14 +189,14 @@ class _Safetensors:
         cls, folder: Path, files: Tensors | megatron.Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0
     ):
         found = {name: shape for name, shape in files.shapes.items() if name != table.HEAD}
-        table.claim(table.their_shapes(rows, model, rank), found, folder)
+        table.claim_tensors(table.their_shapes(rows, model, rank), found, folder)
         for name in found:
             tensors.check_dtype(files.dtypes[name], f"{folder}: {name}")
         shapes: Abstract = {}
         for row in rows:
             dtype = jnp.result_type(*(files.dtypes[name] for name in row.names(model.layers)))
-            shapes[row.path] = jax.ShapeDtypeStruct(dims.shape(row.letters, model, rank), dtype)
-        return cls(rows={row.path: row for row in rows}, size=dims.sizes(model, rank), tensors=files, shapes=shapes)
+            shapes[row.path] = jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, rank), dtype)
+        return cls(rows={row.path: row for row in rows}, size=dims.dim_sizes(model, rank), tensors=files, shapes=shapes)
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         return self.rows[path].join(self.size, dtype, self.tensors.read, index)
@@ -217,7 +217,7 @@ class _Orbax:
             for path, shape in expected.items():
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
-        table.claim(expected, {path: leaf.shape for path, leaf in shapes.items()}, folder)
+        table.claim_tensors(expected, {path: leaf.shape for path, leaf in shapes.items()}, folder)
         for path, leaf in shapes.items():
             tensors.check_dtype(leaf.dtype, f"{folder}: {path}")
         return cls(arrays=reader, shapes=shapes)
@@ -240,10 +240,10 @@ def _is_huggingface(folder: Path) -> bool:
 def _open_huggingface(folder: Path, under: Checkpoint | None) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
-    _no_base(folder, model, under)
+    _missing_base(folder, model, under)
     files = Tensors(folder, tensors.MODEL)
     source = _Safetensors.open(folder, files, table.MODEL, model)
-    table.check_tied(files.shapes, files.read, folder)
+    table.check_tied_head(files.shapes, files.read, folder)
     found = Checkpoint(
         format="huggingface",
         path=folder,
@@ -264,11 +264,11 @@ def _is_peft(folder: Path) -> bool:
 def _open_peft(folder: Path, under: Checkpoint | None) -> Checkpoint:
     peft = read_json(folder / "adapter_config.json")
     files = Tensors(folder, tensors.ADAPTER)
-    projections = table.adapted(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in files.shapes)
+    projections = table.adapted_rows(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in files.shapes)
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
     tokenizer = tokenizer_folder(folder)
     alone = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, beside=(folder,))
-    source = partial(_Safetensors.open, folder, files, table.rows(adapter))
+    source = partial(_Safetensors.open, folder, files, table.table_rows(adapter))
     return _with_base(alone, under, source, peft.get("base_model_name_or_path"))
 
 
@@ -282,15 +282,15 @@ def _open_orbax(folder: Path, under: Checkpoint | None) -> Checkpoint:
     if weights:
         hf = read_json(folder / "config.json")
         model = model_config(hf, folder / "config.json")
-        _no_base(folder, model, under)
+        _missing_base(folder, model, under)
         under = replace(only, model=model, hf=hf, sources=(_Orbax.open(weights, table.MODEL, model),))
     if not adapter:
         assert under is not None
         return under
     peft = read_json(folder / "adapter_config.json")
-    projections = table.adapted(arrays.Reader(adapter).shapes)
+    projections = table.adapted_rows(arrays.Reader(adapter).shapes)
     adapted = replace(only, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
-    source = partial(_Orbax.open, adapter, table.rows(adapted.adapter))
+    source = partial(_Orbax.open, adapter, table.table_rows(adapted.adapter))
     return _with_base(adapted, under, source, peft.get("base_model_name_or_path"))
 
 
@@ -315,7 +315,7 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
     workdir, step = found
     said = workdir / "config.txt"
     try:
-        text = memory.whole(said, 1 << 20).decode()
+        text = memory.read_bounded(said, 1 << 20).decode()
     except ValueError as error:
         raise ValueError(f"{said} is damaged ({error}); copy it again") from error
     config = configs.from_text(text, str(said))
@@ -334,13 +334,13 @@ def _open_run(folder: Path, under: Checkpoint | None) -> Checkpoint:
         beside=(kept,),
     )
     if config.adapter.kind == "none":
-        _no_base(folder, config.model, under)
+        _missing_base(folder, config.model, under)
         whole = replace(run, sources=(_Orbax.open(params, table.MODEL, config.model, of_run=True),))
-        start = _local(config.init, config.model)
-        return _after(start, whole) if start else whole
+        start = _local_path(config.init, config.model)
+        return _check_after_norm(start, whole) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
-    source = partial(_Orbax.open, params, table.rows(config.adapter), of_run=True)
+    source = partial(_Orbax.open, params, table.table_rows(config.adapter), of_run=True)
     return _with_base(run, under or open_checkpoint(config.init, model=config.model), source, config.init)
 
 
@@ -359,7 +359,7 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
     stated = megatron_config.model_config(run, said) if run else asked
     model = asked or stated
     if stated:
-        _no_base(said if run else at, stated, replace(under, sources=()) if under and alone else under)
+        _missing_base(said if run else at, stated, replace(under, sources=()) if under and alone else under)
     if model is None:
         raise ValueError(
             f"{folder} does not say its config (there is no {said.name}); give --hf-config, a folder with the model's "
@@ -374,36 +374,37 @@ def _open_megatron(folder: Path, under: Checkpoint | None) -> Checkpoint:
         model=model,
         tokenizer=tokenizer_folder(kept),
         beside=(kept,) if kept.is_dir() else (),
-        layout=opened.layout + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel(run, said))),
+        layout=opened.layout
+        + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel_sizes(run, said))),
         notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
     )
     if not alone:
         files = megatron.model_tensors(opened, model)
         source = _Safetensors.open(at, files, table.MODEL, model)
-        table.check_tied(files.shapes, files.read, at)
+        table.check_tied_head(files.shapes, files.read, at)
         whole = replace(found, sources=(source,))
-        return _after(under, whole) if under else whole
+        return _check_after_norm(under, whole) if under else whole
     if run is None:
         raise ValueError(f"{at} holds an adapter, and no {said.name} that says its scale; copy that file too")
-    tensor = megatron_config.parallel(run, said)[0]
+    tensor = megatron_config.parallel_sizes(run, said)[0]
     fusings, projections = megatron.adapter_fusings(opened)
     adapter = megatron_config.adapter_config(run, projections, said)
 
     def adapted(model: ModelConfig, rank: int) -> Source:
         files = megatron.adapter_tensors(replace(opened, ranks=tensor), fusings, adapter, model)
-        return _Safetensors.open(at, files, table.rows(adapter), model, rank)
+        return _Safetensors.open(at, files, table.table_rows(adapter), model, rank)
 
     note = (
-        f"its {' and '.join(adapter.apart)} act after the post-norm, as Megatron-Bridge trains them and PEFT does not "
-        "(adapter.after_norm)"
+        f"its {' and '.join(adapter.unmergeable_targets)} act after the post-norm, as Megatron-Bridge trains "
+        "them and PEFT does not (adapter.after_norm)"
     )
-    found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.apart else found.notes)
+    found = replace(found, adapter=adapter, notes=(*found.notes, note) if adapter.unmergeable_targets else found.notes)
     start = run.get("checkpoint")
     start = start.get("pretrained_checkpoint") if isinstance(start, dict) else None
     return _with_base(found, under, adapted, start if isinstance(start, str) else None)
 
 
-def _unlike(one: ModelConfig, other: ModelConfig) -> str:
+def _describe_shapes(one: ModelConfig, other: ModelConfig) -> str:
     names = [field.name for field in dataclasses.fields(one)]
     return ", ".join(
         f"{name} {getattr(one, name)} and not {getattr(other, name)}"
@@ -422,7 +423,7 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None]
 )
 
 
-def _described(folder: Path) -> Checkpoint:
+def _describe_folder(folder: Path) -> Checkpoint:
     """A model of which the config alone is of interest."""
     hf = read_json(folder / "config.json")
     return Checkpoint(
@@ -439,7 +440,7 @@ def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, na
     """An adapter on its model, by default the folder `name`; without a model the shapes of its arrays are unknown."""
     if not isinstance(name, str | None):
         raise ValueError(f"{alone.path} names {reprlib.repr(name)} as its model, which is no folder or Hub id")
-    under = under or _local(name)
+    under = under or _local_path(name)
     if under is None:
         sources = (source(alone.model, alone.adapter.rank),) if alone.model else ()
         return replace(alone, base=name or "", sources=sources)
@@ -450,10 +451,10 @@ def _with_base(alone: Checkpoint, under: Checkpoint | None, source: Callable, na
     if replace(model, max_length=under.model.max_length) != under.model:
         raise ValueError(f"{alone.path} is an adapter to another model than {under.path}; give its own, {name}")
     sources = (*under.sources, source(model, alone.adapter.rank))
-    return _after(under, replace(alone, model=model, base=name or str(under.path), sources=sources))
+    return _check_after_norm(under, replace(alone, model=model, base=name or str(under.path), sources=sources))
 
 
-def _after(under: Checkpoint, above: Checkpoint) -> Checkpoint:
+def _check_after_norm(under: Checkpoint, above: Checkpoint) -> Checkpoint:
     """`above` with what it lacks beside its weights, and the model that it started from has."""
     return replace(
         above,
@@ -463,16 +464,16 @@ def _after(under: Checkpoint, above: Checkpoint) -> Checkpoint:
     )
 
 
-def _local(name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:
+def _local_path(name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:
     return open_checkpoint(name, model=model) if name and Path(name).is_dir() else None
 
 
-def _no_base(folder: Path, model: ModelConfig, under: Checkpoint | None) -> None:
+def _missing_base(folder: Path, model: ModelConfig, under: Checkpoint | None) -> None:
     """Raises ValueError if a base is given for what says itself what it is, or another config."""
     if under is not None and under.sources:
         raise ValueError(f"{folder} is not an adapter alone, so it takes no base model; {under.path} was given as one")
     if under and under.model and replace(model, max_length=under.model.max_length) != under.model:
-        raise ValueError(f"{folder} is of another model than was asked for ({_unlike(model, under.model)})")
+        raise ValueError(f"{folder} is of another model than was asked for ({_describe_shapes(model, under.model)})")
 
 
 def _inventory(checkpoint: Checkpoint) -> str:
@@ -480,7 +481,7 @@ def _inventory(checkpoint: Checkpoint) -> str:
     return " and ".join(parts) or f"an adapter whose model is not at hand ({checkpoint.base or 'not named'})"
 
 
-def _folder(path: str | Path, *, weights: bool = True) -> Path:
+def _containing_folder(path: str | Path, *, weights: bool = True) -> Path:
     """The folder that is meant; a Hub id's files are downloaded, once, with the weights or without."""
     folder = Path(path).expanduser()
     if folder.is_dir():

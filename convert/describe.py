@@ -20,26 +20,26 @@ _NAMES = {
 }
 
 
-def sentence(found: Checkpoint) -> str:
+def describe_checkpoint(found: Checkpoint) -> str:
     """Its format, its adapter and its model."""
-    parts = [adapter(found)] if found.adapter.kind != "none" else []
+    parts = [describe_adapter(found)] if found.adapter.kind != "none" else []
     if found.model:
         parts.append(f"Gemma 2 of {found.model.layers} layers, {found.model.parameter_count():,} parameters")
     layout = f" ({found.layout})" if found.layout else ""
     return f"{_NAMES[found.format]}{layout}: " + "; ".join(parts)
 
 
-def adapter(found: Checkpoint) -> str:
+def describe_adapter(found: Checkpoint) -> str:
     """Its adapter's kind, size and place."""
     config = found.adapter
     kind = ("rank-stabilised " if config.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[config.kind]
-    where = ", ".join(table.targets(config))
-    if config.apart:
-        where += f" ({' and '.join(config.apart)} after the post-norm)"
+    where = ", ".join(table.match_targets(config))
+    if config.unmergeable_targets:
+        where += f" ({' and '.join(config.unmergeable_targets)} after the post-norm)"
     return f"{kind} of rank {config.rank}, alpha {config.alpha:g} on {where}"
 
 
-def show(found: Checkpoint, console: Console) -> None:
+def print_checkpoint(found: Checkpoint, console: Console) -> None:
     """Prints all there is to know without reading the weights."""
     shapes = found.shapes
     bytes_of = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in shapes.items()}
@@ -52,7 +52,7 @@ def show(found: Checkpoint, console: Console) -> None:
         "path": str(found.path),
         **({"model": f"Gemma 2, {found.model.parameter_count():,} parameters"} if found.model else {}),
         **({"": ", ".join(f"{key} {value}" for key, value in model.items())} if model else {}),
-        **({"adapter": adapter(found)} if found.adapter.kind != "none" else {}),
+        **({"adapter": describe_adapter(found)} if found.adapter.kind != "none" else {}),
         **({"base": found.base} if found.base else {}),
         "weights": ", ".join(f"{decimal(size)} of {name}" for name, size in dtypes.items())
         or "not read: no base model",
@@ -67,7 +67,7 @@ def show(found: Checkpoint, console: Console) -> None:
     if not shapes:
         return
     tensors = Table("array", "dims", "shape", "dtype", "size")
-    letters = {row.path: row.dims for row in (*table.MODEL, *table.rows(found.adapter))}
+    letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(found.adapter))}
     for path, x in shapes.items():
         tensors.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(bytes_of[path]))
     console.print(tensors)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from gemma2_jax.config import ComputeConfig
-from gemma2_jax.convert.checkpoints import Checkpoint, load, read
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
 from gemma2_jax.convert.files import orbax as arrays
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.gemma2 import Gemma2
@@ -35,7 +35,9 @@ class Difference:
         return self.largest <= tolerance
 
 
-def compare(one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None) -> list[Difference]:
+def compare_checkpoints(
+    one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None
+) -> list[Difference]:
     """How every array compares. Raises ValueError where one has an array that the other lacks, or in another shape.
 
     `moved` is told of bytes of `one` that have been compared.
@@ -56,7 +58,7 @@ def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[flo
     unequal, largest = 0, 0.0
     for at in range(0, want.shape[0], step):
         index = (slice(at, min(at + step, want.shape[0])), *[slice(None)] * (len(want.shape) - 1))
-        ours, theirs = (read(found, path, index) for found in (one, other))
+        ours, theirs = (read_array(found, path, index) for found in (one, other))
         moved(ours.nbytes)
         if dtypes[0] == dtypes[1]:
             bits = np.dtype(f"u{ours.dtype.itemsize}")
@@ -77,16 +79,16 @@ def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
     def create() -> Gemma2:
         assert checkpoint.model is not None
         whole = Gemma2(checkpoint.model, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
-        lora.attach(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
+        lora.attach_adapters(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
         return whole
 
     graph, shapes = nnx.split(nnx.eval_shape(create))
-    wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in model.flat(shapes).items()}
+    wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in model.flatten_state(shapes).items()}
     row_1T = jnp.asarray(tokens, jnp.int32)[None]
 
     @jax.jit
     def run(weights):
-        whole = model.rebuild(graph, weights)
+        whole = model.rebuild_model(graph, weights)
         return whole.logits(whole(row_1T, jnp.arange(len(tokens))[None], jnp.zeros_like(row_1T))[0])
 
-    return np.asarray(run(load(checkpoint, wanted)))
+    return np.asarray(run(load_weights(checkpoint, wanted)))

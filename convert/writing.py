@@ -23,9 +23,9 @@ from flax import nnx
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
-from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read
+from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
 from gemma2_jax.convert.files import folder, orbax as arrays, safetensors as tensors, torch_files
-from gemma2_jax.convert.files.memory import Index, contiguous, reserve
+from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.torch_dist import TorchDistWriter
 from gemma2_jax.convert.formats import megatron, megatron_config, table
@@ -64,7 +64,7 @@ class Job:
             raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
         whole = self.to in ("hf", "megatron", "megatron-legacy")
         if self.merge or whole:
-            lora.check_mergeable(self.source.adapter.apart)
+            lora.check_mergeable(self.source.adapter.unmergeable_targets)
         if whole and adapted and not self.merge:
             alone = "peft" if self.to == "hf" else "megatron-adapter"
             raise ValueError(
@@ -94,7 +94,7 @@ class Job:
     @property
     def warnings(self) -> list[str]:
         """What the reader of the format will take for something else: sentences."""
-        apart, targets = self.adapter.apart, table.targets(self.adapter)
+        apart, targets = self.adapter.unmergeable_targets, table.match_targets(self.adapter)
         if self.to == "peft" and apart:
             return [
                 f"the adapter of {' and '.join(apart)} was trained to be added after the post-norm "
@@ -118,7 +118,7 @@ class Job:
     @cached_property
     def groups(self) -> dict[str, tuple[Row, ...]]:
         """The rows that are written together."""
-        adapter = {"adapter": table.rows(self.adapter)}
+        adapter = {"adapter": table.table_rows(self.adapter)}
         alone = self.to in _ADAPTER_ALONE
         return adapter if alone else {"weights": table.MODEL} | (adapter if adapter["adapter"] else {})
 
@@ -135,7 +135,7 @@ class Job:
             path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
         }
         if self.to.startswith("megatron"):  # a fused tensor has one dtype, in which no part of it loses anything
-            for fused in (*megatron.MODEL, *megatron.adapter_written(self.adapter, canonical=False)):
+            for fused in (*megatron.MODEL, *megatron.written_adapter(self.adapter, canonical=False)):
                 parts = [shapes[paths[name]] for name in fused.parts if name in paths]
                 for name in fused.parts if len(parts) > 1 else ():
                     shapes[paths[name]] = shapes[paths[name]].update(dtype=jnp.result_type(*parts))
@@ -159,19 +159,19 @@ class Job:
     def part(self, row: Row, index: Index) -> np.ndarray:
         """A part of an array as it is written, merged if that is asked for, in whatever order in memory."""
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
-        if self.merge and projection in table.targets(self.source.adapter):
+        if self.merge and projection in table.match_targets(self.source.adapter):
             return self._merged(projection, row.path, index)
-        return read(self.source, row.path, index).astype(self.shapes[row.path].dtype, copy=False)
+        return read_array(self.source, row.path, index).astype(self.shapes[row.path].dtype, copy=False)
 
     def theirs(self, row: Row, index: Index) -> np.ndarray:
         """A part as Hugging Face's or PEFT's tensor: of one layer, or some rows of it."""
         ours = self.part(row, index)
-        return contiguous(row.theirs(ours[0] if row.stacked else ours))
+        return contiguous_copy(row.theirs(ours[0] if row.stacked else ours))
 
     def their_shape(self, row: Row) -> jax.ShapeDtypeStruct:
         """Their tensor, of one layer if stacked."""
         assert self.source.model is not None
-        size = dims.sizes(self.source.model, self.adapter.rank)
+        size = dims.dim_sizes(self.source.model, self.adapter.rank)
         shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
         return jax.ShapeDtypeStruct(shape, self.shapes[row.path].dtype)
 
@@ -181,14 +181,14 @@ class Job:
         layers = {
             part: (index[0], *[slice(None)] * (len(self.source.shapes[at].shape) - 1)) for part, at in paths.items()
         }
-        held = {part: contiguous(read(self.source, at, layers[part])) for part, at in paths.items()}
+        held = {part: contiguous_copy(read_array(self.source, at, layers[part])) for part, at in paths.items()}
         return np.asarray(self._merge(projection, self.shapes[path].dtype, **held))[(slice(None), *index[1:])]
 
     @cached_property
     def _merge(self) -> Callable:
         """lora's merge of one projection, on arrays: `merge(name, dtype, w=, a=, b=, m=)`."""
         assert self.source.model is not None
-        skeleton = nnx.eval_shape(partial(_adapted, self.source.model, self.source.adapter))
+        skeleton = nnx.eval_shape(partial(_write_adapted, self.source.model, self.source.adapter))
         found = {name: base.adapter for name, base in lora.projections(skeleton).items()}
 
         @partial(jax.jit, static_argnums=(0, 1))
@@ -196,25 +196,25 @@ class Job:
             adapter = found[name]
             assert isinstance(adapter, lora.Adapter)
             graph, _ = nnx.split(adapter)
-            return nnx.merge(graph, nnx.State(variables)).merged(w, dtype)
+            return nnx.merge(graph, nnx.State(variables)).merged_weight(w, dtype)
 
         return merge
 
 
-def _adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
+def _write_adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
     rngs = nnx.Rngs(0)
     gemma = Gemma2(model, ComputeConfig(), rngs=rngs)
-    lora.attach(gemma, adapter, rngs=rngs)
+    lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 
 
-def write(job: Job, target: Path, moved: Callable[[float], None] = lambda size: None) -> None:
+def write_checkpoint(job: Job, target: Path, moved: Callable[[float], None] = lambda size: None) -> None:
     """Carries out a job; `moved` is told of the bytes that are written.
 
     Raises ValueError where `target` holds something already, or the disk has no room.
     """
     target = target.absolute()
-    with folder.appearing(target, job.size) as partial_target:
+    with folder.atomic_folder(target, job.size) as partial_target:
         try:
             _write(partial_target, target, job, moved)
         except OSError as error:
@@ -241,7 +241,7 @@ def _write(at: Path, final: Path, job: Job, moved: Callable[[float], None]) -> N
         else:
             _write_safetensors(at, job, rows, moved)
     for beside in source.beside:
-        folder.carry(beside, at)
+        folder.copy_tokenizer(beside, at)
 
 
 def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
@@ -249,11 +249,11 @@ def _write_safetensors(target: Path, job: Job, rows: tuple[Row, ...], moved: Cal
     wanted = {}
     for row in rows:
         wanted |= dict.fromkeys(row.names(job.source.model.layers), job.their_shape(row))
-    stream = ahead(lambda part: job.theirs(*part), job.parts(rows))
+    stream = read_ahead(lambda part: job.theirs(*part), job.parts(rows))
     if job.to == "peft":  # which reads one file only
-        tensors.write(target, tensors.ADAPTER, wanted, stream, moved, shard_bytes=sys.maxsize)
+        tensors.write_safetensors(target, tensors.ADAPTER, wanted, stream, moved, shard_bytes=sys.maxsize)
     else:
-        tensors.write(target, tensors.MODEL, wanted, stream, moved)
+        tensors.write_safetensors(target, tensors.MODEL, wanted, stream, moved)
 
 
 def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float], None]) -> None:
@@ -269,7 +269,7 @@ def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float]
         adapter, base, canonical, fusings = None, None, False, megatron.MODEL
         if job.to == "megatron-adapter":
             adapter, base, canonical = job.adapter, source.base or None, not _fusable(job)
-            fusings = megatron.adapter_written(adapter, canonical=canonical)
+            fusings = megatron.written_adapter(adapter, canonical=canonical)
         run = megatron_config.run_config(model, dtype, adapter, base, canonical=canonical, tokenizer=tokenizer)
         with TorchDistWriter(at) as writer:
             _write_chunks(writer, job, fusings, moved)
@@ -278,16 +278,16 @@ def _write_megatron(target: Path, final: Path, job: Job, moved: Callable[[float]
         (at / "run_config.yaml").write_text(megatron_config.to_yaml(run))
         tensors.write_json(at / "metadata.json", megatron.BACKEND)
         for path, content in (
-            (at / "common.pt", megatron_config.common()),
+            (at / "common.pt", megatron_config.common_state()),
             (at / "train_state.pt", megatron_config.train_state()),
             (target / "latest_train_state.pt", megatron_config.train_state()),
         ):
             with path.open("wb") as file:
-                torch_files.save(file, content)
+                torch_files.save_torch(file, content)
     (target / megatron.TRACKER).write_text("0")
     for beside in source.beside:
         (at / "tokenizer").mkdir(exist_ok=True)
-        folder.carry(beside, at / "tokenizer")
+        folder.copy_tokenizer(beside, at / "tokenizer")
 
 
 def _write_chunks(
@@ -301,7 +301,7 @@ def _write_chunks(
         for fused in fusings
         for indices in zip(*(list(job.parts((rows[name],))) for name in fused.parts), strict=True)
     ]
-    stream = ahead(lambda part: [job.theirs(*one) for one in part[1]], parts)
+    stream = read_ahead(lambda part: [job.theirs(*one) for one in part[1]], parts)
     for (fused, indices), found in zip(parts, stream, strict=True):
         # Gate and up are chunks of their own, as Megatron has them; a shared matrix is one.
         chunks = found if fused.rows == "halves" and not fused.gathered else [fused.join(found, model.kv_heads)]
@@ -324,7 +324,7 @@ def _fusable(job: Job) -> bool:
     def whole(path: str) -> Iterator[bytes]:
         return (job.part(*part).tobytes() for part in job.parts((rows[path],)))
 
-    for together in megatron.must_share(job.adapter):
+    for together in megatron.shared_tensors(job.adapter):
         first, *others = (table.adapter_rows(name)["a"].path for name in together)
         if rows.keys() >= {first, *others} and all(
             one == other for path in others for one, other in zip(whole(first), whole(path), strict=True)
@@ -391,7 +391,7 @@ def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float],
     model, (ranks, stages) = job.source.model, job.ranks
     assert model is not None
     rows = {row.name: row for row in table.MODEL}
-    args = megatron_config.args_of(model, dtype)
+    args = megatron_config.megatron_args(model, dtype)
     args |= {"tensor_model_parallel_size": ranks, "pipeline_model_parallel_size": stages}
 
     def part(fused: megatron.Fused, name: str, layer: int, rank: int) -> Part:
@@ -406,7 +406,7 @@ def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float],
             name: _Share(job, fused, tuple(part(fused, one, layer, rank) for one in fused.parts), rank)
             for fused, layer, name in megatron.rank_tensors(model, stages, stage)
         }
-        queue = ahead(_Share.load, shares.values())
+        queue = read_ahead(_Share.load, shares.values())
         state: dict[str, Any] = {
             name: _Queued(share.shape, share.dtype, queue, moved) for name, share in shares.items()
         }
@@ -421,19 +421,19 @@ def _write_legacy(target: Path, job: Job, dtype: DType, moved: Callable[[float],
         folder_name = f"mp_rank_{rank:02}" + (f"_{stage:03}" if stages > 1 else "")
         (target / folder_name).mkdir()
         with (target / folder_name / megatron.RANK_FILE).open("wb") as file:
-            reserve(file, sum(math.prod(share.shape) * share.dtype.itemsize for share in shares.values()))
-            torch_files.save(file, content)
+            reserve_disk(file, sum(math.prod(share.shape) * share.dtype.itemsize for share in shares.values()))
+            torch_files.save_torch(file, content)
 
 
 def _write_orbax(target: Path, job: Job, rows: tuple[Row, ...], moved: Callable[[float], None]) -> None:
     writer = arrays.Writer(target, {row.path: job.shapes[row.path] for row in rows})
-    stream = ahead(lambda part: contiguous(job.part(*part)), job.parts(rows))
+    stream = read_ahead(lambda part: contiguous_copy(job.part(*part)), job.parts(rows))
     for (row, index), part in zip(job.parts(rows), stream, strict=True):
         writer.write(row.path, index, part)
         moved(part.nbytes)
 
 
-def ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
+def read_ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
     """`function` of each item, of some in another thread before they are asked for."""
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[Y]] = deque()

@@ -1,6 +1,6 @@
 """Every choice of a run as frozen dataclasses: the model, the recipe, and nothing that needs JAX.
 
-A recipe (`configs/NAME.py`) is a function `config()` that returns a `Config`; `load` finds it by name or path.
+A recipe (`configs/NAME.py`) is a function `config()` that returns a `Config`; `load_recipe` finds it by name or path.
 Nothing here says how a choice is carried out. This module imports the standard library only, so that a command
 line can answer `--help` before JAX is loaded.
 """
@@ -167,7 +167,7 @@ class AdapterConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
-    def apart(self) -> list[str]:
+    def unmergeable_targets(self) -> list[str]:
         """Projections whose adapter no weight can take in, as a norm stands between."""
         if self.kind == "none" or not self.after_norm:
             return []
@@ -396,11 +396,11 @@ def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lor
 
 
 def recipe_names() -> list[str]:
-    """Names that `load` knows."""
+    """Names that `load_recipe` knows."""
     return sorted(path.stem for path in _recipe_folder().glob("*.py") if path.stem != "__init__")
 
 
-def load(name: str) -> Config:
+def load_recipe(name: str) -> Config:
     """The recipe of that name, or the one in that Python file, whose `config()` is called."""
     path = Path(name) if name.endswith(".py") else _recipe_folder() / f"{name}.py"
     if not path.is_file():
@@ -418,7 +418,7 @@ def load(name: str) -> Config:
 
 def to_text(config: Config) -> str:
     """Every field as a line `group.field = value`: what `--print` shows and a run keeps as config.txt."""
-    return "".join(f"{key} = {value!r}\n" for key, value in _flat(config))
+    return "".join(f"{key} = {value!r}\n" for key, value in _flatten_fields(config))
 
 
 def from_text(text: str, source: str = "config.txt") -> Config:
@@ -445,28 +445,28 @@ def from_text(text: str, source: str = "config.txt") -> Config:
         raise ValueError(f"{source} is of another version of this program: unknown groups {sorted(groups)}")
     for node in (config, *(getattr(config, name) for name in types)):
         for f in dataclasses.fields(node):
-            if f.name not in types and not _is(getattr(node, f.name), f.type):
+            if f.name not in types and not _matches_type(getattr(node, f.name), f.type):
                 raise ValueError(f"{source}: {f.name} is {reprlib.repr(getattr(node, f.name))}; it must be a {f.type}")
     return config
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _matches_type(value: Any, kind: Any) -> bool:
     """Whether a field of that type can have this value."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is(item, inner[0]) for item in value)
+        return isinstance(value, tuple) and all(_matches_type(item, inner[0]) for item in value)
     if isinstance(kind, UnionType):
-        return any(_is(value, one) for one in inner)
+        return any(_matches_type(value, one) for one in inner)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
-def _flat(node, prefix: str = ""):
+def _flatten_fields(node, prefix: str = ""):
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
         if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{f.name}.")
+            yield from _flatten_fields(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", value
 

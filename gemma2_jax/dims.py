@@ -51,26 +51,26 @@ DIMS = {
 }
 
 
-def stored(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
+def stored_spec(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
     """How a weight with these dims is kept between uses, split over these axes, given with their sizes."""
-    axes = [_dividing(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)]
+    axes = [_divide_axes(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)]
     of_layer = range(letters.startswith("L"), len(letters))
     for axis in ("stage", *GATHERED) if "V" in letters else GATHERED if len(of_layer) > 1 else ():
-        fit = [at for at in of_layer if axis in mesh and shape[at] % _shards((*axes[at], axis), mesh) == 0]
+        fit = [at for at in of_layer if axis in mesh and shape[at] % _shard_count((*axes[at], axis), mesh) == 0]
         if fit and not any(axis in names for names in axes):
             axes[fit[0]] = (*axes[fit[0]], axis)
-    return _spec(axes)
+    return _partition_spec(axes)
 
 
-def used(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
+def used_spec(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
     """How an activation, or a weight at the moment of use, is spread over these axes, given with their sizes.
 
     Axes that the mesh lacks are those that the caller has split over already.
     """
-    return _spec([_dividing(DIMS[d].used, d, size, mesh) for d, size in zip(letters, shape, strict=True)])
+    return _partition_spec([_divide_axes(DIMS[d].used, d, size, mesh) for d, size in zip(letters, shape, strict=True)])
 
 
-def _dividing(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
+def _divide_axes(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
     """Those of the axes that there are; of what need not be split over all of them, those that divide it.
 
     That is the vocabulary, one token's position, and key/value heads fewer than the shards, of which each uses the one
@@ -78,21 +78,21 @@ def _dividing(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Ax
     """
     taken: Axes = ()
     for axis in axes:
-        if axis in mesh and (letter not in "KTPV" or size % _shards((*taken, axis), mesh) == 0):
+        if axis in mesh and (letter not in "KTPV" or size % _shard_count((*taken, axis), mesh) == 0):
             taken = (*taken, axis)
     return taken
 
 
-def _shards(axes: Axes, mesh: Mapping[str, int]) -> int:
+def _shard_count(axes: Axes, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in axes)
 
 
-def _spec(axes: Sequence[Axes]) -> PartitionSpec:
+def _partition_spec(axes: Sequence[Axes]) -> PartitionSpec:
     """In its plainest form, which is how JAX itself shows it."""
     return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
 
 
-def sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
+def dim_sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
     """The size of every dim that a model's weights have, by letter."""
     return {
         "D": config.width,
@@ -107,7 +107,7 @@ def sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
     }
 
 
-def shape(letters: str, config: ModelConfig, rank: int = 0) -> tuple[int, ...]:
+def weight_shape(letters: str, config: ModelConfig, rank: int = 0) -> tuple[int, ...]:
     """The shape of a weight with these dims."""
-    size = sizes(config, rank)
+    size = dim_sizes(config, rank)
     return tuple(size[letter] for letter in letters)

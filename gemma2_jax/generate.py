@@ -43,7 +43,7 @@ class Command:
 def main() -> None:
     """Parses, loads, generates; exits with a sentence where that cannot be done."""
     command = tyro.cli(Command, prog="python -m gemma2_jax.generate")
-    platforms.settle()
+    platforms.choose_platform()
     try:
         _generate(command)
     except (ValueError, OSError) as error:
@@ -62,18 +62,20 @@ def _generate(command: Command) -> None:
         raise ValueError(f"{path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there")
     tokenizer = load_tokenizer(str(checkpoint.tokenizer))
     prompts = command.prompt or (sys.stdin.read(),)
-    tokens = [encode(prompt, tokenizer, chat=command.chat) for prompt in prompts]
-    if apart := checkpoint.adapter.apart:
+    tokens = [encode_prompt(prompt, tokenizer, chat=command.chat) for prompt in prompts]
+    if apart := checkpoint.adapter.unmergeable_targets:
         print(
             f"the adapter stays apart, which slows down every step: that of {' and '.join(apart)} is added after the "
             "post-norm (adapter.after_norm), so that no weight can take it in",
             file=sys.stderr,
         )
-    generator = load(checkpoint, command.dtype)
-    chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stops(tokenizer))
+    generator = load_generator(checkpoint, command.dtype)
+    chunks = generator.stream(
+        tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stop_tokens(tokenizer)
+    )
     clock = Clock()
     times, counts = [clock()], []
-    texts = [Text(tokenizer) for _ in prompts]
+    texts = [TextStream(tokenizer) for _ in prompts]
     for new in chunks:
         times.append(clock())
         counts.append(sum(map(len, new)))
@@ -85,11 +87,14 @@ def _generate(command: Command) -> None:
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
         if len(prompts) > 1:
             print(f"[{number}] {prompt}\n{text.whole}\n")
-    prefill, decode = speed(sum(map(len, tokens)), times[1] - times[0]), speed(sum(counts[1:]), times[-1] - times[1])
+    prefill, decode = (
+        describe_speed(sum(map(len, tokens)), times[1] - times[0]),
+        describe_speed(sum(counts[1:]), times[-1] - times[1]),
+    )
     print(f"prefill {prefill}; decode {decode}; compiled in {clock.compiling:.1f} s", file=sys.stderr)
 
 
-def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
+def load_generator(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
     """The model of a checkpoint, ready to generate, on the first device.
 
     An adapter is added into the weights if it can be: apart it slows down every step, and no other takes its place.
@@ -111,25 +116,25 @@ def load(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Generator":
 
     def create() -> model.Gemma2:
         whole = model.Gemma2(config, compute, rngs=nnx.Rngs(0))
-        lora.attach(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
+        lora.attach_adapters(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
         return whole
 
     graph, shapes = nnx.split(nnx.eval_shape(create))
     wanted = {
         path: jax.ShapeDtypeStruct(w.shape, w.dtype if "norm/" in path or "/adapter/" in path else compute.dtype)
-        for path, w in model.flat(shapes).items()
+        for path, w in model.flatten_state(shapes).items()
     }
-    weights = checkpoints.load(checkpoint, wanted)
-    if checkpoint.adapter.kind != "none" and not checkpoint.adapter.apart:
-        whole = model.rebuild(graph, weights)
+    weights = checkpoints.load_weights(checkpoint, wanted)
+    if checkpoint.adapter.kind != "none" and not checkpoint.adapter.unmergeable_targets:
+        whole = model.rebuild_model(graph, weights)
         weights.clear()
-        lora.merge(whole)
+        lora.merge_adapters(whole)
         graph, state = nnx.split(whole)
-        weights = model.flat(state)
+        weights = model.flatten_state(state)
     return Generator(graph, weights)
 
 
-def encode(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
     """A prompt's tokens from <bos> on; with `chat` as a user's turn, with the model's turn opened after it."""
     if chat:
         if tokenizer.chat_template is None:
@@ -142,13 +147,13 @@ def encode(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> 
     return tokens if tokens[:1] == [bos] else [bos, *tokens]
 
 
-def stops(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
+def stop_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     """Tokens after which there is no more: <eos>, and <end_of_turn> where the tokenizer has it."""
     vocabulary = tokenizer.get_vocab()
     return {vocabulary[token] for token in (tokenizer.eos_token, "<end_of_turn>") if token in vocabulary}
 
 
-class Text:
+class TextStream:
     """The text of tokens that come a few at a time."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
@@ -193,7 +198,7 @@ class Clock:
             self.compiling += duration_secs
 
 
-def speed(tokens: int, seconds: float) -> str:
+def describe_speed(tokens: int, seconds: float) -> str:
     """How many tokens, and how many of them a second."""
     return f"{tokens:,} tokens" + (f" at {tokens / seconds:,.0f} tokens/s" if tokens else "")
 

@@ -1,6 +1,6 @@
 """The device mesh of a run, and the two ways arrays are placed on it: as stored weights and as used values.
 
-Axes are Auto: shardings of stored arrays come from `dims.stored` through `jit(out_shardings=...)`, activations are
+Axes are Auto: shardings of stored arrays come from `dims.stored_spec` through `jit(out_shardings=...)`, activations are
 pinned with `constrain`, and XLA's partitioner places the collectives in between.
 """
 
@@ -46,17 +46,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def described(mesh: Mesh) -> str:
+def describe_mesh(mesh: Mesh) -> str:
     """The mesh in words, but for axes of one device."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
-def check(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    # Each context shard has one piece of either half of a row (`balanced`), of which tensor shards have equal parts.
+    # Each context shard has one piece of either half of a row (`balance_context`), and tensor shards equal parts of it.
     pieces = math.lcm(2 * context, context * tensor) if context > 1 else tensor
     if train.sequence_length % pieces:
         below = train.sequence_length // pieces * pieces
@@ -79,7 +79,7 @@ def check(config: Config, mesh: Mesh) -> None:
 def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
     if mesh.shape["stage"] > model.layers:
         raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
-    sizes = dims.sizes(model)
+    sizes = dims.dim_sizes(model)
     for letter, size in sizes.items():
         tensor = mesh.shape["tensor"] if "tensor" in dims.DIMS[letter].stored else 1
         if size % tensor == 0 or (letter == "K" and tensor % size == 0):  # fewer heads than shards stay whole
@@ -89,7 +89,7 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
             f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
         )
     for axis in dims.GATHERED:
-        if axis not in jax.tree.leaves(tuple(dims.stored("DF", (sizes["D"], sizes["F"]), mesh.shape))):
+        if axis not in jax.tree.leaves(tuple(dims.stored_spec("DF", (sizes["D"], sizes["F"]), mesh.shape))):
             raise ValueError(
                 f"mesh.fsdp {mesh.shape['fsdp']} x mesh.context {mesh.shape['context']}: {axis} divides neither what "
                 f"is left of the model width of {sizes['D']} nor, with mesh.tensor {mesh.shape['tensor']}, of the MLP "
@@ -102,34 +102,34 @@ def layers_per_stage(model: ModelConfig, mesh: Mesh) -> int:
     return -(-model.layers // mesh.shape["stage"])
 
 
-def stored(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
+def stored_sharding(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
     """Sharding of a stored weight with these dims."""
-    return NamedSharding(mesh, dims.stored(letters, shape, mesh.shape))
+    return NamedSharding(mesh, dims.stored_spec(letters, shape, mesh.shape))
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh (`jax.set_mesh`) as its dims say; unchanged where no mesh is set."""
-    axes = _axes()
-    return jax.lax.with_sharding_constraint(x, dims.used(letters, x.shape, axes)) if axes else x
+    axes = _auto_axes()
+    return jax.lax.with_sharding_constraint(x, dims.used_spec(letters, x.shape, axes)) if axes else x
 
 
 def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
     """`x` spread over the current mesh as a stored weight with these dims is."""
-    axes = _axes()
-    return jax.lax.with_sharding_constraint(x, dims.stored(letters, x.shape, axes)) if axes else x
+    axes = _auto_axes()
+    return jax.lax.with_sharding_constraint(x, dims.stored_spec(letters, x.shape, axes)) if axes else x
 
 
-def per_shard(function: Callable, letters: Sequence[str]) -> Callable:
+def map_shards(function: Callable, letters: Sequence[str]) -> Callable:
     """`function` of what each device has of its arguments, with these dims, for what XLA cannot divide itself.
 
     Its result has the dims of its first argument. Where no mesh is set, or nothing is divided, it gets them whole.
     """
-    axes = _axes()
+    axes = _auto_axes()
     if math.prod(axes.values()) == 1:
         return function
 
     def divided(*arguments):
-        specs = tuple(dims.used(dims_, x.shape, axes) for dims_, x in zip(letters, arguments, strict=True))
+        specs = tuple(dims.used_spec(dims_, x.shape, axes) for dims_, x in zip(letters, arguments, strict=True))
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names={*axes}, check_vma=False)(
             *arguments
         )
@@ -139,10 +139,10 @@ def per_shard(function: Callable, letters: Sequence[str]) -> Callable:
 
 def replicate(x: jax.Array) -> jax.Array:
     """`x` whole on every device of the current mesh."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _axes() else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _auto_axes() else x
 
 
-def balanced(row_T: np.ndarray, shards: int) -> np.ndarray:
+def balance_context(row_T: np.ndarray, shards: int) -> np.ndarray:
     """Positions (the last dim) in the order in which `shards` context shards hold them, an equal part each.
 
     Shard i has piece i of 2 x shards pieces, and piece i from the end: under a causal mask all have the same work
@@ -158,7 +158,7 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def _axes() -> dict[str, int]:
+def _auto_axes() -> dict[str, int]:
     """Sizes of the axes of the current mesh that are left to the partitioner: not those of a `shard_map` around."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -21,7 +21,7 @@ from rich.table import Table
 from gemma2_jax import train
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
-from gemma2_jax.planning.traffic import SENT, Collective, per_axis, traffic
+from gemma2_jax.planning.traffic import SENT, Collective, read_traffic, sum_traffic
 
 if TYPE_CHECKING:
     from gemma2_jax.training.step import Program
@@ -74,9 +74,9 @@ class Plan:
     @property
     def layout(self) -> str:
         """The mesh in words."""
-        from gemma2_jax.mesh import described
+        from gemma2_jax.mesh import describe_mesh
 
-        return described(self.program.mesh)
+        return describe_mesh(self.program.mesh)
 
     @property
     def layers_per_stage(self) -> int | None:
@@ -86,11 +86,11 @@ class Plan:
 
     @property
     def traffic(self) -> list[Collective]:
-        return traffic(self.text, self.program.mesh.shape, self.layers_per_stage)
+        return read_traffic(self.text, self.program.mesh.shape, self.layers_per_stage)
 
 
-def cluster(gpus: int) -> list:
-    """H100s that can be compiled for and nothing else. `prepare` comes before JAX.
+def describe_cluster(gpus: int) -> list:
+    """H100s that can be compiled for and nothing else. `prepare_jax` comes before JAX.
 
     Raises ValueError for a number that hosts of 8 do not give, ImportError without the extra `plan`.
     """
@@ -103,7 +103,7 @@ def cluster(gpus: int) -> list:
 
     shape = f"1x{max(hosts, 1)}x{min(gpus, PER_HOST)}"
     try:
-        with platforms.quiet():
+        with platforms.silence_stderr():
             return topologies.get_topology_desc(platform="cuda", target_config=H100, topology=shape).devices
     except RuntimeError as error:
         raise ImportError(
@@ -111,19 +111,19 @@ def cluster(gpus: int) -> list:
         ) from error
 
 
-def planned(config: Config, gpus: int) -> Program:
+def make_program(config: Config, gpus: int) -> Program:
     """The run of `config` on so many GPUs, before anything is compiled."""
     from gemma2_jax.mesh import make_mesh
     from gemma2_jax.training.step import Program
 
-    return Program(config, make_mesh(config.mesh, cluster(gpus)))
+    return Program(config, make_mesh(config.mesh, describe_cluster(gpus)))
 
 
 def compile_step(config: Config, gpus: int) -> Plan:
     """The training step of `config`, compiled as the loop compiles it."""
     import jax
 
-    program = planned(config, gpus)
+    program = make_program(config, gpus)
     state, batch = program.state, program.batch  # before the mesh is set: optax runs small operations in here
     with jax.set_mesh(program.mesh):
         started = time.perf_counter()
@@ -146,14 +146,14 @@ def compile_step(config: Config, gpus: int) -> Plan:
     )
 
 
-def prepare() -> None:
+def prepare_jax() -> None:
     """Imports JAX such that it does not look for a GPU, nor complain that there is none."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA: a step that does not fit is reported here
-    platforms.on_cpu()
+    platforms.import_jax_on_cpu()
 
 
-def held(program: Program) -> dict[str, int]:
+def argument_bytes(program: Program) -> dict[str, int]:
     """Bytes of each kind of argument on one GPU."""
     state = program.state
     kinds = {
@@ -171,10 +171,10 @@ def verdict(total: int) -> str:
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
 
 
-def report(console: Console, plan: Plan) -> None:
+def print_plan(console: Console, plan: Plan) -> None:
     """Prints what was found."""
     config, mesh = plan.program.config, plan.program.mesh
-    train, kept = config.train, held(plan.program)
+    train, kept = config.train, argument_bytes(plan.program)
     parts = [f"{name} {_gib(size)}" for name, size in kept.items()]
     parts += [f"temporaries {_gib(plan.temporaries)}", f"results {_gib(plan.outputs)}"]
     lines = {
@@ -196,7 +196,7 @@ def report(console: Console, plan: Plan) -> None:
     table = Table("GB a GPU sends a step, over")
     for column in (*kinds, "all"):
         table.add_column(column, justify="right")
-    for name, sent in sorted(per_axis(found).items()):
+    for name, sent in sorted(sum_traffic(found).items()):
         table.add_row(name, *(f"{sent[kind] / 1e9:,.3f}" for kind in kinds), f"{sent.total() / 1e9:,.3f}")
     console.print(table, highlight=False)
     for loop in sorted({c.loop for c in found if c.loop and c.times is not None}):
@@ -209,12 +209,12 @@ def report(console: Console, plan: Plan) -> None:
 
 def main() -> None:
     command = train.parse(sys.argv[1:], Command, "plan")
-    prepare()
+    prepare_jax()
     console = Console()
     if not console.is_terminal:
         console.width = 120
     try:
-        report(console, compile_step(command.run, command.gpus))
+        print_plan(console, compile_step(command.run, command.gpus))
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -42,7 +42,7 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str
     arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
     recipe = _option(arguments, "--config") or DEFAULT_RECIPE
     try:
-        default = command(config=recipe, run=configs.load(recipe))
+        default = command(config=recipe, run=configs.load_recipe(recipe))
         return tyro.cli(command, args=arguments, prog=f"python -m gemma2_jax.{name}", default=default)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -53,12 +53,12 @@ def main() -> None:
     if command.print:
         print(configs.to_text(command.run), end="")
         return
-    platforms.settle()
+    platforms.choose_platform()
     from gemma2_jax.cluster import hosts
     from gemma2_jax.training import loop
 
     try:
-        with hosts.joined(command.run.hosts):
+        with hosts.process_group(command.run.hosts):
             loop.train(command.run)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

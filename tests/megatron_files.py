@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from gemma2_jax import config as configs
 from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import writing
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read_array
+from gemma2_jax.convert.writing import Job, write_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "megatron"
 HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
@@ -49,7 +49,9 @@ def model_of(name: str) -> ModelConfig:
 
 
 def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
-    write(Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target)
+    write_checkpoint(
+        Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target
+    )
     return target
 
 
@@ -114,7 +116,7 @@ def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
         for _ in range(10):
             start = [int(rng.integers(size)) for size in x.shape]
             index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
-            found, expected = (np.ascontiguousarray(read(one, path, index)) for one in (source, twin))
+            found, expected = (np.ascontiguousarray(read_array(one, path, index)) for one in (source, twin))
             assert bits({path: found}) == bits({path: expected}), (path, index)
 
 

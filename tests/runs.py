@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def small(name: str, workdir: Path, **changes) -> Config:
     """The tiny recipe on few documents, short rows and two layers, from random weights, over all eight devices."""
-    recipe = configs.load(name)
+    recipe = configs.load_recipe(name)
     return replace(
         recipe,
         model=replace(recipe.model, layers=2),
@@ -41,7 +41,7 @@ def small(name: str, workdir: Path, **changes) -> Config:
 
 def command(name: str, config: Config) -> list[str]:
     """The command line that gives this config."""
-    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load(name)).splitlines())
+    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load_recipe(name)).splitlines())
     lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
     changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
     return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]

@@ -26,13 +26,13 @@ def test_there_are_these_recipes():
 @pytest.mark.parametrize("name", REAL + TINY)
 def test_recipes_are_golden(name):
     """A recipe says what it said. Where it is meant to change, write the new text: UPDATE_GOLDEN=1 pytest."""
-    path, text = GOLDEN / f"{name}.txt", configs.to_text(configs.load(name))
+    path, text = GOLDEN / f"{name}.txt", configs.to_text(configs.load_recipe(name))
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     changes = "\n".join(difflib.unified_diff(path.read_text().splitlines(), text.splitlines(), lineterm=""))
     assert not changes, changes
-    assert configs.from_text(text) == configs.load(name)
+    assert configs.from_text(text) == configs.load_recipe(name)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_is_often_wrong():
 
 def test_megatron_bridge_defaults():
     """The table of its Gemma 2 recipes."""
-    pretrain, sft, lora, dora = (configs.load(f"9b_{kind}") for kind in ("pretrain", "sft", "lora", "dora"))
+    pretrain, sft, lora, dora = (configs.load_recipe(f"9b_{kind}") for kind in ("pretrain", "sft", "lora", "dora"))
     assert (pretrain.optim.lr, pretrain.optim.min_lr, pretrain.optim.warmup_steps) == (3e-4, 3e-5, 500)
     assert (pretrain.train.global_batch_size, pretrain.train.micro_batch_size) == (32, 2)
     assert (pretrain.train.sequence_length, pretrain.steps, pretrain.train.seed) == (4096, 300_000, 1234)
@@ -92,7 +92,7 @@ def test_impossible_models(change, message):
 
 
 def test_adapters_without_what_they_are_for():
-    recipe = configs.load("2b_lora")
+    recipe = configs.load_recipe("2b_lora")
     with pytest.raises(ValueError, match="init_adapter is here, and init is empty; set init to the model it is for"):
         dataclasses.replace(recipe, init="", init_adapter="here")
     exporting = dataclasses.replace(recipe.train, export_adapter=True)
@@ -102,7 +102,7 @@ def test_adapters_without_what_they_are_for():
 
 
 def test_config_text_of_another_version():
-    text = configs.to_text(configs.load("2b_lora"))
+    text = configs.to_text(configs.load_recipe("2b_lora"))
     with pytest.raises(ValueError, match=r"another version of this program: .*'colour'"):
         configs.from_text(text + "optim.colour = 'red'\n")
     with pytest.raises(ValueError, match=r"another version of this program: unknown groups \['paint'\]"):
@@ -130,10 +130,10 @@ def test_a_recipe_of_ones_own(tmp_path):
         "from gemma2_jax.config import GEMMA2_2B, finetune\n\n"
         "def config():\n    return finetune('mine', GEMMA2_2B, 'somewhere', 'lora', steps=3)\n"
     )
-    assert configs.load(str(path)).steps == 3
+    assert configs.load_recipe(str(path)).steps == 3
     path.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"has no function config\(\)"):
-        configs.load(str(path))
+        configs.load_recipe(str(path))
 
 
 @pytest.mark.parametrize("module", ["train", "generate", "plan", "convert"])
@@ -155,7 +155,7 @@ def test_help_lists_every_field():
         [sys.executable, "-m", "gemma2_jax.train", "--config", "27b_lora", "--help"],
         capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
     ).stdout  # fmt: skip
-    for line in configs.to_text(configs.load("27b_lora")).splitlines():
+    for line in configs.to_text(configs.load_recipe("27b_lora")).splitlines():
         key = line.split(" = ")[0].replace("_", "-")
         shown = re.search(rf"--{re.escape(key)}[^\n]*", text)
         assert shown, f"--{key} is not listed"

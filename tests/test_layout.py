@@ -93,10 +93,10 @@ def test_files_say_what_they_are(path):
 @pytest.mark.usefixtures("optimized")  # else XLA does not use that library
 def test_sums_are_repeatable():
     """Norms of DoRA, a fused sum, come out finite and alike each time (see gemma2_jax/__init__.py)."""
-    recipe = configs.load("tiny_dora")
+    recipe = configs.load_recipe("tiny_dora")
     config = replace(recipe, init="", model=replace(recipe.model, layers=2))
     program = Program(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    starts = [program.fresh(program.random_base()).params for _ in range(5)]
+    starts = [program.initial_state(program.random_base()).params for _ in range(5)]
     for params in starts:
         for path, value in params.items():
             np.testing.assert_array_equal(value, starts[0][path], err_msg=path)

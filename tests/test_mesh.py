@@ -17,7 +17,7 @@ from peers import BITING
 from gemma2_jax import config as configs, dims, mesh as meshes
 from gemma2_jax.config import ComputeConfig, MeshConfig, ModelConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
-from gemma2_jax.training.loop import place
+from gemma2_jax.training.loop import place_batch
 from gemma2_jax.training.step import Program
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -77,7 +77,7 @@ def test_what_does_not_divide_is_named():
 @pytest.mark.parametrize("name", [name for name in configs.recipe_names() if not name.startswith("tiny")])
 def test_shardings_are_golden(name):
     """Shardings of every recipe's state, read off arrays of its model, shrunk; UPDATE_GOLDEN=1 renews them."""
-    recipe = configs.load(name)
+    recipe = configs.load_recipe(name)
     config = replace(
         recipe,
         model=replace(BITING[name.split("_")[0]], layers=3),
@@ -85,7 +85,9 @@ def test_shardings_are_golden(name):
         mesh=MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
     )
     run = Program(config, make_mesh(config.mesh))
-    state = run.fresh({path: jax.device_put(np.zeros(w.shape, w.dtype), w.sharding) for path, w in run.base.items()})
+    state = run.initial_state(
+        {path: jax.device_put(np.zeros(w.shape, w.dtype), w.sharding) for path, w in run.base.items()}
+    )
     lines = []
     for group, arrays in (("trained", state.params), ("frozen", state.frozen)):
         for path, w in sorted(arrays.items()):
@@ -136,7 +138,7 @@ def weights(run: Program) -> dict[str, jax.Array]:
     found = {}
     for path, want in run.base.items():
         letters = run.letters[path]
-        shape = dims.shape(letters, run.config.model)
+        shape = dims.weight_shape(letters, run.config.model)
         fan_in = math.prod(shape[1:-1]) if path.endswith("o/w") else shape[letters.index("D")]
         fan_in = run.config.model.mlp_width if path.endswith("down/w") else fan_in
         gain = 2 if path.endswith(("q/w", "k/w")) else 3 if path == "embedding" else 1
@@ -167,9 +169,9 @@ def three_steps(run: Program) -> list[dict[str, np.ndarray]]:
     with jax.set_mesh(run.mesh):
         step = jax.jit(run.train_step, donate_argnums=0)
         for packed in (True, False):
-            state = run.fresh(weights(run))
+            state = run.initial_state(weights(run))
             for batch in batches(packed):
-                state, metrics = step(state, place(run, batch))
+                state, metrics = step(state, place_batch(run, batch))
             moment = optax.tree.get(state.optimizer, "mu")
             found = {"loss": metrics["loss"], "norm": metrics["grad_norm"]}
             for name, tree in (("gradient", moment), ("weight", state.params)):
@@ -253,34 +255,34 @@ def test_the_table_of_dims():
     """Positions are spread further between blocks; what an axis does not divide may stay whole or goes elsewhere."""
     mesh = {"data": 2, "stage": 2, "fsdp": 2, "context": 1, "tensor": 4}
     batch, both = ("data", "fsdp"), ("fsdp", "context")
-    assert dims.used("BPD", (2, 32, 56), mesh) == P(batch, ("context", "tensor"), None)
-    assert dims.used("BTD", (2, 32, 56), mesh) == P(batch, "context", None)
-    assert dims.used("BPD", (2, 1, 56), mesh) == P(batch, "context", None)
-    assert dims.used("BTF", (2, 32, 80), mesh) == P(batch, "context", "tensor")
-    assert dims.used("BTKH", (2, 32, 4, 16), mesh) == P(batch, "context", "tensor", None)
-    assert dims.used("BTKH", (2, 32, 2, 16), mesh) == P(batch, "context", None, None)
-    assert dims.used("ESV", (2, 32, 384), mesh) == P("data", None, ("tensor", "stage", *both))
-    assert dims.used("ESV", (2, 32, 8), mesh) == P("data", None, ("tensor", "stage", "context"))
-    assert dims.stored("LDKH", (4, 56, 2, 16), mesh) == P("stage", both, None, None)
-    assert dims.stored("LDKH", (4, 56, 4, 16), mesh) == P("stage", both, "tensor", None)
-    assert dims.stored("LDF", (4, 57, 80), mesh) == P("stage", "context", ("tensor", "fsdp"))
-    assert dims.stored("LFD", (4, 80, 56), mesh) == P("stage", ("tensor", *both), None)
-    assert dims.stored("VD", (384, 56), mesh) == P(("tensor", "stage", *both), None)
-    assert dims.stored("VD", (384, 57), mesh | {"stage": 5, "fsdp": 19}) == P(
+    assert dims.used_spec("BPD", (2, 32, 56), mesh) == P(batch, ("context", "tensor"), None)
+    assert dims.used_spec("BTD", (2, 32, 56), mesh) == P(batch, "context", None)
+    assert dims.used_spec("BPD", (2, 1, 56), mesh) == P(batch, "context", None)
+    assert dims.used_spec("BTF", (2, 32, 80), mesh) == P(batch, "context", "tensor")
+    assert dims.used_spec("BTKH", (2, 32, 4, 16), mesh) == P(batch, "context", "tensor", None)
+    assert dims.used_spec("BTKH", (2, 32, 2, 16), mesh) == P(batch, "context", None, None)
+    assert dims.used_spec("ESV", (2, 32, 384), mesh) == P("data", None, ("tensor", "stage", *both))
+    assert dims.used_spec("ESV", (2, 32, 8), mesh) == P("data", None, ("tensor", "stage", "context"))
+    assert dims.stored_spec("LDKH", (4, 56, 2, 16), mesh) == P("stage", both, None, None)
+    assert dims.stored_spec("LDKH", (4, 56, 4, 16), mesh) == P("stage", both, "tensor", None)
+    assert dims.stored_spec("LDF", (4, 57, 80), mesh) == P("stage", "context", ("tensor", "fsdp"))
+    assert dims.stored_spec("LFD", (4, 80, 56), mesh) == P("stage", ("tensor", *both), None)
+    assert dims.stored_spec("VD", (384, 56), mesh) == P(("tensor", "stage", *both), None)
+    assert dims.stored_spec("VD", (384, 57), mesh | {"stage": 5, "fsdp": 19}) == P(
         ("tensor", "context"), "fsdp"
     )  # as 5 divides none
-    assert dims.stored("VD", (384, 57), mesh | {"stage": 19}) == P(("tensor", *both), "stage")
-    assert dims.stored("LD", (4, 56), mesh) == P("stage", None)
+    assert dims.stored_spec("VD", (384, 57), mesh | {"stage": 19}) == P(("tensor", *both), "stage")
+    assert dims.stored_spec("LD", (4, 56), mesh) == P("stage", None)
     # Axes that `shard_map` has split over already are not in the mesh.
-    assert dims.used("BTF", (2, 32, 80), {"fsdp": 2, "tensor": 4}) == P("fsdp", None, "tensor")
+    assert dims.used_spec("BTF", (2, 32, 80), {"fsdp": 2, "tensor": 4}) == P("fsdp", None, "tensor")
 
 
 def test_context_shards_have_equal_work():
     """Two shards of eight positions: the outer pairs, and the inner ones."""
     row = np.arange(8)
-    np.testing.assert_array_equal(meshes.balanced(row, 2), [0, 1, 6, 7, 2, 3, 4, 5])
-    np.testing.assert_array_equal(meshes.balanced(row, 1), row)
-    assert [sum(part) for part in np.split(meshes.balanced(np.arange(32), 4), 4)] == [124] * 4
+    np.testing.assert_array_equal(meshes.balance_context(row, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(meshes.balance_context(row, 1), row)
+    assert [sum(part) for part in np.split(meshes.balance_context(np.arange(32), 4), 4)] == [124] * 4
 
 
 def test_constrain_without_a_mesh_is_nothing():
@@ -298,10 +300,10 @@ def test_constrain_without_a_mesh_is_nothing():
     ],
 )
 def test_stages_and_their_bubble(name, mesh, layers, passes, bubble):
-    config = replace(configs.load(name), mesh=mesh)
+    config = replace(configs.load_recipe(name), mesh=mesh)
     run = Program(config, make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]))
     stages = run.pipeline
-    assert [int(stages.layers_of(stage)) for stage in range(stages.stages)] == layers
+    assert [int(stages.stage_layers(stage)) for stage in range(stages.stages)] == layers
     assert stages.passes == passes and f"{stages.bubble:.1%}" == bubble
     assert run.base["blocks/mlp/gate/w"].shape[0] == stages.layers * stages.stages
 
@@ -333,7 +335,7 @@ def test_a_pass_that_stages_wait_for_alone():
         run = program("sft", mesh, devices=devices, model=biting(7), train=train)
         assert run.pipeline.passes == {1: 2, 8: 1}[devices]
         with jax.set_mesh(run.mesh):
-            _, metrics = jax.jit(run.train_step)(run.fresh(weights(run)), place(run, batches(True)[0]))
+            _, metrics = jax.jit(run.train_step)(run.initial_state(weights(run)), place_batch(run, batches(True)[0]))
         losses.append((metrics["loss"], metrics["grad_norm"]))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -343,7 +345,7 @@ def test_held_out_losses_agree():
     for mesh, devices in (MeshConfig(data=1), 1), (MeshConfig(data=1, stage=2, context=2, tensor=2), 8):
         run = program("sft", mesh, devices=devices, model=biting("2b"))
         with jax.set_mesh(run.mesh):
-            losses.append(jax.jit(run.eval_step)(run.fresh(weights(run)), place(run, batches(True)[0])))
+            losses.append(jax.jit(run.eval_step)(run.initial_state(weights(run)), place_batch(run, batches(True)[0])))
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
@@ -358,7 +360,7 @@ def test_remat_policies_agree(policies):
         run = program("sft", MeshConfig(data=1, stage=2, tensor=4), model=biting("27b"), compute=compute)
         with jax.set_mesh(run.mesh):
             step = jax.jit(run.train_step).lower(run.state, run.batch).compile()
-            _, metrics = step(run.fresh(weights(run)), place(run, batches(True)[0]))
+            _, metrics = step(run.initial_state(weights(run)), place_batch(run, batches(True)[0]))
         norms[policy], memory[policy] = float(metrics["grad_norm"]), step.memory_analysis().temp_size_in_bytes
     np.testing.assert_allclose(list(norms.values()), norms["block"], rtol=1e-5)
     least_first = [memory[policy] for policy in policies if policy != "offload"]

@@ -13,7 +13,7 @@ _CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_
 
 
 @contextmanager
-def appearing(path: Path, size: int) -> Iterator[Path]:
+def atomic_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder to write about `size` bytes into, which becomes `path` when the block ends without an error.
 
     Raises ValueError where `path` holds something already, or the disk has no room.
@@ -43,7 +43,7 @@ def tokenizer_folder(*folders: Path) -> Path | None:
     return next((folder for folder in folders if any(file.is_file() for file in folder.glob("tokenizer*"))), None)
 
 
-def carry(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer, the chat template and the generation config that `source` has."""
     for pattern in _CARRIED:
         for file in source.glob(pattern):

@@ -26,7 +26,7 @@ _memory: list[np.ndarray] = []
 _lock = threading.Lock()
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+def reuse_memory(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
     """An array as numpy.empty makes it, in memory that an earlier one of these had, if nothing refers to that one."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -44,9 +44,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         return owner[:size].view(dtype).reshape(shape)
 
 
-def read(path: Path, start: int, size: int) -> np.ndarray:
+def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes of a file. Raises ValueError where it ends before them."""
-    found = empty((size,), np.uint8)
+    found = reuse_memory((size,), np.uint8)
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         left = memoryview(found)
@@ -58,7 +58,7 @@ def read(path: Path, start: int, size: int) -> np.ndarray:
     return found
 
 
-def whole(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int) -> bytes:
     """A small file's bytes. Raises ValueError where it has more than `most`, or may be waited for, as a pipe is."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
@@ -69,7 +69,7 @@ def whole(path: Path, most: int) -> bytes:
     return data
 
 
-def reserve(file: BinaryIO, size: int) -> None:
+def reserve_disk(file: BinaryIO, size: int) -> None:
     """Has the disk set `size` bytes aside for what is written next, where its file system can.
 
     Raises OSError where it has no room. Writing to ext4 then takes a third of the time.
@@ -83,16 +83,16 @@ def reserve(file: BinaryIO, size: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def contiguous(array: np.ndarray) -> np.ndarray:
+def contiguous_copy(array: np.ndarray) -> np.ndarray:
     """The array itself if it is in C order, else a copy that is."""
     if array.flags.c_contiguous:
         return array
-    copy = empty(array.shape, array.dtype)
-    fill(copy, array)
+    copy = reuse_memory(array.shape, array.dtype)
+    copy_array(copy, array)
     return copy
 
 
-def fill(target: np.ndarray, source: np.ndarray) -> None:
+def copy_array(target: np.ndarray, source: np.ndarray) -> None:
     """Copies `source` into `target`, which is in C order, cast to its dtype."""
     if source.dtype == target.dtype:  # of integers NumPy lets other threads run meanwhile
         bits = np.dtype(f"u{source.itemsize}")

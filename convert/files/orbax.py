@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from gemma2_jax.convert.files.memory import Index, contiguous, reserve
+from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.model.gemma2 import Abstract
 
@@ -107,7 +107,7 @@ class Reader:
         return store
 
     def _damaged(self, path: str, error: Exception) -> ValueError:
-        return ValueError(f"{self._folder}: {path} is damaged ({first_line(error)}); copy it again")
+        return ValueError(f"{self._folder}: {path} is damaged ({error_summary(error)}); copy it again")
 
 
 def _check_files(folder: Path) -> None:
@@ -174,12 +174,12 @@ class Writer:
         want, dim = self._shapes[path], int(_stacked(path))
         rows, span = rows_at_once(want, _stacked(path)), range(want.shape[dim])[index[dim]]
         assert span.start % rows == 0 and (span.stop % rows == 0 or span.stop == want.shape[dim])
-        part = contiguous(part[0] if dim else part)
+        part = contiguous_copy(part[0] if dim else part)
         for at in range(0, len(part), rows):
             numbers = [index[0].start] * dim + [(span.start + at) // rows] + [0] * (len(want.shape) - dim - 1)
             with (self._folder / _name(path) / ".".join(map(str, numbers))).open("wb") as file:
                 chunk = part[at : at + rows]
-                reserve(file, chunk.nbytes)
+                reserve_disk(file, chunk.nbytes)
                 file.write(chunk.reshape(-1).view(np.uint8))
                 if len(chunk) < rows:  # the last one is filled up
                     file.write(bytes((rows - len(chunk)) * chunk[0].nbytes))
@@ -193,6 +193,6 @@ def _name(path: str) -> str:
     return path.replace("/", ".")
 
 
-def first_line(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """What a library said, in short."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -103,7 +103,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Persistent:
-    """What a pickle refers to and does not hold; for `dumps`."""
+    """What a pickle refers to and does not hold; for `dump_pickle`."""
 
     key: Any
 
@@ -112,7 +112,7 @@ class _Malformed(Exception):
     """What the pickle does makes no sense; the message says what."""
 
 
-def loads(
+def load_pickle(
     data: bytes,
     source: object,
     persistent: Callable[[Any], Any] | None = None,
@@ -362,8 +362,8 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
 }
 
 
-def dumps(content: Any, other: Callable[[Any], Any] | None = None) -> bytes:
-    """A pickle of protocol 2, which torch's restricted unpickler reads, of what `loads` gives.
+def dump_pickle(content: Any, other: Callable[[Any], Any] | None = None) -> bytes:
+    """A pickle of protocol 2, which torch's restricted unpickler reads, of what `load_pickle` gives.
 
     Args:
       other: what is to be written in place of an object that is none of those.

@@ -61,7 +61,7 @@ class Tensors:
         shape, dtype = self.shapes[name], self.dtypes[name]
         rows = range(shape[0])[index[0]]
         row = math.prod(shape[1:]) * dtype.itemsize
-        found = memory.read(path, start + rows.start * row, len(rows) * row)
+        found = memory.read_bytes(path, start + rows.start * row, len(rows) * row)
         return found.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
 
     def _open(self, path: Path) -> None:
@@ -96,7 +96,7 @@ def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, di
         header = file.read(size)
     try:
         # Of a name that is there twice the library may have checked the other one.
-        entries = json.loads(header, object_pairs_hook=_once)
+        entries = json.loads(header, object_pairs_hook=_unique_keys)
         found = {name: entries[name] for name in shapes}
         agree = all((at["dtype"], tuple(at["shape"])) == (dtypes[name], shapes[name]) for name, at in found.items())
         starts = {name: at["data_offsets"][0] for name, at in found.items()}
@@ -107,7 +107,7 @@ def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, di
     return size, starts
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
     return found
@@ -126,7 +126,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file when it is missing or something else."""
     try:
-        content = json.loads(memory.whole(path, _JSON_BYTES).decode())
+        content = json.loads(memory.read_bounded(path, _JSON_BYTES).decode())
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; copy it beside the weights") from error
     except (ValueError, RecursionError) as error:
@@ -141,7 +141,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def write(
+def write_safetensors(
     folder: Path,
     stem: str,
     wanted: dict[str, jax.ShapeDtypeStruct],
@@ -189,12 +189,12 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        memory.reserve(file, 8 + len(text) + end)
+        memory.reserve_disk(file, 8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
         for name, want in wanted.items():
             left = math.prod(want.shape) * want.dtype.itemsize
             while left:
-                part = memory.contiguous(next(stream))
+                part = memory.contiguous_copy(next(stream))
                 assert part.dtype == want.dtype and part.shape[1:] == want.shape[1:] and part.nbytes <= left, name
                 file.write(part.reshape(-1).view(np.uint8))
                 left -= part.nbytes

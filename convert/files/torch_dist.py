@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gemma2_jax.convert.files import memory, pickles, torch_files
-from gemma2_jax.convert.files.memory import Index, reserve
+from gemma2_jax.convert.files.memory import Index, reserve_disk
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.torch_files import Stored
 
@@ -57,11 +57,11 @@ class TorchDist:
         self._listed, self._checked = dict[str, list[Any]](), dict[str, _Chunks]()
         path = folder / METADATA
         try:
-            data = memory.whole(path, _METADATA_BYTES)
+            data = memory.read_bounded(path, _METADATA_BYTES)
         except (ValueError, FileNotFoundError) as error:
             state = "missing" if isinstance(error, FileNotFoundError) else f"no checkpoint's metadata ({error})"
             raise ValueError(f"{path} is {state}; copy the whole checkpoint again") from error
-        match pickles.loads(data, path):
+        match pickles.load_pickle(data, path):
             case Record(state={"state_dict_metadata": dict(entries), "storage_data": dict(storage)}):
                 for name, entry in entries.items():
                     self._list(name, entry)
@@ -80,7 +80,7 @@ class TorchDist:
                 self.shapes[name], self.dtypes[name] = size, dtype
                 self._listed[name] = chunks
             case _:
-                raise _strange(self.folder / METADATA)
+                raise _unknown_entry(self.folder / METADATA)
 
     def _check_apart(self) -> None:
         """Raises ValueError where two entries share bytes of a file."""
@@ -114,7 +114,7 @@ class TorchDist:
         return whole
 
     def object(self, name: str) -> Any:
-        """An object's content, as `torch_files.load` gives it."""
+        """An object's content, as `torch_files.load_torch` gives it."""
         return self._load(self._place(name, None))
 
     def _stored(self, name: str, chunks: _Chunks, number: int) -> Stored:
@@ -126,7 +126,7 @@ class TorchDist:
         return stored
 
     def _load(self, place: _Place) -> Any:
-        return torch_files.load(self.folder / place.file, place.offset, place.length)
+        return torch_files.load_torch(self.folder / place.file, place.offset, place.length)
 
     def _place(self, name: str, offset: _Sizes | None) -> _Place:
         place = self._places.get((name, offset))
@@ -169,7 +169,7 @@ def _is_sizes(x: Any) -> bool:
     return sizes and math.prod(max(size, 1) for size in x) < 1 << 56
 
 
-def _strange(path: Path) -> ValueError:
+def _unknown_entry(path: Path) -> ValueError:
     return ValueError(f"{path} has an entry of an unknown kind, or is damaged; copy it again")
 
 
@@ -177,7 +177,7 @@ def _chunk(chunk: Any, path: Path) -> tuple[_Sizes, _Sizes]:
     match chunk:
         case Record(state={"offsets": offsets, "sizes": sizes}) if _is_sizes(sizes) and _is_sizes(offsets):
             return offsets, sizes
-    raise _strange(path)
+    raise _unknown_entry(path)
 
 
 def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], _Place]:
@@ -191,7 +191,7 @@ def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], 
             at = index.get("offset")
             if offset >= 0 and length >= 0 and (at is None or _is_sizes(at)):
                 return (name, at), _Place(file, offset, length, not place.get("transform_descriptors"))
-    raise _strange(path)
+    raise _unknown_entry(path)
 
 
 def _index(start: np.ndarray, stop: np.ndarray) -> Index:
@@ -247,7 +247,7 @@ class TorchDistWriter:
         if self._file:
             self._file.close()
         if kind is None:
-            (self.folder / METADATA).write_bytes(pickles.dumps(self._metadata()))
+            (self.folder / METADATA).write_bytes(pickles.dump_pickle(self._metadata()))
 
     def chunk(self, name: str, shape: _Sizes, offsets: _Sizes, array: Any) -> None:
         """Writes the part of a tensor of `shape` that starts at `offsets`: an array, or an object as `save` takes."""
@@ -269,8 +269,8 @@ class TorchDistWriter:
             self._files += 1
         start = self._file.tell()
         if hasattr(content, "nbytes"):
-            reserve(self._file, content.nbytes)
-        torch_files.save(self._file, content)
+            reserve_disk(self._file, content.nbytes)
+        torch_files.save_torch(self._file, content)
         info = {"relative_path": Path(self._file.name).name, "offset": start, "length": self._file.tell() - start}
         key = _record(_METADATA + "MetadataIndex", index)
         self._storage[key] = _record(_FILESYSTEM + "_StorageInfo", info)

@@ -46,7 +46,7 @@ class _Storage:
 
     def read(self, start: int, size: int) -> np.ndarray:
         """Some of its bytes; the checksum can be compared where it is all of them."""
-        buffer = memory.read(self.path, self.start + start, size)
+        buffer = memory.read_bytes(self.path, self.start + start, size)
         if self.crc and size == self.size and zlib.crc32(buffer) != self.crc:
             raise ValueError(f"{self.path} is damaged: {self.name} does not have its checksum; copy it again")
         return buffer
@@ -83,7 +83,7 @@ class Stored:
         return np.asarray(part, order="C")
 
 
-def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
+def load_torch(path: Path, offset: int = 0, length: int | None = None) -> Any:
     """The content of a file, or of an archive within one, with a `Stored` for each tensor and `Record`s for objects.
 
     Raises ValueError where it is damaged or no such file, naming what is wrong.
@@ -96,7 +96,7 @@ def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
             data = archive.bytes("data.pkl")
             if "byteorder" in archive.entries and archive.bytes("byteorder") != b"little":
                 raise ValueError(f"{path} was written on a big-endian machine; save it again on another one")
-            return pickles.loads(
+            return pickles.load_pickle(
                 data,
                 path,
                 archive.storage,
@@ -139,7 +139,7 @@ class _Archive:
     def read(self, at: int, size: int) -> bytes:
         if not 0 <= at <= self.length - size:
             raise self.damaged("its archive points outside itself")
-        return memory.read(self.path, self.offset + at, size).tobytes()
+        return memory.read_bytes(self.path, self.offset + at, size).tobytes()
 
     def _directory(self) -> dict[str, _Entry]:
         at, size, count = self._end()
@@ -274,8 +274,8 @@ class _Archive:
         return args[0]
 
 
-def save(file: BinaryIO, content: Any) -> None:
-    """Writes what `load` gives where `file` stands: an archive that torch.load reads, with weights_only=True too.
+def save_torch(file: BinaryIO, content: Any) -> None:
+    """Writes what `load_torch` gives where `file` stands: an archive that torch.load reads, with weights_only=True too.
 
     Tensors are numpy arrays, or objects that have .shape, .dtype and .read(), which gives one: these are read one by
     one, as they are written.
@@ -294,7 +294,7 @@ def save(file: BinaryIO, content: Any) -> None:
         return Record("torch._utils._rebuild_tensor_v2", (storage, 0, shape, strides, False, hooks))
 
     archive = _Writer(file)
-    archive.add("data.pkl", pickles.dumps(content, tensor))
+    archive.add("data.pkl", pickles.dump_pickle(content, tensor))
     archive.add("byteorder", b"little")
     for number, x in enumerate(arrays):
         array = x if isinstance(x, np.ndarray) else x.read()

@@ -46,10 +46,10 @@ def model_config(hf: dict[str, Any], source: object = "config.json") -> ModelCon
             f"{source}: model_type is {reprlib.repr(hf.get('model_type'))}; this program has 'gemma2' only"
         )
     activation = "hidden_activation" if "hidden_activation" in hf else "hidden_act"
-    _check(source, activation, need(hf, activation, source), ("gelu_pytorch_tanh",))
+    _check(source, activation, require_field(hf, activation, source), ("gelu_pytorch_tanh",))
     for key, accepted in _FIXED.items():
         _check(source, key, hf.get(key, accepted[0]), accepted)
-    values = {field: need(hf, key, source) for field, key in FIELDS.items()}
+    values = {field: require_field(hf, key, source) for field, key in FIELDS.items()}
     for field, value in values.items():
         if not isinstance(value, int | float) and not (value is None and field.endswith("_softcap")):
             raise ValueError(f"{source}: {FIELDS[field]} is {reprlib.repr(value)}; it must be a number")
@@ -82,7 +82,7 @@ def hf_config(config: ModelConfig, dtype: str, original: dict[str, Any] | None =
     return _TOKENS | {"initializer_range": 0.02, "use_cache": True} | (original or {}) | ours
 
 
-def need(hf: dict[str, Any], key: str, source: object) -> Any:
+def require_field(hf: dict[str, Any], key: str, source: object) -> Any:
     """A key's value. Raises ValueError naming it when it is missing."""
     if key not in hf:
         raise ValueError(f"{source} lacks {key}; add the model's own value, it is never guessed")

@@ -18,7 +18,7 @@ import numpy as np
 
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files import torch_files
-from gemma2_jax.convert.files.memory import Index, Shapes, empty
+from gemma2_jax.convert.files.memory import Index, Shapes, reuse_memory
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.torch_dist import METADATA, TorchDist
@@ -77,7 +77,7 @@ class Fused:
         sizes = [len(part) for part in parts]
         groups, spans = self.groups(sizes, kv_heads, 1)
         inner = parts[0].shape[1:]
-        whole = empty((sum(sizes), *inner), parts[0].dtype)
+        whole = reuse_memory((sum(sizes), *inner), parts[0].dtype)
         for part, (start, stop) in zip(parts, spans, strict=True):
             whole.reshape(groups, -1, *inner)[:, start:stop] = part.reshape(groups, stop - start, *inner)
         return whole
@@ -331,7 +331,7 @@ def _prefix(names: Iterable[str]) -> str:
 
 def _common(folder: Path, store: TorchDist) -> dict[str, Any]:
     if (folder / "common.pt").is_file():
-        content = torch_files.load(folder / "common.pt")
+        content = torch_files.load_torch(folder / "common.pt")
     else:
         names = [name for name in store.objects if name.startswith("common_state/")]
         content = store.object(names[0]) if names else {}
@@ -382,7 +382,7 @@ def _open_legacy(folder: Path) -> Opened:
                 layers.add(int(layer[1]))
                 whole = name.replace(f".{layer[1]}.", f".{first + int(layer[1])}.", 1)
             if not name.endswith("_extra_state"):
-                tensors[whole] = _of_ranks(name, shares, folder)
+                tensors[whole] = _rank_files(name, shares, folder)
         first += 1 + max(layers, default=-1)
     keys = {key for rank in content.values() for key in rank}
     ignored = keys - {"args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", *chunks}
@@ -400,7 +400,7 @@ def _open_legacy(folder: Path) -> Opened:
 def _rank(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy it, or the whole checkpoint, again")
-    content = torch_files.load(path)
+    content = torch_files.load_torch(path)
     if not isinstance(content, dict) or not _virtual_stages(content):
         raise ValueError(f"{path} holds no model; copy it again")
     version = content.get("checkpoint_version")
@@ -422,7 +422,7 @@ def _state(content: dict[str, Any], chunk: str, path: Path) -> dict[str, Any]:
     return state
 
 
-def _of_ranks(name: str, shares: list[dict[str, Any]], folder: Path) -> Tensor:
+def _rank_files(name: str, shares: list[dict[str, Any]], folder: Path) -> Tensor:
     parts = tuple(share.get(name) for share in shares)
     if not all(isinstance(part, torch_files.Stored) for part in parts):
         raise ValueError(f"{folder}: {name} is not a tensor of every tensor-parallel rank; copy the checkpoint again")
@@ -458,11 +458,11 @@ def adapter_fusings(opened: Opened) -> tuple[tuple[Fused, ...], list[str]]:
     found, projections = list[Fused](), list[str]()
     for module, (parts, _) in _MODULES.items():
         if f"{module}.adapter.linear_in.weight" in names:
-            found += adapter_fused(module, list(parts), dora=dora, canonical=False)
+            found += fuse_adapter(module, list(parts), dora=dora, canonical=False)
             projections += parts
         apart = [name for name, own in parts.items() if f"{module}.adapter.adapter_{own}.linear_in.weight" in names]
         if apart:
-            found += adapter_fused(module, apart, dora=False, canonical=True)
+            found += fuse_adapter(module, apart, dora=False, canonical=True)
             projections += apart
     return tuple(found), projections
 
@@ -474,10 +474,10 @@ def is_adapter(opened: Opened) -> bool:
 
 def adapter_tensors(opened: Opened, fusings: tuple[Fused, ...], adapter: AdapterConfig, model: ModelConfig) -> Tensors:
     """The adapter's tensors by PEFT's names. Raises ValueError as `model_tensors` does."""
-    return _split(opened, fusings, table.their_shapes(table.rows(adapter), model, adapter.rank), model)
+    return _split(opened, fusings, table.their_shapes(table.table_rows(adapter), model, adapter.rank), model)
 
 
-def adapter_fused(module: str, projections: list[str], *, dora: bool, canonical: bool) -> list[Fused]:
+def fuse_adapter(module: str, projections: list[str], *, dora: bool, canonical: bool) -> list[Fused]:
     """The tensors of a module's adapter; canonical ones have an A of each projection."""
     own, rows = _MODULES[module]
     parts = {name: table.adapter_rows(name) for name in projections}
@@ -518,21 +518,21 @@ def _split(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, model: Mo
         groups, spans = fused.groups(sizes, model.kv_heads, ranks)
         for part, (start, stop) in zip(parts, spans, strict=True):
             found[part] = tensor if (start, stop) == (0, rows) else _Part(tensor, groups, start, stop)
-    table.claim(expected, {name: tensor.shape for name, tensor in opened.tensors.items()}, opened.folder)
+    table.claim_tensors(expected, {name: tensor.shape for name, tensor in opened.tensors.items()}, opened.folder)
     return Tensors(found)
 
 
-def adapter_written(adapter: AdapterConfig, *, canonical: bool) -> tuple[Fused, ...]:
+def written_adapter(adapter: AdapterConfig, *, canonical: bool) -> tuple[Fused, ...]:
     """The tensors of an adapter's checkpoint."""
-    wanted, dora = table.targets(adapter), adapter.kind == "dora"
+    wanted, dora = table.match_targets(adapter), adapter.kind == "dora"
     modules = {module: [name for name in parts if name in wanted] for module, (parts, _) in _MODULES.items()}
-    found = (adapter_fused(module, names, dora=dora, canonical=canonical) for module, names in modules.items() if names)
+    found = (fuse_adapter(module, names, dora=dora, canonical=canonical) for module, names in modules.items() if names)
     return tuple(itertools.chain.from_iterable(found))
 
 
-def must_share(adapter: AdapterConfig) -> list[list[str]]:
+def shared_tensors(adapter: AdapterConfig) -> list[list[str]]:
     """The projections that have one A where adapters are fused, of which an adapter must then have all."""
-    wanted = table.targets(adapter)
+    wanted = table.match_targets(adapter)
     return [list(parts) for parts, _ in _MODULES.values() if len(parts) > 1 and not set(wanted).isdisjoint(parts)]
 
 

@@ -147,7 +147,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """A run_config.yaml as plain values. Tags other than YAML's own are refused, and nothing is instantiated."""
     try:
-        tree = yaml.load(memory.whole(path, _BYTES).decode(), _Loader)
+        tree = yaml.load(memory.read_bounded(path, _BYTES).decode(), _Loader)
     except Exception as error:  # PyYAML's constructors raise whatever a malformed value leads them to
         problem = str(error) or type(error).__name__
         raise ValueError(f"{path} is no run_config.yaml that this program reads: {problem}") from error
@@ -189,7 +189,7 @@ def model_config(run: dict[str, Any], source: object = "run_config.yaml") -> Mod
         raise ValueError(f"{source}: {error}") from error
 
 
-def parallel(run: dict[str, Any], source: object = "run_config.yaml") -> tuple[int, int]:
+def parallel_sizes(run: dict[str, Any], source: object = "run_config.yaml") -> tuple[int, int]:
     """The tensor and pipeline parallelism that a checkpoint was saved at."""
     model = _section(run, "model", source)
     keys = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -251,7 +251,7 @@ def run_config(
     """
     if model.window == _BRIDGE_WINDOW + 1:
         raise ValueError(f"model.window {model.window} cannot be told from {model.window - 1} in a run_config.yaml")
-    theirs = {key: _short(getattr(model, field)) for field, key in _FIELDS.items()}
+    theirs = {key: _shorten(getattr(model, field)) for field, key in _FIELDS.items()}
     theirs |= {
         "_target_": _PROVIDER,
         "window_size": [model.window - 1, 0],  # back and ahead of a token, without itself
@@ -283,7 +283,7 @@ def run_config(
     return run
 
 
-def common(iteration: int = 0) -> dict[str, Any]:
+def common_state(iteration: int = 0) -> dict[str, Any]:
     """The content of common.pt."""
     # The flags say how keys are made of layers and of optimizer state: stacked, and without a prefix.
     flags = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -301,11 +301,11 @@ def train_state(step: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def args_of(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[str, Any]:
+def megatron_args(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[str, Any]:
     """Megatron-LM's arguments for a model, which have no word for its softcaps, its window and its activation."""
     fixed = {_ARGS_NAMES.get(key, key): _FIXED[key][0] for key in _ARGS_FIXED}
     return fixed | {
-        **{_FIELDS[field]: _short(getattr(model, field)) for field in _ARGS_FIELDS},
+        **{_FIELDS[field]: _shorten(getattr(model, field)) for field in _ARGS_FIELDS},
         "group_query_attention": True,
         "swiglu": True,  # gate and up in fc1; there is no argument for Gemma 2's activation between them
         "add_position_embedding": True,  # as Megatron-LM has it beside RoPE
@@ -379,7 +379,7 @@ def _window(model: dict[str, Any], source: object) -> int:
 
 
 def _peft(adapter: AdapterConfig, canonical: bool) -> dict[str, Any]:
-    projections = table.targets(adapter)
+    projections = table.match_targets(adapter)
     if canonical and adapter.kind == "dora":
         raise ValueError("Megatron-Bridge's DoRA has one A for q, k and v, and one for gate and up; use LoRA")
     modules = []
@@ -401,7 +401,7 @@ def _peft(adapter: AdapterConfig, canonical: bool) -> dict[str, Any]:
         "_target_": kind,
         "dim": adapter.rank,
         # Theirs is scaled by alpha / dim always.
-        "alpha": _short(adapter.scale * adapter.rank if adapter.rslora else adapter.alpha),
+        "alpha": _shorten(adapter.scale * adapter.rank if adapter.rslora else adapter.alpha),
         "dropout": adapter.dropout,
         "dropout_position": "pre",
         "target_modules": modules,
@@ -447,6 +447,6 @@ def _torch(dtype: DType) -> dict[str, Any]:
     return {"_target_": f"torch.{dtype}", "_call_": False}
 
 
-def _short(value: float | None) -> float | None:
+def _shorten(value: float | None) -> float | None:
     """Whole numbers without a point, as theirs are."""
     return int(value) if value is not None and value == int(value) else value

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.formats.hf_config import need
+from gemma2_jax.convert.formats.hf_config import require_field
 
 # Where an adapter is added is no choice of PEFT's: this key stands in our own folders only.
 _AFTER_NORM = "gemma2_jax_after_norm"
@@ -35,7 +35,7 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
     for key in ("use_rslora", "use_dora", _AFTER_NORM):
         if peft.get(key) not in (True, False, None):
             raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
-    rank, alpha = need(peft, "r", source), need(peft, "lora_alpha", source)
+    rank, alpha = require_field(peft, "r", source), require_field(peft, "lora_alpha", source)
     if peft.get("init_lora_weights") not in _STARTS:
         raise ValueError(
             f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed "
@@ -76,7 +76,7 @@ def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dic
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         "use_dora": adapter.kind == "dora",
-        "target_modules": [table.PROJECTIONS[name].name.split(".")[-2] for name in table.targets(adapter)],
+        "target_modules": [table.PROJECTIONS[name].name.split(".")[-2] for name in table.match_targets(adapter)],
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

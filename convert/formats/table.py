@@ -17,7 +17,7 @@ from einops import rearrange
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert.files.memory import Index, Shapes, fill
+from gemma2_jax.convert.files.memory import Index, Shapes, copy_array
 
 HEAD = "lm_head.weight"  # Hugging Face's output matrix: Gemma 2's is the embedding, so that no row has it
 
@@ -78,7 +78,7 @@ class Row:
             return layer(self.name.format(L=spans["L"].start))[None].astype(dtype, copy=False)
         ours = np.empty([len(span) for span in spans.values()], dtype)
         for at, number in enumerate(spans["L"]):
-            fill(ours[at], layer(self.name.format(L=number)))
+            copy_array(ours[at], layer(self.name.format(L=number)))
         return ours
 
     def theirs(self, ours: np.ndarray) -> np.ndarray:
@@ -128,14 +128,14 @@ def adapter_rows(projection: str) -> dict[str, Row]:
     }
 
 
-def targets(adapter: AdapterConfig) -> list[str]:
+def match_targets(adapter: AdapterConfig) -> list[str]:
     """The projections that have an adapter."""
     if adapter.kind == "none":
         return []
     return [name for name in PROJECTIONS if any(fnmatch.fnmatch(name, target) for target in adapter.targets)]
 
 
-def adapted(found: Iterable[str]) -> list[str]:
+def adapted_rows(found: Iterable[str]) -> list[str]:
     """The projections of which an adapter's array is found, by our path or by PEFT's name with {L} for the layer."""
     names = set(found)
     return [
@@ -145,11 +145,11 @@ def adapted(found: Iterable[str]) -> list[str]:
     ]
 
 
-def rows(adapter: AdapterConfig) -> tuple[Row, ...]:
+def table_rows(adapter: AdapterConfig) -> tuple[Row, ...]:
     """The rows of a model's adapters."""
     return tuple(
         row
-        for projection in targets(adapter)
+        for projection in match_targets(adapter)
         for part, row in adapter_rows(projection).items()
         if part != "m" or adapter.kind == "dora"
     )
@@ -157,16 +157,18 @@ def rows(adapter: AdapterConfig) -> tuple[Row, ...]:
 
 def our_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
     """Our arrays of these rows, by path."""
-    return {row.path: dims.shape(row.letters, config, rank) for row in rows}
+    return {row.path: dims.weight_shape(row.letters, config, rank) for row in rows}
 
 
 def their_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
     """Their tensors of these rows, by name."""
-    shapes = {row.name: tuple(math.prod(dims.shape(group, config, rank)) for group in row.groups) for row in rows}
+    shapes = {
+        row.name: tuple(math.prod(dims.weight_shape(group, config, rank)) for group in row.groups) for row in rows
+    }
     return {name: shapes[row.name] for row in rows for name in row.names(config.layers)}
 
 
-def claim(expected: Shapes, found: Mapping[str, tuple[int, ...]], source: object) -> None:
+def claim_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], source: object) -> None:
     """Raises ValueError unless what was found in `source` is what the rows expect, naming the tensors."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -188,7 +190,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def check_tied(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Index], np.ndarray], source: object) -> None:
+def check_tied_head(
+    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Index], np.ndarray], source: object
+) -> None:
     """Raises ValueError unless an output matrix that a checkpoint has is the embedding, as in Gemma 2."""
     if HEAD not in shapes:
         return
@@ -208,9 +212,11 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     """Our weights by path, of a Hugging Face state dict held in memory. Raises ValueError naming what is wrong."""
     source = "the state dict"
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != HEAD}
-    claim(their_shapes(MODEL, config), shapes, source)
-    check_tied({name: tensor.shape for name, tensor in tensors.items()}, lambda name, at: tensors[name][at], source)
-    size = dims.sizes(config)
+    claim_tensors(their_shapes(MODEL, config), shapes, source)
+    check_tied_head(
+        {name: tensor.shape for name, tensor in tensors.items()}, lambda name, at: tensors[name][at], source
+    )
+    size = dims.dim_sizes(config)
     return {
         row.path: row.join(
             size,
@@ -224,5 +230,5 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
 
 def to_hf(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """A Hugging Face state dict, of our weights by path. Raises ValueError naming what is wrong."""
-    claim(our_shapes(MODEL, config), {path: w.shape for path, w in weights.items()}, "the model")
+    claim_tensors(our_shapes(MODEL, config), {path: w.shape for path, w in weights.items()}, "the model")
     return {name: tensor for row in MODEL for name, tensor in row.split(np.asarray(weights[row.path]))}

@@ -27,7 +27,7 @@ _FAREWELL_SECONDS = 10  # for which JAX's service outlasts the first failure; wi
 _SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
 
 
-def keep_alive(link: socket.socket) -> None:
+def enable_keepalive(link: socket.socket) -> None:
     """Has the kernel end a connection whose other host does not answer any more."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
@@ -54,7 +54,7 @@ class Coordinator:
         await self._over.wait()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        keep_alive(writer.get_extra_info("socket"))
+        enable_keepalive(writer.get_extra_info("socket"))
         try:
             hello = json.loads(await reader.readline())
             index, name = hello["index"], f"process {hello['index']} on {hello['host']} (pid {hello['pid']})"

@@ -1,8 +1,8 @@
 """The processes of one run: which of them this one is, their start, and their common end.
 
-`find` reads flags and environment; `joined` is the time in which the processes belong together. When one of them
-fails, is killed or loses its host, each of the others says which and ends: see `coordinator`. Nothing here divides
-work or data. JAX is imported only where there are several processes.
+`find_place` reads flags and environment; `process_group` is the time in which the processes belong together. When one
+of them fails, is killed or loses its host, each of the others says which and ends: see `coordinator`. Nothing here
+divides work or data. JAX is imported only where there are several processes.
 """
 
 import atexit
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, keep_alive
+from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
 from gemma2_jax.config import HostsConfig
 
 PATIENCE_SECONDS = 300  # for all processes to come
@@ -45,7 +45,7 @@ class Place:
         return f"{self.count} processes, found from {self.source}"
 
 
-def find(config: HostsConfig, environment: Mapping[str, str]) -> Place:
+def find_place(config: HostsConfig, environment: Mapping[str, str]) -> Place:
     """This process's place: flags before JAX's variables before a launcher's; alone where none speaks of others.
 
     Raises ValueError where they say only a part.
@@ -149,17 +149,17 @@ def _port(job: str) -> int:
 
 
 @contextlib.contextmanager
-def joined(config: HostsConfig) -> Iterator[None]:
+def process_group(config: HostsConfig) -> Iterator[None]:
     """The time in which the processes of a run belong together. JAX must not have looked for devices before.
 
     Raises ValueError where this process's place is unclear, and OSError where the others cannot be met. When another
     process fails in that time, this one ends.
     """
-    place = find(config, os.environ)
+    place = find_place(config, os.environ)
     if place.count == 1:
         yield
         return
-    with _coordinator(place), _meet(place) as link:
+    with _run_coordinator(place), _connect_coordinator(place) as link:
         import jax
 
         jax.config.update("jax_enable_preemption_service", False)  # which takes SIGTERM, and then goes on
@@ -179,17 +179,17 @@ def joined(config: HostsConfig) -> Iterator[None]:
             yield
             jax.distributed.shutdown()
         except BaseException as error:
-            if _is_echo(error):
+            if _is_peer_failure(error):
                 watch.join(SILENCE_SECONDS + 5)  # until which the one that failed has been told of
             interrupted = isinstance(error, KeyboardInterrupt)
             link.leave("was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}")
-            _end_soon(130 if interrupted else 1)
+            _schedule_exit(130 if interrupted else 1)
             raise
         link.leave()
 
 
 @contextlib.contextmanager
-def first(what: str) -> Iterator[None]:
+def process_zero_first(what: str) -> Iterator[None]:
     """Process 0 carries out the block before the others begin it, and find what it wrote."""
     from jax._src import distributed
 
@@ -202,7 +202,7 @@ def first(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _coordinator(place: Place) -> Iterator[None]:
+def _run_coordinator(place: Place) -> Iterator[None]:
     """The coordinator's process, if this is process 0."""
     if place.index != 0:
         yield
@@ -236,7 +236,7 @@ class _Link:
 
     def __init__(self, link: socket.socket, place: Place):
         self._link, self._lines, self._left = link, link.makefile(), False
-        keep_alive(link)
+        enable_keepalive(link)
         self._send(index=place.index, count=place.count, host=socket.gethostname(), pid=os.getpid())
         hello = self._receive() or {"verdict": "it ended"}
         if "verdict" in hello:
@@ -271,7 +271,7 @@ def _host(place: Place) -> str:
 
 
 @contextlib.contextmanager
-def _meet(place: Place) -> Iterator[_Link]:
+def _connect_coordinator(place: Place) -> Iterator[_Link]:
     """Waits until all processes are there."""
     address, deadline = _host(place).strip("[]"), time.monotonic() + PATIENCE_SECONDS
     if place.index == 0:
@@ -294,7 +294,7 @@ def _meet(place: Place) -> Iterator[_Link]:
             link.shutdown(socket.SHUT_WR)
 
 
-def _is_echo(error: BaseException | None) -> bool:
+def _is_peer_failure(error: BaseException | None) -> bool:
     """Whether this is what a collective raises when another process is gone: anything of XLA's but lack of memory."""
     from jax.errors import JaxRuntimeError
 
@@ -305,7 +305,7 @@ def _is_echo(error: BaseException | None) -> bool:
     return False
 
 
-def _end_soon(status: int) -> None:
+def _schedule_exit(status: int) -> None:
     """Lets this process print its error, and ends it even if a thread of it waits for the others."""
 
     def end() -> None:

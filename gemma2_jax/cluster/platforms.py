@@ -12,25 +12,25 @@ import sys
 from collections.abc import Iterator
 
 
-def settle() -> None:
+def choose_platform() -> None:
     """Imports JAX; where it has a CUDA plugin and the machine no CUDA driver, for the CPU, and says so."""
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     plugged = importlib.util.find_spec("jax_plugins") and any(map(importlib.util.find_spec, plugins))
     if os.environ.get("JAX_PLATFORMS") or not plugged or _has_driver():
         return
     print("this machine has no CUDA driver (libcuda.so.1): computing on CPU", file=sys.stderr)
-    on_cpu()
+    import_jax_on_cpu()
 
 
-def on_cpu() -> None:
+def import_jax_on_cpu() -> None:
     """Imports JAX for the CPU, without what a CUDA plugin says of a machine that has no GPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    with quiet():
+    with silence_stderr():
         import jax  # noqa: F401
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_stderr() -> Iterator[None]:
     """Keeps what C++ writes to standard error from being seen."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -84,7 +84,7 @@ class EvalBatches:
             raise IndexError(index)
         share = _share(self.batch_size, self.share_count)
         first = index * self.batch_size + self.share_index * share
-        blank = packing.blank(self.rows.length)
+        blank = packing.empty_batch(self.rows.length)
         rows = [self.rows[row] if row < len(self.rows) else blank for row in range(first, first + share)]
         return {name: np.stack([row[name] for row in rows]) for name in blank}
 
@@ -154,8 +154,8 @@ def _rows(
     cache: Path,
     share_index: int,
 ) -> packing.Rows:
-    store = encoding.build(data, split, tokenizer, cache, show=share_index == 0)
-    return packing.pack(store, length=length, packing=data.packing, cut=data.kind == "text", seed=data.seed)
+    store = encoding.build_store(data, split, tokenizer, cache, show=share_index == 0)
+    return packing.pack_documents(store, length=length, packing=data.packing, cut=data.kind == "text", seed=data.seed)
 
 
 def _summary(rows: packing.Rows) -> str:

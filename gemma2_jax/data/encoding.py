@@ -76,7 +76,7 @@ def gemma_chat_template() -> str:
     return (Path(__file__).parent / "gemma_chat_template.jinja").read_text(encoding="utf-8")
 
 
-def encode(
+def encode_example(
     examples: Sequence[sources.Example], tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Of each document, its tokens from <bos> to <eos>, and which of them count in the loss when predicted.
@@ -87,7 +87,7 @@ def encode(
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(bos, int) and isinstance(eos, int)  # load_tokenizer made sure
-    documents = [_pieces(example, tokenizer) for example in examples]
+    documents = [_example_pieces(example, tokenizer) for example in examples]
     texts = [text for pieces in documents for text, _ in pieces]
     ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
     for example, pieces in zip(examples, documents, strict=True):
@@ -105,7 +105,7 @@ def encode(
         yield [*tokens, eos], [*learnt, ends_learnt]
 
 
-def _pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+def _example_pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
     """The document as texts to be encoded apart, and whether each is learnt."""
     if not example.messages:
         return [(example.prompt, False), (example.completion, True)]
@@ -115,12 +115,12 @@ def _pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> l
             "set data.tokenizer to one that has, such as google/gemma-2-2b-it"
         )
     try:
-        return _turns(list(example.messages), tokenizer)
+        return _message_pieces(list(example.messages), tokenizer)
     except (TemplateError, ValueError) as error:
         raise ValueError(f"{example.where}: the chat template does not take these messages: {error}") from error
 
 
-def _turns(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+def _message_pieces(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
     """A conversation as the chat template writes it, divided around what the assistant says.
 
     Learnt is what follows the model's cue, up to the end-of-turn token but not the newline after it, which the
@@ -144,7 +144,7 @@ def _turns(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast")
     return [*pieces, (whole.removeprefix(done), False)]
 
 
-def build(
+def build_store(
     data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", cache: Path, *, show: bool = False
 ) -> Store:
     """The store of one split: the one in `cache` when nothing that it depends on has changed, else a new one.
@@ -162,7 +162,7 @@ def build(
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"{split}-") as folder:
                 written = Path(folder) / "store"
                 try:
-                    _write(written, data, split, tokenizer, show=show)
+                    _write_store(written, data, split, tokenizer, show=show)
                 except OSError as error:
                     raise OSError(
                         f"tokenised data could not be written to {cache} ({error}); make room there, or run elsewhere"
@@ -179,19 +179,19 @@ def build(
     )
 
 
-def _write(
+def _write_store(
     folder: Path, data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", *, show: bool
 ) -> None:
     folder.mkdir()
     offsets = array("q", [0])
     columns = (TextColumn("documents"), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True, quiet=not show)
-    console.print(f"tokenising {split} data from {sources.source(data, split)}")
+    console.print(f"tokenising {split} data from {sources.open_source(data, split)}")
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with (folder / "tokens").open("wb") as tokens_file, (folder / "learnt").open("wb") as learnt_file, progress:
         task = progress.add_task("", total=None)
-        for examples in itertools.batched(sources.examples(data, split), _TOGETHER):
-            tokens, learnt = zip(*encode(examples, tokenizer), strict=True)
+        for examples in itertools.batched(sources.read_examples(data, split), _TOGETHER):
+            tokens, learnt = zip(*encode_example(examples, tokenizer), strict=True)
             np.fromiter(itertools.chain(*tokens), np.int32).tofile(tokens_file)
             np.fromiter(itertools.chain(*learnt), np.bool_).tofile(learnt_file)
             offsets.extend(itertools.islice(itertools.accumulate(map(len, tokens), initial=offsets[-1]), 1, None))
@@ -206,11 +206,11 @@ def _write(
 
 def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast") -> str:
     """A digest of everything that the tokens of a split depend on."""
-    where = sources.source(data, split)
+    where = sources.open_source(data, split)
     if where == sources.PYTHON_DOCS:
         read: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
     else:
-        read = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.files(where)]
+        read = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.find_files(where)]
     choices = [data.kind, data.text_key, data.prompt_key, data.completion_key, data.prompt_template]
     share = None if data.eval else data.eval_fraction
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]

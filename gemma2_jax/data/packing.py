@@ -45,7 +45,7 @@ class Rows:
         weights (float32) 1 where that counts in the loss, both 0 where there is none; segments (int32) tells the
         row's documents apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
         """
-        arrays = blank(self.length)
+        arrays = empty_batch(self.length)
         at = 0
         for segment, piece in enumerate(range(self.starts[index], self.starts[index + 1]), start=1):
             begin, length = int(self.begins[piece]), int(self.lengths[piece])
@@ -60,7 +60,7 @@ class Rows:
         return arrays
 
 
-def blank(length: int) -> dict[str, np.ndarray]:
+def empty_batch(length: int) -> dict[str, np.ndarray]:
     """A row that is all padding."""
     arrays: dict[str, np.ndarray] = {
         name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")
@@ -68,7 +68,7 @@ def blank(length: int) -> dict[str, np.ndarray]:
     return arrays | {"weights": np.zeros(length, np.float32)}
 
 
-def pack(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> Rows:
+def pack_documents(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> Rows:
     """The rows of a store's documents, whose order is shuffled by `seed`.
 
     With `packing`, documents are cut where a row ends (`cut`) or kept whole; without, each has its own row. A whole
@@ -80,7 +80,7 @@ def pack(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> R
     begins, ends = store.offsets[order], store.offsets[order + 1]
     learnt = int(np.count_nonzero(store.learnt))
     if packing and cut:
-        return _cut(store, begins, ends, length=length, targets=learnt)
+        return _split_documents(store, begins, ends, length=length, targets=learnt)
     long = np.flatnonzero(ends - begins > length)
     keeps = [store.learnt[begins[i] + 1 : begins[i] + length + 1].any() for i in long]
     lost = sum(int(np.count_nonzero(store.learnt[begins[i] + length + 1 : ends[i]])) for i in long)
@@ -89,7 +89,7 @@ def pack(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> R
     if not len(begins):
         raise ValueError(f"every document's learnt tokens begin after the first {length}; raise train.sequence_length")
     lengths = np.minimum(ends - begins, length)
-    row = best_fit(lengths, length) if packing else np.arange(len(lengths))
+    row = plan_rows(lengths, length) if packing else np.arange(len(lengths))
     place = np.argsort(row, kind="stable")
     return Rows(
         store=store,
@@ -105,7 +105,7 @@ def pack(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> R
     )
 
 
-def _cut(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
+def _split_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
     """Documents end to end, a row every `length` tokens: its last target is the next row's first token."""
     lengths = ends - begins
     document_ends = np.cumsum(lengths)  # in the line of documents, as all below until it is said otherwise
@@ -128,7 +128,7 @@ def _cut(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, tar
     )
 
 
-def best_fit(lengths: np.ndarray, length: int) -> np.ndarray:
+def plan_rows(lengths: np.ndarray, length: int) -> np.ndarray:
     """The row of each document, int64, when one after another goes to the open row that it fills best.
 
     At most `_OPEN_ROWS` rows are open; to open another, the fullest is closed. Rows are numbered as they open.

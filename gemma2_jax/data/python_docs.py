@@ -47,7 +47,7 @@ class _Entry:
     doc: str  # the docstring, dedented
 
 
-def documents() -> dict[str, str]:
+def python_documents() -> dict[str, str]:
     """Name -> plain text, in a fixed order: a module's small docstrings joined, long help topics divided."""
     grouped: dict[str, list[str]] = {}
     for entry in _entries():
@@ -61,7 +61,7 @@ def documents() -> dict[str, str]:
     }
 
 
-def instructions() -> dict[str, dict]:
+def python_instructions() -> dict[str, dict]:
     """Name -> {"messages": [user's question, assistant's answer]}, in a fixed order, with no answer twice."""
     found: dict[str, dict] = {}
     answers: set[str] = set()

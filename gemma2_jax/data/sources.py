@@ -37,24 +37,28 @@ class Example:
         return int.from_bytes(digest) < share * 2**64
 
 
-def source(data: DataConfig, split: Split) -> str:
+def open_source(data: DataConfig, split: Split) -> str:
     """The source that the split is read from."""
     return data.eval if split == "eval" and data.eval else data.train
 
 
-def examples(data: DataConfig, split: Split) -> Iterator[Example]:
+def read_examples(data: DataConfig, split: Split) -> Iterator[Example]:
     """The documents of one split, read lazily and in a fixed order.
 
     Raises ValueError naming file and line (JSONL) or file and row (Parquet), both counted from 1, for a document
     that is not as `data` says; and for a source with no files.
     """
-    named = _python_docs(data) if source(data, split) == PYTHON_DOCS else _stored(data, source(data, split))
+    named = (
+        _python_docs(data)
+        if open_source(data, split) == PYTHON_DOCS
+        else _stored_examples(data, open_source(data, split))
+    )
     for name, example in named:
         if data.eval or example.held_out(data.eval_fraction, name) == (split == "eval"):
             yield example
 
 
-def files(pattern: str) -> list[Path]:
+def find_files(pattern: str) -> list[Path]:
     """The JSONL and Parquet files of a file name, directory or glob, sorted; ValueError when there are none."""
     if Path(pattern).is_dir():
         paths = [path for ending in ("jsonl", "parquet") for path in glob.glob(f"{glob.escape(pattern)}/*.{ending}")]
@@ -72,15 +76,15 @@ def files(pattern: str) -> list[Path]:
 
 def _python_docs(data: DataConfig) -> Iterator[tuple[str, Example]]:
     if data.kind == "text":
-        for name, text in python_docs.documents().items():
+        for name, text in python_docs.python_documents().items():
             yield name, Example(where=f"{PYTHON_DOCS}: {name}", completion=text)
     else:
-        for name, record in python_docs.instructions().items():
+        for name, record in python_docs.python_instructions().items():
             yield name, Example(where=f"{PYTHON_DOCS}: {name}", messages=tuple(record["messages"]))
 
 
-def _stored(data: DataConfig, pattern: str) -> Iterator[tuple[str, Example]]:
-    for path in files(pattern):
+def _stored_examples(data: DataConfig, pattern: str) -> Iterator[tuple[str, Example]]:
+    for path in find_files(pattern):
         where = ""
         for where, record in _jsonl(path) if path.suffix == ".jsonl" else _parquet(path):
             yield "", _example(data, where, record)
@@ -122,12 +126,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _example(data: DataConfig, where: str, record: dict) -> Example:
     if data.kind == "text":
-        return Example(where=where, completion=_filled(record, data.text_key, "text_key", where))
+        return Example(where=where, completion=_fill_template(record, data.text_key, "text_key", where))
     if data.prompt_template:
         return Example(
             where=where,
-            prompt=_from_template(data.prompt_template, record, where),
-            completion=_filled(record, data.completion_key, "completion_key", where),
+            prompt=_template_example(data.prompt_template, record, where),
+            completion=_fill_template(record, data.completion_key, "completion_key", where),
         )
     if record.get("messages") is not None:
         return Example(where=where, messages=_messages(record["messages"], where))
@@ -138,7 +142,7 @@ def _example(data: DataConfig, where: str, record: dict) -> Example:
     return Example(
         where=where,
         prompt=_text(record, data.prompt_key, "prompt_key", where),
-        completion=_filled(record, data.completion_key, "completion_key", where),
+        completion=_fill_template(record, data.completion_key, "completion_key", where),
     )
 
 
@@ -150,14 +154,14 @@ def _text(record: dict, key: str, setting: str, where: str) -> str:
     return record[key]
 
 
-def _filled(record: dict, key: str, setting: str, where: str) -> str:
+def _fill_template(record: dict, key: str, setting: str, where: str) -> str:
     text = _text(record, key, setting, where)
     if not text.strip():
         raise ValueError(f"{where}: {key!r} is empty, which leaves nothing to learn; remove the document")
     return text
 
 
-def _from_template(template: str, record: dict, where: str) -> str:
+def _template_example(template: str, record: dict, where: str) -> str:
     try:
         keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
     except ValueError as error:

@@ -21,7 +21,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from gemma2_jax.config import ModelConfig
-from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild, unstack
+from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild_model, unstack_layers
 
 CHUNK = 16  # steps of one call: how long a reader waits, and how rarely the host has work
 PAD = 0  # what a row is filled with once it has stopped
@@ -73,14 +73,14 @@ class Generator:
     """A model laid out for generation: an array per layer, in the dtype it is computed in.
 
     `weights` is emptied on the way, so that one stacked array at a time is held twice. Adapters stay adapters; a step
-    is faster with them merged (`lora.merge`).
+    is faster with them merged (`lora.merge_adapters`).
     """
 
     def __init__(self, graph: nnx.GraphDef, weights: Weights):
-        whole = nnx.eval_shape(lambda weights: unstack(rebuild(graph, weights)), dict(weights))
+        whole = nnx.eval_shape(lambda weights: unstack_layers(rebuild_model(graph, weights)), dict(weights))
         self.config: ModelConfig = whole.config
         self.graph = nnx.graphdef(whole)
-        self.weights = _apart(weights, whole.dtype)
+        self.weights = _unstack_weights(weights, whole.dtype)
 
     def generate(
         self,
@@ -113,24 +113,24 @@ class Generator:
 
     def _stream(self, prompts, left: int, settings, stop) -> Iterator[Tokens]:
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        tokens_BT = np.full((len(prompts), rounded_up(max(lengths_B))), PAD, np.int32)
+        tokens_BT = np.full((len(prompts), bucket_length(max(lengths_B))), PAD, np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        slots = rounded_up(max(lengths_B) + left)
+        slots = bucket_length(max(lengths_B) + left)
         state, new = _prefill(self.graph, self.weights, tokens_BT, lengths_B, stop, settings, slots=slots)
         left -= 1
-        tokens, finished = _fetch(new)  # the reader's first token comes before a second program is compiled
+        tokens, finished = _fetch_tokens(new)  # the reader's first token comes before a second program is compiled
         yield tokens
         ahead = None
         while left > 0 and not finished:
             state, new = _decode(self.graph, self.weights, state, min(left, CHUNK), stop, settings)
             left -= CHUNK
             if ahead is not None:
-                tokens, finished = _fetch(ahead)
+                tokens, finished = _fetch_tokens(ahead)
                 yield tokens
             ahead = new
         if ahead is not None and not finished:
-            yield _fetch(ahead)[0]
+            yield _fetch_tokens(ahead)[0]
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts:
@@ -153,13 +153,13 @@ class Generator:
                 )
 
 
-def rounded_up(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The least of 32, 48, 64, 96, 128, 192, ... that is no less: at most half as much again."""
     power = 1 << max(5, (int(length) - 1).bit_length())
     return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
 
 
-def scaled(logits_BV: jax.Array, settings: dict) -> jax.Array:
+def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
     """Logits over the temperature, at -inf where top_k and then top_p leave a token out; ties stay together."""
     logits_BV = logits_BV / settings["temperature"]
     if settings.keys().isdisjoint(("top_k", "top_p")):
@@ -176,7 +176,7 @@ def scaled(logits_BV: jax.Array, settings: dict) -> jax.Array:
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-def choose(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
+def sample_tokens(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
     """The token, int32 [B], to stand at `position_B`: the most likely one, or a draw that row and position decide."""
     if not settings:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -186,16 +186,16 @@ def choose(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.A
         return jax.random.categorical(key, logits_V)
 
     rows_B = jnp.arange(logits_BV.shape[0])
-    return jax.vmap(draw)(rows_B, position_B, scaled(logits_BV, settings)).astype(jnp.int32)
+    return jax.vmap(draw)(rows_B, position_B, filter_logits(logits_BV, settings)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("graph", "slots"))
 def _prefill(graph, weights, tokens_BT, lengths_B, stop, settings, *, slots: int):
-    """The state after the first new token of each row, and what `_fetch` takes."""
+    """The state after the first new token of each row, and what `_fetch_tokens` takes."""
     model: Gemma2 = nnx.merge(graph, weights)
     hidden_BTD, cache = model.prefill(tokens_BT, lengths_B, slots)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    token_B = choose(model.logits(last_BD), lengths_B, settings)
+    token_B = sample_tokens(model.logits(last_BD), lengths_B, settings)
     stopped_B = jnp.isin(token_B, stop)
     state = State(token_B=token_B, position_B=lengths_B, stopped_B=stopped_B, cache=cache)
     return state, (token_B[:, None], jnp.ones_like(lengths_B), stopped_B.all())
@@ -203,7 +203,7 @@ def _prefill(graph, weights, tokens_BT, lengths_B, stop, settings, *, slots: int
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
 def _decode(graph, weights, state: State, steps, stop, settings):
-    """The state `steps` later, at most `CHUNK`, or when the last row stopped; and what `_fetch` takes."""
+    """The state `steps` later, at most `CHUNK`, or when the last row stopped; and what `_fetch_tokens` takes."""
     model: Gemma2 = nnx.merge(graph, weights)
 
     def going_on(carry):
@@ -212,9 +212,9 @@ def _decode(graph, weights, state: State, steps, stop, settings):
 
     def one_step(carry):
         step, state, tokens_BC, counts_B = carry
-        hidden_BD, cache = model.extend(state.token_B, state.position_B, state.cache)
+        hidden_BD, cache = model.decode_step(state.token_B, state.position_B, state.cache)
         position_B = state.position_B + 1
-        token_B = choose(model.logits(hidden_BD), position_B, settings)
+        token_B = sample_tokens(model.logits(hidden_BD), position_B, settings)
         token_B = jnp.where(state.stopped_B, PAD, token_B)
         stopped_B = state.stopped_B | jnp.isin(token_B, stop)
         after = State(token_B=token_B, position_B=position_B, stopped_B=stopped_B, cache=cache)
@@ -226,18 +226,18 @@ def _decode(graph, weights, state: State, steps, stop, settings):
     return state, (tokens_BC, counts_B, state.stopped_B.all())
 
 
-def _fetch(new) -> tuple[Tokens, bool]:
+def _fetch_tokens(new) -> tuple[Tokens, bool]:
     """Each row's new tokens, and whether all rows have stopped: waits for the device."""
     tokens_BC, counts_B, finished = jax.device_get(new)
     return [row[:count].tolist() for row, count in zip(tokens_BC, counts_B, strict=True)], bool(finished)
 
 
 @partial(jax.jit, static_argnums=1)
-def _layers(w_L: jax.Array, dtype) -> list[jax.Array]:
+def _cast_layers(w_L: jax.Array, dtype) -> list[jax.Array]:
     return [w.astype(dtype) for w in w_L]
 
 
-def _apart(weights: Weights, dtype) -> dict:
+def _unstack_weights(weights: Weights, dtype) -> dict:
     """The arrays of `unstack`ed model, nested; `weights` is emptied."""
     found = {}
     for path in list(weights):
@@ -246,7 +246,7 @@ def _apart(weights: Weights, dtype) -> dict:
         kept = w.dtype if "norm/" in path or "/adapter/" in path else dtype
         names = path.split("/")
         if names[0] == "blocks":
-            found |= {("blocks", number, *names[1:]): w for number, w in enumerate(_layers(w, kept))}
+            found |= {("blocks", number, *names[1:]): w for number, w in enumerate(_cast_layers(w, kept))}
         else:
             found[tuple(names)] = w.astype(kept)
     return unflatten_dict(found)

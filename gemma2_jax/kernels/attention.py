@@ -1,8 +1,8 @@
 """Soft-capped attention for Hopper, differentiable: what `reference.attention` means, by `forward` and `backward`.
 
-Each query sees an interval of keys (`reference.visible`), which says causal, window, packing and context parallelism
-in one. Tiles that no query of theirs sees are neither loaded nor multiplied, forward and backward; only those at the
-edge of an interval are masked.
+Each query sees an interval of keys (`reference.visible_mask`), which says causal, window, packing and context
+parallelism in one. Tiles that no query of theirs sees are neither loaded nor multiplied, forward and backward; only
+those at the edge of an interval are masked.
 """
 
 from functools import reduce
@@ -20,7 +20,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     """Attention of each query to the keys from `first` to `last`: `reference.attention`, differentiable by q, k and v.
 
     Results are the same bit by bit each time, forward and backward. Partial results over parts of the keys combine by
-    addition, `combine`.
+    addition, `combine_parts`.
 
     Args:
       q_BTNH: bfloat16, after RoPE; N is a multiple of K.
@@ -39,7 +39,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     for dtype in (q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
-        if lack := MOSAIC.lacks(dtype=dtype.name, width=H, softcap=softcap):
+        if lack := MOSAIC.find_lack(dtype=dtype.name, width=H, softcap=softcap):
             raise ValueError(f"the Mosaic attention kernel lacks {lack}; use another implementation")
     if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or N % K or first_BT.shape != (B, T):
         raise ValueError(
@@ -57,7 +57,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     return out[:, :T], lse[:, :, :T]
 
 
-def combine(outs, lses):
+def combine_parts(outs, lses):
     """Attention to all keys, from that to each part of them: `outs` [B, T, N, H] and `lses` [B, N, T].
 
     Scores are bounded, so that this is a plain weighted sum, with no maximum to exchange.

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import tiles
-from gemma2_jax.kernels.tiles import LOG2E, ROWS, Build, Queries, Ring, Tile, anew
+from gemma2_jax.kernels.tiles import LOG2E, ROWS, Build, Queries, Ring, Tile, hide_from_hoisting
 
 
 def dq(
@@ -34,7 +34,7 @@ def dq(
 
         @pl.when(block.warpgroup < 2)
         def _compute():
-            tiles.computes()
+            tiles.claim_registers()
             came = both_came.at[block.warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q_smem.at[block.warpgroup], came)
             plgpu.copy_gmem_to_smem(d_ref.at[b, here, head], d_smem.at[block.warpgroup], came)
@@ -47,27 +47,27 @@ def dq(
                 def some(j, carry, edge: bool):
                     number = j - block.start
                     k = k_ring.wait(number)
-                    q, d = (smem.at[anew(block.warpgroup)] for smem in (q_smem, d_smem))
+                    q, d = (smem.at[hide_from_hoisting(block.warpgroup)] for smem in (q_smem, d_smem))
 
                     def scores(acc):
                         plgpu.wgmma(acc, q, k.transpose((1, 0)))
                         plgpu.wgmma_wait(1)  # for the last product below, of the tile before
-                        pl.when(number > 0)(lambda: k_ring.done(number - 1))
+                        pl.when(number > 0)(lambda: k_ring.release(number - 1))
                         return acc[...]
 
                     t = jnp.tanh(pl.run_scoped(scores, tiles.accumulator(ROWS, keys)) * (scale / softcap))
-                    slope = jnp.exp2(t * (softcap * LOG2E) - tiles.wide(lse, keys)) * (1 - t * t)
+                    slope = jnp.exp2(t * (softcap * LOG2E) - tiles.broadcast_rows(lse, keys)) * (1 - t * t)
                     if edge:
-                        slope = tiles.within(slope, first_ref.at[b, here], last_ref.at[b, here], j * keys)
-                    dp = tiles.product(d, v_ring.wait(number).transpose((1, 0)))
-                    v_ring.done(number)
-                    ds = (slope * (dp - tiles.wide(delta, keys))).astype(jnp.bfloat16)
+                        slope = tiles.mask_interval(slope, first_ref.at[b, here], last_ref.at[b, here], j * keys)
+                    dp = tiles.matrix_product(d, v_ring.wait(number).transpose((1, 0)))
+                    v_ring.release(number)
+                    ds = (slope * (dp - tiles.broadcast_rows(delta, keys))).astype(jnp.bfloat16)
                     plgpu.wgmma(dq, build.operand(ds, ds_smem, block.warpgroup), k)
                     return carry
 
-                tiles.over(block.tiles, some)
+                tiles.visit_tiles(block.tiles, some)
                 result = dq[...]
-                pl.when(block.end > block.start)(lambda: k_ring.done(block.end - block.start - 1))
+                pl.when(block.end > block.start)(lambda: k_ring.release(block.end - block.start - 1))
                 return result
 
             q = q_smem.at[block.warpgroup]
@@ -88,7 +88,7 @@ def dq(
     )
     output = jax.ShapeDtypeStruct(q_BTNH.shape, dtype)
     run = build.kernel(kernel, "gemma2_attention_dq", scratch, Queries.grid(q_BTNH, k_BSKH), output)
-    bounds = tiles.bounds(first_BT, last_BT, Queries.at_once(N, k_BSKH.shape[2]), keys)
+    bounds = tiles.tile_bounds(first_BT, last_BT, Queries.block_rows(N, k_BSKH.shape[2]), keys)
     return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, bounds)
 
 
@@ -128,7 +128,7 @@ def dkv(
 
         def accumulate(mine: int, kv_ref, out_ref, over_queries, factor: float):
             """A warpgroup's work, with keys or values of its own, until their gradient is written."""
-            tiles.computes()
+            tiles.claim_registers()
             smem, came = kv_smem.at[mine], kv_came.at[mine]
             plgpu.copy_gmem_to_smem(kv_ref.at[b, here, kv_head], smem, came)
             plgpu.barrier_wait(came)
@@ -142,9 +142,9 @@ def dkv(
             """K or V times `right` transposed; the product before it, of the step before, is done with `ring`."""
 
             def run(acc):
-                plgpu.wgmma(acc, kv_smem.at[anew(warpgroup)], right.transpose((1, 0)))
+                plgpu.wgmma(acc, kv_smem.at[hide_from_hoisting(warpgroup)], right.transpose((1, 0)))
                 plgpu.wgmma_wait(1)
-                pl.when(number > 0)(lambda: ring.done(number - 1))
+                pl.when(number > 0)(lambda: ring.release(number - 1))
                 return acc[...]
 
             return pl.run_scoped(run, tiles.accumulator(ROWS, queries))
@@ -153,12 +153,12 @@ def dkv(
             def some(step, carry, edge: bool):
                 number = step - start
                 t = jnp.tanh(product(q_ring.wait(number), number, d_ring) * (scale / softcap))
-                q_ring.done(number)
+                q_ring.release(number)
                 lse = plgpu.load(lse_ring.wait(number), layout=tiles.BY_COLUMN)
-                p = jnp.exp2(t * (softcap * LOG2E) - tiles.tall(lse, ROWS))
-                lse_ring.done(number)
+                p = jnp.exp2(t * (softcap * LOG2E) - tiles.broadcast_columns(lse, ROWS))
+                lse_ring.release(number)
                 if edge:
-                    p = tiles.within(p, first_ref.at[b, here], last_ref.at[b, here], step // G * queries)
+                    p = tiles.mask_interval(p, first_ref.at[b, here], last_ref.at[b, here], step // G * queries)
                 pl.when(number > 0)(lambda: plgpu.barrier_wait(slope_used))
                 slope_smem[...] = p * (1 - t * t)
                 plgpu.barrier_arrive(slope_came)
@@ -168,12 +168,12 @@ def dkv(
                     plgpu.wgmma_wait(0)  # the registers of its operand are needed for the next mask
                 return carry
 
-            tiles.over(bounds, some)
+            tiles.visit_tiles(bounds, some)
             result = dv[...]
 
             @pl.when(end > start)
             def _():
-                d_ring.done(end - start - 1)
+                d_ring.release(end - start - 1)
                 plgpu.barrier_wait(slope_used)
 
             return result
@@ -183,16 +183,16 @@ def dkv(
             def _(step):
                 number = step - start
                 dp = product(d_ring.wait(number), number, q_ring)
-                d_ring.done(number)
-                dp -= tiles.tall(plgpu.load(delta_ring.wait(number), layout=tiles.BY_COLUMN), ROWS)
-                delta_ring.done(number)
+                d_ring.release(number)
+                dp -= tiles.broadcast_columns(plgpu.load(delta_ring.wait(number), layout=tiles.BY_COLUMN), ROWS)
+                delta_ring.release(number)
                 plgpu.barrier_wait(slope_came)
                 ds = (plgpu.load(slope_smem, layout=plgpu.Layout.WGMMA) * dp).astype(jnp.bfloat16)
                 plgpu.barrier_arrive(slope_used)
                 plgpu.wgmma(dk, build.operand(ds, left_smem, warpgroup), q_ring.wait(number))
 
             result = dk[...]
-            pl.when(end > start)(lambda: q_ring.done(end - start - 1))
+            pl.when(end > start)(lambda: q_ring.release(end - start - 1))
             return result
 
         pl.when(warpgroup == 0)(lambda: accumulate(0, k_ref, dv_ref, sum_dv, 1))
@@ -218,7 +218,7 @@ def dkv(
 
                 return source
 
-            tiles.load(
+            tiles.load_tiles(
                 end - start,
                 (q_ring, matrices(q_ref)),
                 (lse_ring, vectors(lse_ref)),
@@ -244,5 +244,5 @@ def dkv(
     output = jax.ShapeDtypeStruct(k_BSKH.shape, dtype)
     grid = {"heads": K, "keys": S // ROWS, "row": B}  # the longest first: early keys are seen by the most queries
     run = build.kernel(kernel, "gemma2_attention_dkv", scratch, grid, (output, output))
-    bounds = tiles.bounds(q_first_BS, q_last_BS, ROWS, queries)
+    bounds = tiles.tile_bounds(q_first_BS, q_last_BS, ROWS, queries)
     return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, q_first_BS, q_last_BS, bounds)

@@ -115,7 +115,7 @@ def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap):
             "they are [B, T, N, H], [B, K, S, H] twice and [B], with K a divisor of N: heads come before slots"
         )
     for dtype in (q_BTNH.dtype, k_BKSH.dtype, v_BKSH.dtype):
-        if lack := MOSAIC.lacks(dtype=dtype.name, width=H, softcap=softcap):
+        if lack := MOSAIC.find_lack(dtype=dtype.name, width=H, softcap=softcap):
             raise ValueError(f"the Mosaic decoding kernel lacks {lack}; use another implementation")
     if not 1 <= T * N // K <= MOST_ROWS:
         raise ValueError(

@@ -27,7 +27,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
 
         @pl.when(block.warpgroup < 2)
         def _compute():
-            tiles.computes()
+            tiles.claim_registers()
             q, lse, came = (of_both.at[block.warpgroup] for of_both in (q_smem, lse_smem, q_came))
             plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q, came)
             plgpu.barrier_wait(came)
@@ -40,28 +40,30 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
                     def scores(acc):
                         plgpu.wgmma(acc, q, k.transpose((1, 0)))
                         plgpu.wgmma_wait(1)  # for the product below, of the tile before: the tensor cores do not stop
-                        pl.when(number > 0)(lambda: v_ring.done(number - 1))
+                        pl.when(number > 0)(lambda: v_ring.release(number - 1))
                         return acc[...]
 
                     s = pl.run_scoped(scores, tiles.accumulator(ROWS, keys))
-                    k_ring.done(number)
+                    k_ring.release(number)
                     p = jnp.exp2(jnp.tanh(s * (scale / softcap)) * (softcap * LOG2E))
                     if edge:
-                        p = tiles.within(p, first_ref.at[b, here], last_ref.at[b, here], j * keys)
+                        p = tiles.mask_interval(p, first_ref.at[b, here], last_ref.at[b, here], j * keys)
                     total += jnp.sum(p, axis=1)
                     left = build.operand(p.astype(jnp.bfloat16), p_smem, block.warpgroup)
                     plgpu.wgmma(out, left, v_ring.wait(number))
                     return total
 
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), tiles.BY_ROW)
-                total = tiles.over(block.tiles, some, total)
+                total = tiles.visit_tiles(block.tiles, some, total)
                 result = out[...]
-                pl.when(block.end > block.start)(lambda: v_ring.done(block.end - block.start - 1))
+                pl.when(block.end > block.start)(lambda: v_ring.release(block.end - block.start - 1))
                 return result, total
 
             out, total = pl.run_scoped(over_keys, tiles.accumulator(ROWS, H))
             lse[...] = jnp.log(total)
-            q[...] = (out * tiles.wide(1 / jnp.maximum(total, 1e-30), H)).astype(q.dtype)  # 0 where nothing is seen
+            q[...] = (out * tiles.broadcast_rows(1 / jnp.maximum(total, 1e-30), H)).astype(
+                q.dtype
+            )  # 0 where nothing is seen
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, out_ref.at[b, here, head])
             plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, here])
@@ -81,5 +83,5 @@ def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap:
     )
     outputs = jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     run = build.kernel(kernel, "gemma2_attention_forward", scratch, Queries.grid(q_BTNH, k_BSKH), outputs)
-    bounds = tiles.bounds(first_BT, last_BT, Queries.at_once(N, k_BSKH.shape[2]), keys)
+    bounds = tiles.tile_bounds(first_BT, last_BT, Queries.block_rows(N, k_BSKH.shape[2]), keys)
     return run(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds)

@@ -16,7 +16,9 @@ class Limits:
     widths: tuple[int, ...] | None = None  # of a head
     softcap: float | None = None  # one is needed, up to this
 
-    def lacks(self, *, dtype: str, width: int, softcap: float | None, architecture: str | None = None) -> str | None:
+    def find_lack(
+        self, *, dtype: str, width: int, softcap: float | None, architecture: str | None = None
+    ) -> str | None:
         """What is missing for what is asked, in words; None where nothing is."""
         if architecture and self.architectures and architecture not in self.architectures:
             return f"{architecture}: it is for {' and '.join(self.architectures)}"

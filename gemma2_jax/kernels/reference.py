@@ -1,15 +1,15 @@
 """What the kernels compute, in plain jnp and float32: the meaning, and what every implementation is tested against.
 
 It holds every score at once and is not meant to be fast. Which keys a query sees is an interval per query, from
-`visible`: that one description covers the causal mask, a window, packed segments, and queries that are part of a longer
-sequence. Letters: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
+`visible_mask`: that one description covers the causal mask, a window, packed segments, and queries that are part of a
+longer sequence. Letters: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def visible(q_position_BT, k_position_BS, q_start_BT, window) -> tuple[jax.Array, jax.Array]:
+def visible_mask(q_position_BT, k_position_BS, q_start_BT, window) -> tuple[jax.Array, jax.Array]:
     """The first and the last key that each query sees, int32 [B, T]; where it sees none, the last is before the first.
 
     Args:
@@ -36,7 +36,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores_BNTS = capped(jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest") * scale, softcap)
+    scores_BNTS = apply_softcap(jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest") * scale, softcap)
     at_S = jnp.arange(k.shape[1])
     seen_BTS = (first_BT[:, :, None] <= at_S) & (at_S <= last_BT[:, :, None])
     seen_BNTS = seen_BTS[:, None]
@@ -59,7 +59,7 @@ def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap:
       q_BTNH: T of one or a few.
       k_BKSH, v_BKSH: the cache, of a whole row or a ring: heads before slots, so that a head's slots lie together.
       position_B: int32.
-      window: int32 scalar: as in `visible`. A ring needs window + T - 1 slots.
+      window: int32 scalar: as in `visible_mask`. A ring needs window + T - 1 slots.
 
     Returns:
       [B, T, N, H], float32.
@@ -72,12 +72,12 @@ def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap:
     held_BS = position_B[:, None] - (position_B[:, None] - jnp.arange(S)) % S  # the position in each slot
     distance_BTS = at_BT[:, :, None] - held_BS[:, None]
     seen_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (held_BS[:, None] >= 0)
-    scores_BNTS = capped(jnp.einsum("BTNH,BNSH->BNTS", q, k, precision="highest") * scale, softcap)
+    scores_BNTS = apply_softcap(jnp.einsum("BTNH,BNSH->BNTS", q, k, precision="highest") * scale, softcap)
     weights_BNTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BNTS, -jnp.inf), axis=-1)
     v = jnp.where(jnp.any(seen_BTS, axis=1)[:, None, :, None], v, 0)
     return jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS, v, precision="highest")
 
 
-def capped(scores, softcap: float | None):
+def apply_softcap(scores, softcap: float | None):
     """cap * tanh(scores / cap); unchanged without a cap."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

@@ -113,7 +113,7 @@ def accumulator(rows: int, columns: int):
     return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
-def bounds(first, last, rows: int, size: int):
+def tile_bounds(first, last, rows: int, size: int):
     """Which tiles a run of rows visits, and which of these need no mask.
 
     Args:
@@ -134,8 +134,8 @@ def bounds(first, last, rows: int, size: int):
     return jnp.stack([start, clean, masked, end], axis=-1).astype(jnp.int32)
 
 
-def over(bounds: Sequence, body: Callable, carry=0):
-    """`body(number, carry, edge=...)` for the tiles of `bounds`; `edge` says that they need a mask."""
+def visit_tiles(bounds: Sequence, body: Callable, carry=0):
+    """`body(number, carry, edge=...)` for the tiles of `tile_bounds`; `edge` says that they need a mask."""
     start, clean, masked, end = bounds
     carry = jax.lax.fori_loop(start, clean, partial(body, edge=True), carry)
     carry = jax.lax.fori_loop(clean, masked, partial(body, edge=False), carry)
@@ -147,8 +147,8 @@ class Ring:
     """Shared memory for a few tiles at a time: [stages, rows, columns], and for each whether it came and was used."""
 
     tiles: Any
-    came: Any
-    used: Any
+    arrived: Any
+    released: Any
 
     @staticmethod
     def scratch(stages: int, space, users: int = 2) -> tuple:
@@ -157,32 +157,32 @@ class Ring:
 
     @property
     def stages(self) -> int:
-        return self.came.shape[0]
+        return self.arrived.shape[0]
 
-    def place(self, number):
+    def slot(self, number):
         """Where the tile of that number, counted from 0, is put."""
         return jax.lax.rem(number, self.stages)
 
     def wait(self, number):
         """The tile of that number, when it has come."""
-        plgpu.barrier_wait(self.came.at[self.place(number)])
-        return self.tiles.at[anew(self.place(number))]
+        plgpu.barrier_wait(self.arrived.at[self.slot(number)])
+        return self.tiles.at[hide_from_hoisting(self.slot(number))]
 
-    def done(self, number):
+    def release(self, number):
         """Says that this warpgroup needs the tile no more."""
-        plgpu.barrier_arrive(self.used.at[self.place(number)])
+        plgpu.barrier_arrive(self.released.at[self.slot(number)])
 
 
-def computes() -> None:
+def claim_registers() -> None:
     """Takes the registers for a warpgroup that computes: two of 240 and one of 24 are what a multiprocessor has."""
     plgpu.set_max_registers(240, action="increase")
 
 
-def load(count, *rings: tuple[Ring, Callable]) -> None:
+def load_tiles(count, *rings: tuple[Ring, Callable]) -> None:
     """Loads `count` tiles into each ring, `source(number)` of those given with it, as places become free.
 
     It ends when all have been used: a barrier must not go while others arrive there. The warpgroup that does this
-    leaves its registers to those that compute (`computes`).
+    leaves its registers to those that compute (`claim_registers`).
     """
     plgpu.set_max_registers(24, action="decrease")
     most = max(ring.stages for ring, _ in rings)
@@ -190,18 +190,18 @@ def load(count, *rings: tuple[Ring, Callable]) -> None:
     @pl.loop(0, count + most)
     def _(number):
         for ring, source in rings:
-            place = ring.place(number)
+            place = ring.slot(number)
             waits = number >= ring.stages
             if ring.stages < most:
                 waits &= number < count + ring.stages
-            pl.when(waits)(partial(plgpu.barrier_wait, ring.used.at[place]))
+            pl.when(waits)(partial(plgpu.barrier_wait, ring.released.at[place]))
 
             @pl.when(number < count)
             def _(ring=ring, source=source, place=place):
-                plgpu.copy_gmem_to_smem(source(number), ring.tiles.at[place], ring.came.at[place])
+                plgpu.copy_gmem_to_smem(source(number), ring.tiles.at[place], ring.arrived.at[place])
 
 
-def anew(number):
+def hide_from_hoisting(number):
     """The same number, as if it were another each time: what is computed from it, such as the many addresses that a
     matrix product takes, is then computed where it is used, rather than held in registers all along a loop.
     """
@@ -217,7 +217,7 @@ class Queries:
 
     def __init__(self, q_ref, k_ref, bounds_ref):
         T, N, K = q_ref.shape[1], q_ref.shape[2], k_ref.shape[2]
-        rows, pairs = Queries.at_once(N, K), Queries.pairs(N, K)
+        rows, pairs = Queries.block_rows(N, K), Queries.has_head_pairs(N, K)
         self.warpgroup, self.b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
         # The longest first: late queries see the most keys.
         run = T // rows - 1 - jax.lax.axis_index("queries")
@@ -229,19 +229,23 @@ class Queries:
         self.start, self.end = self.tiles[0], self.tiles[3]
 
     @staticmethod
-    def pairs(heads: int, kv_heads: int) -> bool:
+    def has_head_pairs(heads: int, kv_heads: int) -> bool:
         return heads // kv_heads % 2 == 0
 
     @staticmethod
-    def at_once(heads: int, kv_heads: int) -> int:
+    def block_rows(heads: int, kv_heads: int) -> int:
         """Queries that a block has."""
-        return ROWS if Queries.pairs(heads, kv_heads) else 2 * ROWS
+        return ROWS if Queries.has_head_pairs(heads, kv_heads) else 2 * ROWS
 
     @staticmethod
     def grid(q_BTNH, k_BSKH) -> dict[str, int]:
         B, T, N, _ = q_BTNH.shape
         K = k_BSKH.shape[2]
-        return {"heads": N // (2 if Queries.pairs(N, K) else 1), "queries": T // Queries.at_once(N, K), "row": B}
+        return {
+            "heads": N // (2 if Queries.has_head_pairs(N, K) else 1),
+            "queries": T // Queries.block_rows(N, K),
+            "row": B,
+        }
 
     def load(self, size: int, *rings: tuple[Ring, Any]) -> None:
         """The third warpgroup loads the tiles of `size` keys, of what each ring is given with, [B, S, K, H]."""
@@ -251,27 +255,29 @@ class Queries:
 
         @pl.when(self.warpgroup == 2)
         def _():
-            load(self.end - self.start, *((ring, partial(source, ref)) for ring, ref in rings))
+            load_tiles(self.end - self.start, *((ring, partial(source, ref)) for ring, ref in rings))
 
 
-def within(x, first_ref, last_ref, start):
+def mask_interval(x, first_ref, last_ref, start):
     """`x`, [rows, columns], where its column, counted from `start`, is in the interval of its row, and else 0."""
-    first, last = (wide(plgpu.load(ref, layout=BY_ROW, optimized=False), x.shape[1]) for ref in (first_ref, last_ref))
+    first, last = (
+        broadcast_rows(plgpu.load(ref, layout=BY_ROW, optimized=False), x.shape[1]) for ref in (first_ref, last_ref)
+    )
     at = start + plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where((first <= at) & (at <= last), x, 0)
 
 
-def wide(x, columns: int):
+def broadcast_rows(x, columns: int):
     """A value for each row, [rows], for each column too: [rows, columns]."""
     return jax.lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
-def tall(x, rows: int):
+def broadcast_columns(x, rows: int):
     """A value for each column, [columns], for each row too: [rows, columns]."""
     return jax.lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def product(a, b):
+def matrix_product(a, b):
     """a @ b by this warpgroup, float32, when it is there."""
 
     def run(out):

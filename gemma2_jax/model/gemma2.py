@@ -42,7 +42,7 @@ class Update(Protocol):
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
 
 
-def _sum(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
+def _contract(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
 
     On CPU, XLA's libraries copy the first operand if it is not summed over its last dims, the second if not over its
@@ -79,19 +79,19 @@ def _product_forward(equation, x, w):
     weight = equation.replace("->", ",").split(",")[1]
     gathered = constrain(w.value.astype(x.value.dtype), weight)
     like_w = jnp.zeros((), w.value.dtype)
-    return _sum(equation, x.value, gathered), (x.value, gathered, like_w, x.perturbed, w.perturbed)
+    return _contract(equation, x.value, gathered), (x.value, gathered, like_w, x.perturbed, w.perturbed)
 
 
 def _product_backward(equation, residuals, grad):
     x, w, like_w, x_perturbed, w_perturbed = residuals
     inputs, weight, outputs = equation.replace("->", ",").split(",")
     grad = constrain(grad, outputs)  # gathered once for both
-    grad_x = _sum(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
+    grad_x = _contract(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
     if not w_perturbed:
         return grad_x, None
     if x.size <= grad.size:
-        return grad_x, _sum(f"{inputs},{outputs}->{weight}", x, grad, like_w.dtype)
-    return grad_x, _sum(f"{outputs},{inputs}->{weight}", grad, x, like_w.dtype)
+        return grad_x, _contract(f"{inputs},{outputs}->{weight}", x, grad, like_w.dtype)
+    return grad_x, _contract(f"{outputs},{inputs}->{weight}", grad, x, like_w.dtype)
 
 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
@@ -112,7 +112,7 @@ class Einsum(nnx.Module):
         self.equation = equation
         letters = "L" + equation.split(",")[1].split("->")[0]
         self.letters = (("w", letters),)
-        shape = dims.shape(letters, config)
+        shape = dims.weight_shape(letters, config)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
@@ -136,7 +136,7 @@ class RMSNorm(nnx.Module):
         letters = "LD" if stacked else "D"
         self.letters = (("w", letters),)
         self.eps = config.norm_eps
-        self.w = nnx.Param(jnp.zeros(dims.shape(letters, config)))
+        self.w = nnx.Param(jnp.zeros(dims.weight_shape(letters, config)))
 
     @jax.named_scope("norm")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """RoPE over the whole head width, first half against second half, in float32."""
     cos, sin = rope
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -176,11 +176,11 @@ class Attention(nnx.Module):
         self.o = make("BTNH,NHD->BTD", std=std_out)
 
     def __call__(self, x_BTD, rope, attend: Attend, key, norm: Norm):
-        key_q, key_k, key_v, key_o = _split(key, 4)
+        key_q, key_k, key_v, key_o = _split_key(key, 4)
         with jax.named_scope("qkv"):
             whole_BTD = _whole(x_BTD)
-            q_BTNH = rotate(self.q(whole_BTD, key_q, x_BTD), rope)
-            k_BTKH = rotate(self.k(whole_BTD, key_k, x_BTD), rope)
+            q_BTNH = apply_rope(self.q(whole_BTD, key_q, x_BTD), rope)
+            k_BTKH = apply_rope(self.k(whole_BTD, key_k, x_BTD), rope)
             v_BTKH = self.v(whole_BTD, key_v, x_BTD)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
@@ -199,7 +199,7 @@ class MLP(nnx.Module):
         self.down = make("BTF,FD->BTD", std=std_out)
 
     def __call__(self, x_BTD, key, norm: Norm):
-        key_gate, key_up, key_down = _split(key, 3)
+        key_gate, key_up, key_down = _split_key(key, 3)
         with jax.named_scope("gate_up"):
             whole_BTD = _whole(x_BTD)
             gate_BTF = jax.nn.gelu(self.gate(whole_BTD, key_gate, x_BTD), approximate=True)
@@ -221,7 +221,7 @@ class Block(nnx.Module):
         self.post_mlp_norm = RMSNorm(config, stacked=True)
 
     def __call__(self, x_BTD, rope, attend: Attend, key):
-        key_attn, key_mlp = _split(key, 2)
+        key_attn, key_mlp = _split_key(key, 2)
         with jax.named_scope("attention"):
             out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn, self.post_attn_norm)
             x_BTD = constrain(x_BTD + out_BTD, "BPD")
@@ -231,14 +231,14 @@ class Block(nnx.Module):
 
 
 class Gemma2(nnx.Module):
-    """The whole model: tokens to hidden states (`__call__`), a cached step (`extend`), and logits."""
+    """The whole model: tokens to hidden states (`__call__`), a cached step (`decode_step`), and logits."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device=None):
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
-        self.attention, _ = attention.choose(config, compute, device or jax.devices()[0])
+        self.attention, _ = attention.choose_attention(config, compute, device or jax.devices()[0])
         self.letters = (("embedding", "VD"),)
-        shape = dims.shape("VD", config)
+        shape = dims.weight_shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
@@ -251,9 +251,9 @@ class Gemma2(nnx.Module):
           positions_BT: int32 positions for RoPE, from 0 in each document.
           segments_BT: int32; a token attends within its segment only. Padding is a segment of its own.
         """
-        return self._run(tokens_BT, positions_BT, partial(self.attend_all, segments_BT))[0]
+        return self._run_layers(tokens_BT, positions_BT, partial(self.attend_sequence, segments_BT))[0]
 
-    def attend_all(self, segments_BT, window, _, q, k, v):
+    def attend_sequence(self, segments_BT, window, _, q, k, v):
         """Attention of a layer with that window, of a whole sequence to itself; no cache."""
         return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
@@ -273,9 +273,9 @@ class Gemma2(nnx.Module):
             return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        return self._run(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
+        return self._run_layers(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
 
-    def extend(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode_step(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, D] of one new token a row, which stands at `position_B`, and the cache with it in."""
 
         def put(old_KSH, new_1KH, position):
@@ -288,7 +288,7 @@ class Gemma2(nnx.Module):
             k, v = jax.lax.optimization_barrier(cache)
             return self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
 
-        hidden_BTD, cache = self._run(token_B[:, None], position_B[:, None], attend, cache)
+        hidden_BTD, cache = self._run_layers(token_B[:, None], position_B[:, None], attend, cache)
         return hidden_BTD[:, 0], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -323,21 +323,21 @@ class Gemma2(nnx.Module):
     def _embedding_scale(self) -> jax.Array:
         return jnp.asarray(math.sqrt(self.config.width), self.dtype)
 
-    def finish(self, x_BTD) -> jax.Array:
+    def normalize_output(self, x_BTD) -> jax.Array:
         """The final norm of what leaves the last block."""
         with jax.named_scope("final_norm"):
             return self.final_norm(x_BTD)
 
-    def _run(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
+    def _run_layers(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
         """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(tokens_BT.shape[1])
-        layers = self._scanned if isinstance(self.blocks, Block) else self._one_by_one
+        layers = self._scan_layers if isinstance(self.blocks, Block) else self._unroll_layers
         x_BTD, cache = layers(self.embed(tokens_BT), rope, attend, windows, cache)
-        return self.finish(x_BTD), cache
+        return self.normalize_output(x_BTD), cache
 
-    def _scanned(self, x_BTD, rope, attend, windows, cache):
-        assert cache is None  # those of local and global layers differ in length: `unstack` first
+    def _scan_layers(self, x_BTD, rope, attend, windows, cache):
+        assert cache is None  # those of local and global layers differ in length: `unstack_layers` first
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
@@ -346,7 +346,7 @@ class Gemma2(nnx.Module):
 
         return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32)))
 
-    def _one_by_one(self, x_BTD, rope, attend, windows, cache):
+    def _unroll_layers(self, x_BTD, rope, attend, windows, cache):
         assert isinstance(self.blocks, nnx.List)
         kept = []
         for block, window, old in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
@@ -355,7 +355,7 @@ class Gemma2(nnx.Module):
         return x_BTD, kept
 
 
-def letters(model: Gemma2) -> dict[str, str]:
+def weight_dims(model: Gemma2) -> dict[str, str]:
     """The dims of every variable by its path: {"blocks/attn/q/w": "LDNH", ...}."""
     return {
         "/".join((*map(str, path), name)): dims
@@ -365,17 +365,17 @@ def letters(model: Gemma2) -> dict[str, str]:
     }
 
 
-def flat(state: nnx.State) -> Weights:
+def flatten_state(state: nnx.State) -> Weights:
     """The arrays of a state by path, as everything outside the model holds them."""
     return cast(Weights, flatten_dict(nnx.to_pure_dict(state), sep="/"))
 
 
-def rebuild[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
+def rebuild_model[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
     """The model, or the part of one, of that structure with these arrays, each given once by its path."""
     return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
 
 
-def unstack(whole: Gemma2) -> Gemma2:
+def unstack_layers(whole: Gemma2) -> Gemma2:
     """The same model with a block per layer, blocks/0/attn/q/w and so on: for the same work, code L times as long.
 
     It is worth it where each weight is used for few tokens, so that cutting it out of the stack takes as long.
@@ -387,5 +387,5 @@ def unstack(whole: Gemma2) -> Gemma2:
     return whole
 
 
-def _split(key: jax.Array | None, n: int):
+def _split_key(key: jax.Array | None, n: int):
     return [None] * n if key is None else jax.random.split(key, n)

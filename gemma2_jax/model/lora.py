@@ -1,6 +1,6 @@
 """LoRA and DoRA as variables beside the weights they adapt, selected by a filter.
 
-`attach` gives projections an `Adapter`; training with adapters is then training the variables of type
+`attach_adapters` gives projections an `Adapter`; training with adapters is then training the variables of type
 `AdapterParam` where full training trains those of type `nnx.Param`. Shapes come from the projection's einsum: A has
 the contracted letters and R, B has R and the produced letters, DoRA's magnitude the produced letters. Adapters act
 on activations, so a frozen weight needs no gradient.
@@ -28,7 +28,7 @@ class AdapterParam(nnx.Variable):
     """A variable of an adapter: the filter of adapter training."""
 
 
-def trainable(config: AdapterConfig) -> type[nnx.Variable]:
+def trainable_filter(config: AdapterConfig) -> type[nnx.Variable]:
     """The filter that says which variables a run trains."""
     return nnx.Param if config.kind == "none" else AdapterParam
 
@@ -51,8 +51,8 @@ class Adapter(nnx.Module):
         self.after_norm = config.after_norm and produced == "D"  # what blocks add to their stream is normed first
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
-        bound = 1 / math.sqrt(math.prod(dims.shape(contracted, model)))
-        shape_a, shape_b = (dims.shape(letters, model, config.rank) for _, letters in self.letters)
+        bound = 1 / math.sqrt(math.prod(dims.weight_shape(contracted, model)))
+        shape_a, shape_b = (dims.weight_shape(letters, model, config.rank) for _, letters in self.letters)
         self.a = AdapterParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
         self.b = AdapterParam(jnp.zeros(shape_b))
         self.m: AdapterParam | None = nnx.data(None)
@@ -74,7 +74,7 @@ class Adapter(nnx.Module):
         norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))
         return (y * (self.m[...] / norm)).astype(y.dtype)
 
-    def merged(self, w_L: jax.Array, dtype) -> jax.Array:
+    def merged_weight(self, w_L: jax.Array, dtype) -> jax.Array:
         """The stacked weight with the update added in float32, and rounded once to `dtype`: it needs no adapter.
 
         Layers are taken one by one, as the whole stack in float32 would be twice the weight itself.
@@ -108,7 +108,7 @@ class Adapter(nnx.Module):
         return jnp.sqrt(square + cross)
 
 
-def attach(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
+def attach_adapters(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
     """Gives the projections that `config.targets` match an adapter; kind "none" gives none.
 
     Raises ValueError where a target matches no projection.
@@ -124,7 +124,7 @@ def attach(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
             base.adapter = Adapter(base, config, model.config, rngs=rngs)
 
 
-def merge(model: Gemma2) -> None:
+def merge_adapters(model: Gemma2) -> None:
     """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it.
 
     Raises ValueError where `check_mergeable` does.
@@ -133,12 +133,12 @@ def merge(model: Gemma2) -> None:
     adapted = [(name, base, base.adapter) for name, base in found if isinstance(base.adapter, Adapter)]
     check_mergeable([name for name, _, adapter in adapted if adapter.after_norm])
     for _, base, adapter in adapted:
-        base.w[...] = adapter.merged(base.w[...], base.w.dtype)
+        base.w[...] = adapter.merged_weight(base.w[...], base.w.dtype)
         base.adapter = None
 
 
 def check_mergeable(apart: list[str]) -> None:
-    """Raises ValueError if there are projections whose adapter comes after a norm: `AdapterConfig.apart`."""
+    """Raises ValueError if an adapter comes after a norm (`AdapterConfig.unmergeable_targets`)."""
     if apart:
         raise ValueError(
             f"the adapter of {' and '.join(apart)} cannot be merged: it is added after the post-norm "

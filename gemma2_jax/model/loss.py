@@ -45,29 +45,29 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
     inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
         embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")
-        return _chunked(softcap, inputs[0], embedding_VD, *inputs[1:])
+        return _chunked_loss(softcap, inputs[0], embedding_VD, *inputs[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
+def _chunked_loss(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
     """The sum over C chunks."""
 
     def step(total, inputs):
-        loss, _ = _one_chunk(softcap, embedding_VD, *inputs)
+        loss, _ = _chunk_loss(softcap, embedding_VD, *inputs)
         return total + loss, None
 
     return jax.lax.scan(step, jnp.float32(0), (hidden_CBTD, targets_CBT, weights_CBT))[0]
 
 
-def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
-    """`_chunked`, and its gradients already formed but for the factor that comes from above."""
+def _chunked_loss_forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
+    """`_chunked_loss`, and its gradients already formed but for the factor that comes from above."""
     wanted = embedding_VD.perturbed
     embedding_VD = embedding_VD.value
 
     def step(carry, inputs):
         total, grad_VD = carry
         hidden_BTD = inputs[0]
-        loss, grad_BTV = _one_chunk(softcap, embedding_VD, *inputs)
+        loss, grad_BTV = _chunk_loss(softcap, embedding_VD, *inputs)
         grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
         if wanted:
             grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
@@ -81,17 +81,17 @@ def _forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
     return total, (grad_CBTD, grad_VD)
 
 
-def _backward(softcap, gradients, cotangent):
+def _chunked_loss_backward(softcap, gradients, cotangent):
     grad_CBTD, grad_VD = gradients
     if grad_VD is not None:
         grad_VD = (cotangent * grad_VD).astype(grad_CBTD.dtype)
     return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), grad_VD, None, None
 
 
-_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+_chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward, symbolic_zeros=True)
 
 
-def _one_chunk(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
+def _chunk_loss(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     """Loss of one chunk, and its gradient by the logits before the cap, float32."""
     hidden_BTD = constrain(constrain(hidden_BTD, "BPD"), "ESD")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)

@@ -56,7 +56,7 @@ class _Instruction:
         return found[1] if found else self.name
 
 
-def traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | None = None) -> list[Collective]:
+def read_traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | None = None) -> list[Collective]:
     """Every collective that a step runs, from its compiled HLO.
 
     Args:
@@ -96,7 +96,7 @@ def traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | None = N
     return found
 
 
-def per_axis(collectives: Iterable[Collective]) -> dict[str, Counter[str]]:
+def sum_traffic(collectives: Iterable[Collective]) -> dict[str, Counter[str]]:
     """Bytes that a GPU sends in a step, by mesh axes and kind; without collectives whose `times` is unknown."""
     total: dict[str, Counter[str]] = defaultdict(Counter)
     for c in collectives:
@@ -150,11 +150,11 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     ):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
         ids = _iota(found[2], found[3]) if found[2] else np.array(_ints(found[4]) if found[4] else range(devices))
-        return _along(ids, sizes, re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", found[5]))
+        return _mesh_axes(ids, sizes, re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", found[5]))
     raise ValueError(f"the groups of this collective are written in a way that is not known here: {attributes[:300]}")
 
 
-def _along(ids: np.ndarray, sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> np.ndarray:
+def _mesh_axes(ids: np.ndarray, sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> np.ndarray:
     """Groups along some axes of XLA's own mesh, or along parts of them: (name, product of parts before, size)."""
     split = {name: [1, size, 1] for name, size in sizes.items()}
     for name, before, size in axes:

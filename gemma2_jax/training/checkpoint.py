@@ -53,7 +53,7 @@ class Checkpoints:
     def __exit__(self, failed, *_) -> None:
         if failed is not None and jax.process_count() > 1:
             return  # the others, who would end the write with this process, are about to end themselves
-        with self._explained():
+        with self._explain_failures():
             self._manager.close()
 
     @property
@@ -73,20 +73,20 @@ class Checkpoints:
                 f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
                 f"make room, and the same command resumes after step {self.latest or 0}"
             )
-        with self._explained():
+        with self._explain_failures():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(
-                        _nested(params), save_args=_nested({path: _pieces(path) for path in params})
+                        _nest_dicts(params), save_args=_nest_dicts({path: _chunking(path) for path in params})
                     ),
-                    optimizer=ocp.args.PyTreeSave(_nested(optimizer)),
+                    optimizer=ocp.args.PyTreeSave(_nest_dicts(optimizer)),
                     loop=ocp.args.JsonSave(loop),
                 ),
             )
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_failures(self) -> Iterator[None]:
         """Turns what Orbax raises for a failed write, here or in a thread of its own, into one sentence."""
         try:
             yield
@@ -102,15 +102,15 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=_restore_args(_nested(params)),
-                optimizer=_restore_args(_nested(optimizer)),
+                params=_restore_args(_nest_dicts(params)),
+                optimizer=_restore_args(_nest_dicts(optimizer)),
                 loop=ocp.args.JsonRestore(),
             ),
         )
-        return _by_path(restored["params"]), _by_path(restored["optimizer"]), restored["loop"]
+        return _flatten_dicts(restored["params"]), _flatten_dicts(restored["optimizer"]), restored["loop"]
 
 
-def _pieces(path: str) -> ocp.SaveArgs:
+def _chunking(path: str) -> ocp.SaveArgs:
     """How an array is cut where it is stored: a layer apart from the others, as converters read them."""
     return ocp.SaveArgs(shard_axes=(0,)) if path.startswith("blocks/") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
@@ -123,7 +123,7 @@ def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(wanted, how)
 
 
-def _nested(tree: Any) -> Any:
+def _nest_dicts(tree: Any) -> Any:
     """Every dict of paths in the tree as nested dicts, which are what Orbax names arrays by."""
     return jax.tree.map(
         lambda node: unflatten_dict(node, sep="/") if isinstance(node, dict) else node,
@@ -132,7 +132,7 @@ def _nested(tree: Any) -> Any:
     )
 
 
-def _by_path(tree: Any) -> Any:
+def _flatten_dicts(tree: Any) -> Any:
     return jax.tree.map(
         lambda node: flatten_dict(node, sep="/") if isinstance(node, dict) else node,
         tree,

@@ -14,11 +14,11 @@ from jax.experimental import multihost_utils
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files.memory import Index
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.model.gemma2 import Abstract, Weights
 
 
-class Adapters:
+class AdapterExports:
     """The exported adapters of one run."""
 
     def __init__(self, config: Config):
@@ -34,7 +34,7 @@ class Adapters:
         if not config.train.export_adapter:
             return
         # Pipeline stages may have filled up the stacks with zeros, see `step.Program`.
-        arrays = {path: _whole(w)[: config.model.layers] for path, w in params.items()}
+        arrays = {path: _gather_array(w)[: config.model.layers] for path, w in params.items()}
         if jax.process_index() != 0:
             return
         source = Checkpoint(
@@ -44,11 +44,11 @@ class Adapters:
             adapter=config.adapter,
             base=config.init,
             beside=(config.output / "tokenizer",),
-            sources=(_Held(arrays),),
+            sources=(_HostArrays(arrays),),
         )
         # That of a run which ended before its checkpoint was whole.
         shutil.rmtree(self.folder / str(step), ignore_errors=True)
-        write(Job(source=source, to="peft"), self.folder / str(step))
+        write_checkpoint(Job(source=source, to="peft"), self.folder / str(step))
         self._prune(step)
 
     def _prune(self, step: int) -> None:
@@ -60,13 +60,13 @@ class Adapters:
                 shutil.rmtree(path)
 
 
-def _whole(w: jax.Array) -> np.ndarray:
+def _gather_array(w: jax.Array) -> np.ndarray:
     """All of an array, of which this process may hold a part."""
     return np.asarray(w if w.is_fully_addressable else multihost_utils.process_allgather(w, tiled=True))
 
 
 @dataclass(frozen=True)
-class _Held:
+class _HostArrays:
     """Arrays in the host's memory as a source of `convert`."""
 
     arrays: dict[str, np.ndarray]

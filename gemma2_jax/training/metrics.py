@@ -26,7 +26,7 @@ class Metrics:
 
     def __init__(self, config: Config, console: Console, *, first_step: int):
         self._config, self._console = config, console
-        self._wandb = _wandb(config) if config.train.wandb and jax.process_index() == 0 else None
+        self._wandb = open_wandb_run(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._tokens = config.train.global_batch_size * config.train.sequence_length
@@ -80,14 +80,14 @@ class Metrics:
         self._bar.update(self._task, completed=step, text=text)
         if self._bar.disable and (now - self._last_line > PLAIN_LINE_SECONDS or step == self._config.steps):
             self._last_line = now
-            self._say(f"step {step}/{self._config.steps}  {text}")
+            self._print(f"step {step}/{self._config.steps}  {text}")
 
     def evaluation(self, step: int, loss: float) -> None:
         """Logs a held-out loss (nats per target token), whose time is left out of the speed of training."""
         self._clock = time.perf_counter()
         self._write({"step": step, "eval_loss": loss})
         self._eval_text = f"  held-out {loss:.4f}"
-        self._say(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")
+        self._print(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")
 
     def _write(self, line: dict) -> None:
         if self._file is not None:
@@ -95,12 +95,12 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(line, step=line["step"])
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._file is not None:
             self._console.print(text, highlight=False)
 
 
-def check(config: Config) -> None:
+def check_wandb(config: Config) -> None:
     """Raises ValueError where metrics are to go to what is not installed."""
     try:
         if config.train.wandb and jax.process_index() == 0:  # which alone has a page there
@@ -112,7 +112,7 @@ def check(config: Config) -> None:
         ) from error
 
 
-def _wandb(config: Config):
+def open_wandb_run(config: Config):
     """The run's page at Weights & Biases, the same one when it resumes."""
     wandb = importlib.import_module("wandb")
     lines = dict(line.split(" = ", 1) for line in to_text(config).splitlines())
@@ -122,19 +122,19 @@ def _wandb(config: Config):
     )
 
 
-def truncate_after(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl beyond `step`: those of steps that are about to be taken again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _line_step(line) <= step]
     if len(kept) < len(lines):
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.replace(path)
 
 
-def _step_of(line: str) -> float:
+def _line_step(line: str) -> float:
     """The step of a line of metrics; infinite for one cut short when a process was killed."""
     try:
         return json.loads(line)["step"]

@@ -5,7 +5,7 @@ import optax
 from gemma2_jax.config import OptimConfig
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by steps already taken: linear to the peak at the last warmup step, then a cosine to `min_lr`.
 
     The first step takes lr / warmup_steps, not 0, and the last takes min_lr.
@@ -22,13 +22,13 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return lambda taken: curve(taken + 1)
 
 
-def optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:
     """The chain for weights of these dims (by path). Vectors (norms, magnitudes) are not decayed."""
     decayed = {path: not path.endswith(("norm/w", "adapter/m")) for path in letters}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule(config, steps),
+            make_schedule(config, steps),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,

@@ -22,7 +22,7 @@ class Trace:
     def __exit__(self, *_) -> None:
         self._finish()
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Starts or stops the trace where `step` is the first one in, or out of, the window."""
         if step == self._stop:
             self._finish()

@@ -11,13 +11,13 @@ from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config
 from gemma2_jax.convert import checkpoints as formats
-from gemma2_jax.convert.files.folder import carry
+from gemma2_jax.convert.files.folder import copy_tokenizer
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.data.batches import load_tokenizer
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints
-from gemma2_jax.training.metrics import truncate_after
+from gemma2_jax.training.metrics import truncate_metrics
 from gemma2_jax.training.step import Program, State
 
 # A run may go on with other values of these; a change of anything else would make it another run.
@@ -42,7 +42,7 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     if source.adapter.kind != "none":
         model = f"its model, {source.base}," if source.base else "its model"
         remedy = f"give {model} as --init and the adapter alone as --adapter to go on training it"
-        if not source.adapter.apart:  # else nothing can
+        if not source.adapter.unmergeable_targets:  # else nothing can
             remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
         raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
@@ -62,7 +62,7 @@ def _check_adapter(config: Config, theirs: AdapterConfig) -> None:
     """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
 
     def fields(adapter: AdapterConfig) -> dict:
-        projections = table.targets(dataclasses.replace(adapter, kind=theirs.kind))
+        projections = table.match_targets(dataclasses.replace(adapter, kind=theirs.kind))
         return dataclasses.asdict(adapter) | {"targets": " ".join(projections)}
 
     ours, have = fields(config.adapter), fields(theirs)
@@ -81,17 +81,17 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
     Returns what has changed and may, as sentences. Process 0 does it, and the others find what it wrote.
     """
     path = config.output / "config.txt"
-    with hosts.first("claim_workdir"):
+    with hosts.process_zero_first("claim_workdir"):
         if jax.process_index() == 0:
-            return _claim(config, path, latest)
-        _check_joined(config, path)
+            return _claim_as_process_zero(config, path, latest)
+        _check_same_run(config, path)
         return []
 
 
-def _claim(config: Config, path: Path, latest: int | None) -> list[str]:
+def _claim_as_process_zero(config: Config, path: Path, latest: int | None) -> list[str]:
     changes = {}
     if latest is not None and path.exists():
-        changes = _differences(config, path)
+        changes = config_differences(config, path)
         others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
         if others:
             raise ValueError(
@@ -99,27 +99,27 @@ def _claim(config: Config, path: Path, latest: int | None) -> list[str]:
             )
         if "steps" in changes and config.optim.decay_steps is None:
             changes["steps"] += ", which the learning rate follows from here on (optim.decay_steps would fix it)"
-    truncate_after(config.output / "metrics.jsonl", -1 if latest is None else latest)
+    truncate_metrics(config.output / "metrics.jsonl", -1 if latest is None else latest)
     beside = path.with_suffix(".tmp")
     beside.write_text(configs.to_text(config))
     beside.replace(path)
     return list(changes.values())
 
 
-def _check_joined(config: Config, path: Path) -> None:
+def _check_same_run(config: Config, path: Path) -> None:
     if not path.exists():
         raise ValueError(
             f"{config.output.absolute()} is not the folder that process 0 writes to; "
             "give a --workdir that all hosts share"
         )
-    if differences := _differences(config, path):
+    if differences := config_differences(config, path):
         raise ValueError(
             f"process {jax.process_index()} was not started like process 0: {'; '.join(differences.values())}; "
             "give all of them the same options"
         )
 
 
-def _differences(config: Config, path: Path) -> dict[str, str]:
+def config_differences(config: Config, path: Path) -> dict[str, str]:
     """How the config differs from the one in a file, by field; where the run is carried out is left out."""
     # Through a config, so that a field that the program had not got then has its default.
     then = configs.from_text(path.read_text(), str(path))
@@ -153,28 +153,30 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
     original = source.hf if source else None
     kept.mkdir(exist_ok=True)
     if source and source.tokenizer:
-        carry(source.tokenizer, kept)
+        copy_tokenizer(source.tokenizer, kept)
     tokenizer.save_pretrained(kept)
     (kept / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
     return tokenizer
 
 
-def start(program: Program, source: formats.Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:
+def start_state(
+    program: Program, source: formats.Checkpoint | None, checkpoints: Checkpoints
+) -> tuple[State, dict | None]:
     """The state to go on from, and what the loop saved with it if it is the run's own."""
     # This run's own checkpoint comes first, then the weights given, then random ones.
     latest = checkpoints.latest
     if latest is None:
-        state = program.fresh(_base(program, source))
+        state = program.initial_state(load_base(program, source))
         if program.config.init_adapter:
             assert source is not None
-            state = dataclasses.replace(state, params=formats.load(source, program.params))
+            state = dataclasses.replace(state, params=formats.load_weights(source, program.params))
         return state, None
     params, optimizer, loop = checkpoints.restore(latest, program.params, program.state.optimizer)
-    frozen = _base(program, source) if program.frozen else {}
+    frozen = load_base(program, source) if program.frozen else {}
     step = jax.device_put(np.int32(latest), program.state.step.sharding)
     return State(step=step, params=params, frozen=frozen, optimizer=optimizer), loop
 
 
-def _base(program: Program, source: formats.Checkpoint | None) -> Weights:
+def load_base(program: Program, source: formats.Checkpoint | None) -> Weights:
     """The model's weights, trained or frozen, before any step."""
-    return formats.load(source, program.base) if source else program.random_base()
+    return formats.load_weights(source, program.base) if source else program.random_base()

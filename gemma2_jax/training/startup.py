@@ -12,12 +12,12 @@ from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data.batches import Batches, EvalBatches
-from gemma2_jax.mesh import described
+from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.model.attention import choice as attention
 from gemma2_jax.training.step import Program
 
 
-def startup(
+def print_startup(
     console: Console,
     program: Program,
     source: Checkpoint | None,
@@ -48,22 +48,22 @@ def startup(
         "run": f"{config.output}, {resumed}, to step {config.steps}",
         "weights": config.init if adapter else given,
         **adapter,
-        "parameters": parameters(program),
+        "parameters": describe_parameters(program),
         "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
         + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),
-        "devices": f"{jax.device_count()} x {device.device_kind}, {hosts.find(config.hosts, os.environ)}; mesh "
-        f"{described(mesh)}",
+        "devices": f"{jax.device_count()} x {device.device_kind}, {hosts.find_place(config.hosts, os.environ)}; mesh "
+        f"{describe_mesh(mesh)}",
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
         f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
         "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, backward by inputs"
         f"{'' if program.frozen else ' and by weights'}; attention causal and windowed, as if unpacked)",
-        **({"pipeline": pipeline(program)} if mesh.shape["stage"] > 1 else {}),
+        **({"pipeline": describe_pipeline(program)} if mesh.shape["stage"] > 1 else {}),
         "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
-        "attention": attention.choose(config.model, config.compute, program.device)[1],
-        "memory": memory(compiled) + f"; compiled in {seconds:.1f} s",
+        "attention": attention.choose_attention(config.model, config.compute, program.device)[1],
+        "memory": describe_memory(compiled) + f"; compiled in {seconds:.1f} s",
     }
     if program.device.platform == "gpu":
         share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
@@ -77,10 +77,10 @@ def startup(
     console.print(grid, highlight=False)
 
 
-def pipeline(program: Program) -> str:
+def describe_pipeline(program: Program) -> str:
     """How layers and passes are dealt out over stages, and the share of a step that stages wait for each other."""
     stages = program.pipeline
-    layers = [int(stages.layers_of(stage)) for stage in range(stages.stages)]
+    layers = [int(stages.stage_layers(stage)) for stage in range(stages.stages)]
     vocabulary = program.config.model.vocab_size
     twice = f"; all make all logits, as they do not divide {vocabulary:,}" if vocabulary % stages.stages else ""
     return (
@@ -89,12 +89,12 @@ def pipeline(program: Program) -> str:
     )
 
 
-def ending(console: Console, config: Config) -> None:
+def print_ending(console: Console, config: Config) -> None:
     """Says where the result is, and what one would do with it next."""
     if jax.process_index() != 0:
         return
     what, form = ("weights", "hf") if config.adapter.kind == "none" else ("adapter", "peft")
-    if config.adapter.apart:
+    if config.adapter.unmergeable_targets:
         form = "orbax"  # PEFT would add it elsewhere
     chat = '--chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else '--prompt "The"'
     workdir = shlex.quote(str(config.output))
@@ -107,24 +107,24 @@ def ending(console: Console, config: Config) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def parameters(program: Program) -> str:
+def describe_parameters(program: Program) -> str:
     """Parameters by group, and the share that is trained."""
     groups: Counter[str] = Counter()
     for path, leaf in {**program.params, **program.frozen}.items():
-        groups[_group(path)] += leaf.size
+        groups[parameter_group(path)] += leaf.size
     trained, total = sum(leaf.size for leaf in program.params.values()), groups.total()
     parts = " + ".join(f"{name} {size:,}" for name, size in groups.items())
     return f"{parts} = {total:,}; trained {trained:,} ({trained / total:.2%})"
 
 
-def memory(compiled) -> str:
+def describe_memory(compiled) -> str:
     """Memory of the compiled step on each device."""
     stats = compiled.memory_analysis()
     kept, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     return f"{kept / 2**20:,.0f} MiB state and batch + {temporary / 2**20:,.0f} MiB temporaries a device"
 
 
-def _group(path: str) -> str:
+def parameter_group(path: str) -> str:
     if "/adapter/" in path:
         return "adapters"
     if path.endswith("norm/w"):

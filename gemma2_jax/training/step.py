@@ -49,17 +49,19 @@ class Program:
     """The run of `config` on `mesh`, before anything is allocated."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        meshes.check(config, mesh)
+        meshes.check_mesh(config, mesh)
         self.config, self.mesh = config, mesh
         self.device = mesh.devices.flat[0]  # what it is compiled for
-        skeleton = nnx.eval_shape(self._create)
-        self.graph, params, frozen = nnx.split(skeleton, lora.trainable(config.adapter), ...)
-        self.letters = model.letters(skeleton)
+        skeleton = nnx.eval_shape(self._create_model)
+        self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
+        self.letters = model.weight_dims(skeleton)
         self.pipeline = Pipeline(skeleton, config, mesh)
-        self.params = self._abstract(model.flat(params), config.compute.trained_dtype)
-        self.frozen = self._abstract(model.flat(frozen), config.compute.frozen_dtype)
-        self.optimizer = optim.optimizer(config.optim, config.steps, {path: self.letters[path] for path in self.params})
-        self.schedule = optim.schedule(config.optim, config.steps)
+        self.params = self._abstract(model.flatten_state(params), config.compute.trained_dtype)
+        self.frozen = self._abstract(model.flatten_state(frozen), config.compute.frozen_dtype)
+        self.optimizer = optim.make_optimizer(
+            config.optim, config.steps, {path: self.letters[path] for path in self.params}
+        )
+        self.schedule = optim.make_schedule(config.optim, config.steps)
 
     @cached_property
     def state(self) -> State:
@@ -93,7 +95,7 @@ class Program:
         return GPU_FLAGS[self.config.compute.gpu_flags] if self.device.platform == "gpu" else {}
 
     @cached_property
-    def rows(self) -> range:
+    def process_rows(self) -> range:
         """Rows of the global batch that this process's devices take: the same for those that share a data shard."""
         shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
         indices = sharding.addressable_devices_indices_map(shape).values()
@@ -106,21 +108,23 @@ class Program:
         """Base weights drawn from `train.seed`, made where they are kept."""
 
         def draw() -> Weights:
-            drawn = model.flat(nnx.state(self._create(adapters=False)))
-            return {path: self._padded(path, w.astype(self.base[path].dtype)) for path, w in drawn.items()}
+            drawn = model.flatten_state(nnx.state(self._create_model(adapters=False)))
+            return {path: self._pad_layers(path, w.astype(self.base[path].dtype)) for path, w in drawn.items()}
 
         return jax.jit(draw, out_shardings=_shardings(self.base))()
 
-    def fresh(self, base: Weights) -> State:
+    def initial_state(self, base: Weights) -> State:
         """The state of step 0 around given base weights, with new adapters if the run has them."""
 
         def start(base: Weights) -> State:
-            whole = self._create(adapters=False)
-            layers = {path: w[: self.config.model.layers] if self._stacked(path) else w for path, w in base.items()}
-            nnx.update(whole, nnx.state(model.rebuild(nnx.graphdef(whole), layers)))
-            lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
-            weights = model.flat(nnx.state(whole))
-            params = {path: self._padded(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()}
+            whole = self._create_model(adapters=False)
+            layers = {path: w[: self.config.model.layers] if self._is_stacked(path) else w for path, w in base.items()}
+            nnx.update(whole, nnx.state(model.rebuild_model(nnx.graphdef(whole), layers)))
+            lora.attach_adapters(whole, self.config.adapter, rngs=self._rngs(1))
+            weights = model.flatten_state(nnx.state(whole))
+            params = {
+                path: self._pad_layers(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()
+            }
             frozen = {path: base[path] for path in self.frozen}
             return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=self.optimizer.init(params))
 
@@ -157,10 +161,10 @@ class Program:
         passes = self.pipeline.passes
         return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
-    def _create(self, adapters: bool = True) -> Gemma2:
+    def _create_model(self, adapters: bool = True) -> Gemma2:
         whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), device=self.device)
         if adapters:
-            lora.attach(whole, self.config.adapter, rngs=self._rngs(1))
+            lora.attach_adapters(whole, self.config.adapter, rngs=self._rngs(1))
         return whole
 
     def _rngs(self, stream: int) -> nnx.Rngs:
@@ -168,21 +172,23 @@ class Program:
 
     def _abstract(self, weights: Weights, dtype: str) -> Abstract:
         def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            shape = (self._layers, *shape[1:]) if self._stacked(path) else shape
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.stored(self.mesh, self.letters[path], shape))
+            shape = (self._stored_layers, *shape[1:]) if self._is_stacked(path) else shape
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=meshes.stored_sharding(self.mesh, self.letters[path], shape)
+            )
 
         return {path: leaf(path, w.shape) for path, w in weights.items()}
 
     @property
-    def _layers(self) -> int:
+    def _stored_layers(self) -> int:
         """Layers as stored: each stage has room for as many, and what is over, at the end, is zero and never used."""
         return meshes.layers_per_stage(self.config.model, self.mesh) * self.mesh.shape["stage"]
 
-    def _stacked(self, path: str) -> bool:
+    def _is_stacked(self, path: str) -> bool:
         return self.letters[path].startswith("L")
 
-    def _padded(self, path: str, w: jax.Array) -> jax.Array:
-        over = self._layers - w.shape[0] if self._stacked(path) else 0
+    def _pad_layers(self, path: str, w: jax.Array) -> jax.Array:
+        over = self._stored_layers - w.shape[0] if self._is_stacked(path) else 0
         return jnp.pad(w, ((0, over), *((0, 0),) * (w.ndim - 1)))
 
 

@@ -24,7 +24,7 @@ from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
-from gemma2_jax.training.export import Adapters
+from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.step import Program
 
 TINY = ROOT / "assets" / "tiny-gemma2"
@@ -65,7 +65,7 @@ def in_the_repository(monkeypatch):
 
 
 def place(environment: dict[str, str], **flags) -> hosts.Place:
-    return hosts.find(HostsConfig(**flags), environment)
+    return hosts.find_place(HostsConfig(**flags), environment)
 
 
 def host(environment: dict[str, str]) -> str:
@@ -294,7 +294,9 @@ def test_an_adapter_through_two_processes(tmp_path):
     given = replace(given, train=replace(given.train, export_adapter=True))
     program, rng = Program(given, make_mesh(given.mesh)), np.random.default_rng(0)
     adapter = {path: rng.normal(size=w.shape).astype(w.dtype) for path, w in program.params.items()}
-    Adapters(given).save(0, {path: jax.device_put(w, program.params[path].sharding) for path, w in adapter.items()})
+    AdapterExports(given).save(
+        0, {path: jax.device_put(w, program.params[path].sharding) for path, w in adapter.items()}
+    )
     folder = given.output / "adapters" / "0"
     config = replace(given, workdir=str(tmp_path / "run"), init_adapter=str(folder))
     (tmp_path / "config.txt").write_text(configs.to_text(config))

@@ -30,11 +30,11 @@ from gemma2_jax import mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import writing
 from gemma2_jax.convert.__main__ import main
-from gemma2_jax.convert.checkpoints import load, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
 from gemma2_jax.convert.files import folder as folders, orbax as arrays, safetensors as tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +60,7 @@ def copy(hf, tmp_path) -> Path:
 
 
 def _convert(source: Path, target: Path, to: writing.Format, **choices) -> Path:
-    write(Job(source=open_checkpoint(source), to=to, **choices), target)
+    write_checkpoint(Job(source=open_checkpoint(source), to=to, **choices), target)
     return target
 
 
@@ -107,7 +107,7 @@ def test_what_orbax_writes_is_read(copy, tmp_path, ocdbt, zarr3):
     handler.close()
     shutil.copy(copy / "config.json", arrays.parent)
     found = open_checkpoint(arrays.parent)
-    assert _same({path: np.asarray(w) for path, w in load(found, found.shapes).items()}, weights)
+    assert _same({path: np.asarray(w) for path, w in load_weights(found, found.shapes).items()}, weights)
     if ocdbt:  # which holds the metadata of arrays itself
         at = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
         name = "zarr.json" if zarr3 else ".zarray"
@@ -120,7 +120,7 @@ def test_what_orbax_writes_is_read(copy, tmp_path, ocdbt, zarr3):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_are_read_and_written(hf, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(tensors.write, "__defaults__", (50_000,))
+    monkeypatch.setattr(tensors.write_safetensors, "__defaults__", (50_000,))
     theirs = _saved(tmp_path / "theirs", "2b", dtype, max_shard_size="50KB")
     ours = _convert(theirs, tmp_path / "ours", "hf")
     assert _same(_stored(ours), _stored(hf["2b", dtype]))
@@ -164,17 +164,17 @@ def test_load_reads_slices_into_any_sharding(hf, tmp_path, to):
         row.path: jax.ShapeDtypeStruct(
             source.shapes[row.path].shape,
             jnp.bfloat16,
-            sharding=meshes.stored(mesh, row.letters, source.shapes[row.path].shape),
+            sharding=meshes.stored_sharding(mesh, row.letters, source.shapes[row.path].shape),
         )
         for row in table.MODEL
     }
-    loaded = load(source, wanted)
+    loaded = load_weights(source, wanted)
     whole = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
     for path, want in wanted.items():
         assert loaded[path].sharding == want.sharding and loaded[path].dtype == jnp.bfloat16
         np.testing.assert_array_equal(loaded[path], whole[path].astype(jnp.bfloat16))
     embedding = {"embedding": jax.ShapeDtypeStruct((384, 36), jnp.float32)}
-    np.testing.assert_array_equal(load(source, embedding)["embedding"], whole["embedding"])
+    np.testing.assert_array_equal(load_weights(source, embedding)["embedding"], whole["embedding"])
 
 
 def test_a_device_s_slice_is_all_that_is_read(hf, monkeypatch):
@@ -189,8 +189,8 @@ def test_a_device_s_slice_is_all_that_is_read(hf, monkeypatch):
 
     monkeypatch.setattr(tensors.Tensors, "read", counted)
     shape = source.shapes["blocks/attn/q/w"]
-    sharding = meshes.stored(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH", shape.shape)
-    load(source, {"blocks/attn/q/w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)})
+    sharding = meshes.stored_sharding(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH", shape.shape)
+    load_weights(source, {"blocks/attn/q/w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)})
     # Three layers, two slices, each once although four devices have it.
     assert sizes == [64 * 36 * 4 // 2] * 6
 
@@ -200,9 +200,9 @@ def test_load_names_another_config(hf):
     with pytest.raises(
         ValueError, match=r"another config: it has final_norm/w with shape \(36,\), and \(40,\) is wanted"
     ):
-        load(source, {"final_norm/w": jax.ShapeDtypeStruct((40,), jnp.float32)})
+        load_weights(source, {"final_norm/w": jax.ShapeDtypeStruct((40,), jnp.float32)})
     with pytest.raises(ValueError, match="has no blocks/attn/q/adapter/a; it holds 13 arrays"):
-        load(source, {"blocks/attn/q/adapter/a": jax.ShapeDtypeStruct((3, 36, 2), jnp.float32)})
+        load_weights(source, {"blocks/attn/q/adapter/a": jax.ShapeDtypeStruct((3, 36, 2), jnp.float32)})
 
 
 def test_unknown_folders_say_what_was_found(tmp_path):
@@ -314,9 +314,9 @@ def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
     target = tmp_path / "out" / to
     job = Job(source=open_checkpoint(hf["2b", "float32"]), to=to)
     with _no_file_beyond(20_000), pytest.raises((OSError, ValueError)):
-        write(job, target)
+        write_checkpoint(job, target)
     assert list(target.parent.iterdir()) == []
-    write(job, target)
+    write_checkpoint(job, target)
     assert open_checkpoint(target).model == BITING["2b"]
 
 
@@ -375,7 +375,7 @@ def test_a_full_run_is_its_newest_step(hf, tmp_path):
     assert _same(_stored(whole), _stored(hf["2b", "float32"]))
     assert json.loads((whole / "config.json").read_text())["max_position_embeddings"] == 2048
     ninth = open_checkpoint(workdir / "checkpoints" / "9")
-    final = load(ninth, {"final_norm/w": jax.ShapeDtypeStruct((36,), jnp.float32)})["final_norm/w"]
+    final = load_weights(ninth, {"final_norm/w": jax.ShapeDtypeStruct((36,), jnp.float32)})["final_norm/w"]
     np.testing.assert_array_equal(final, weights["final_norm/w"] + 1)
     os.truncate(workdir / "config.txt", 1 << 40)
     with pytest.raises(ValueError, match=r"config\.txt is damaged \(it is larger than 1 MiB\)"):

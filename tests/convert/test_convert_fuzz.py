@@ -36,7 +36,7 @@ from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 
 TINY = replace(
     BITING["2b"], layers=2, width=8, mlp_width=12, heads=4, kv_heads=2, head_width=4, vocab_size=16, max_length=32
@@ -107,9 +107,9 @@ def _tree(path: Path) -> Any:
     if path.suffix == ".yaml":
         return yaml.safe_load(data)
     if path.suffix == ".pt":
-        return torch_files.load(path)
+        return torch_files.load_torch(path)
     if path.name == ".metadata":
-        return pickles.loads(data, path)
+        return pickles.load_pickle(data, path)
     if path.name == "config.txt":
         return dict(line.split(" = ", 1) for line in data.decode().splitlines())
     return None
@@ -121,11 +121,11 @@ def _bytes(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes
 
         def save(path: Path) -> None:
             with path.open("wb") as file:
-                torch_files.save(file, content)
+                torch_files.save_torch(file, content)
 
         return save
     if path.name == ".metadata":
-        return pickles.dumps(tree)
+        return pickles.dump_pickle(tree)
     if path.name == "config.txt":
         values = {key: value if type(value) is str else repr(value) for key, value in tree.items()}
         return "".join(f"{key} = {value}\n" for key, value in values.items()).encode(errors="surrogatepass")
@@ -335,7 +335,7 @@ def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], rank: int = 0
     wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     numbers = np.random.default_rng(0)
     parts = (numbers.normal(size=shape).astype(dtype) for shape in shapes.values())
-    tensors.write(folder, stem, wanted, parts, lambda size: None, **how)
+    tensors.write_safetensors(folder, stem, wanted, parts, lambda size: None, **how)
     return folder
 
 
@@ -347,7 +347,7 @@ def _model(folder: Path, **how) -> Path:
 
 
 def _adapter(folder: Path, base: Path, adapter: AdapterConfig = LORA) -> Path:
-    _tensors(folder, tensors.ADAPTER, table.rows(adapter), adapter.rank)
+    _tensors(folder, tensors.ADAPTER, table.table_rows(adapter), adapter.rank)
     tensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
     return folder
 
@@ -372,7 +372,7 @@ def _dora(root: Path) -> Case:
 
 def _orbax(root: Path) -> Case:
     both = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
-    write(Job(source=both, to="orbax"), root / "orbax")
+    write_checkpoint(Job(source=both, to="orbax"), root / "orbax")
     shutil.rmtree(root / "hf")
     shutil.rmtree(root / "peft")
     return Case(root, root / "orbax", targets=("peft", "orbax", "merged"))
@@ -384,7 +384,7 @@ def _trained(root: Path) -> Case:
         workdir="x", model=TINY, adapter=LORA, optim=OptimConfig(lr=1.0), init=str(base),
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
-    shapes = table.our_shapes(table.rows(LORA), TINY, LORA.rank)
+    shapes = table.our_shapes(table.table_rows(LORA), TINY, LORA.rank)
     folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
     return Case(root, folder, targets=("peft", "orbax", "merged"))
 
@@ -399,20 +399,22 @@ def _trained_whole(root: Path) -> Case:
 
 
 def _megatron(root: Path) -> Case:
-    write(Job(source=open_checkpoint(_model(root / "hf")), to="megatron"), root / "megatron")
+    write_checkpoint(Job(source=open_checkpoint(_model(root / "hf")), to="megatron"), root / "megatron")
     shutil.rmtree(root / "hf")
     return Case(root, root / "megatron")
 
 
 def _legacy(root: Path) -> Case:
-    write(Job(source=open_checkpoint(_model(root / "hf")), to="megatron-legacy", ranks=(2, 2)), root / "legacy")
+    write_checkpoint(
+        Job(source=open_checkpoint(_model(root / "hf")), to="megatron-legacy", ranks=(2, 2)), root / "legacy"
+    )
     (root / "hf" / tensors.MODEL).unlink()
     return Case(root, root / "legacy", {"hf_config": root / "hf"})
 
 
 def _megatron_adapter(root: Path) -> Case:
     source = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
-    write(Job(source=source, to="megatron-adapter"), root / "megatron")
+    write_checkpoint(Job(source=source, to="megatron-adapter"), root / "megatron")
     shutil.rmtree(root / "peft")
     return Case(root, root / "megatron", {"base": root / "hf"}, targets=("peft", "orbax", "megatron-adapter"))
 
@@ -459,7 +461,7 @@ def read_all(checkpoint: Checkpoint, chance: random.Random) -> None:
             index = (*index, *[slice(None)] * (len(stored.shape) - len(index)))
             wanted = tuple(len(range(size)[at]) for size, at in zip(stored.shape, index, strict=True))
             if all(wanted):
-                part = checkpoints.read(checkpoint, path, index)
+                part = checkpoints.read_array(checkpoint, path, index)
                 assert (part.shape, part.dtype) == (wanted, stored.dtype), path
 
 
@@ -468,7 +470,7 @@ def convert(checkpoint: Checkpoint, to: str, case: Case, chance: random.Random) 
     target = case.root.parent / "out" / to
     try:
         job = Job(source=checkpoint, to="hf" if to == "merged" else to, merge=to == "merged")
-        write(job, target)
+        write_checkpoint(job, target)
     except (ValueError, OSError):
         assert not target.exists()
         raise
@@ -511,7 +513,7 @@ def attempt(case: Case, chance: random.Random) -> bool:
             checkpoint = open_checkpoint(case.folder, **case.options)
             read_all(checkpoint, chance)
             if chance.random() < 0.1:
-                loaded = checkpoints.load(checkpoint, checkpoint.shapes)
+                loaded = checkpoints.load_weights(checkpoint, checkpoint.shapes)
                 assert {path: (x.shape, x.dtype) for path, x in loaded.items()} == {
                     path: (x.shape, x.dtype) for path, x in checkpoint.shapes.items()
                 }
@@ -556,7 +558,7 @@ def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     case = FORMATS[name][0](folder / "root")
     whole = open_checkpoint(case.folder, **case.options)
     read_all(whole, random.Random(0))
-    checkpoints.load(whole, whole.shapes)
+    checkpoints.load_weights(whole, whole.shapes)
     for to in case.targets:
         convert(whole, to, case, random.Random(0))
     return case

@@ -48,10 +48,10 @@ from torch.distributed.checkpoint import format_utils
 
 from gemma2_jax.config import MeshConfig, ModelConfig
 from gemma2_jax.convert import verify
-from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.files.torch_dist import TorchDistWriter
 from gemma2_jax.convert.formats import table
-from gemma2_jax.mesh import make_mesh, stored as stored_on
+from gemma2_jax.mesh import make_mesh, stored_sharding as stored_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = "torch_dist", "megatron_lm", "legacy"
@@ -149,8 +149,8 @@ def test_devices_get_their_slices():
         path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=stored_on(mesh, letters[path], x.shape))
         for path, x in source.shapes.items()
     }
-    for path, x in load(source, wanted).items():
-        expected = np.asarray(load(want, {path: want.shapes[path]})[path]).astype(jnp.bfloat16)
+    for path, x in load_weights(source, wanted).items():
+        expected = np.asarray(load_weights(want, {path: want.shapes[path]})[path]).astype(jnp.bfloat16)
         assert x.sharding == wanted[path].sharding and np.array_equal(x, expected.astype(np.float32))
 
 
@@ -195,7 +195,9 @@ def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
     at = convert(at, tmp_path / "orbax-again", "orbax")
     back = convert(at, tmp_path / "back", "hf")
     assert bits(stored(back)) == bits(stored(original))
-    assert all(one.within(0) for one in verify.compare(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at)))
+    assert all(
+        one.within(0) for one in verify.compare_checkpoints(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at))
+    )
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (back / file).read_bytes() == (original / file).read_bytes()
 
@@ -513,7 +515,7 @@ def test_the_folder_of_an_iteration_and_a_release(name, tmp_path):
             at.rename(folder)
             (root / "latest_checkpointed_iteration.txt").write_text(text)
         source = open_checkpoint(folder, hf_config=None if name.startswith("torch_dist") else HF["bf16"])
-        assert verify.compare(source, open_checkpoint(HF["bf16"]))[0].within(0)
+        assert verify.compare_checkpoints(source, open_checkpoint(HF["bf16"]))[0].within(0)
 
 
 def local(state: dict, i: int) -> dict:

@@ -39,7 +39,7 @@ from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 
 
 def peft_tensors(folder: Path) -> Tensors:
@@ -56,7 +56,7 @@ def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
     assert any("attn/o and mlp/down act after the post-norm" in note for note in source.notes)
     job = Job(source=source, to="peft")
     assert re.search("attn/o and mlp/down was trained to be added after the post-norm", *job.warnings)
-    write(job, tmp_path / "peft")
+    write_checkpoint(job, tmp_path / "peft")
     assert bits(peft_tensors(tmp_path / "peft")) == bits(peft_tensors(PEFT))
     ours, theirs = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
     for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
@@ -151,11 +151,11 @@ def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
     how, target, modules = ADAPTERS[case]
     before = open_checkpoint(of_peft(tmp_path / "peft", **how), hf_config=HF["f32"])
     job = Job(source=before, to="megatron-adapter")
-    inside = [name for name in ("attn/o", "mlp/down") if name in table.targets(before.adapter)]
+    inside = [name for name in ("attn/o", "mlp/down") if name in table.match_targets(before.adapter)]
     assert len(job.warnings) == bool(inside)
     for warning in job.warnings:
         assert f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm" in warning
-    write(job, tmp_path / "megatron")
+    write_checkpoint(job, tmp_path / "megatron")
     names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
     ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
     assert names == {f"decoder.layers.{module}{end}" for module in modules for end in ends}
@@ -205,7 +205,7 @@ def test_what_can_be_merged_merges_as_peft_s(tmp_path):
     state = torchs(LORA / "iter_0000000")
     some = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
     source = open_checkpoint(torch_dist(tmp_path / "it", some, LORA), base=HF["f32"])
-    assert not source.notes and not source.adapter.apart
+    assert not source.notes and not source.adapter.unmergeable_targets
     found = stored(convert(source, tmp_path / "hf", "hf", merge=True))
     model = transformers.AutoModelForCausalLM.from_pretrained(HF["f32"])
     adapter = of_peft(tmp_path / "peft", only="(q|k|v|gate|up)_proj")

@@ -35,7 +35,7 @@ from megatron_files import (
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
 from gemma2_jax.convert import verify
-from gemma2_jax.convert.checkpoints import load, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.writing import Job
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -59,10 +59,10 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
     workdir.mkdir()
     (workdir / "config.txt").write_text(configs.to_text(config))
     with Checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints.save(1, load(source, params), {"count": jnp.zeros(())}, {})
+        checkpoints.save(1, load_weights(source, params), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)
     assert run.model == model
-    assert all(one.within(0) for one in verify.compare(run, source))
+    assert all(one.within(0) for one in verify.compare_checkpoints(run, source))
 
 
 # Refusals

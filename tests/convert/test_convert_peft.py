@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, ComputeConfig, Config, OptimConfig
 from gemma2_jax.convert import writing
-from gemma2_jax.convert.checkpoints import Checkpoint, load, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.peft_config import adapter_config, peft_config
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.training.checkpoint import Checkpoints
 
@@ -76,7 +76,7 @@ def _peft_adapter(base: Path, path: Path, adapter: AdapterConfig, kind: str) -> 
 
 
 def _convert(source: Checkpoint, target: Path, to: writing.Format, **choices) -> Path:
-    write(Job(source=source, to=to, **choices), target)
+    write_checkpoint(Job(source=source, to=to, **choices), target)
     return target
 
 
@@ -95,7 +95,7 @@ def _our_logits(source: Checkpoint) -> np.ndarray:
     _, shapes, logits = _program(source.adapter)
     assert shapes.keys() == source.shapes.keys()
     with jax.default_matmul_precision("highest"):
-        return np.asarray(logits(load(source, shapes)))
+        return np.asarray(logits(load_weights(source, shapes)))
 
 
 @functools.cache
@@ -104,17 +104,17 @@ def _program(adapter: AdapterConfig):
 
     @jax.jit
     def logits(weights):
-        gemma = model.rebuild(graph, weights)
+        gemma = model.rebuild_model(graph, weights)
         return gemma.logits(gemma(TOKENS, TOKENS, np.zeros_like(TOKENS)))
 
-    shapes = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in model.flat(state).items()}
+    shapes = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in model.flatten_state(state).items()}
     return graph, shapes, logits
 
 
 def _gemma(adapter: AdapterConfig) -> model.Gemma2:
     rngs = nnx.Rngs(0)
     gemma = model.Gemma2(CONFIG, ComputeConfig(dtype="float32", attention="xla"), rngs=rngs)
-    lora.attach(gemma, adapter, rngs=rngs)
+    lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 
 
@@ -157,9 +157,9 @@ def test_merged_is_lora_s_merge_and_peft_s(base, theirs, tmp_path, kind):
     source = open_checkpoint(theirs[kind])
     merged = open_checkpoint(_convert(source, tmp_path / "merged", "hf", merge=True))
     assert merged.adapter.kind == "none"
-    gemma = model.rebuild(_program(source.adapter)[0], load(source, source.shapes))
-    lora.merge(gemma)
-    wanted, found = model.flat(nnx.state(gemma)), load(merged, merged.shapes)
+    gemma = model.rebuild_model(_program(source.adapter)[0], load_weights(source, source.shapes))
+    lora.merge_adapters(gemma)
+    wanted, found = model.flatten_state(nnx.state(gemma)), load_weights(merged, merged.shapes)
     assert wanted.keys() == found.keys()
     for path in wanted:  # compiled and not, sums round differently in the last bit
         np.testing.assert_allclose(found[path], wanted[path], rtol=1e-6, atol=1e-6)
@@ -188,7 +188,7 @@ def test_a_run_with_an_adapter(base, theirs, tmp_path, kind):
     )
     (workdir / "config.txt").write_text(configs.to_text(config))
     with Checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints.save(5, load(loaded, trained), {"count": jnp.zeros(())}, {})
+        checkpoints.save(5, load_weights(loaded, trained), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)
     assert (run.format, run.adapter, run.base) == ("run", KINDS[kind], str(base))
     copy = shutil.copytree(base, tmp_path / "copy")
@@ -301,7 +301,7 @@ def test_adapter_tensors_that_do_not_fit_are_named(theirs, tmp_path, change, mes
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_config_round_trip(kind):
     written = json.loads(json.dumps(peft_config(KINDS[kind], "base")))
-    assert adapter_config(written, table.targets(KINDS[kind]), "x") == KINDS[kind]
+    assert adapter_config(written, table.match_targets(KINDS[kind]), "x") == KINDS[kind]
 
 
 def test_dora_without_magnitudes_is_refused(theirs, tmp_path):
@@ -314,7 +314,7 @@ def test_dora_without_magnitudes_is_refused(theirs, tmp_path):
 def test_derived_rows_spelled_out():
     rows = {
         row.path: (row.dims, row.name, row.layout)
-        for row in table.rows(AdapterConfig(kind="dora", targets=("attn/o",)))
+        for row in table.table_rows(AdapterConfig(kind="dora", targets=("attn/o",)))
     }
     name = "base_model.model.model.layers.{L}.self_attn.o_proj"
     assert rows == {
@@ -322,4 +322,4 @@ def test_derived_rows_spelled_out():
         "blocks/attn/o/adapter/b": ("L R D", f"{name}.lora_B.weight", "(D) R"),
         "blocks/attn/o/adapter/m": ("L D", f"{name}.lora_magnitude_vector", "(D)"),
     }
-    assert dims.shape("LRD", CONFIG, 4) == (3, 4, 36)
+    assert dims.weight_shape("LRD", CONFIG, 4) == (3, 4, 36)

@@ -29,13 +29,13 @@ def tensors() -> dict[str, np.ndarray]:
 def test_rows_are_the_model_s_arrays_and_dims(kind):
     adapter = AdapterConfig(kind=kind, rank=3)
     gemma = nnx.eval_shape(lambda: _gemma(adapter))
-    assert {row.path: row.letters for row in table.MODEL + table.rows(adapter)} == model.letters(gemma)
+    assert {row.path: row.letters for row in table.MODEL + table.table_rows(adapter)} == model.weight_dims(gemma)
 
 
 def _gemma(adapter: AdapterConfig) -> model.Gemma2:
     rngs = nnx.Rngs(0)
     gemma = model.Gemma2(BITING["2b"], ComputeConfig(), rngs=rngs)
-    lora.attach(gemma, adapter, rngs=rngs)
+    lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 
 
@@ -62,7 +62,7 @@ def test_a_head_of_one_layer_is_where_it_is_expected(tensors):
 
 def test_parts_are_the_parts_of_the_whole(tensors):
     config = BITING["2b"]
-    whole, size = table.from_hf(tensors, config), dims.sizes(config)
+    whole, size = table.from_hf(tensors, config), dims.dim_sizes(config)
     cuts = [slice(None), slice(1, 3), slice(0, 1)]
     for row in table.MODEL:
         for index in itertools.product(cuts, repeat=len(row.letters)):

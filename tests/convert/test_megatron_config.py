@@ -56,7 +56,7 @@ def saved() -> dict:
 def test_it_is_the_model_that_hugging_face_has(path):
     run = megatron.read_yaml(path)
     assert megatron.model_config(run, path) == _twin(path)
-    tensor, pipeline = megatron.parallel(run, path)
+    tensor, pipeline = megatron.parallel_sizes(run, path)
     assert f"tp{tensor}pp{pipeline}" in _name(path)
     assert megatron.stored_dtype(run, path) == ("bfloat16" if "bf16" in _name(path) else "float32")
 
@@ -87,7 +87,7 @@ def test_a_model_survives_the_text(name, dtype, tmp_path):
         run = _read(tmp_path, megatron.to_yaml(megatron.run_config(model, dtype)))
         assert megatron.model_config(run) == model
         assert megatron.stored_dtype(run) == dtype
-        assert megatron.parallel(run) == (1, 1)
+        assert megatron.parallel_sizes(run) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_adapter_survives_the_text(kind, tmp_path):
     adapter = ADAPTERS[kind]
     run = megatron.run_config(configs.GEMMA2_2B, "bfloat16", adapter, "base", canonical=kind == "canonical")
     run = _read(tmp_path, megatron.to_yaml(run))
-    assert megatron.adapter_config(run, table.targets(adapter), "here") == adapter
+    assert megatron.adapter_config(run, table.match_targets(adapter), "here") == adapter
     assert megatron.model_config(run) == configs.GEMMA2_2B
     assert run["checkpoint"]["pretrained_checkpoint"] == "base"
 
@@ -346,7 +346,7 @@ def test_what_their_files_may_hold(tmp_path):
 def _all_that_is_read(run: dict) -> None:
     for read in (
         megatron.model_config,
-        megatron.parallel,
+        megatron.parallel_sizes,
         megatron.stored_dtype,
         lambda run, source: megatron.adapter_config(run, list(EVERY), source),
     ):
@@ -428,11 +428,11 @@ ARGS = dict(
 def test_arguments_of_megatron_lm():
     model = _twin(SAVED[0])
     megatron.check_args(ARGS | {"window_size": None, "attention_dropout": 0.1}, model, "here")
-    ours = megatron.args_of(model, "float32")
+    ours = megatron.megatron_args(model, "float32")
     assert {key: ours[key] for key in ARGS} == ARGS
     assert ours["params_dtype"] == np.float32
     for size in SIZES.values():
-        args = megatron.args_of(size, "bfloat16", 7)
+        args = megatron.megatron_args(size, "bfloat16", 7)
         megatron.check_args(args, size, "here")
         assert (args["params_dtype"], args["bf16"], args["iteration"]) == (jnp.bfloat16, True, 7)
 
@@ -475,7 +475,7 @@ def test_arguments_may_say_less_and_more():
 
 
 def test_what_else_is_stored():
-    assert megatron.common(3) == {
+    assert megatron.common_state(3) == {
         "checkpoint_version": 3.0,
         "iteration": 3,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},

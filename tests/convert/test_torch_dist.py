@@ -138,13 +138,13 @@ def copy(tmp_path: Path, change=lambda state: None) -> Path:
     """The fixture, its metadata changed."""
     folder = tmp_path / "copy"
     shutil.copytree(ONE, folder)
-    metadata = pickles.loads((folder / ".metadata").read_bytes(), "it")
+    metadata = pickles.load_pickle((folder / ".metadata").read_bytes(), "it")
     metadata.state.pop("all_local_plans")
     change(metadata.state)
     for entry in metadata.state["state_dict_metadata"].values():
         if entry.state:
             entry.state["size"] = Record("torch.Size", (entry.state["size"],))
-    (folder / ".metadata").write_bytes(pickles.dumps(metadata))
+    (folder / ".metadata").write_bytes(pickles.dump_pickle(metadata))
     return folder
 
 
@@ -222,11 +222,11 @@ def test_only_what_is_read_must_be_right(tmp_path):
 
 def test_the_classes_of_older_megatron(tmp_path):
     folder = copy(tmp_path)
-    metadata = pickles.loads((folder / ".metadata").read_bytes(), "it")
+    metadata = pickles.load_pickle((folder / ".metadata").read_bytes(), "it")
     metadata.name = "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"
     plan = Record("megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan", new=True, state={"items": []})
     metadata.state |= {"mcore_data": {"optimizer.x": {"nd_reformulated_orig_global_shape": (1, 2)}}, "plan": plan}
-    (folder / ".metadata").write_bytes(pickles.dumps(metadata))
+    (folder / ".metadata").write_bytes(pickles.dump_pickle(metadata))
     assert TorchDist(folder).shapes == TorchDist(ONE).shapes
 
 

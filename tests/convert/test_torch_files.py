@@ -61,13 +61,13 @@ def tensors(content) -> int:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FIXTURES)))
 def test_fixtures_read_as_torch_reads_them(path, megatron):
     theirs = torch.load(path, weights_only=False)
-    assert same(torch_files.load(path), theirs) == tensors(theirs)
+    assert same(torch_files.load_torch(path), theirs) == tensors(theirs)
 
 
 def read_back(content, tmp_path: Path):
     path = tmp_path / "file.pt"
     torch.save(content, path)
-    return torch_files.load(path)
+    return torch_files.load_torch(path)
 
 
 @pytest.mark.parametrize("dtype", [*pickles.DTYPES], ids=str)
@@ -95,8 +95,10 @@ def test_reads_views_strides_and_shared_storages(tmp_path):
 
 def test_reads_only_the_bytes_of_the_part(tmp_path, monkeypatch):
     (ours,) = read_back([torch.zeros(100, 10)], tmp_path)
-    sizes, read = [], memory.read
-    monkeypatch.setattr(memory, "read", lambda path, start, size: (sizes.append(size), read(path, start, size))[1])
+    sizes, read = [], memory.read_bytes
+    monkeypatch.setattr(
+        memory, "read_bytes", lambda path, start, size: (sizes.append(size), read(path, start, size))[1]
+    )
     ours.read((slice(10, 12), slice(None)))
     assert sizes == [80]
 
@@ -109,14 +111,14 @@ def test_a_whole_storage_s_checksum_is_compared_where_there_is_one(crc, tmp_path
         torch.save(torch.full((100,), 7, dtype=torch.uint8), path)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert torch_files.load(path).read().tolist() == [7] * 100
+    assert torch_files.load_torch(path).read().tolist() == [7] * 100
     path.write_bytes(path.read_bytes().replace(bytes([7] * 100), bytes([7] * 99 + [8])))
     if crc:
         with pytest.raises(ValueError, match="data/0 does not have its checksum; copy it again"):
-            torch_files.load(path).read()
-        assert torch_files.load(path).read((slice(0, 99),)).tolist() == [7] * 99
+            torch_files.load_torch(path).read()
+        assert torch_files.load_torch(path).read((slice(0, 99),)).tolist() == [7] * 99
     else:
-        assert torch_files.load(path).read()[99] == 8
+        assert torch_files.load_torch(path).read()[99] == 8
 
 
 CONTENT = [
@@ -145,7 +147,7 @@ def test_torch_reads_what_we_write(dtype, tmp_path):
     path = tmp_path / "file.pt"
     with open(path, "wb") as file:
         file.write(b"something before it")
-        torch_files.save(file, {"content": CONTENT, "arrays": arrays, "dtype": dtype})
+        torch_files.save_torch(file, {"content": CONTENT, "arrays": arrays, "dtype": dtype})
         end = file.tell()
         file.write(b"and behind it")
     archive = path.read_bytes()[19:end]
@@ -154,7 +156,7 @@ def test_torch_reads_what_we_write(dtype, tmp_path):
     for name, array in arrays.items():
         assert tuple(theirs["arrays"][name].shape) == array.shape
         assert torch_bytes(theirs["arrays"][name]) == array.tobytes()
-    ours = torch_files.load(path, 19, end - 19)
+    ours = torch_files.load_torch(path, 19, end - 19)
     same(ours["arrays"], theirs["arrays"])
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         assert file.testzip() is None
@@ -162,15 +164,17 @@ def test_torch_reads_what_we_write(dtype, tmp_path):
 
 def test_torch_unpickles_records_into_its_own_classes():
     enum = Record("signal.Signals", (2,))
-    written = pickles.dumps([Record("torch.Size", ((2, 3),)), Record("argparse.Namespace", state={"a": 1}), enum])
+    written = pickles.dump_pickle([Record("torch.Size", ((2, 3),)), Record("argparse.Namespace", state={"a": 1}), enum])
     size, namespace, signal = pickle.loads(written)
     assert isinstance(size, torch.Size) and size == (2, 3) and namespace == Namespace(a=1) and signal.name == "SIGINT"
-    assert pickles.dumps(pickles.loads(written, "it")) == pickles.dumps([(2, 3), *pickles.loads(written, "it")[1:]])
+    assert pickles.dump_pickle(pickles.load_pickle(written, "it")) == pickles.dump_pickle(
+        [(2, 3), *pickles.load_pickle(written, "it")[1:]]
+    )
 
 
 def test_the_archive_is_laid_out_as_torch_s():
     ours, theirs = io.BytesIO(), io.BytesIO()
-    torch_files.save(ours, [np.arange(7, dtype=np.int64), np.zeros(0, np.float32)])
+    torch_files.save_torch(ours, [np.arange(7, dtype=np.int64), np.zeros(0, np.float32)])
     torch.save([torch.arange(7), torch.zeros(0)], theirs)
     with zipfile.ZipFile(ours) as mine, zipfile.ZipFile(theirs) as torchs:
         for name in mine.namelist():
@@ -200,7 +204,7 @@ def test_arrays_are_asked_for_one_by_one(tmp_path):
             return array
 
     with open(tmp_path / "file.pt", "wb") as file:
-        torch_files.save(file, [Lazy() for _ in range(5)])
+        torch_files.save_torch(file, [Lazy() for _ in range(5)])
     assert len(alive) == 5 and torch.load(tmp_path / "file.pt")[4].tolist() == [1, 1, 1]
 
 
@@ -208,13 +212,13 @@ def test_large_archives(tmp_path, monkeypatch):
     # As if 32 bits ended at 1000: sizes and places go to the extra fields, as of files of more than 4 GiB.
     content = [np.arange(n, dtype=np.int32) for n in (100, 300, 5)]
     plain, wide = io.BytesIO(), io.BytesIO()
-    torch_files.save(plain, content)
+    torch_files.save_torch(plain, content)
     monkeypatch.setattr(torch_files, "_LARGE", 1000)
-    torch_files.save(wide, content)
+    torch_files.save_torch(wide, content)
     assert len(wide.getvalue()) > len(plain.getvalue())
     assert [x.tolist() for x in torch.load(io.BytesIO(wide.getvalue()))] == [x.tolist() for x in content]
     (tmp_path / "file.pt").write_bytes(wide.getvalue())
-    assert [x.read().tolist() for x in torch_files.load(tmp_path / "file.pt")] == [x.tolist() for x in content]
+    assert [x.read().tolist() for x in torch_files.load_torch(tmp_path / "file.pt")] == [x.tolist() for x in content]
 
 
 @pytest.mark.exhaustive
@@ -222,11 +226,11 @@ def test_files_of_more_than_4_gib(tmp_path):
     path, big = tmp_path / "file.pt", np.zeros(1 << 30, np.float32).reshape(1 << 15, -1)
     big[-1, -1] = 7
     with open(path, "wb") as file:
-        torch_files.save(file, [big, big[-1]])
-    for first, second in ([x.read() for x in torch_files.load(path)], torch.load(path, mmap=True)):
+        torch_files.save_torch(file, [big, big[-1]])
+    for first, second in ([x.read() for x in torch_files.load_torch(path)], torch.load(path, mmap=True)):
         assert first[-1, -1] == second[-1] == 7
     torch.save([torch.from_numpy(big), torch.from_numpy(big[-1].copy())], path)
-    first, second = torch_files.load(path)
+    first, second = torch_files.load_torch(path)
     assert first.read((slice((1 << 15) - 1, None),))[0, -1] == second.read()[-1] == 7
 
 
@@ -310,12 +314,12 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
     for name, data in hostile(sentinel).items():
         before, start = set(sys.modules), time.process_time()
         with pytest.raises(ValueError, match=r"its pickle|which no") as caught:
-            pickles.loads(data, "it")
+            pickles.load_pickle(data, "it")
         assert not isinstance(caught.value, UnicodeError) and len(str(caught.value)) < 1000, name
         assert not sentinel.exists() and set(sys.modules) == before, name
         assert time.process_time() - start < 5, name  # what goes off takes minutes
     with pytest.raises(ValueError, match=r"^it names 'posix.system', which no Megatron checkpoint has; it was not run"):
-        pickles.loads(pickle.dumps(Runs(os.system, "x")), "it")
+        pickles.load_pickle(pickle.dumps(Runs(os.system, "x")), "it")
 
 
 @pytest.mark.parametrize(
@@ -326,18 +330,18 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
 def test_a_pickle_can_be_deep_and_costs_little(start, wrap):
     # The stack below grows too: what is left there is an error, after the whole was read.
     with pytest.raises(ValueError, match=r"other than one object|damaged") if wrap != b"\x85" else nullcontext():
-        pickles.loads(start + wrap * 100_000 + b".", "it")
+        pickles.load_pickle(start + wrap * 100_000 + b".", "it")
 
 
 def test_a_memo_of_large_numbers_costs_nothing():
-    assert pickles.loads(b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", "it")
+    assert pickles.load_pickle(b"]r\xff\xff\xff\xffj\xff\xff\xff\xffa.", "it")
 
 
 def test_members_of_enumerations_by_name_and_by_value():
     text = b"X\x04\x00\x00\x00auto"
-    by_name = pickles.loads(b"\x80\x02c__builtin__\ngetattr\n(cmegatron.core.enums\nA\n" + text + b"tR.", "it")
+    by_name = pickles.load_pickle(b"\x80\x02c__builtin__\ngetattr\n(cmegatron.core.enums\nA\n" + text + b"tR.", "it")
     assert (by_name.name, by_name.args) == ("builtins.getattr", (Global("megatron.core.enums.A"), "auto"))
-    by_value = pickles.loads(b"\x80\x02cmegatron.core.enums\nA\nK\x05\x85R.", "it")
+    by_value = pickles.load_pickle(b"\x80\x02cmegatron.core.enums\nA\nK\x05\x85R.", "it")
     assert (by_value.name, by_value.args) == ("megatron.core.enums.A", (5,))
 
 
@@ -346,7 +350,7 @@ def test_members_of_enumerations_by_name_and_by_value():
 
 def archive(content) -> bytes:
     file = io.BytesIO()
-    torch_files.save(file, content)
+    torch_files.save_torch(file, content)
     return file.getvalue()
 
 
@@ -364,14 +368,14 @@ def tensor(shape, strides, offset=0, count=10, kind="torch.FloatStorage", key="0
     storage = pickles.Persistent(("storage", Global(kind), key, "cpu", count))
     hooks = Record("collections.OrderedDict")
     return with_pickle(
-        pickles.dumps(Record("torch._utils._rebuild_tensor_v2", (storage, offset, shape, strides, False, hooks)))
+        pickles.dump_pickle(Record("torch._utils._rebuild_tensor_v2", (storage, offset, shape, strides, False, hooks)))
     )
 
 
 def zipped(**options) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", **options) as archive:
-        archive.writestr("a/data.pkl", pickles.dumps([1]))
+        archive.writestr("a/data.pkl", pickles.dump_pickle([1]))
     return file.getvalue()
 
 
@@ -423,8 +427,10 @@ BAD = {
     "no dtype": (tensor((10,), (1,), kind="torch.storage.UntypedStorage", count=40), "of an unknown kind"),
     "no storage": (tensor((10,), (1,), key="1"), "lacks a tensor's data"),
     "no storage class": (tensor((10,), (1,), kind="torch.Size", count=40), "of an unknown kind"),
-    "another reference": (with_pickle(pickles.dumps(pickles.Persistent(("module", "0")))), "reference"),
-    "a tensor of nothing": (with_pickle(pickles.dumps(Record("torch._utils._rebuild_tensor_v2", ()))), "unknown kind"),
+    "another reference": (with_pickle(pickles.dump_pickle(pickles.Persistent(("module", "0")))), "reference"),
+    "a tensor of nothing": (
+        with_pickle(pickles.dump_pickle(Record("torch._utils._rebuild_tensor_v2", ()))), "unknown kind"
+    ),
 }  # fmt: skip
 
 
@@ -433,30 +439,30 @@ def test_damaged_and_hostile_archives_are_refused(name, tmp_path):
     path, (data, message) = tmp_path / "file.pt", BAD[name]
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as caught:
-        read(torch_files.load(path))
+        read(torch_files.load_torch(path))
     assert str(path) in str(caught.value)
 
 
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="missing; copy it"):
-        torch_files.load(tmp_path / "none.pt")
+        torch_files.load_torch(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="missing; copy it"):
-        torch_files.load(tmp_path)
+        torch_files.load_torch(tmp_path)
     (tmp_path / "file.pt").write_bytes(GOOD)
     for offset, length in ((5, None), (0, len(GOOD) + 1), (-1, 5), (0, -1), (len(GOOD) + 1, None), (0, 0)):
         with pytest.raises(ValueError, match=r"file\.pt"):
-            torch_files.load(tmp_path / "file.pt", offset, length)
+            torch_files.load_torch(tmp_path / "file.pt", offset, length)
 
 
 def test_big_endian_files_are_refused(tmp_path):
     file = io.BytesIO()
     writer = torch_files._Writer(file)
-    writer.add("data.pkl", pickles.dumps(1))
+    writer.add("data.pkl", pickles.dump_pickle(1))
     writer.add("byteorder", b"big")
     writer.close()
     (tmp_path / "file.pt").write_bytes(file.getvalue())
     with pytest.raises(ValueError, match="big-endian machine; save it again on another one"):
-        torch_files.load(tmp_path / "file.pt")
+        torch_files.load_torch(tmp_path / "file.pt")
 
 
 # Fuzzing
@@ -487,11 +493,11 @@ FUZZED = {
 @pytest.mark.parametrize("name", FUZZED)
 def test_files_with_one_thing_changed_read_as_before_or_not_at_all(name, times, tmp_path):
     path, count = FUZZED[name]
-    whole, target = repr(read(torch_files.load(path))), tmp_path / "file.pt"
+    whole, target = repr(read(torch_files.load_torch(path))), tmp_path / "file.pt"
 
     def attempt(data: bytes) -> None:
         target.write_bytes(data)
-        assert repr(read(torch_files.load(target))) == whole
+        assert repr(read(torch_files.load_torch(target))) == whole
 
     assert fuzz(attempt, path.read_bytes(), count * times) < count * times
 
@@ -500,7 +506,7 @@ def test_files_with_one_thing_changed_read_as_before_or_not_at_all(name, times, 
 def test_pickles_with_one_thing_changed_do_no_harm(times, tmp_path):
     with zipfile.ZipFile(FUZZED["common"][0]) as file:
         data = file.read("common/data.pkl")
-    fuzz(lambda changed: pickles.loads(changed, "it"), data, 300 * times)
+    fuzz(lambda changed: pickles.load_pickle(changed, "it"), data, 300 * times)
 
 
 def test_ordered_dicts_and_their_attributes(tmp_path):

@@ -13,7 +13,7 @@ from gemma2_jax.data.sources import Example
 
 def encoded(tokenizer, **document):
     """The tokens as strings, and those of them that are learnt, by position."""
-    ((ids, learnt),) = encoding.encode([Example(where="a:1", **document)], tokenizer)
+    ((ids, learnt),) = encoding.encode_example([Example(where="a:1", **document)], tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert len(tokens) == len(learnt)
     return tokens, {at: tokens[at] for at in range(len(tokens)) if learnt[at]}
@@ -48,7 +48,7 @@ def test_answers_are_learnt_in_every_turn(tokenizer):
 
 def test_a_conversation_is_what_the_template_writes(tokenizer):
     messages = talk("a\n\n b", "  c\n", "d", "<e>\n\n")
-    ((ids, _),) = encoding.encode([Example(where="a:1", messages=messages)], tokenizer)
+    ((ids, _),) = encoding.encode_example([Example(where="a:1", messages=messages)], tokenizer)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False) + "<eos>"
 
 
@@ -72,8 +72,8 @@ def test_batches_of_documents_do_not_mix(tokenizer):
         Example(where="a:2", messages=talk("if", "or", "in", "is")),
         Example(where="a:3", prompt="if", completion="x"),
     ]
-    apart = [next(encoding.encode([document], tokenizer)) for document in documents]
-    assert list(encoding.encode(documents, tokenizer)) == apart
+    apart = [next(encoding.encode_example([document], tokenizer)) for document in documents]
+    assert list(encoding.encode_example(documents, tokenizer)) == apart
 
 
 def test_messages_that_the_template_does_not_take_are_named(tokenizer):
@@ -97,15 +97,15 @@ def test_tokenizers_that_will_not_do_are_errors(tmp_path):
 
 def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path, tokenizer, monkeypatch):
     calls = []
-    encode = encoding.encode
-    monkeypatch.setattr(encoding, "encode", lambda *given: calls.append(1) or encode(*given))
+    encode = encoding.encode_example
+    monkeypatch.setattr(encoding, "encode_example", lambda *given: calls.append(1) or encode(*given))
     monkeypatch.setattr(encoding, "_TOGETHER", 2)
     path = jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"})
     data = DataConfig(kind="text", train=path, eval=path)
 
     def build(data=data, split="train"):
         calls.clear()
-        store = encoding.build(data, split, tokenizer, tmp_path / "cache")
+        store = encoding.build_store(data, split, tokenizer, tmp_path / "cache")
         ids = tokenizer.convert_tokens_to_ids(
             ["<bos>", "if", "Ġx", "<eos>", "<bos>", "or", "<eos>", "<bos>", "in", "<eos>"]
         )
@@ -126,8 +126,8 @@ def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path,
 def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
     path = jsonl(*({"text": f"if {number}", "prompt": "x", "completion": "y"} for number in range(200)))
     data = DataConfig(kind="text", train=path, eval=path)
-    first = encoding.build(data, "train", tokenizer, tmp_path / "cache")
-    other = encoding.build(replace(data, **choices), "train", tokenizer, tmp_path / "cache")
+    first = encoding.build_store(data, "train", tokenizer, tmp_path / "cache")
+    other = encoding.build_store(replace(data, **choices), "train", tokenizer, tmp_path / "cache")
     assert first.tokens.tolist() != other.tokens.tolist()
 
 
@@ -135,11 +135,11 @@ def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monk
     monkeypatch.setattr(encoding, "_TOGETHER", 1)
     path = jsonl({"text": "a"}, {"text": "b"}, "{")
     with pytest.raises(ValueError, match=r"data.jsonl:3: not JSON"):
-        encoding.build(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
+        encoding.build_store(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
 def test_a_split_without_documents_is_an_error(jsonl, tmp_path, tokenizer):
     data = DataConfig(kind="text", train=jsonl({"text": "a"}))
     with pytest.raises(ValueError, match=r"data.eval_fraction 0.02 leaves no documents for eval in .*set data.eval"):
-        encoding.build(data, "eval", tokenizer, tmp_path / "cache")
+        encoding.build_store(data, "eval", tokenizer, tmp_path / "cache")

@@ -18,7 +18,7 @@ def store(*documents, prompt=1):
 
 def arrays(rows):
     """All rows' arrays as lists, by name, and a check of what they are."""
-    found = {name: [] for name in packing.blank(1)}
+    found = {name: [] for name in packing.empty_batch(1)}
     for row in (rows[index] for index in range(len(rows))):
         for name, array in row.items():
             assert array.shape == (rows.length,)
@@ -30,7 +30,7 @@ def arrays(rows):
 
 def test_texts_are_cut_where_a_row_ends():
     documents = store([2, 30, 31, 32, 1], [2, 20, 1], [2, 10, 1])
-    rows = packing.pack(documents, length=4, packing=True, cut=True, seed=SEED)
+    rows = packing.pack_documents(documents, length=4, packing=True, cut=True, seed=SEED)
     assert arrays(rows) == {
         # In line: 2 10 1 | 2 20 1 | 2 30 31 32 1. The last 1 is but a target.
         "tokens": [[2, 10, 1, 2], [20, 1, 2, 30], [31, 32, 1, 0]],
@@ -43,21 +43,21 @@ def test_texts_are_cut_where_a_row_ends():
 
 
 def test_a_last_token_does_not_get_a_row_of_its_own():
-    rows = packing.pack(store([2, 10, 11, 12, 1]), length=4, packing=True, cut=True, seed=SEED)
+    rows = packing.pack_documents(store([2, 10, 11, 12, 1]), length=4, packing=True, cut=True, seed=SEED)
     assert arrays(rows)["tokens"] == [[2, 10, 11, 12]]
     assert arrays(rows)["targets"] == [[10, 11, 12, 1]]
     assert arrays(rows)["weights"] == [[1, 1, 1, 1]]
 
 
 def test_a_text_may_fill_several_rows():
-    rows = packing.pack(store([2, 10, 11, 12, 13, 14, 1]), length=2, packing=True, cut=True, seed=SEED)
+    rows = packing.pack_documents(store([2, 10, 11, 12, 13, 14, 1]), length=2, packing=True, cut=True, seed=SEED)
     assert arrays(rows)["tokens"] == [[2, 10], [11, 12], [13, 14]]
     assert arrays(rows)["targets"] == [[10, 11], [12, 13], [14, 1]]
 
 
 def test_whole_documents_share_rows():
     documents = store([2, 30, 31, 32, 1], [2, 20, 21, 1], [2, 10, 1], prompt=2)
-    rows = packing.pack(documents, length=8, packing=True, cut=False, seed=SEED)
+    rows = packing.pack_documents(documents, length=8, packing=True, cut=False, seed=SEED)
     assert arrays(rows) == {
         "tokens": [[2, 10, 1, 2, 20, 21, 1, 0], [2, 30, 31, 32, 1, 0, 0, 0]],
         "targets": [[10, 1, 0, 20, 21, 1, 0, 0], [30, 31, 32, 1, 0, 0, 0, 0]],
@@ -70,7 +70,7 @@ def test_whole_documents_share_rows():
 
 def test_without_packing_each_document_has_a_row():
     documents = store([2, 30, 31, 32, 1], [2, 20, 1], [2, 10, 1])
-    rows = packing.pack(documents, length=6, packing=False, cut=True, seed=SEED)
+    rows = packing.pack_documents(documents, length=6, packing=False, cut=True, seed=SEED)
     assert arrays(rows)["tokens"] == [[2, 10, 1, 0, 0, 0], [2, 20, 1, 0, 0, 0], [2, 30, 31, 32, 1, 0]]
     assert arrays(rows)["segments"] == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
     assert arrays(rows)["weights"] == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_counted(packed):
     # In line: one that fits, one cut within what is learnt, one cut before it.
     documents = store([2, 30, 31, 32, 33, 34, 1], [2, 20, 21, 22, 23, 1], [2, 1], prompt=1)
     documents.learnt[1:5] = False
-    rows = packing.pack(documents, length=4, packing=packed, cut=False, seed=SEED)
+    rows = packing.pack_documents(documents, length=4, packing=packed, cut=False, seed=SEED)
     assert arrays(rows)["tokens"] == [[2, 1, 0, 0], [2, 20, 21, 22]]
     assert arrays(rows)["targets"] == [[1, 0, 0, 0], [20, 21, 22, 23]]  # cut off as an input, not as a target
     assert arrays(rows)["weights"] == [[1, 0, 0, 0], [1, 1, 1, 1]]
@@ -90,22 +90,22 @@ def test_what_does_not_fit_is_counted(packed):
 
 def test_all_documents_too_long_is_an_error():
     with pytest.raises(ValueError, match=r"begin after the first 2; raise train.sequence_length"):
-        packing.pack(store([2, 30, 31, 32, 1], prompt=3), length=2, packing=True, cut=False, seed=SEED)
+        packing.pack_documents(store([2, 30, 31, 32, 1], prompt=3), length=2, packing=True, cut=False, seed=SEED)
 
 
 def test_best_fit_fills_the_fullest_row_that_has_room(monkeypatch):
     lengths = np.array([6, 5, 5, 4, 3, 2, 10, 1])
     # Rows by what they hold: 6 4 | 5 5 | 3 2 1 | 10
-    assert packing.best_fit(lengths, 10).tolist() == [0, 1, 1, 0, 2, 2, 3, 2]
+    assert packing.plan_rows(lengths, 10).tolist() == [0, 1, 1, 0, 2, 2, 3, 2]
     monkeypatch.setattr(packing, "_OPEN_ROWS", 1)  # 6 is closed when 5 opens a row, 5 5 is full: 6 | 5 5 | 4 3 2 1
-    assert packing.best_fit(lengths, 10).tolist() == [0, 1, 1, 2, 2, 2, 3, 2]
+    assert packing.plan_rows(lengths, 10).tolist() == [0, 1, 1, 2, 2, 2, 3, 2]
 
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_many_documents_keep_every_target(cut):
     draw = np.random.RandomState(1)
     documents = [np.r_[2, draw.randint(3, 99, draw.randint(1, 30)), 1] for _ in range(500)]
-    rows = packing.pack(store(*documents), length=32, packing=True, cut=cut, seed=1)
+    rows = packing.pack_documents(store(*documents), length=32, packing=True, cut=cut, seed=1)
     found = arrays(rows)
     assert rows.targets == sum(len(document) - 1 for document in documents)
     assert rows.tokens / (len(rows) * rows.length) > 0.94

@@ -15,7 +15,7 @@ TINY = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 
 
 def test_documents_hold_signatures_and_docstrings_of_python_and_c():
-    texts = "\n".join(python_docs.documents().values())
+    texts = "\n".join(python_docs.python_documents().values())
     assert "def json.loads(s, *, cls=None, " in texts
     assert "def math.hypot(" in texts  # written in C
     assert "class collections.deque" in texts  # of _collections, under its public name
@@ -25,9 +25,9 @@ def test_documents_hold_signatures_and_docstrings_of_python_and_c():
 
 
 def test_documents_and_answers_are_of_use():
-    lengths = [len(text) for text in python_docs.documents().values()]
+    lengths = [len(text) for text in python_docs.python_documents().values()]
     assert sum(length >= 2000 for length in lengths) > len(lengths) / 2
-    talks = [record["messages"] for record in python_docs.instructions().values()]
+    talks = [record["messages"] for record in python_docs.python_instructions().values()]
     assert len(talks) > 4000
     for question, answer in talks:
         assert (question["role"], answer["role"]) == ("user", "assistant")
@@ -38,7 +38,7 @@ def test_documents_and_answers_are_of_use():
 
 
 def test_an_instruction_is_a_question_and_the_first_paragraphs():
-    module, function = (python_docs.instructions()[name] for name in ("module textwrap", "function json.dumps"))
+    module, function = (python_docs.python_instructions()[name] for name in ("module textwrap", "function json.dumps"))
     assert module["messages"][1]["content"] == "Text wrapping and filling."
     assert "textwrap" in module["messages"][0]["content"]
     assert function["messages"][1]["content"].startswith("Serialize ``obj`` to a JSON formatted ``str``.")
@@ -47,8 +47,8 @@ def test_an_instruction_is_a_question_and_the_first_paragraphs():
 @pytest.mark.parametrize("kind", ["text", "instructions"])
 def test_held_out_documents_are_not_trained_on(kind):
     data = DataConfig(kind=kind)
-    train, held_out = ({example.where for example in sources.examples(data, split)} for split in ("train", "eval"))
-    everything = python_docs.documents() if kind == "text" else python_docs.instructions()
+    train, held_out = ({example.where for example in sources.read_examples(data, split)} for split in ("train", "eval"))
+    everything = python_docs.python_documents() if kind == "text" else python_docs.python_instructions()
     assert not train & held_out
     assert len(train | held_out) == len(everything)
     assert 0.01 < len(held_out) / len(everything) < 0.04

@@ -14,7 +14,7 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"
 
 def read(path, **choices):
     # Held out from another file, so that all of this one is training data.
-    return list(sources.examples(DataConfig(**{"train": str(path), "eval": "python-docs"} | choices), "train"))
+    return list(sources.read_examples(DataConfig(**{"train": str(path), "eval": "python-docs"} | choices), "train"))
 
 
 def test_text(jsonl):
@@ -123,10 +123,10 @@ def test_sources_without_documents_are_errors(jsonl, tmp_path):
 def test_held_out_documents_depend_on_what_they_say_alone(jsonl):
     records = [{"text": str(number)} for number in range(500)]
     data = DataConfig(kind="text", train=jsonl(*records), eval_fraction=0.1)
-    held_out = {e.completion for e in sources.examples(data, "eval")}
-    trained_on = {e.completion for e in sources.examples(data, "train")}
+    held_out = {e.completion for e in sources.read_examples(data, "eval")}
+    trained_on = {e.completion for e in sources.read_examples(data, "train")}
     assert len(held_out) + len(trained_on) == 500
     assert not held_out & trained_on
     assert 30 < len(held_out) < 70
     jsonl(*records[250:], *records[:250])
-    assert {e.completion for e in sources.examples(data, "eval")} == held_out
+    assert {e.completion for e in sources.read_examples(data, "eval")} == held_out

@@ -121,15 +121,15 @@ def logits_of(graph, weights, method, *inputs):
 def test_cached_logits_equal_a_forward_pass(name):
     """After prompts of 3 and 20 tokens, the second more than two windows long, a token at a time."""
     config, lengths = BITING[name], np.array([3, 20])
-    whole = model.rebuild(graph_of(name), from_hf(state_dict(hf_model(config)), config))
+    whole = model.rebuild_model(graph_of(name), from_hf(state_dict(hf_model(config)), config))
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
     positions = np.broadcast_to(np.arange(40), tokens.shape)
     expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, tokens, positions, np.ones_like(tokens))
-    graph, weights = nnx.split(model.unstack(whole))
+    graph, weights = nnx.split(model.unstack_layers(whole))
     logits, cache = logits_of(graph, weights, partial(Gemma2.prefill, slots=48), tokens[:, :20], lengths)
     rows = [[new[:length]] for new, length in zip(logits, lengths, strict=True)]
     for position in lengths + np.arange(20)[:, None]:
-        new, cache = logits_of(graph, weights, Gemma2.extend, tokens[[0, 1], position], position, cache)
+        new, cache = logits_of(graph, weights, Gemma2.decode_step, tokens[[0, 1], position], position, cache)
         rows = [[*row, logits[None]] for row, logits in zip(rows, new, strict=True)]
     for row, logits, length in zip(rows, expected, lengths, strict=True):
         # Logits reach 20. Against float64 arithmetic the cache is off by at most 1.7e-5, the whole pass by 2.6e-5.
@@ -146,10 +146,10 @@ def test_local_layers_keep_no_more_than_their_window():
 
 def test_blocks_apart_are_the_same_model():
     tokens = np.array(prompts_of("27b", 20))
-    whole = model.rebuild(graph_of("27b"), weights_of("27b"))
+    whole = model.rebuild_model(graph_of("27b"), weights_of("27b"))
     inputs = tokens, np.arange(20)[None], np.ones_like(tokens)
     expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, *inputs)
-    found, _ = logits_of(*nnx.split(model.unstack(whole)), Gemma2.__call__, *inputs)
+    found, _ = logits_of(*nnx.split(model.unstack_layers(whole)), Gemma2.__call__, *inputs)
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
@@ -168,7 +168,7 @@ def test_distributions_are_those_of_transformers(temperature, top_k, top_p):
     no_tokens = torch.zeros((4, 1), dtype=torch.int64)
     expected = warpers(no_tokens, torch.tensor(LOGITS)).softmax(-1).numpy()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = jax.nn.softmax(decode.scaled(jnp.asarray(LOGITS), sampling.settings), axis=-1)
+    found = jax.nn.softmax(decode.filter_logits(jnp.asarray(LOGITS), sampling.settings), axis=-1)
     np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
@@ -177,8 +177,8 @@ def test_draws_have_their_distribution():
     """Twenty thousand rows of the same logits, drawn at once: counts lie within five standard deviations."""
     rows, logits = 20_000, jnp.asarray(LOGITS[0, :20])
     settings = Sampling(temperature=1.3, top_k=12, top_p=0.9, seed=3).settings
-    probability = np.asarray(jax.nn.softmax(decode.scaled(logits[None], settings)[0]))
-    drawn = decode.choose(jnp.broadcast_to(logits, (rows, 20)), jnp.full(rows, 7), settings)
+    probability = np.asarray(jax.nn.softmax(decode.filter_logits(logits[None], settings)[0]))
+    drawn = decode.sample_tokens(jnp.broadcast_to(logits, (rows, 20)), jnp.full(rows, 7), settings)
     counts = np.bincount(drawn, minlength=20)
     assert 5 < np.count_nonzero(probability) < 12
     assert (counts[probability == 0] == 0).all()
@@ -262,10 +262,10 @@ def test_a_mesh_gives_the_same_tokens():
     """Rows over data x fsdp, heads and vocabulary over tensor."""
     mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     prompts = prompts_of("27b", 5, 9, 12, 3)
-    letters = model.letters(model.rebuild(graph_of("27b"), weights_of("27b")))
+    letters = model.weight_dims(model.rebuild_model(graph_of("27b"), weights_of("27b")))
     with jax.set_mesh(mesh):
         placed = {
-            path: jax.device_put(w, meshes.stored(mesh, letters[path], w.shape))
+            path: jax.device_put(w, meshes.stored_sharding(mesh, letters[path], w.shape))
             for path, w in weights_of("27b").items()
         }
         spread = Generator(graph_of("27b"), placed)
@@ -276,7 +276,7 @@ def test_a_mesh_gives_the_same_tokens():
 
 
 def test_lengths_are_rounded_up_to_few():
-    assert [decode.rounded_up(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
+    assert [decode.bucket_length(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
         32, 32, 48, 48, 64, 96, 384, 8192, 8192
     ]  # fmt: skip
 
@@ -311,7 +311,7 @@ def test_text_comes_in_whole_characters():
     """Token by token, each of them at most a byte of some characters."""
     tokenizer = load_tokenizer(str(ASSETS))
     written = "Naïve café, 日本語 and 😀 in one line."
-    text = generate.Text(tokenizer)
+    text = generate.TextStream(tokenizer)
     pieces = [text.add([token]) for token in tokenizer(written, add_special_tokens=False)["input_ids"]]
     assert "".join(pieces) == text.whole == written
     assert not any("\ufffd" in piece for piece in pieces) and "" in pieces

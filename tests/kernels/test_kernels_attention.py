@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import reference, tiles
-from gemma2_jax.kernels.attention import attention, combine
+from gemma2_jax.kernels.attention import attention, combine_parts
 from gemma2_jax.kernels.shapes import SHAPES, Shape
 from gemma2_jax.kernels.tiles import TILES, Build
 from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
@@ -60,8 +60,8 @@ def drawn(shape: Shape, rows: int = 1, large: float = 1.0, length: int = T):
 
 def intervals(segments_BT, window):
     length = segments_BT.shape[1]
-    starts = attention_mosaic.starts(segments_BT)
-    return attention_mosaic.intervals(jnp.arange(length), starts, (0,), length, jnp.int32(window))
+    starts = attention_mosaic.segment_starts(segments_BT)
+    return attention_mosaic.key_intervals(jnp.arange(length), starts, (0,), length, jnp.int32(window))
 
 
 def with_gradients(function):
@@ -278,17 +278,17 @@ def test_parts_add_up():
     """Attention to all keys from that to each half, where some queries see nothing of one; and its gradients."""
     q, k, v, d = drawn(SMALL, large=8.0)
     half = T // 2
-    position, start = jnp.arange(T), attention_mosaic.starts(segments("many"))
+    position, start = jnp.arange(T), attention_mosaic.segment_starts(segments("many"))
 
     def run(attend, q, k, v):
         parts = [
             attend(
                 q, k[:, at : at + half], v[:, at : at + half],
-                *attention_mosaic.intervals(position, start, (at,), half, jnp.int32(100)),
+                *attention_mosaic.key_intervals(position, start, (at,), half, jnp.int32(100)),
             )
             for at in (0, half)
         ]  # fmt: skip
-        return combine(*zip(*parts, strict=True))[0]
+        return combine_parts(*zip(*parts, strict=True))[0]
 
     attend = partial(attention, scale=SMALL.scale, softcap=50.0, build=INTERPRETED)
     out, by = with_gradients(partial(run, attend))(q, k, v, d)

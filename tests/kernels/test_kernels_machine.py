@@ -1,7 +1,7 @@
 """The attention kernels as compiled for an H100 that is not there, and the tiles that they visit, with nothing run.
 
 Run as a program with the name of a case and of a file, which is what the tests here do, it compiles the kernels of that
-case: JAX must not have been used before `plan.prepare`.
+case: JAX must not have been used before `plan.prepare_jax`.
 """
 
 import os
@@ -30,7 +30,7 @@ KERNELS = [
 
 
 def compile_case(name: str, path: str) -> None:
-    plan.prepare()
+    plan.prepare_jax()
     found = {**table.compiled(CASES[name]), "decode": table.compiled_decode(CASES[name])}
     Path(path).write_bytes(pickle.dumps(found))
 
@@ -49,7 +49,7 @@ def compiled(request, of_all_workers, optimized) -> dict[str, dict[str, Kernel]]
 
 
 def _compile(names: list[str], folder: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     processes = []
     try:
         for name in names:
@@ -247,8 +247,8 @@ def cases():
     segments = np.concatenate([layouts(seed, 36) for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 36)[:, None]
     seen = pairs(segments, window[:, :, None])
-    starts = attention_mosaic.starts(jnp.asarray(segments))
-    ends = attention_mosaic.intervals(jnp.arange(LENGTH), starts, (0,), LENGTH, jnp.asarray(window))
+    starts = attention_mosaic.segment_starts(jnp.asarray(segments))
+    ends = attention_mosaic.key_intervals(jnp.arange(LENGTH), starts, (0,), LENGTH, jnp.asarray(window))
     first, last = map(np.array, ends)
     # As `kernels.attention` fills up rows.
     nobody = np.arange(LENGTH) >= np.random.default_rng(0).choice([1, 63, 64, 200, LENGTH], len(segments))[:, None]
@@ -270,7 +270,7 @@ def test_bounds_are_those_of_a_search(cases, rows, size):
     from gemma2_jax.kernels import tiles
 
     seen, first, last = cases
-    check(tiles.bounds(first, last, rows, size), *in_tiles(seen, rows, size))
+    check(tiles.tile_bounds(first, last, rows, size), *in_tiles(seen, rows, size))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -282,12 +282,12 @@ def test_bounds_by_keys_are_those_of_a_search(cases, size):
     at = np.arange(LENGTH)
     by_key = seen.swapaxes(1, 2)
     np.testing.assert_array_equal((q_first[..., None] <= at) & (at <= q_last[..., None]), by_key)
-    check(tiles.bounds(q_first, q_last, 64, size), *in_tiles(by_key, 64, size))
+    check(tiles.tile_bounds(q_first, q_last, 64, size), *in_tiles(by_key, 64, size))
 
 
 @pytest.mark.parametrize("shards", [2, 3])
 def test_bounds_of_a_ring(shards):
-    """Queries of a context shard, at two places of the row (`mesh.balanced`), and the keys of another."""
+    """Queries of a context shard, at two places of the row (`mesh.balance_context`), and the keys of another."""
     import jax.numpy as jnp
 
     from gemma2_jax.kernels import backward, tiles
@@ -298,16 +298,16 @@ def test_bounds_of_a_ring(shards):
     segments = np.concatenate([layouts(seed, 12)[:, :length] for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 12)[:, None]
     everything = pairs(segments, window[:, :, None])
-    starts = attention_mosaic.starts(jnp.asarray(segments))
+    starts = attention_mosaic.segment_starts(jnp.asarray(segments))
     for mine in range(shards):
         for theirs in range(shards):
             places = [(shard * piece, (2 * shards - 1 - shard) * piece) for shard in (mine, theirs)]
             q_at, k_at = (np.concatenate([at + np.arange(piece) for at in pair]) for pair in places)
             seen = everything[:, q_at][:, :, k_at]
-            first, last = attention_mosaic.intervals(q_at, starts[:, q_at], places[1], piece, jnp.asarray(window))
-            check(tiles.bounds(first, last, 64, 64), *in_tiles(seen, 64, 64))
+            first, last = attention_mosaic.key_intervals(q_at, starts[:, q_at], places[1], piece, jnp.asarray(window))
+            check(tiles.tile_bounds(first, last, 64, 64), *in_tiles(seen, 64, 64))
             by_key = backward.seen_by(first, last, 2 * piece)
-            check(tiles.bounds(*by_key, 64, 64), *in_tiles(seen.swapaxes(1, 2), 64, 64))
+            check(tiles.tile_bounds(*by_key, 64, 64), *in_tiles(seen.swapaxes(1, 2), 64, 64))
 
 
 if __name__ == "__main__":

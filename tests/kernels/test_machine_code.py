@@ -1,7 +1,7 @@
 """Machine code: its readers on typed-out text, and kernels compiled for an H100 that is not there.
 
 Run as a program, which is what the tests here do once, it compiles the kernels and prints what it found as JSON: JAX
-must not have been used before `plan.prepare`.
+must not have been used before `plan.prepare_jax`.
 """
 
 import json
@@ -27,7 +27,7 @@ LAYERS = 3
 
 def compile_all() -> dict:
     """jax's own attention; two kernels of one name in a loop, of which the second one needs too many registers."""
-    plan.prepare()
+    plan.prepare_jax()
     import jax
     import jax.experimental.pallas.mosaic_gpu as plgpu
     import jax.numpy as jnp
@@ -63,7 +63,7 @@ def compile_all() -> dict:
         "layers": machine_code.compiled(layers, *elements),
     }
     described = {name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}
-    mesh = jax.sharding.Mesh(plan.cluster(1), "x")
+    mesh = jax.sharding.Mesh(plan.describe_cluster(1), "x")
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     program = jax.jit(layers, in_shardings=here).trace(*elements).lower(lowering_platforms=("cuda",)).compile()
     text = program.as_text()
@@ -74,7 +74,7 @@ def compile_all() -> dict:
 @pytest.fixture(scope="module")
 def found(optimized) -> dict:
     need()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ from gemma2_jax.config import AdapterConfig, MeshConfig, ModelConfig
 from gemma2_jax.convert import __main__ as command
 from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
 from gemma2_jax.convert.formats.table import from_hf
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.gemma2 import Gemma2
 from gemma2_jax.training import resume
@@ -38,7 +38,7 @@ def weights_of(kind: str) -> dict[str, np.ndarray]:
     ours = nnx.eval_shape(partial(create, ADAPTERS[kind]))
     rng = np.random.default_rng(1)
     found = from_hf(state_dict(hf_model(CONFIG)), CONFIG)
-    for path, shape in model.flat(nnx.state(ours)).items():
+    for path, shape in model.flatten_state(nnx.state(ours)).items():
         if path not in found:
             noise = rng.normal(0, {"a": 0.1, "b": 0.2, "m": 0.3}[path[-1]], shape.shape)
             found[path] = (noise + (path[-1] == "m")).astype(np.float32)
@@ -47,13 +47,13 @@ def weights_of(kind: str) -> dict[str, np.ndarray]:
 
 def create(adapter: AdapterConfig) -> Gemma2:
     ours = Gemma2(CONFIG, F32, rngs=nnx.Rngs(0))
-    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
+    lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     return ours
 
 
 def model_of(adapter: AdapterConfig) -> Gemma2:
     graph = nnx.graphdef(nnx.eval_shape(partial(create, adapter)))
-    return model.rebuild(graph, {path: jnp.asarray(w) for path, w in weights_of(adapter.kind).items()})
+    return model.rebuild_model(graph, {path: jnp.asarray(w) for path, w in weights_of(adapter.kind).items()})
 
 
 def norms(weights, scale: float) -> dict[str, np.ndarray]:
@@ -156,7 +156,7 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     train = configs.TrainConfig(sequence_length=8)
     config = configs.finetune("x", CONFIG, str(base), "dora", adapter=ADAPTERS["dora"], train=train)
     trained_run(folder / "run", config, {p: w for p, w in weights_of("dora").items() if "/adapter/" in p})
-    write(Job(source=open_checkpoint(folder / "run"), to="orbax"), folder / "orbax")
+    write_checkpoint(Job(source=open_checkpoint(folder / "run"), to="orbax"), folder / "orbax")
     return open_checkpoint(folder / "orbax")
 
 
@@ -170,8 +170,8 @@ def trained_run(folder: Path, config: configs.Config, params) -> None:
 
 def test_generation_equals_the_formula(checkpoint):
     """Of a folder: a prompt of a window and a half, then a token at a time."""
-    assert (checkpoint.format, checkpoint.adapter.apart) == ("orbax", ["attn/o", "mlp/down"])
-    made = generate.load(checkpoint)
+    assert (checkpoint.format, checkpoint.adapter.unmergeable_targets) == ("orbax", ["attn/o", "mlp/down"])
+    made = generate.load_generator(checkpoint)
 
     @partial(jax.jit, static_argnums=0)
     def logits_of(method, weights, *inputs):
@@ -183,7 +183,7 @@ def test_generation_equals_the_formula(checkpoint):
     logits, cache = logits_of(prefill, made.weights, TOKENS[:, :12], np.array([12, 12]))
     rows = [*np.moveaxis(logits, 1, 0)]
     for position in range(12, 28):
-        logits, cache = logits_of(Gemma2.extend, made.weights, TOKENS[:, position], np.full(2, position), cache)
+        logits, cache = logits_of(Gemma2.decode_step, made.weights, TOKENS[:, position], np.full(2, position), cache)
         rows.append(logits)
     expected = reference(CONFIG, ADAPTERS["dora"], weights_of("dora"), TOKENS)
     np.testing.assert_allclose(np.stack(rows, 1), expected, atol=5e-5, rtol=0)
@@ -193,7 +193,7 @@ def test_what_cannot_be_merged_is_refused(checkpoint):
     ours = nnx.eval_shape(partial(create, ADAPTERS["dora"]))
     refused = r"adapter of attn/o and mlp/down cannot be merged: .*Keep it apart, with --to orbax"
     with pytest.raises(ValueError, match=refused):
-        lora.merge(ours)
+        lora.merge_adapters(ours)
     assert all(base.adapter for base in lora.projections(ours).values()), "some were merged"
     for choices in ({"to": "hf"}, {"to": "hf", "merge": True}, {"to": "orbax", "merge": True}):
         with pytest.raises(ValueError, match=refused):
@@ -203,7 +203,7 @@ def test_what_cannot_be_merged_is_refused(checkpoint):
         resume.open_source(config)
     assert "--merge" not in str(error.value)
     some = replace(ADAPTERS["dora"], targets=("attn/[qkv]", "mlp/gate", "mlp/up"))
-    nnx.eval_shape(lambda: lora.merge(create(some)))
+    nnx.eval_shape(lambda: lora.merge_adapters(create(some)))
     Job(source=replace(checkpoint, adapter=some), to="hf", merge=True)
 
 
@@ -224,7 +224,7 @@ def test_peft_is_told_nothing_and_the_user_is(checkpoint, tmp_path, capsys):
 
 
 def test_the_command_says_why_a_step_is_slow(tmp_path, capsys):
-    config = replace(configs.load("tiny_lora"), init=str(ASSETS))
+    config = replace(configs.load_recipe("tiny_lora"), init=str(ASSETS))
     config = replace(config, adapter=replace(config.adapter, after_norm=True, targets=("mlp/down",), rank=2))
     size = config.model
     shapes = {"a": (size.layers, size.mlp_width, 2), "b": (size.layers, 2, size.width)}

@@ -18,7 +18,7 @@ from gemma2_jax.kernels.attention import attention as kernel
 from gemma2_jax.kernels.decode import decode
 from gemma2_jax.kernels.tiles import Build
 from gemma2_jax.model.attention import choice as attention, mosaic as attention_mosaic, xla as attention_xla
-from gemma2_jax.model.gemma2 import Gemma2, unstack
+from gemma2_jax.model.gemma2 import Gemma2, unstack_layers
 
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", compute_capability="8.0")
@@ -28,7 +28,7 @@ INTERPRETED = Build(operand_in="shared memory", tanh="exact", interpret=plgpu.In
 
 
 def choose(name, device, model: ModelConfig = GEMMA2_2B, dtype="bfloat16"):
-    return attention.choose(model, ComputeConfig(attention=name, dtype=dtype), device)
+    return attention.choose_attention(model, ComputeConfig(attention=name, dtype=dtype), device)
 
 
 def test_auto_is_the_fastest_that_can():
@@ -100,7 +100,7 @@ def meant(q, k, v, d, segments_BT, window, softcap):
     length = q.shape[1]
     at = jnp.broadcast_to(jnp.arange(length), segments_BT.shape)
     start = jnp.argmax(segments_BT[:, :, None] == segments_BT[:, None], axis=2)
-    seen = reference.visible(at, at, start, window)
+    seen = reference.visible_mask(at, at, start, window)
 
     def attend(q, k, v):
         return reference.attention(q, k, v, *seen, scale=0.1, softcap=softcap)[0]
@@ -122,7 +122,7 @@ def worst(got, want) -> float:
 def test_capabilities(name, softcap, width, groups):
     """Both directions, with and without a window and packing: right, or refused with what is lacking."""
     arrays = inputs(1, 160, groups, 1, width)
-    lack = attention.IMPLEMENTATIONS[name].limits.lacks(dtype="bfloat16", width=width, softcap=softcap)
+    lack = attention.IMPLEMENTATIONS[name].limits.find_lack(dtype="bfloat16", width=width, softcap=softcap)
     for window in (160, 70):
         for segments_BT in (jnp.zeros((1, 160), jnp.int32), jnp.arange(160)[None] // 50):
             asked = *arrays, segments_BT, jnp.int32(window)
@@ -164,7 +164,7 @@ def test_over_a_mesh(mesh, shape, window):
         out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(d)
 
-    order = meshes.balanced(np.arange(T), mesh.get("context", 1))
+    order = meshes.balance_context(np.arange(T), mesh.get("context", 1))
     with jax.set_mesh(meshes.make_mesh(MeshConfig(**mesh))):
         got = jax.jit(both)(*(x[:, order] for x in (q, k, v, d, segments_BT)))
     got = [np.asarray(x, np.float32)[:, np.argsort(order)] for x in got]
@@ -207,9 +207,9 @@ def test_model_by_the_kernels():
         def both(state, tokens, graph=graph):
             whole = nnx.merge(graph, state)
             hidden = whole(tokens, jnp.arange(130)[None], jnp.zeros((1, 130), jnp.int32))
-            apart = unstack(whole)
+            apart = unstack_layers(whole)
             _, cache = apart.prefill(tokens[:, :129], jnp.array([129]), slots=136)
-            last, _ = apart.extend(tokens[:, 129], jnp.array([129]), cache)
+            last, _ = apart.decode_step(tokens[:, 129], jnp.array([129]), cache)
             return whole.logits(hidden), whole.logits(last)
 
         found[name] = [np.asarray(x, np.float32) for x in both(state, tokens)]

@@ -34,8 +34,8 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
     base = hf_model(config)
     weights = {path: jnp.asarray(w) for path, w in from_hf(state_dict(base), config).items()}
     ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
-    nnx.update(ours, nnx.state(model.rebuild(nnx.graphdef(ours), weights)))
-    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
+    nnx.update(ours, nnx.state(model.rebuild_model(nnx.graphdef(ours), weights)))
+    lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     targets = sorted({f"{name.split('/')[1]}_proj" for name, p in lora.projections(ours).items() if p.adapter})
     peer = peft.get_peft_model(
         base,
@@ -90,7 +90,9 @@ def test_logits_and_gradients_equal_peft(name):
     np.testing.assert_allclose(logits_of(ours, rows), expected.logits.detach().numpy(), atol=1e-4, rtol=0)
     targets, counted = np.roll(rows[0], -1, axis=1), np.ones(rows[0].shape, np.float32)
     counted[:, -1] = 0
-    loss, gradients = training_gradients(config, ADAPTERS[name], model.flat(nnx.state(ours)), *rows, targets, counted)
+    loss, gradients = training_gradients(
+        config, ADAPTERS[name], model.flatten_state(nnx.state(ours)), *rows, targets, counted
+    )
     np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
     theirs = dict(peer.named_parameters())
     for path, gradient in gradients.items():
@@ -108,9 +110,11 @@ def test_merged_equals_unmerged(name):
     config, ours, _ = pair(ADAPTERS[name])
     rows = rows_of(config)
     apart = logits_of(ours, rows)
-    lora.merge(ours)
+    lora.merge_adapters(ours)
     assert not any(isinstance(node, lora.Adapter) for _, node in nnx.iter_graph(ours))
-    np.testing.assert_allclose(logits_of(ours, rows), apart, atol=1e-4, rtol=0)
+    merged = logits_of(ours, rows)
+    # Both are sums of float32 in another order, whose largest single difference is another on each kind of CPU.
+    assert np.linalg.norm(merged - apart) / np.linalg.norm(apart) < 1e-5
 
 
 def test_new_adapters_change_nothing():
@@ -119,14 +123,14 @@ def test_new_adapters_change_nothing():
     ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
     rows = rows_of(config)
     plain = logits_of(ours, rows)
-    lora.attach(ours, AdapterConfig(kind="dora", rank=4), rngs=nnx.Rngs(1))
+    lora.attach_adapters(ours, AdapterConfig(kind="dora", rank=4), rngs=nnx.Rngs(1))
     np.testing.assert_allclose(logits_of(ours, rows), plain, atol=1e-5)
 
 
 def test_dropout_drops_inputs_of_the_adapter_only():
     config, adapter = BITING["2b"], AdapterConfig(kind="lora", rank=4, dropout=0.5)
     ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
-    lora.attach(ours, adapter, rngs=nnx.Rngs(1))
+    lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     rows = rows_of(config)
 
     counted = np.ones(rows[0].shape, np.float32)
@@ -136,7 +140,7 @@ def test_dropout_drops_inputs_of_the_adapter_only():
         return training_gradients(config, adapter, weights, *rows, rows[0], counted, key)[0]
 
     def loss(seed: int | None = None):
-        return loss_of(model.flat(nnx.state(ours)), None if seed is None else jax.random.key(seed))
+        return loss_of(model.flatten_state(nnx.state(ours)), None if seed is None else jax.random.key(seed))
 
     assert loss(0) == loss()  # B is zero: whatever is dropped, nothing changes
     ours.blocks.attn.q.adapter.b[...] = jnp.ones(ours.blocks.attn.q.adapter.b.shape)
@@ -148,7 +152,7 @@ def test_dropout_drops_inputs_of_the_adapter_only():
 def test_unknown_target_is_an_error():
     ours = Gemma2(BITING["2b"], F32, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"'attn/qkv' matches nothing; there are attn/k, .*mlp/up"):
-        lora.attach(ours, AdapterConfig(kind="lora", targets=("attn/q", "attn/qkv")), rngs=nnx.Rngs(0))
+        lora.attach_adapters(ours, AdapterConfig(kind="lora", targets=("attn/q", "attn/qkv")), rngs=nnx.Rngs(0))
 
 
 def run(kind: str, **train) -> tuple[configs.Config, Program]:

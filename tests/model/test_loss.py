@@ -7,7 +7,7 @@ import pytest
 
 from gemma2_jax.config import OptimConfig
 from gemma2_jax.model.loss import cross_entropy
-from gemma2_jax.training.optim import optimizer, schedule
+from gemma2_jax.training.optim import make_optimizer, make_schedule
 
 B, T, D, V = 2, 37, 16, 50
 
@@ -84,20 +84,20 @@ def test_logits_never_exist_all_at_once():
 
 def test_schedule():
     """Linear to the peak at the last warmup step, then a cosine that ends on the last step."""
-    rate = schedule(OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4), steps=10)
+    rate = make_schedule(OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4), steps=10)
     rates = [float(rate(taken)) for taken in range(12)]
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(rates[6], 0.55, rtol=1e-6)  # halfway down
     np.testing.assert_allclose(rates[9:], [0.1, 0.1, 0.1], rtol=1e-6)
-    constant = schedule(OptimConfig(lr=1.0, warmup_steps=0, decay_steps=20), steps=10)
+    constant = make_schedule(OptimConfig(lr=1.0, warmup_steps=0, decay_steps=20), steps=10)
     assert float(constant(0)) == pytest.approx(1.0, abs=0.01)
-    assert float(schedule(OptimConfig(lr=1.0, warmup_steps=500), steps=3)(1)) == pytest.approx(1.0)
+    assert float(make_schedule(OptimConfig(lr=1.0, warmup_steps=500), steps=3)(1)) == pytest.approx(1.0)
 
 
 def test_decay_is_for_matrices_only():
     letters = {"embedding": "VD", "final_norm/w": "D", "blocks/attn/q/adapter/m": "LNH", "blocks/mlp/up/w": "LDF"}
     params = {path: jnp.ones((2,) * len(dims)) for path, dims in letters.items()}
-    chain = optimizer(OptimConfig(lr=1.0, weight_decay=0.5, warmup_steps=0), 10, letters)
+    chain = make_optimizer(OptimConfig(lr=1.0, weight_decay=0.5, warmup_steps=0), 10, letters)
     updates, _ = chain.update({path: jnp.zeros_like(w) for path, w in params.items()}, chain.init(params), params)
     decayed = {path for path, update in updates.items() if float(jnp.abs(update).max()) > 0}
     assert decayed == {"embedding", "blocks/mlp/up/w"}

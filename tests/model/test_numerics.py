@@ -31,7 +31,7 @@ def weights_of(peer, config: ModelConfig) -> Weights:
 
 @jax.jit(static_argnums=0)
 def logits_of(graph, weights, tokens, positions, segments):
-    ours = model.rebuild(graph, weights)
+    ours = model.rebuild_model(graph, weights)
     return ours.logits(ours(tokens, positions, segments))
 
 

@@ -16,7 +16,7 @@ from benchmarks.machine_code import calls
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
-from gemma2_jax.planning.traffic import per_axis, traffic
+from gemma2_jax.planning.traffic import read_traffic, sum_traffic
 from gemma2_jax.training.step import Program
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -43,7 +43,7 @@ def program(*instructions: str) -> str:
     ],
 )
 def test_bytes_sent(instruction, sent):
-    (found,) = traffic(program(f'ROOT %x = {instruction}, metadata={{op_name="here"}}'), {"data": 4, "tensor": 2})
+    (found,) = read_traffic(program(f'ROOT %x = {instruction}, metadata={{op_name="here"}}'), {"data": 4, "tensor": 2})
     assert (found.axes, found.sent, found.times, found.where) == ("tensor", sent, 1, "here")
 
 
@@ -66,7 +66,9 @@ def test_bytes_sent(instruction, sent):
 )
 def test_groups_lie_along_axes(groups, axes):
     text = program(f"ROOT %x = f32[12]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add")
-    assert [found.axes for found in traffic(text, {"stage": 2, "fsdp": 3, "tensor": 2})] == ([axes] if axes else [])
+    assert [found.axes for found in read_traffic(text, {"stage": 2, "fsdp": 3, "tensor": 2})] == (
+        [axes] if axes else []
+    )
 
 
 LOOPS = """\
@@ -94,24 +96,24 @@ ENTRY %main (param: f32[8]) -> f32[8] {
 def test_loops_multiply_and_unknown_ones_are_named():
     mesh = {"fsdp": 2}
     found = {
-        c.kind: c for c in traffic(LOOPS.replace("KNOWN", ', backend_config={"known_trip_count":{"n":"3"}}'), mesh)
+        c.kind: c for c in read_traffic(LOOPS.replace("KNOWN", ', backend_config={"known_trip_count":{"n":"3"}}'), mesh)
     }
     assert (found["all-gather"].times, found["all-gather"].sent) == (15, 12 * 4 / 2)
     assert (found["all-reduce"].times, found["all-reduce"].loop) == (5, "")
     assert (found["collective-permute"].times, found["collective-permute"].loop) == (None, "tiles")
-    assert per_axis(found.values()) == {"fsdp": {"all-gather": 15 * 24, "all-reduce": 5 * 32}}
-    assumed = {c.kind: c for c in traffic(LOOPS.replace("KNOWN", ""), mesh, layers_per_stage=4)}
+    assert sum_traffic(found.values()) == {"fsdp": {"all-gather": 15 * 24, "all-reduce": 5 * 32}}
+    assumed = {c.kind: c for c in read_traffic(LOOPS.replace("KNOWN", ""), mesh, layers_per_stage=4)}
     assert (assumed["all-gather"].times, assumed["all-gather"].loop) == (20, "layers")
     nested = LOOPS.replace('backend_config={"known_trip_count":{"n":"5"}}', "").replace("KNOWN", "")
-    twice = {c.kind: c for c in traffic(nested, mesh, layers_per_stage=4)}
+    twice = {c.kind: c for c in read_traffic(nested, mesh, layers_per_stage=4)}
     assert (twice["all-reduce"].times, twice["all-gather"].times) == (4, None)
 
 
 def test_what_is_not_compiled_hlo_is_refused():
     with pytest.raises(ValueError, match="not the text of a compiled program"):
-        traffic("module @jit_step {}", {"data": 1})
+        read_traffic("module @jit_step {}", {"data": 1})
     with pytest.raises(ValueError, match="in a way that is not known here"):
-        traffic(program("ROOT %x = f32[8]{0} all-reduce(%p), replica_groups=@mesh"), {"data": 1})
+        read_traffic(program("ROOT %x = f32[8]{0} all-reduce(%p), replica_groups=@mesh"), {"data": 1})
 
 
 @pytest.mark.parametrize("gpus", [0, 12, 513, 520])
@@ -119,7 +121,7 @@ def test_impossible_clusters(gpus):
     with pytest.raises(
         ValueError, match=f"^{gpus} GPUs cannot be planned for: use 1 to 8, or a multiple of 8 up to 512"
     ):
-        plan.cluster(gpus)
+        plan.describe_cluster(gpus)
 
 
 def test_missing_plugin_names_the_extra(monkeypatch):
@@ -128,7 +130,7 @@ def test_missing_plugin_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ImportError, match=r"pip install 'gemma2-jax\[plan\]'"):
-        plan.cluster(8)
+        plan.describe_cluster(8)
 
 
 def small(kind: str = "sft", **mesh: int) -> plan.Plan:
@@ -165,8 +167,10 @@ def test_fsdp_gathers_one_layer_at_a_time():
     tokens = 4 * 8 * 2 * 128 * SMALL.width  # float32, of all shards: they go to the embedding, not it to them
     assert max(c.sent for c in elsewhere) <= tokens * 7 / 8
     vectors = (4 * LAYERS + 1) * SMALL.width
-    assert plan.held(found.program)["trained weights"] == 4 * ((SMALL.parameter_count() - vectors) / 8 + vectors)
-    assert found.arguments >= sum(plan.held(found.program).values())
+    assert plan.argument_bytes(found.program)["trained weights"] == 4 * (
+        (SMALL.parameter_count() - vectors) / 8 + vectors
+    )
+    assert found.arguments >= sum(plan.argument_bytes(found.program).values())
 
 
 @needs_plugin
@@ -197,9 +201,9 @@ def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
 def test_64_hosts():
     found = small("lora", data=64, tensor=8)
     assert found.program.mesh.size == 512
-    assert {"data", "tensor"} <= set(per_axis(found.traffic))
+    assert {"data", "tensor"} <= set(sum_traffic(found.traffic))
     console = Console(width=120, record=True)
-    plan.report(console, found)
+    plan.print_plan(console, found)
     text = console.export_text()
     assert "512 x H100 80GB" in text and "mesh data 64 x tensor 8" in text and "frozen weights" in text
     assert "fits, 75.1 GiB to spare" in text and "│ data " in text and "not counted" not in text
@@ -233,7 +237,7 @@ def kernels(found: plan.Plan) -> tuple[Counter, dict[str, int]]:
     ],
 )
 def test_kernels_in_every_layer(name, mesh):
-    config = replace(configs.load(name), mesh=mesh)
+    config = replace(configs.load_recipe(name), mesh=mesh)
     model = replace(config.model, layers=3, vocab_size=2048)
     train = replace(config.train, sequence_length=6144, global_batch_size=2, micro_batch_size=1)
     compute = replace(config.compute, gpu_flags="none")  # which has loops once in the program, not twice
@@ -272,7 +276,7 @@ def test_kernels_in_every_layer(name, mesh):
 )
 def test_real_steps_fit(name, mesh, length):
     """Compiled at real size, in less than a minute, they fit in what XLA may take of 80 GB."""
-    config = replace(configs.load(name), mesh=mesh)
+    config = replace(configs.load_recipe(name), mesh=mesh)
     config = replace(config, train=replace(config.train, sequence_length=length))
     found = plan.compile_step(config, math.prod(vars(mesh).values()))
     run, needed = kernels(found)
@@ -284,7 +288,7 @@ def test_real_steps_fit(name, mesh, length):
 
 def test_depth_does_not_lengthen_programs():
     """The step of 27B as XLA gets it: eight layers against all of them."""
-    config = replace(configs.load("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=4))
+    config = replace(configs.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=4))
     lengths = []
     for layers in (8, config.model.layers):
         run = Program(replace(config, model=replace(config.model, layers=layers)), make_mesh(config.mesh))
@@ -298,7 +302,7 @@ def test_depth_does_not_lengthen_programs():
 @pytest.mark.exhaustive
 def test_depth_does_not_lengthen_compilation():
     """The real step of 27B, eight layers against all of them, in CPU seconds: other processes do not count."""
-    config = replace(configs.load("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
+    config = replace(configs.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
     seconds = []
     for layers in (8, config.model.layers):
         started = time.process_time()

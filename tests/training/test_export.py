@@ -23,7 +23,7 @@ from gemma2_jax.config import AdapterConfig, ComputeConfig, Config, MeshConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.files import safetensors as tensors
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.gemma2 import Gemma2
@@ -41,7 +41,7 @@ QUESTION = "<start_of_turn>user\nWhat does json.dumps do?<end_of_turn>\n<start_o
 def run(request, tmp_path_factory) -> Path:
     """A few steps of the tiny recipe from the checkpoint in the repository, at a rate that shows."""
     workdir = tmp_path_factory.mktemp("run") / request.param
-    recipe = configs.load(f"tiny_{request.param}")
+    recipe = configs.load_recipe(f"tiny_{request.param}")
     sizes = dict(sequence_length=64, global_batch_size=8, micro_batch_size=1, eval_batches=1)
     saves = dict(checkpoint_every=1, export_adapter=True)
     loop.train(
@@ -59,7 +59,7 @@ def run(request, tmp_path_factory) -> Path:
 
 
 def logits(graph, weights, tokens: np.ndarray) -> np.ndarray:
-    whole = model.rebuild(graph, weights)
+    whole = model.rebuild_model(graph, weights)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     return jax.jit(lambda whole: whole.logits(whole(tokens, positions, np.ones_like(tokens))))(whole)
 
@@ -70,11 +70,11 @@ def our_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
 
     def create() -> Gemma2:
         whole = Gemma2(source.model, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
-        lora.attach(whole, source.adapter, rngs=nnx.Rngs(0))
+        lora.attach_adapters(whole, source.adapter, rngs=nnx.Rngs(0))
         return whole
 
     graph, shapes = nnx.split(nnx.eval_shape(create))
-    return logits(graph, checkpoints.load(source, model.flat(shapes)), tokens)
+    return logits(graph, checkpoints.load_weights(source, model.flatten_state(shapes)), tokens)
 
 
 def convert(*arguments: object) -> str:
@@ -151,25 +151,25 @@ def going_on(run: Path, adapter: Path, workdir: Path, **changes) -> Config:
 
 def test_training_starts_from_an_adapter(run, adapter, tokens, peft_logits, tmp_path):
     """Of any format, on a mesh with stages that layers do not fill: the file's tensors, and peft's logits."""
-    write(Job(source=checkpoints.open_checkpoint(run), to="orbax"), tmp_path / "orbax")
+    write_checkpoint(Job(source=checkpoints.open_checkpoint(run), to="orbax"), tmp_path / "orbax")
     shutil.rmtree(tmp_path / "orbax" / "weights")
     config = going_on(run, adapter, tmp_path / "run", mesh=MeshConfig(data=1, stage=4, tensor=2))
     program = Program(config, make_mesh(config.mesh))
     with jax.set_mesh(program.mesh):
-        state, _ = resume.start(program, resume.open_source(config), SimpleNamespace(latest=None))
+        state, _ = resume.start_state(program, resume.open_source(config), SimpleNamespace(latest=None))
     for path, w in state.params.items():
         assert w.dtype == "float32" and w.sharding == program.params[path].sharding
         assert w.shape[0] == 8 and not np.any(w[6:])
     weights = {path: np.asarray(w) for path, w in {**state.frozen, **state.params}.items()}
     weights |= {path: w[:6] for path, w in weights.items() if path.startswith("blocks/")}
     stored = load_file(adapter / tensors.ADAPTER)
-    ours = dict(pair for row in table.rows(config.adapter) for pair in row.split(weights[row.path]))
+    ours = dict(pair for row in table.table_rows(config.adapter) for pair in row.split(weights[row.path]))
     assert ours.keys() == stored.keys()
     assert all(np.array_equal(ours[name], stored[name]) for name in stored)
     np.testing.assert_allclose(logits(program.graph, weights, tokens), peft_logits, atol=1e-4, rtol=0)
     for given in (tmp_path / "orbax", run, run / "checkpoints" / "4"):
         source = resume.open_source(replace(config, init_adapter=str(given)))
-        for path, w in checkpoints.load(source, program.params).items():
+        for path, w in checkpoints.load_weights(source, program.params).items():
             np.testing.assert_array_equal(w, state.params[path])
 
 
@@ -197,7 +197,7 @@ def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
     assert "adapter started from peft" in " ".join(capsys.readouterr().out.split())
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
     assert contents(folder / "1") == first
-    write(Job(source=checkpoints.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
+    write_checkpoint(Job(source=checkpoints.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
     assert contents(folder / "2") == contents(tmp_path / "adapter")
 
 

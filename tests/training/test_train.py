@@ -19,7 +19,7 @@ from runs import ROOT, command, lines_of, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import Config, MeshConfig
-from gemma2_jax.convert.checkpoints import open_checkpoint, read
+from gemma2_jax.convert.checkpoints import open_checkpoint, read_array
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -132,13 +132,13 @@ def test_accumulated_steps_equal_whole_steps(tmp_path):
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         program = Program(config, mesh)
         with jax.set_mesh(mesh):
-            state = program.fresh(program.random_base())
+            state = program.initial_state(program.random_base())
             rng = np.random.default_rng(0)
             batch = {key: rng.integers(0, 2, leaf.shape).astype(leaf.dtype) for key, leaf in program.batch.items()}
             batch["tokens"] = rng.integers(0, 4096, batch["tokens"].shape, np.int32)
             batch["targets"] = np.roll(batch["tokens"], -1, axis=1)
             batch["segments"] = np.sort(batch["segments"], axis=1)
-            state, metrics = jax.jit(program.train_step)(state, loop.place(program, batch))
+            state, metrics = jax.jit(program.train_step)(state, loop.place_batch(program, batch))
         if name == "whole":
             expected = metrics, state.params
     np.testing.assert_allclose(metrics["loss"], expected[0]["loss"], rtol=1e-6)
@@ -269,7 +269,7 @@ def copied(tmp_path: Path) -> Path:
 
 def from_checkpoint(init: Path, workdir: Path, **data) -> Config:
     """The tiny recipe as it is, but for where it starts and what it reads."""
-    recipe = configs.load("tiny_lora")
+    recipe = configs.load_recipe("tiny_lora")
     train = replace(recipe.train, micro_batch_size=2)
     data_config = replace(recipe.data, **data)
     return replace(recipe, init=str(init), workdir=str(workdir), steps=1, train=train, data=data_config)
@@ -330,7 +330,7 @@ def test_resumes_on_other_meshes(tmp_path):
         loop.train(moved)
         stored = open_checkpoint(tmp_path / "moved")
         assert stored.shapes["blocks/attn/q/w"].shape[0] == 3, "the layer that is none is not part of the model"
-        assert read(stored, "blocks/attn/q/w", (slice(None),) * 4).shape[0] == 3
+        assert read_array(stored, "blocks/attn/q/w", (slice(None),) * 4).shape[0] == 3
     loop.train(run("moved", 6))
     losses = [[line["loss"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("straight", "moved")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -37,15 +37,18 @@ IMPLEMENTATIONS = {
 }
 
 
-def choose(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implementation, str]:
+def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implementation, str]:
     """The implementation for a model on such devices, and in words which it is and why.
 
     Raises ValueError where `compute.attention` names one that lacks what the model or the device needs.
     """
     lacking: dict[str, str] = {}
     for name, way in IMPLEMENTATIONS.items():
-        lack = way.limits.lacks(
-            architecture=architecture(device), dtype=compute.dtype, width=model.head_width, softcap=model.attn_softcap
+        lack = way.limits.find_lack(
+            architecture=device_architecture(device),
+            dtype=compute.dtype,
+            width=model.head_width,
+            softcap=model.attn_softcap,
         )
         if lack:
             lacking[name] = lack
@@ -64,7 +67,7 @@ def choose(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implemen
     return way, f"{name} ({reason})"
 
 
-def architecture(device) -> str:
+def device_architecture(device) -> str:
     """What a program is compiled for: sm_90 and the like of a GPU, or the platform."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else device.platform

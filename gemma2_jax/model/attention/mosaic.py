@@ -11,8 +11,8 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.mesh import per_shard
-from gemma2_jax.model.attention.xla import in_order
+from gemma2_jax.mesh import map_shards
+from gemma2_jax.model.attention.xla import gather_context
 
 
 def attend(
@@ -24,45 +24,47 @@ def attend(
     T, N = q_BTNH.shape[1:3]
     run = partial(_attend_shard, partial(kernel, scale=scale, softcap=softcap), T, N // k_BTKH.shape[2])
     letters = "BTNH", "BTKH", "BTKH", "BT", ""
-    return per_shard(run, letters)(q_BTNH, k_BTKH, v_BTKH, segments_BT, jnp.int32(window))
+    return map_shards(run, letters)(q_BTNH, k_BTKH, v_BTKH, segments_BT, jnp.int32(window))
 
 
 def _attend_shard(kernel, length: int, groups: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     """`attend` of one device, of rows of that length."""
-    from gemma2_jax.kernels.attention import combine
+    from gemma2_jax.kernels.attention import combine_parts
 
     T, N = q_BTNH.shape[1:3]
-    k_BTKH, v_BTKH = _heads_of(N, groups, (k_BTKH, v_BTKH), axis=2)
+    k_BTKH, v_BTKH = _local_kv_heads(N, groups, (k_BTKH, v_BTKH), axis=2)
     shards = length // T
     if shards == 1:
-        return kernel(q_BTNH, k_BTKH, v_BTKH, *intervals(jnp.arange(T), starts(segments_BT), (0,), T, window))[0]
+        return kernel(
+            q_BTNH, k_BTKH, v_BTKH, *key_intervals(jnp.arange(T), segment_starts(segments_BT), (0,), T, window)
+        )[0]
 
-    piece = T // 2  # of the row, of which a shard has two: see `mesh.balanced`
+    piece = T // 2  # of the row, of which a shard has two: see `mesh.balance_context`
 
     def pieces(shard):
         return shard * piece, (2 * shards - 1 - shard) * piece
 
     shard = jax.lax.axis_index("context")
     position_T = jnp.concatenate([at + jnp.arange(piece) for at in pieces(shard)])
-    start_BT = jnp.take(starts(in_order(segments_BT, shards)), position_T, axis=1)
+    start_BT = jnp.take(segment_starts(gather_context(segments_BT, shards)), position_T, axis=1)
     around = [(at, (at + 1) % shards) for at in range(shards)]
     parts = []
     for step in range(shards):
         if step:
             k_BTKH, v_BTKH = jax.lax.ppermute((k_BTKH, v_BTKH), "context", around)
-        seen = intervals(position_T, start_BT, pieces((shard - step) % shards), piece, window)
+        seen = key_intervals(position_T, start_BT, pieces((shard - step) % shards), piece, window)
         parts.append(kernel(q_BTNH, k_BTKH, v_BTKH, *seen))
-    return combine(*zip(*parts, strict=True))[0]
+    return combine_parts(*zip(*parts, strict=True))[0]
 
 
-def starts(segments_BT) -> jax.Array:
+def segment_starts(segments_BT) -> jax.Array:
     """Where the segment of each position starts, int32 [B, T]; a segment is one run of positions."""
     B, T = segments_BT.shape
     new_BT = jnp.concatenate([jnp.ones((B, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
     return jax.lax.cummax(jnp.where(new_BT, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
 
 
-def intervals(position_T, start_BT, pieces, length: int, window) -> tuple[jax.Array, jax.Array]:
+def key_intervals(position_T, start_BT, pieces, length: int, window) -> tuple[jax.Array, jax.Array]:
     """The first and the last key that each query sees, int32 [B, T], by the place of keys among those given.
 
     Args:
@@ -90,14 +92,14 @@ def attend_cached(
     groups = q_BNH.shape[1] // k_BKSH.shape[1]
 
     def of_shard(q_BNH, k_BKSH, v_BKSH, position_B):
-        k_BKSH, v_BKSH = _heads_of(q_BNH.shape[1], groups, (k_BKSH, v_BKSH), axis=1)
+        k_BKSH, v_BKSH = _local_kv_heads(q_BNH.shape[1], groups, (k_BKSH, v_BKSH), axis=1)
         window = k_BKSH.shape[2]  # a cache holds what its layer sees
         return kernel(q_BNH[:, None], k_BKSH, v_BKSH, position_B, window, scale=scale, softcap=softcap)[:, 0]
 
-    return per_shard(of_shard, ("BNH", "BKSH", "BKSH", "B"))(q_BNH, k_BKSH, v_BKSH, position_B)
+    return map_shards(of_shard, ("BNH", "BKSH", "BKSH", "B"))(q_BNH, k_BKSH, v_BKSH, position_B)
 
 
-def _heads_of(queries: int, groups: int, arrays, axis: int):
+def _local_kv_heads(queries: int, groups: int, arrays, axis: int):
     """Key/value heads of this device's query heads: of all of them, where they were too few to divide."""
     if groups * arrays[0].shape[axis] == queries:
         return arrays

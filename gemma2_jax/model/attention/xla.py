@@ -22,8 +22,8 @@ BLOCKS = {"cpu": 64, "gpu": 512}
 def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None, block: int = 64):
     """Causal attention of a sequence to itself.
 
-    On a mesh with context shards, positions are in the order of `mesh.balanced`, for which each shard gathers the keys
-    and values of all.
+    On a mesh with context shards, positions are in the order of `mesh.balance_context`, for which each shard gathers
+    the keys and values of all.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values after RoPE, in the compute dtype; N is a multiple of K.
@@ -52,7 +52,9 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
     order = jnp.arange(q.shape[1] // block)
-    return _blocked((scale, softcap, block), q, k, v, segments_BT, segments_BT, order, jnp.int32(window))[:, :T]
+    return _blocked_attention((scale, softcap, block), q, k, v, segments_BT, segments_BT, order, jnp.int32(window))[
+        :, :T
+    ]
 
 
 def _attend_shard(settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
@@ -60,89 +62,89 @@ def _attend_shard(settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, wi
     scale, softcap, block = settings
     piece = q_BTNH.shape[1] // 2
     block = max(size for size in range(1, min(block, piece) + 1) if piece % size == 0)
-    k, v, all_segments = (in_order(x, shards) for x in (k_BTKH, v_BTKH, segments_BT))
+    k, v, all_segments = (gather_context(x, shards) for x in (k_BTKH, v_BTKH, segments_BT))
     shard = jax.lax.axis_index("context")
     within = jnp.arange(piece // block)
     order = jnp.concatenate([within + at * (piece // block) for at in (shard, 2 * shards - 1 - shard)])
-    return _blocked((scale, softcap, block), q_BTNH, k, v, segments_BT, all_segments, order, window)
+    return _blocked_attention((scale, softcap, block), q_BTNH, k, v, segments_BT, all_segments, order, window)
 
 
-def in_order(x_BT, shards: int):
-    """The whole of what context shards hold in the order of `mesh.balanced`, as it was before."""
+def gather_context(x_BT, shards: int):
+    """The whole of what context shards hold in the order of `mesh.balance_context`, as it was before."""
     x_BCPT = jax.lax.all_gather(x_BT.reshape(x_BT.shape[0], 2, -1, *x_BT.shape[2:]), "context", axis=1)
     x_BPT = jnp.concatenate([x_BCPT[:, :, 0], x_BCPT[:, ::-1, 1]], axis=1)
     return x_BPT.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
 
 
-def _blocked_value(settings, *inputs):
+def _blocked_attention_value(settings, *inputs):
     """`attend` for whole blocks; query block i of those given is block order[i] of the sequence."""
-    return _blocked_forward(settings, *inputs)[0]
+    return _blocked_attention_forward(settings, *inputs)[0]
 
 
-def _blocked_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window):
+def _blocked_attention_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window):
     block, K = settings[2], k_BTKH.shape[2]
 
     def query_block(inputs):
         i, at = inputs
-        q, segments = _group(_take(q_BTNH, i, block), K), _take(q_segments_BT, i, block)
+        q, segments = _group_heads(_slice_block(q_BTNH, i, block), K), _slice_block(q_segments_BT, i, block)
 
         def key_block(j, carry):
             top, total, out = carry
-            k, other = _take(k_BTKH, j, block), _take(k_segments_BT, j, block)
+            k, other = _slice_block(k_BTKH, j, block), _slice_block(k_segments_BT, j, block)
             scores, _ = _scores(q, k, _mask(at, j, segments, other, window), settings)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            v = _take(v_BTKH, j, block)
+            v = _slice_block(v_BTKH, j, block)
             added = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + added
 
         B, T, K_, G, H = q.shape
         start = jnp.full((B, K_, G, T), MASKED), jnp.zeros((B, K_, G, T)), jnp.zeros((B, K_, G, T, H))
-        top, total, out = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
+        top, total, out = jax.lax.fori_loop(_first_key_block(at, block, window), at + 1, key_block, start)
         return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
 
     out, log_z = jax.lax.map(query_block, (jnp.arange(len(order)), order))
-    out_BTNH = _ungroup(jnp.einsum("IBKGTH->BITKGH", out))
+    out_BTNH = _ungroup_heads(jnp.einsum("IBKGTH->BITKGH", out))
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z)
 
 
-def _blocked_backward(settings, residuals, cotangent_BTNH):
+def _blocked_attention_backward(settings, residuals, cotangent_BTNH):
     scale, _, block = settings
     q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z = residuals
     K = k_BTKH.shape[2]
 
     def query_block(carry, inputs):
         i, at = inputs
-        segments = _take(q_segments_BT, i, block)
-        q, out, cotangent = (_group(_take(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
+        segments = _slice_block(q_segments_BT, i, block)
+        q, out, cotangent = (_group_heads(_slice_block(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
         delta = jnp.einsum("BTKGH,BTKGH->BKGT", out, cotangent, preferred_element_type=jnp.float32)
 
         def key_block(j, carry):
             dq, dk_BTKH, dv_BTKH = carry
-            k, v = _take(k_BTKH, j, block), _take(v_BTKH, j, block)
-            mask_BTS = _mask(at, j, segments, _take(k_segments_BT, j, block), window)
+            k, v = _slice_block(k_BTKH, j, block), _slice_block(v_BTKH, j, block)
+            mask_BTS = _mask(at, j, segments, _slice_block(k_segments_BT, j, block), window)
             scores, slope = _scores(q, k, mask_BTS, settings)
             weights = jnp.exp(scores - log_z[i][..., None])
             d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", cotangent, v, preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - delta[..., None]) * slope * scale).astype(q.dtype)
             product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            dv_BTKH = _add(dv_BTKH, j, product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), cotangent))
-            dk_BTKH = _add(dk_BTKH, j, product("BKGTS,BTKGH->BSKH", d_scores, q))
+            dv_BTKH = _add_block(dv_BTKH, j, product("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), cotangent))
+            dk_BTKH = _add_block(dk_BTKH, j, product("BKGTS,BTKGH->BSKH", d_scores, q))
             return dq + product("BKGTS,BSKH->BTKGH", d_scores, k), dk_BTKH, dv_BTKH
 
         start = jnp.zeros(q.shape, jnp.float32), *carry
-        dq, *carry = jax.lax.fori_loop(_first(at, block, window), at + 1, key_block, start)
+        dq, *carry = jax.lax.fori_loop(_first_key_block(at, block, window), at + 1, key_block, start)
         return tuple(carry), dq.astype(q.dtype)
 
     start = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
     (dk_BTKH, dv_BTKH), dq = jax.lax.scan(query_block, start, (jnp.arange(len(order)), order))
-    dq_BTNH = _ungroup(jnp.einsum("IBTKGH->BITKGH", dq))
+    dq_BTNH = _ungroup_heads(jnp.einsum("IBTKGH->BITKGH", dq))
     return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None, None, None, None
 
 
-_blocked = jax.custom_vjp(_blocked_value, nondiff_argnums=(0,))
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+_blocked_attention = jax.custom_vjp(_blocked_attention_value, nondiff_argnums=(0,))
+_blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backward)
 
 
 def _scores(q_BTKGH, k_BSKH, mask_BTS, settings):
@@ -163,26 +165,26 @@ def _mask(i, j, q_segments_BT, k_segments_BS, window):
     return (distance_TS >= 0) & (distance_TS < window) & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
 
 
-def _first(i, block: int, window):
+def _first_key_block(i, block: int, window):
     """The first key block that any query of block i sees."""
     return jnp.maximum(i * block - window + 1, 0) // block
 
 
-def _take(x_BT, i, block: int):
+def _slice_block(x_BT, i, block: int):
     return jax.lax.dynamic_slice_in_dim(x_BT, i * block, block, axis=1)
 
 
-def _add(x_BT, j, block_BT):
+def _add_block(x_BT, j, block_BT):
     block = block_BT.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(x_BT, _take(x_BT, j, block) + block_BT, j * block, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x_BT, _slice_block(x_BT, j, block) + block_BT, j * block, axis=1)
 
 
-def _group(x_BTNH, K: int):
+def _group_heads(x_BTNH, K: int):
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H)
 
 
-def _ungroup(x_BITKGH):
+def _ungroup_heads(x_BITKGH):
     B, blocks, T, K, G, H = x_BITKGH.shape
     return x_BITKGH.reshape(B, blocks * T, K * G, H)
 
@@ -204,7 +206,7 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: f
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
     """Soft-capped attention under an explicit mask (True: attend); the cap comes before the mask."""
-    q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
+    q_BTKGH = _group_heads(q_BTNH, k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
