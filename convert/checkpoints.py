@@ -1,7 +1,7 @@
 """Any checkpoint as one thing: what it is, which arrays it has, and those arrays, placed as asked.
 
-`open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load_weights` reads of an array
-the slices that this process's devices need. Nothing here writes. A folder is one of these:
+`open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load_weights` reads of each
+array the slices that this process's devices need. Nothing here writes. A folder is one of these:
 
     huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards
     peft         adapter_config.json, adapter_model.safetensors
