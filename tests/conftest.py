@@ -23,6 +23,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+MOST_WORKERS = 8  # each of them takes up to 3 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The processes that pytest starts: one per core for the whole suite, none beside its own for what is named."""
+    if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
 @pytest.fixture(scope="session")
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the processes of a run have in common."""
