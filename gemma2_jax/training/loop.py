@@ -6,6 +6,8 @@ waits for the device only to log a step whose successor is already under way, to
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +25,19 @@ from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.step import Batch, Program, State
 
 
-def train(config: Config) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a call of `train` leaves behind."""
+
+    folder: Path  # the run's working directory
+    step: int  # the last step taken
+    losses: dict[int, float]  # training loss (nats per target token) by logged step, of the steps of this call
+    eval_losses: dict[int, float]  # held-out loss by step, likewise
+    program: Program
+    state: State  # after the last step, on the devices
+
+
+def train(config: Config) -> Result:
     """Carries out the run. The same config and working directory resume it.
 
     Raises ValueError for what cannot be done as asked, FloatingPointError when the loss or its gradient is no longer
@@ -74,6 +88,14 @@ def train(config: Config) -> None:
                     checkpoints.save(step, state.params, state.optimizer, loop)
                     adapters.save(step, state.params)
     report.print_ending(console, config)
+    return Result(
+        folder=config.output,
+        step=max(first, config.steps),
+        losses=log.losses,
+        eval_losses=log.eval_losses,
+        program=program,
+        state=state,
+    )
 
 
 def is_due(step: int, every: int, last: int) -> bool:

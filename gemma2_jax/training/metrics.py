@@ -22,10 +22,15 @@ PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a ba
 
 
 class Metrics:
-    """Metrics of one run. Use as a context manager."""
+    """Metrics of one run. Use as a context manager.
+
+    `losses` and `eval_losses` hold what has been logged, by step, in nats per target token.
+    """
 
     def __init__(self, config: Config, console: Console, *, first_step: int):
         self._config, self._console = config, console
+        self.losses: dict[int, float] = {}
+        self.eval_losses: dict[int, float] = {}
         self._wandb = open_wandb_run(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
@@ -74,6 +79,7 @@ class Metrics:
         if step % self._config.train.log_every and step != self._config.steps:
             return
         self._clock, self._clock_step = now, step
+        self.losses[step] = read["loss"]
         tflops = speed * self._config.training_flops / jax.device_count() / 1e12
         self._write({"step": step, **read, "tokens_per_s": round(speed, 1), "tflops_per_device": round(tflops, 4)})
         text = f"loss {read['loss']:.4f}  {speed:,.0f} tokens/s{self._eval_text}"
@@ -85,6 +91,7 @@ class Metrics:
     def evaluation(self, step: int, loss: float) -> None:
         """Logs a held-out loss (nats per target token), whose time is left out of the speed of training."""
         self._clock = time.perf_counter()
+        self.eval_losses[step] = loss
         self._write({"step": step, "eval_loss": loss})
         self._eval_text = f"  held-out {loss:.4f}"
         self._print(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")

@@ -92,7 +92,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
 def test_what_a_run_writes(tmp_path):
     config = small("tiny_lora", tmp_path, steps=3)
     config = replace(config, train=replace(config.train, eval_every=1))
-    loop.train(config)
+    result = loop.train(config)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "data",
     }  # fmt: skip
@@ -102,6 +102,10 @@ def test_what_a_run_writes(tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert {"step", "loss", "grad_norm", "lr", "tokens_per_s"} <= steps[0].keys()
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 3]
+    assert (result.folder, result.step, int(result.state.step)) == (tmp_path, 3, 3)
+    assert result.losses == {line["step"]: line["loss"] for line in steps}
+    assert result.eval_losses == {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert result.state.params.keys() == result.program.params.keys()
     # Only what was trained is kept.
     program = Program(config, make_mesh(config.mesh))
     with Checkpoints(tmp_path, keep=9) as checkpoints:
