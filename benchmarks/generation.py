@@ -24,14 +24,21 @@ def prompts(model: ModelConfig, batch: int) -> Tokens:
 
 
 def ours(model: ModelConfig, batch: int, weights: Path) -> Callable[[], Tokens]:
+    import jax
     from flax import nnx
 
     from gemma2_jax.config import ComputeConfig
     from gemma2_jax.inference.generator import Generator
+    from gemma2_jax.model.attention.choice import choose_attention
     from gemma2_jax.model.gemma2 import Gemma2
 
     compute = ComputeConfig(dtype="float32")
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Gemma2(model, compute, rngs=nnx.Rngs(0))))
+    attention, _ = choose_attention(model, compute, jax.devices()[0])
+
+    def create() -> Gemma2:
+        return Gemma2(model, attention=attention, dtype=compute.dtype, rngs=nnx.Rngs(0))
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
     generator = Generator(graph, our_weights(model, weights))
     return lambda: generator.generate(prompts(model, batch), max_new_tokens=NEW)
 

@@ -15,6 +15,7 @@ from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
 from gemma2_jax.convert.files import orbax as arrays
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
 
 
@@ -76,9 +77,12 @@ def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[flo
 def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of a row of tokens in float32, adapter included."""
 
+    config = checkpoint.model
+    assert config is not None
+    attention, _ = choose_attention(config, ComputeConfig(dtype="float32"), jax.devices()[0])
+
     def create() -> Gemma2:
-        assert checkpoint.model is not None
-        whole = Gemma2(checkpoint.model, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+        whole = Gemma2(config, attention=attention, dtype="float32", rngs=nnx.Rngs(0))
         lora.attach_adapters(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
         return whole
 
@@ -89,6 +93,6 @@ def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
     @jax.jit
     def run(weights):
         whole = model.rebuild_model(graph, weights)
-        return whole.logits(whole(row_1T, jnp.arange(len(tokens))[None], jnp.zeros_like(row_1T))[0])
+        return whole(row_1T)[0]
 
     return np.asarray(run(load_weights(checkpoint, wanted)))

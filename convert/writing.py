@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, ModelConfig
+from gemma2_jax.config import AdapterConfig, DType, ModelConfig
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
 from gemma2_jax.convert.files import folder, orbax as arrays, safetensors as tensors, torch_files
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
@@ -33,6 +33,7 @@ from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.model import lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 
 Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
@@ -203,7 +204,7 @@ class Job:
 
 def _write_adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
     rngs = nnx.Rngs(0)
-    gemma = Gemma2(model, ComputeConfig(), rngs=rngs)
+    gemma = Gemma2(model, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=rngs)
     lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 

@@ -105,6 +105,7 @@ def load_generator(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Gen
     from gemma2_jax.convert import checkpoints
     from gemma2_jax.inference.generator import Generator
     from gemma2_jax.model import gemma2 as model, lora
+    from gemma2_jax.model.attention.choice import choose_attention
 
     config = checkpoint.model
     if config is None:
@@ -113,9 +114,10 @@ def load_generator(checkpoint: "Checkpoint", dtype: DType | None = None) -> "Gen
             f"--adapter {checkpoint.path}"
         )
     compute = ComputeConfig(dtype=dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    attention, _ = choose_attention(config, compute, jax.devices()[0])
 
     def create() -> model.Gemma2:
-        whole = model.Gemma2(config, compute, rngs=nnx.Rngs(0))
+        whole = model.Gemma2(config, attention=attention, dtype=compute.dtype, rngs=nnx.Rngs(0))
         lora.attach_adapters(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
         return whole
 

@@ -2,8 +2,8 @@
 
 The modules describe one model and hold its weights with Hugging Face's values: the query scale, 1 + w of the norms
 and sqrt(D) of the embedding are applied at run time. Layers are alike but for their window, so their weights are
-stacked ([L, ...]) and scanned over, with the window as data. Meshes, training and caches' lifetimes are decided by
-callers.
+stacked ([L, ...]) and scanned over, with the window as data. Callers decide on the mesh, the implementation of
+attention, training, and how long a cache lives.
 
 Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
 """
@@ -20,9 +20,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gemma2_jax import dims
-from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.config import ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
-from gemma2_jax.model.attention import choice as attention
+from gemma2_jax.model.attention.choice import Implementation
 
 Norm = Callable[[jax.Array], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -231,19 +231,34 @@ class Block(nnx.Module):
 
 
 class Gemma2(nnx.Module):
-    """The whole model: tokens to hidden states (`__call__`), a cached step (`decode_step`), and logits."""
+    """The whole model: tokens to logits (`__call__`) or to hidden states, and generation with a cache.
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, device=None):
+    `attention` comes from `choose_attention`, and `dtype` is what activations and matrix products have. Weights are
+    drawn from `rngs.params` in float32: normal with standard deviation 0.02, norms zero.
+    """
+
+    def __init__(self, config: ModelConfig, *, attention: Implementation, dtype: str | jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        self.dtype = jnp.dtype(compute.dtype)
-        self.attention, _ = attention.choose_attention(config, compute, device or jax.devices()[0])
+        self.dtype = jnp.dtype(dtype)
+        self.attention = attention
         self.letters = (("embedding", "VD"),)
         shape = dims.weight_shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
 
-    def __call__(self, tokens_BT, positions_BT, segments_BT) -> jax.Array:
+    def __call__(self, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
+        """Logits of the token that follows each token, float32 [B, T, V].
+
+        Args are those of `hidden_states`; without them, positions are 0 to T - 1 and a row is one segment.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if segments_BT is None:
+            segments_BT = jnp.zeros(tokens_BT.shape, jnp.int32)
+        return self.logits(self.hidden_states(tokens_BT, positions_BT, segments_BT))
+
+    def hidden_states(self, tokens_BT, positions_BT, segments_BT) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
         Args:

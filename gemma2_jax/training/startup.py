@@ -13,7 +13,6 @@ from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.mesh import describe_mesh
-from gemma2_jax.model.attention import choice as attention
 from gemma2_jax.training.step import Program
 
 
@@ -62,7 +61,7 @@ def print_startup(
         f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
         "training data": f"{config.data.train}: {batches.summary}",
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
-        "attention": attention.choose_attention(config.model, config.compute, program.device)[1],
+        "attention": program.attention_reason,
         "memory": describe_memory(compiled) + f"; compiled in {seconds:.1f} s",
     }
     if program.device.platform == "gpu":

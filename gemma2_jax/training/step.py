@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma2_jax import dims, mesh as meshes
 from gemma2_jax.config import Config
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights
 from gemma2_jax.training import optim
 from gemma2_jax.training.pipeline import Batch, Pipeline
@@ -52,6 +53,7 @@ class Program:
         meshes.check_mesh(config, mesh)
         self.config, self.mesh = config, mesh
         self.device = mesh.devices.flat[0]  # what it is compiled for
+        self.attention, self.attention_reason = choose_attention(config.model, config.compute, self.device)
         skeleton = nnx.eval_shape(self._create_model)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
         self.letters = model.weight_dims(skeleton)
@@ -162,7 +164,8 @@ class Program:
         return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create_model(self, adapters: bool = True) -> Gemma2:
-        whole = Gemma2(self.config.model, self.config.compute, rngs=self._rngs(0), device=self.device)
+        dtype = self.config.compute.dtype
+        whole = Gemma2(self.config.model, attention=self.attention, dtype=dtype, rngs=self._rngs(0))
         if adapters:
             lora.attach_adapters(whole, self.config.adapter, rngs=self._rngs(1))
         return whole

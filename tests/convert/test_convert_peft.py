@@ -17,13 +17,14 @@ from peers import BITING, hf_model
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, dims
-from gemma2_jax.config import AdapterConfig, ComputeConfig, Config, OptimConfig
+from gemma2_jax.config import AdapterConfig, Config, OptimConfig
 from gemma2_jax.convert import writing
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.peft_config import adapter_config, peft_config
 from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.training.checkpoint import Checkpoints
 
 CONFIG = BITING["2b"]
@@ -113,7 +114,7 @@ def _program(adapter: AdapterConfig):
 
 def _gemma(adapter: AdapterConfig) -> model.Gemma2:
     rngs = nnx.Rngs(0)
-    gemma = model.Gemma2(CONFIG, ComputeConfig(dtype="float32", attention="xla"), rngs=rngs)
+    gemma = model.Gemma2(CONFIG, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=rngs)
     lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 

@@ -12,10 +12,11 @@ from flax import nnx
 from peers import BITING, hf_config, hf_model, state_dict
 
 from gemma2_jax import config as configs, dims
-from gemma2_jax.config import AdapterConfig, ComputeConfig
+from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config as exported, model_config
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 
 SIZES = {"2b": configs.GEMMA2_2B, "9b": configs.GEMMA2_9B, "27b": configs.GEMMA2_27B, "tiny": configs.GEMMA2_TINY}
 
@@ -34,7 +35,7 @@ def test_rows_are_the_model_s_arrays_and_dims(kind):
 
 def _gemma(adapter: AdapterConfig) -> model.Gemma2:
     rngs = nnx.Rngs(0)
-    gemma = model.Gemma2(BITING["2b"], ComputeConfig(), rngs=rngs)
+    gemma = model.Gemma2(BITING["2b"], attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=rngs)
     lora.attach_adapters(gemma, adapter, rngs=rngs)
     return gemma
 

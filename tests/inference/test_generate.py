@@ -20,12 +20,13 @@ from flax import nnx
 from peers import BITING, hf_model, state_dict
 
 from gemma2_jax import generate, mesh as meshes
-from gemma2_jax.config import GEMMA2_TINY, ComputeConfig, MeshConfig
+from gemma2_jax.config import GEMMA2_TINY, MeshConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.inference import generator as decode
 from gemma2_jax.inference.generator import CHUNK, Generator, Sampling
 from gemma2_jax.model import gemma2 as model
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
@@ -53,8 +54,10 @@ def peer(name: str) -> transformers.Gemma2ForCausalLM:
 
 
 def graph_of(name: str, dtype="float32") -> nnx.GraphDef:
-    compute = ComputeConfig(dtype=dtype)
-    return nnx.graphdef(nnx.eval_shape(lambda: Gemma2(CONFIGS[name], compute, rngs=nnx.Rngs(0))))
+    def create() -> Gemma2:
+        return Gemma2(CONFIGS[name], attention=IMPLEMENTATIONS["xla"], dtype=dtype, rngs=nnx.Rngs(0))
+
+    return nnx.graphdef(nnx.eval_shape(create))
 
 
 def weights_of(name: str) -> model.Weights:
@@ -124,7 +127,7 @@ def test_cached_logits_equal_a_forward_pass(name):
     whole = model.rebuild_model(graph_of(name), from_hf(state_dict(hf_model(config)), config))
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
     positions = np.broadcast_to(np.arange(40), tokens.shape)
-    expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, tokens, positions, np.ones_like(tokens))
+    expected, _ = logits_of(*nnx.split(whole), Gemma2.hidden_states, tokens, positions, np.ones_like(tokens))
     graph, weights = nnx.split(model.unstack_layers(whole))
     logits, cache = logits_of(graph, weights, partial(Gemma2.prefill, slots=48), tokens[:, :20], lengths)
     rows = [[new[:length]] for new, length in zip(logits, lengths, strict=True)]
@@ -148,8 +151,8 @@ def test_blocks_apart_are_the_same_model():
     tokens = np.array(prompts_of("27b", 20))
     whole = model.rebuild_model(graph_of("27b"), weights_of("27b"))
     inputs = tokens, np.arange(20)[None], np.ones_like(tokens)
-    expected, _ = logits_of(*nnx.split(whole), Gemma2.__call__, *inputs)
-    found, _ = logits_of(*nnx.split(model.unstack_layers(whole)), Gemma2.__call__, *inputs)
+    expected, _ = logits_of(*nnx.split(whole), Gemma2.hidden_states, *inputs)
+    found, _ = logits_of(*nnx.split(model.unstack_layers(whole)), Gemma2.hidden_states, *inputs)
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import pytest
 from flax import nnx
-from peers import BITING, F32, hf_model, state_dict, training_gradients
+from peers import BITING, hf_model, state_dict, training_gradients
 
 from gemma2_jax import config as configs, generate
 from gemma2_jax.config import AdapterConfig, MeshConfig, ModelConfig
@@ -21,6 +21,7 @@ from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 from gemma2_jax.training import resume
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -46,7 +47,7 @@ def weights_of(kind: str) -> dict[str, np.ndarray]:
 
 
 def create(adapter: AdapterConfig) -> Gemma2:
-    ours = Gemma2(CONFIG, F32, rngs=nnx.Rngs(0))
+    ours = Gemma2(CONFIG, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     return ours
 
@@ -118,7 +119,7 @@ def reference(config: ModelConfig, adapter: AdapterConfig, weights, tokens, fixe
 def test_logits_equal_the_formula(kind, after):
     adapter, other = (replace(ADAPTERS[kind], after_norm=choice) for choice in (after, not after))
     expected, elsewhere = (reference(CONFIG, choice, weights_of(kind), TOKENS) for choice in (adapter, other))
-    logits = jax.jit(lambda ours: ours.logits(ours(TOKENS, *EVERYWHERE)))(model_of(adapter))
+    logits = jax.jit(lambda ours: ours(TOKENS))(model_of(adapter))
     np.testing.assert_allclose(logits, expected, atol=5e-5, rtol=0)
     assert np.abs(expected - elsewhere).max() > 0.1 * np.abs(expected).max()
 

@@ -16,6 +16,7 @@ from gemma2_jax.config import AdapterConfig, TrainConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 from gemma2_jax.training.step import Program
 
@@ -33,7 +34,7 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
     config = BITING[name]
     base = hf_model(config)
     weights = {path: jnp.asarray(w) for path, w in from_hf(state_dict(base), config).items()}
-    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    ours = Gemma2(config, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     nnx.update(ours, nnx.state(model.rebuild_model(nnx.graphdef(ours), weights)))
     lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     targets = sorted({f"{name.split('/')[1]}_proj" for name, p in lora.projections(ours).items() if p.adapter})
@@ -69,7 +70,7 @@ def torch_name(projection: str, layer: int, part: str) -> str:
 
 @jax.jit
 def logits_of(ours: Gemma2, rows):
-    return ours.logits(ours(*rows))
+    return ours(*rows)
 
 
 ADAPTERS = {
@@ -120,7 +121,7 @@ def test_merged_equals_unmerged(name):
 def test_new_adapters_change_nothing():
     """B is zero and DoRA's magnitude is the norm, so that training starts from the given model."""
     config = BITING["9b"]
-    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    ours = Gemma2(config, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     rows = rows_of(config)
     plain = logits_of(ours, rows)
     lora.attach_adapters(ours, AdapterConfig(kind="dora", rank=4), rngs=nnx.Rngs(1))
@@ -129,7 +130,7 @@ def test_new_adapters_change_nothing():
 
 def test_dropout_drops_inputs_of_the_adapter_only():
     config, adapter = BITING["2b"], AdapterConfig(kind="lora", rank=4, dropout=0.5)
-    ours = Gemma2(config, F32, rngs=nnx.Rngs(0))
+    ours = Gemma2(config, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     lora.attach_adapters(ours, adapter, rngs=nnx.Rngs(1))
     rows = rows_of(config)
 
@@ -150,7 +151,7 @@ def test_dropout_drops_inputs_of_the_adapter_only():
 
 
 def test_unknown_target_is_an_error():
-    ours = Gemma2(BITING["2b"], F32, rngs=nnx.Rngs(0))
+    ours = Gemma2(BITING["2b"], attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"'attn/qkv' matches nothing; there are attn/k, .*mlp/up"):
         lora.attach_adapters(ours, AdapterConfig(kind="lora", targets=("attn/q", "attn/qkv")), rngs=nnx.Rngs(0))
 

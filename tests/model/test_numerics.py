@@ -9,20 +9,24 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
+from peers import BITING, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import AdapterConfig, ComputeConfig, ModelConfig
+from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.formats.table import from_hf, to_hf
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention import xla as attention
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2, Weights
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-def build(config: ModelConfig, compute: ComputeConfig = F32):
-    return nnx.graphdef(nnx.eval_shape(lambda: Gemma2(config, compute, rngs=nnx.Rngs(0))))
+def build(config: ModelConfig, dtype: str = "float32"):
+    def create() -> Gemma2:
+        return Gemma2(config, attention=IMPLEMENTATIONS["xla"], dtype=dtype, rngs=nnx.Rngs(0))
+
+    return nnx.graphdef(nnx.eval_shape(create))
 
 
 def weights_of(peer, config: ModelConfig) -> Weights:
@@ -32,7 +36,7 @@ def weights_of(peer, config: ModelConfig) -> Weights:
 @jax.jit(static_argnums=0)
 def logits_of(graph, weights, tokens, positions, segments):
     ours = model.rebuild_model(graph, weights)
-    return ours.logits(ours(tokens, positions, segments))
+    return ours(tokens, positions, segments)
 
 
 def scores_of(peer, tokens):
@@ -153,7 +157,7 @@ def test_bfloat16_is_within_the_error_of_torch(name):
     with torch.no_grad():
         theirs = peer(torch.tensor(tokens)).logits.float().numpy()
         exact = peer.float()(torch.tensor(tokens)).logits.numpy()
-    ours = logits_of(build(config, replace(F32, dtype="bfloat16")), weights, tokens, positions, segments)
+    ours = logits_of(build(config, "bfloat16"), weights, tokens, positions, segments)
     error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (np.asarray(ours), theirs))
     assert error <= allowed, f"ours {error:.3e}, torch's {allowed:.3e}"
 

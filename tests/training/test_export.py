@@ -19,13 +19,14 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from gemma2_jax import config as configs, train
-from gemma2_jax.config import AdapterConfig, ComputeConfig, Config, MeshConfig
+from gemma2_jax.config import AdapterConfig, Config, MeshConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.files import safetensors as tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.writing import Job, write_checkpoint
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 from gemma2_jax.training import loop, resume
 from gemma2_jax.training.step import Program
@@ -60,8 +61,7 @@ def run(request, tmp_path_factory) -> Path:
 
 def logits(graph, weights, tokens: np.ndarray) -> np.ndarray:
     whole = model.rebuild_model(graph, weights)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return jax.jit(lambda whole: whole.logits(whole(tokens, positions, np.ones_like(tokens))))(whole)
+    return jax.jit(lambda whole: whole(tokens))(whole)
 
 
 def our_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def our_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     source = checkpoints.open_checkpoint(path)
 
     def create() -> Gemma2:
-        whole = Gemma2(source.model, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
+        whole = Gemma2(source.model, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
         lora.attach_adapters(whole, source.adapter, rngs=nnx.Rngs(0))
         return whole
 
