@@ -274,15 +274,15 @@ import sys, types
 from gemma2_jax import config
 from gemma2_jax.cluster import hosts
 given = config.from_text(open(sys.argv[1]).read())
-with hosts.joined(config.HostsConfig(coordinator=sys.argv[2], count=2, index=int(sys.argv[3]))):
+with hosts.process_group(config.HostsConfig(coordinator=sys.argv[2], count=2, index=int(sys.argv[3]))):
     import jax
     from gemma2_jax.training import export, resume, step
     from gemma2_jax import mesh
     program = step.Program(given, mesh.make_mesh(given.mesh))
     with jax.set_mesh(program.mesh):
-        state, _ = resume.start(program, resume.open_source(given), types.SimpleNamespace(latest=None))
+        state, _ = resume.start_state(program, resume.open_source(given), types.SimpleNamespace(latest=None))
         assert not any(w.is_fully_addressable for w in state.params.values())
-        export.Adapters(given).save(1, state.params)
+        export.AdapterExports(given).save(1, state.params)
 """
 
 

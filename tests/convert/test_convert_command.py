@@ -256,11 +256,12 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 from gemma2_jax.convert.__main__ import platforms
-platforms.on_cpu()
+platforms.import_jax_on_cpu()
 from gemma2_jax.convert.checkpoints import open_checkpoint
-from gemma2_jax.convert.writing import Job, write
+from gemma2_jax.convert.writing import Job, write_checkpoint
 for source, target, to in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
-    write(Job(source=open_checkpoint(source, hf_config=HF if "legacy" in source else None), to=to), Path(target))
+    opened = open_checkpoint(source, hf_config=HF if "legacy" in source else None)
+    write_checkpoint(Job(source=opened, to=to), Path(target))
 print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's in it
 """
 
