@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks import generation, training
 from benchmarks.peer import MODELS, save_weights
+from gemma2_jax.cluster import platforms
 
 
 def apart(function: Callable, *arguments):
@@ -31,6 +32,7 @@ def apart(function: Callable, *arguments):
 
 
 def _measured(function: Callable, *arguments):
+    platforms.prepare_process(cpu=True, cache=False)
     result = function(*arguments)
     return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

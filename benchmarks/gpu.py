@@ -58,10 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(f"there is no shape {', '.join(unknown)}: there are {'; '.join(SHAPES)}")
     if command.interpret and not command.check_only:
         refuse("the interpreter says nothing of time: use --interpret with --check-only")
-    if command.interpret:
-        platforms.import_jax_on_cpu()
-    else:
-        platforms.choose_platform()
+    platforms.prepare_process(cpu=command.interpret, cache=False)
     console = Console()
     if not console.is_terminal:
         console.width = 160

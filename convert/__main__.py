@@ -100,7 +100,7 @@ def main() -> None:
     kind, run = _COMMANDS.get(name, (Convert, _convert))
     command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=words[bool(name) :])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-    platforms.import_jax_on_cpu()
+    platforms.prepare_process(cpu=True, cache=False)
     try:
         run(command)
     except (ValueError, OSError) as error:

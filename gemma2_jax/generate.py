@@ -43,7 +43,7 @@ class Command:
 def main() -> None:
     """Parses, loads, generates; exits with a sentence where that cannot be done."""
     command = tyro.cli(Command, prog="python -m gemma2_jax.generate")
-    platforms.choose_platform()
+    platforms.prepare_process()
     try:
         _generate(command)
     except (ValueError, OSError) as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PER_HOST = 8  # GPUs
 MOST = 512  # GPUs
 DEVICE_BYTES = 84_942_979_072  # of an H100 SXM
-# What XLA may allocate: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. The rest is an allowance, not a measurement, for the CUDA
+# What XLA may allocate: XLA_CLIENT_MEM_FRACTION=0.95. The rest is an allowance, not a measurement, for the CUDA
 # context and NCCL's buffers.
 USABLE_BYTES = DEVICE_BYTES * 95 // 100
 H100 = f"""
@@ -150,7 +150,7 @@ def prepare_jax() -> None:
     """Imports JAX such that it does not look for a GPU, nor complain that there is none."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA: a step that does not fit is reported here
-    platforms.import_jax_on_cpu()
+    platforms.prepare_process(cpu=True, cache=False)
 
 
 def argument_bytes(program: Program) -> dict[str, int]:

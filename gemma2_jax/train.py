@@ -53,7 +53,7 @@ def main() -> None:
     if command.print:
         print(configs.to_text(command.run), end="")
         return
-    platforms.choose_platform()
+    platforms.prepare_process()
     from gemma2_jax.cluster import hosts
     from gemma2_jax.training import loop
 

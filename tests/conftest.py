@@ -10,6 +10,9 @@ from types import ModuleType
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is there, compiles without a GPU
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time goes into compiling; see `optimized`
+# Without this flag sums are not repeatable, see `cluster.platforms`, which the commands get it from.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # tests leave the user's cache alone; `compiled_once` has its own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests that run their own file as a program find the modules beside this one.
@@ -46,6 +49,7 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
     from jax.experimental.compilation_cache import compilation_cache
 
     options = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(of_all_workers / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -92,7 +92,7 @@ def test_files_say_what_they_are(path):
 
 @pytest.mark.usefixtures("optimized")  # else XLA does not use that library
 def test_sums_are_repeatable():
-    """Norms of DoRA, a fused sum, come out finite and alike each time (see gemma2_jax/__init__.py)."""
+    """Norms of DoRA, a fused sum, come out finite and alike each time (see cluster/platforms.py)."""
     recipe = configs.load_recipe("tiny_dora")
     config = replace(recipe, init="", model=replace(recipe.model, layers=2))
     program = Program(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))

@@ -1,7 +1,7 @@
-"""What JAX computes on where its CUDA plugin is installed and no GPU is: settled before JAX is imported.
+"""What a process needs set before JAX starts in it: XLA's flags, its share of GPU memory, a platform, a cache.
 
-The plugin is what compiles for GPUs that are not there (`plan`). Left to itself there, it prints notes and a stack
-trace, and JAX then takes the CPU all the same.
+Importing the package sets nothing. Each command, and each function that a library user calls first, calls
+`prepare_process`.
 """
 
 import contextlib
@@ -9,24 +9,67 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+
+from gemma2_jax.cluster import jax_internals
+
+# On CPU, jaxlib 0.11.2 computes some fused sums with the YNNPACK library from memory that was never written, so that
+# results differ from run to run and are NaN at times (`test_sums_are_repeatable` shows it). The flag leaves to that
+# library nothing but single matrix products.
+_FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
+_CACHE_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 
 
-def choose_platform() -> None:
-    """Imports JAX; where it has a CUDA plugin and the machine no CUDA driver, for the CPU, and says so."""
-    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-    plugged = importlib.util.find_spec("jax_plugins") and any(map(importlib.util.find_spec, plugins))
-    if os.environ.get("JAX_PLATFORMS") or not plugged or _has_driver():
+def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
+    """Imports JAX, with what this package needs set in this process. What the user has set is left as it is.
+
+    `cpu` has it compute on the CPU. Without it, the CPU is chosen where a CUDA plugin is installed and the machine has
+    no CUDA driver. `cache` keeps compiled programs on disk, see `enable_cache`. A second call changes nothing. Warns
+    where JAX had started before and computes with other flags.
+    """
+    if jax_internals.has_started():
+        _warn_of_late_call()
+    else:
+        _set_flags()
+        if cpu or _lacks_driver():
+            _import_jax_on_cpu()
+    if cache:
+        enable_cache()
+
+
+def enable_cache() -> None:
+    """Keeps compiled programs in a folder, from which the next process reads them instead of compiling them again.
+
+    The folder is JAX_COMPILATION_CACHE_DIR, else gemma2_jax/xla in $XDG_CACHE_HOME or ~/.cache.
+    JAX_ENABLE_COMPILATION_CACHE=0 has every program compiled.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
-    print("this machine has no CUDA driver (libcuda.so.1): computing on CPU", file=sys.stderr)
-    import_jax_on_cpu()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(caches / "gemma2_jax" / "xla"))
+    compilation_cache.reset_cache()  # JAX decides once whether it has one, with its first program
 
 
-def import_jax_on_cpu() -> None:
-    """Imports JAX for the CPU, without what a CUDA plugin says of a machine that has no GPU."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    with silence_stderr():
-        import jax  # noqa: F401
+def describe_cache() -> str:
+    """Where compiled programs are kept and how to turn that off, or that they are not."""
+    import jax
+
+    if not jax.config.jax_enable_compilation_cache:
+        return f"not kept ({_CACHE_SWITCH} is off)"
+    folder = jax.config.jax_compilation_cache_dir
+    return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)" if folder else "not kept (JAX_COMPILATION_CACHE_DIR)"
+
+
+def describe_memory_fraction() -> str:
+    """The share of a GPU's memory that JAX takes, and the variable that says so."""
+    variable = _find_memory_variable()
+    return f"{variable}={os.environ[variable]}" if variable else f"{_MEMORY_VARIABLES[0]} not set, which is 0.75"
 
 
 @contextlib.contextmanager
@@ -43,9 +86,55 @@ def silence_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def _has_driver() -> bool:
+def _set_flags() -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _FUSION_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_FLAG}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT".strip()
+    if _find_memory_variable() is None:
+        # JAX takes three quarters unless told otherwise; the 5% that are left are for CUDA and NCCL.
+        os.environ[_MEMORY_VARIABLES[0]] = "0.95"
+
+
+def _find_memory_variable() -> str | None:
+    """The variable that says which share of a GPU's memory JAX takes, if one does."""
+    return next((name for name in _MEMORY_VARIABLES if os.environ.get(name)), None)
+
+
+def _warn_of_late_call() -> None:
+    """Says what JAX, which has started, was not told, where that matters on the platform that it computes on."""
+    import jax
+
+    platform = jax.default_backend()
+    if platform == "cpu" and _FUSION_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        loss = f"sums on CPU may differ from run to run: XLA_FLAGS lacks {_FUSION_FLAG}"
+    elif platform == "gpu" and _find_memory_variable() is None:
+        loss = f"it takes three quarters of the GPU's memory and not 95%: {_MEMORY_VARIABLES[0]} is not set"
+    else:
+        return
+    warnings.warn(
+        f"JAX had started before gemma2_jax could prepare it, so that {loss}; call gemma2_jax first, or "
+        "gemma2_jax.cluster.platforms.prepare_process() before the first use of JAX",
+        stacklevel=3,
+    )
+
+
+def _lacks_driver() -> bool:
+    """Whether a CUDA plugin is installed and would find no CUDA driver; says so."""
+    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+    plugged = importlib.util.find_spec("jax_plugins") and any(map(importlib.util.find_spec, plugins))
+    if os.environ.get("JAX_PLATFORMS") or not plugged:
+        return False
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    return True
+        print("this machine has no CUDA driver (libcuda.so.1): computing on CPU", file=sys.stderr)
+        return True
+    return False
+
+
+def _import_jax_on_cpu() -> None:
+    """Imports JAX for the CPU, without what a CUDA plugin says of a machine that has no GPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with silence_stderr():
+        import jax
+    jax.config.update("jax_platforms", "cpu")  # for a process that had imported it before

@@ -31,8 +31,6 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
-        # Orbax logs, with its stack, what it then raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep), cleanup_tmp_directories=True, create=True
         )
@@ -48,13 +46,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
     def __enter__(self) -> "Checkpoints":
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
         return self
 
     def __exit__(self, failed, *_) -> None:
-        if failed is not None and jax.process_count() > 1:
-            return  # the others, who would end the write with this process, are about to end themselves
-        with self._explain_failures():
-            self._manager.close()
+        try:
+            if failed is not None and jax.process_count() > 1:
+                return  # the others, who would end the write with this process, are about to end themselves
+            with self._explain_failures():
+                self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_is_not_of_orbax)
 
     @property
     def latest(self) -> int | None:
@@ -108,6 +110,11 @@ class Checkpoints:
             ),
         )
         return _flatten_dicts(restored["params"]), _flatten_dicts(restored["optimizer"]), restored["loop"]
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter of log records: Orbax logs, with its stack, what it then raises, also from threads of its own."""
+    return record.levelno >= logging.CRITICAL or "orbax" not in Path(record.pathname).parts
 
 
 def _chunking(path: str) -> ocp.SaveArgs:

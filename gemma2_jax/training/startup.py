@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax.cluster import hosts
+from gemma2_jax.cluster import hosts, platforms
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data.batches import Batches, EvalBatches
@@ -63,11 +63,11 @@ def print_startup(
         "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
         "attention": program.attention_reason,
         "memory": describe_memory(compiled) + f"; compiled in {seconds:.1f} s",
+        "compiled programs": platforms.describe_cache(),
     }
     if program.device.platform == "gpu":
-        share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
-        lines["GPU flags"] = f"{flags} (compute.gpu_flags); XLA_PYTHON_CLIENT_MEM_FRACTION={share}"
+        lines["GPU flags"] = f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
     if changes:
         lines["changed"] = "; ".join(changes)
     grid = Table.grid(padding=(0, 2))

@@ -255,8 +255,8 @@ def test_a_signal_in_the_middle_leaves_nothing(to, large, tmp_path):
 PEAK = r"""
 import re, sys
 from pathlib import Path
-from gemma2_jax.convert.__main__ import platforms
-platforms.import_jax_on_cpu()
+from gemma2_jax.cluster import platforms
+platforms.prepare_process(cpu=True, cache=False)
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.writing import Job, write_checkpoint
 for source, target, to in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):

@@ -1,0 +1,110 @@
+"""What a process has set for JAX: nothing by importing the package, everything by `prepare_process`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+# What these commands and JAX read. Each test says what its process has of them.
+VARIABLES = (
+    "XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_ENABLE_COMPILATION_CACHE",
+    "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+IMPORTS_ALONE = """
+import importlib, logging, os, pkgutil, sys
+# Other people's packages set what they like.
+import absl.logging, einops, flax.nnx, grain, jax, jax.experimental.pallas, optax, orbax.checkpoint, rich.progress
+import safetensors, transformers, tyro, yaml
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu, triton
+
+def describe_loggers():
+    named = {"": logging.getLogger(), **logging.root.manager.loggerDict}
+    return {
+        name: (logger.level, logger.disabled, logger.propagate, logger.filters[:], logger.handlers[:])
+        for name, logger in named.items() if isinstance(logger, logging.Logger) and not name.startswith("gemma2_jax")
+    }
+
+before, loggers = dict(os.environ), describe_loggers()
+import gemma2_jax
+assert dict(os.environ) == before, "the package"
+names = [m.name for m in pkgutil.walk_packages(gemma2_jax.__path__, "gemma2_jax.") if not m.name.endswith("__main__")]
+for name in [*names, "gemma2_jax.convert.__main__"]:
+    importlib.import_module(name)
+    assert dict(os.environ) == before, name
+    now = describe_loggers()
+    assert {known: now[known] for known in loggers} == loggers, name
+    assert all(logger[0] == 0 for known, logger in now.items() if known not in loggers), name
+assert len(names) > 40, names
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+PREPARED = """
+import os, sys
+from gemma2_jax.cluster import platforms
+platforms.prepare_process()
+import jax
+print(jax.default_backend())
+print(os.environ.get("XLA_FLAGS"))
+print(os.environ.get("XLA_CLIENT_MEM_FRACTION"))
+print(jax.config.jax_compilation_cache_dir)
+print(platforms.describe_cache())
+"""
+LATE = """
+import warnings
+import jax
+jax.devices()
+from gemma2_jax.cluster import platforms
+platforms.prepare_process()
+"""
+
+
+def run(code: str, **variables: str) -> tuple[list[str], str]:
+    """Lines that a new process prints, and what it writes to standard error."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_imports_change_nothing():
+    run(IMPORTS_ALONE)
+
+
+def test_what_a_command_sets(tmp_path: Path):
+    (platform, flags, share, folder, described), _ = run(PREPARED, XDG_CACHE_HOME=str(tmp_path))
+    assert platform == "cpu"
+    assert flags == "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    assert share == "0.95"
+    assert folder == str(tmp_path / "gemma2_jax" / "xla")
+    assert described == f"kept in {folder} (JAX_ENABLE_COMPILATION_CACHE=0 turns it off)"
+
+
+def test_what_the_user_has_set_stays(tmp_path: Path):
+    flags = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+    given = {
+        "XLA_FLAGS": flags,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"),
+    }
+    printed, _ = run(PREPARED, **given)
+    assert printed[1:4] == [flags, "None", str(tmp_path / "mine")], "JAX refuses both variables of memory at once"
+    printed, _ = run(PREPARED, XLA_FLAGS="--xla_dump_hlo_as_text", JAX_ENABLE_COMPILATION_CACHE="0")
+    assert printed[1].startswith("--xla_dump_hlo_as_text --xla_cpu_experimental_ynn_fusion_type=")
+    assert printed[3:] == ["None", "not kept (JAX_ENABLE_COMPILATION_CACHE is off)"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_too_late(told: bool, tmp_path: Path):
+    """JAX had started: a warning where that matters."""
+    flags = {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"} if told else {}
+    _, error = run(LATE, XDG_CACHE_HOME=str(tmp_path), **flags)
+    warned = [line for line in error.splitlines() if "UserWarning" in line]
+    assert len(warned) == (0 if told else 1), error
+    if not told:
+        assert "JAX had started before gemma2_jax could prepare it, so that sums on CPU may differ" in warned[0]
+        assert "prepare_process() before the first use of JAX" in warned[0]
