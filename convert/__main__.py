@@ -108,19 +108,16 @@ def main() -> None:
 
 
 def _inspect(command: Inspect) -> None:
-    from rich.console import Console
-
     from gemma2_jax.convert import describe
     from gemma2_jax.convert.checkpoints import open_checkpoint
 
-    describe.print_checkpoint(open_checkpoint(command.path, hf_config=command.hf_config), Console())
+    describe.print_checkpoint(open_checkpoint(command.path, hf_config=command.hf_config))
 
 
 def _verify(command: Verify) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
-    from gemma2_jax.convert import verify
+    from gemma2_jax.convert import describe, verify
 
     pair = [_open(path, None, command.hf_config) for path in (command.one, command.other)]
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
@@ -133,7 +130,7 @@ def _verify(command: Verify) -> None:
             dtypes = ", ".join(dict.fromkeys(one.dtypes))
             table.add_row(one.path, dtypes, f"{one.size:,}", f"{one.unequal:,}", f"{one.largest:.3g}")
     if table.rows:
-        Console().print(table)
+        describe.print_table(table)
     elements = sum(one.size for one in found)
     rule = f"within {command.atol:g}" if command.atol else "bit by bit"
     print(f"{len(found) - len(different)} of {len(found)} arrays ({elements:,} elements) are the same, {rule}")
@@ -149,6 +146,8 @@ def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     from gemma2_jax.convert import verify
     from gemma2_jax.data.encoding import load_tokenizer
 
+    for checkpoint in pair:
+        verify.check_weights(checkpoint)
     folder = pair[0].tokenizer or pair[1].tokenizer
     if folder is None:
         raise ValueError("neither checkpoint has a tokenizer for the prompt; copy its model's tokenizer.json there")
@@ -207,6 +206,7 @@ def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
 @contextmanager
 def _bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
     from rich import progress
+    from rich.console import Console
 
     columns = (
         progress.BarColumn(),
@@ -214,7 +214,7 @@ def _bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, disable=not shown) as bar:
+    with progress.Progress(*columns, disable=not (shown and Console().is_terminal)) as bar:
         task = bar.add_task("", total=size)
         yield lambda part: bar.advance(task, part)
 

@@ -74,6 +74,16 @@ class Checkpoint:
         """Shape and stored dtype of every array."""
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
+    @property
+    def lacks_base(self) -> bool:
+        """Whether it is an adapter alone: the weights that the adapter is added to were neither given nor found."""
+        return self.adapter.kind != "none" and "embedding" not in self.shapes
+
+    def describe_missing_base(self) -> str:
+        """The beginning of a sentence that asks for the model of an adapter alone."""
+        name = self.base or "a model that it does not name"
+        return f"{self.path} is an adapter to {name}, whose weights are not at hand"
+
 
 def open_checkpoint(
     path: str | Path,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -39,7 +39,20 @@ def describe_adapter(found: Checkpoint) -> str:
     return f"{kind} of rank {config.rank}, alpha {config.alpha:g} on {where}"
 
 
-def print_checkpoint(found: Checkpoint, console: Console) -> None:
+def print_table(table: RenderableType) -> None:
+    """Prints a table, as wide as the terminal; into a pipe or a file as wide as it is, without trailing blanks."""
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    unbounded = Console(width=1 << 16)
+    with unbounded.capture() as captured:
+        unbounded.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def print_checkpoint(found: Checkpoint) -> None:
     """Prints all there is to know without reading the weights."""
     shapes = found.shapes
     bytes_of = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in shapes.items()}
@@ -63,11 +76,11 @@ def print_checkpoint(found: Checkpoint, console: Console) -> None:
         block.add_row(key, value)
     for note in found.notes:
         block.add_row("note", note)
-    console.print(block)
+    print_table(block)
     if not shapes:
         return
     tensors = Table("array", "dims", "shape", "dtype", "size")
     letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(found.adapter))}
     for path, x in shapes.items():
         tensors.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(bytes_of[path]))
-    console.print(tensors)
+    print_table(tensors)

@@ -43,6 +43,11 @@ def compare_checkpoints(
 
     `moved` is told of bytes of `one` that have been compared.
     """
+    for checkpoint in (one, other):
+        if checkpoint.model is None:
+            raise ValueError(
+                f"{checkpoint.describe_missing_base()}; give the folder of the model's config.json as --hf-config"
+            )
     shapes, theirs = one.shapes, other.shapes
     for path in [*shapes, *theirs]:
         have = [tuple(found[path].shape) if path in found else None for found in (shapes, theirs)]
@@ -74,8 +79,18 @@ def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[flo
     )
 
 
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a checkpoint is an adapter alone, from which no logits can be computed."""
+    if checkpoint.lacks_base:
+        raise ValueError(
+            f"{checkpoint.describe_missing_base()}, so it has no logits; put it on that model first with "
+            f"python -m gemma2_jax.convert MODEL NEW --adapter {checkpoint.path} --to orbax"
+        )
+
+
 def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
-    """Logits [T, V] of a row of tokens in float32, adapter included."""
+    """Logits [T, V] of a row of tokens in float32, adapter included. Raises ValueError for an adapter alone."""
+    check_weights(checkpoint)
 
     config = checkpoint.model
     assert config is not None

@@ -53,14 +53,18 @@ class Job:
     dtype: DType | None = None  # None: as stored, or as the weights were that a full training run started from
 
     def __post_init__(self) -> None:
+        self._check_base()
         adapted = self.source.adapter.kind != "none"
-        if self.source.model is None:
-            raise ValueError(
-                f"{self.source.path} is an adapter to {self.source.base or 'a model it does not name'}, which is not a "
-                "folder here; give that model as SRC and this as --adapter, or its config.json's folder as --hf-config"
+        if self.to in _ADAPTER_ALONE and not adapted:
+            whole_format = "hf" if self.to == "peft" else "megatron"
+            reason = (
+                "trained the whole weights, so there is no adapter to write"
+                if self.source.format == "run"
+                else f"has no adapter, and --to {self.to} writes nothing else"
             )
-        if (self.merge or self.to in _ADAPTER_ALONE) and not adapted:
-            raise ValueError(f"{self.source.path} has no adapter; leave out --merge, or write another format")
+            raise ValueError(f"{self.source.path} {reason}; write its weights with --to {whole_format}")
+        if self.merge and not adapted:
+            raise ValueError(f"{self.source.path} has no adapter; leave out --merge")
         if self.to in _ADAPTER_ALONE and self.merge:
             raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
         whole = self.to in ("hf", "megatron", "megatron-legacy")
@@ -72,12 +76,25 @@ class Job:
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
                 f"choose --merge for one model, or --to {alone} for the adapter alone"
             )
-        if self.to not in _ADAPTER_ALONE and "embedding" not in self.source.shapes:
-            raise ValueError(
-                f"{self.source.path} is an adapter, and --to {self.to} writes its model too; give the model as SRC and "
-                "this as --adapter"
-            )
+        assert self.source.model is not None
         self._check_ranks(self.source.model)
+
+    def _check_base(self) -> None:
+        """Raises ValueError where the source is an adapter alone and the format needs its model, or its model's config.
+
+        This comes before anything else is said of the adapter.
+        """
+        source = self.source
+        if self.to not in _ADAPTER_ALONE and source.lacks_base:
+            raise ValueError(
+                f"{source.describe_missing_base()}, and --to {self.to} writes them too; give that model as SRC and "
+                f"this adapter as --adapter {source.path}"
+            )
+        if source.model is None:
+            raise ValueError(
+                f"{source.describe_missing_base()}; give that model as SRC and this adapter as --adapter "
+                f"{source.path}, or the folder of the model's config.json as --hf-config"
+            )
 
     def _check_ranks(self, model: ModelConfig) -> None:
         tensor, stages = self.ranks

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
-from flax.traverse_util import unflatten_dict
 
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
 from gemma2_jax.convert.files.safetensors import read_json
@@ -146,6 +143,11 @@ class Writer:
 
     def __init__(self, folder: Path, shapes: dict[str, jax.ShapeDtypeStruct]):
         self._folder, self._shapes = folder, shapes
+        # Imported here: importing the library adds a handler to the root logger, and reading does without it.
+        import orbax.checkpoint as ocp
+        from etils import epath
+        from flax.traverse_util import unflatten_dict
+
         # Orbax writes what it keeps beside the arrays; their own metadata is then replaced by what we want.
         tree = {path: np.zeros((1,) * len(want.shape), want.dtype) for path, want in shapes.items()}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)

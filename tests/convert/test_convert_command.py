@@ -16,10 +16,12 @@ import torch
 import yaml
 from megatron_files import DORA, FIXTURES, HF, LORA, ONE, PEFT, TINY, Hostile, bits, convert, stored
 from peers import hf_config
+from runs import saved_run
 from safetensors.numpy import save_file
 
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from gemma2_jax.convert.__main__ import main
+from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 
 LEGACY, LM = FIXTURES / "legacy" / "A_bf16_tp2pp2", FIXTURES / "megatron_lm" / "A_f32_tp1pp1"
@@ -29,7 +31,7 @@ OPTIMIZER = FIXTURES / "optimizer" / "A_bf16_tp1pp1"
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command in this process: its exit status, with a word why where it is no number, and what it printed."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal, which is not what these commands write to
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*words) -> tuple[int | str, str, str]:
@@ -162,11 +164,10 @@ def test_import_and_export(run, tmp_path):
     there, back = tmp_path / "there", tmp_path / "back"
     ways = "--torch-dtype", "bfloat16", "--device-map", "auto", "--trust-remote-code"
     code, said, _ = run("import", "--hf-model", HF["f32"], "--megatron-path", there, *ways)
-    assert code == 0 and f"checkpoint.pretrained_checkpoint={there}" in said and "━" in said
+    assert code == 0 and f"checkpoint.pretrained_checkpoint={there}" in said
     assert yaml.safe_load((there / "iter_0000000" / "run_config.yaml").read_text())["model"]["bf16"] is True
     paths = "--hf-model", HF["bf16"], "--megatron-path", there, "--hf-path", back
     code, said, _ = run("export", *paths, "--no-progress", "--trust-remote-code")
-    assert "━" not in said
     assert code == 0 and "transformers.AutoModelForCausalLM.from_pretrained" in said
     assert bits(stored(back)) == bits(stored(HF["bf16"]))
     assert json.loads((back / "config.json").read_text()) == json.loads((HF["bf16"] / "config.json").read_text()) | {
@@ -197,6 +198,74 @@ def test_convert_warns_notes_and_refuses(run, tmp_path):
     assert "leave out --tp and --pp" in str(code)
     code, _, _ = run(LM, tmp_path / "x", "--to", "hf")
     assert "give --hf-config" in str(code) and not (tmp_path / "x").exists()
+
+
+def test_what_goes_into_a_pipe_is_whole(run, tmp_path):
+    """No name is cut to fit a terminal of 40 columns, no line ends in blanks, and there is no progress bar."""
+    source = open_checkpoint(DORA)
+    code, output, _ = run("inspect", DORA)
+    assert code == 0 and "…" not in output and str(DORA) in output
+    for path, shape in source.shapes.items():
+        assert re.search(rf"\b{path} .*\b{' x '.join(map(str, shape.shape))} .*float32", output)
+    code, verified, _ = run("verify", HF["f32"], HF["bf16"])
+    assert code == 1 and all(f" {path} " in verified for path in open_checkpoint(HF["f32"]).shapes)
+    code, converted, warned = run(HF["f32"], tmp_path / "out", "--to", "orbax")
+    assert code == 0 and len(converted.splitlines()) == 3 and not warned
+    for line in (output + verified + converted).splitlines():
+        assert line == line.rstrip() and "━━" not in line.strip("┏┓┡┩┳╇━")
+
+
+def test_a_terminal_gets_a_progress_bar(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+    assert "━" in run("import", "--hf-model", HF["f32"], "--megatron-path", tmp_path / "there")[1]
+    export = "export", "--hf-model", HF["f32"], "--megatron-path", tmp_path / "there"
+    assert "━" in run(*export, "--hf-path", tmp_path / "shown")[1]
+    assert "━" not in run(*export, "--hf-path", tmp_path / "quiet", "--no-progress")[1]
+
+
+@pytest.mark.parametrize("to", ["peft", "megatron-adapter"])
+def test_a_run_that_trained_the_whole_weights_has_no_adapter_to_write(to, run, tmp_path):
+    source = open_checkpoint(HF["f32"])
+    assert source.model is not None
+    config = Config(
+        workdir="x", model=source.model, optim=OptimConfig(lr=1.0), init=str(HF["f32"]),
+        train=TrainConfig(sequence_length=8),
+    )  # fmt: skip
+    weights = {path: np.asarray(x) for path, x in load_weights(source, source.shapes).items()}
+    trained = saved_run(tmp_path / "run", config, {1: weights})
+    code, _, _ = run(trained, tmp_path / "out", "--to", to)
+    weights_format = {"peft": "hf", "megatron-adapter": "megatron"}[to]
+    assert str(code) == (
+        f"error: {trained} trained the whole weights, so there is no adapter to write; "
+        f"write its weights with --to {weights_format}"
+    )
+    code, _, _ = run(HF["f32"], tmp_path / "out", "--to", to)
+    assert f"has no adapter, and --to {to} writes nothing else; write its weights with --to" in str(code)
+
+
+ADAPTERS_ALONE = {"peft": (PEFT, ()), "peft with a config": (PEFT, ("--hf-config", HF["f32"])), "megatron": (LORA, ())}
+
+
+@pytest.mark.parametrize("case", ADAPTERS_ALONE)
+@pytest.mark.parametrize("choices", [("--to", "hf"), ("--to", "hf", "--merge"), ("--to", "orbax")], ids=" ".join)
+def test_an_adapter_alone_asks_for_its_model_first(choices, case, run, tmp_path):
+    """Before it is said that the adapter needs merging, that it cannot be merged, or that a tokenizer is missing."""
+    adapter, words = ADAPTERS_ALONE[case]
+    code, _, _ = run(adapter, tmp_path / "out", *choices, *words)
+    assert re.fullmatch(
+        rf"error: {adapter} is an adapter to \S+A_f32\S*, whose weights are not at hand, and --to \w+ writes them too; "
+        rf"give that model as SRC and this adapter as --adapter {adapter}",
+        str(code),
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_alone_are_compared_by_their_arrays_and_have_no_logits(run):
+    code, output, _ = run("verify", PEFT, PEFT, "--prompt", "x")
+    assert "give the folder of the model's config.json as --hf-config" in str(code) and "are the same" not in output
+    code, output, _ = run("verify", PEFT, LORA, "--hf-config", HF["f32"], "--prompt", "x")
+    assert "56 of 56" in output or "14 of 14" in output
+    assert re.search("whose weights are not at hand, so it has no logits; put it on that model first", str(code))
 
 
 def start(*words) -> subprocess.Popen:

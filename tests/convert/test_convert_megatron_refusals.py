@@ -263,7 +263,10 @@ def test_a_config_that_says_the_same_is_taken(tmp_path):
         ({"to": "megatron-legacy", "ranks": (1, -1)}, r"layers 4 do not divide into -1"),
         ({"to": "megatron", "ranks": (2, 1)}, "--to megatron is read at any parallelism; leave out --tp and --pp"),
         ({"to": "hf", "ranks": (1, 2)}, "--to hf is read at any parallelism; leave out --tp and --pp"),
-        ({"to": "megatron-adapter"}, "has no adapter; leave out --merge, or write another format"),
+        (
+            {"to": "megatron-adapter"},
+            "has no adapter, and --to megatron-adapter writes nothing else; write its",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_said(choices, message):
