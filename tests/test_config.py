@@ -117,10 +117,10 @@ def test_both_ways_of_naming_a_field():
     assert dashed == assigned
     assert dashed.run.optim.lr == 0.5
     assert dashed.run.adapter.alpha == 64.0
-    assert train.parse(["--steps", "7", "workdir=a=b", "init="]).run.workdir == "a=b"
+    assert train.parse(["--config", "tiny_lora", "--steps", "7", "workdir=a=b", "init="]).run.workdir == "a=b"
     # --adapter alone is where it starts from; --adapter.rank and the like, what it is.
     for short in (["--adapter", "a"], ["--adapter=a"], ["adapter=a"]):
-        run = train.parse([*short, "--adapter.rank", "3"]).run
+        run = train.parse(["--config", "tiny_lora", *short, "--adapter.rank", "3"]).run
         assert (run.init_adapter, run.adapter.rank) == ("a", 3)
 
 

@@ -10,6 +10,9 @@ follow the last layer, with which pipeline stages are filled up.
 
 import logging
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +55,9 @@ class Checkpoints:
     def __exit__(self, failed, *_) -> None:
         try:
             if failed is not None and jax.process_count() > 1:
-                return  # the others, who would end the write with this process, are about to end themselves
+                return  # a write ends only when all processes end it, and the others are about to end themselves
+            if failed is KeyboardInterrupt and self._manager.is_saving_in_progress():
+                print("a checkpoint is still being written; interrupt again to give it up", file=sys.stderr, flush=True)
             with self._explain_failures():
                 self._manager.close()
         finally:
@@ -66,7 +71,8 @@ class Checkpoints:
     def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> None:
         """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON.
 
-        Raises OSError where the disk has no room for it, or the step before it could not be written.
+        Raises OSError where the disk has no room for it, or the step before it could not be written. An interrupt is
+        raised when the write has started, so that the step is kept.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
         free = shutil.disk_usage(self.folder).free
@@ -75,7 +81,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
                 f"make room, and the same command resumes after step {self.latest or 0}"
             )
-        with self._explain_failures():
+        with self._explain_failures(), _delay_interrupts():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -110,6 +116,31 @@ class Checkpoints:
             ),
         )
         return _flatten_dicts(restored["params"]), _flatten_dicts(restored["optimizer"]), restored["loop"]
+
+
+@contextmanager
+def _delay_interrupts() -> Iterator[None]:
+    """Has Ctrl-C raise KeyboardInterrupt at the end of the block, not within it.
+
+    Does nothing in a thread other than the main one, which gets no signals, nor where the signal does something else.
+    """
+    delayed = []
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if _raises_interrupt(number)]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    for number in signals:
+        signal.signal(number, lambda *_: delayed.append(True))
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.default_int_handler)
+    if delayed:
+        raise KeyboardInterrupt
+
+
+def _raises_interrupt(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.default_int_handler
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

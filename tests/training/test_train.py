@@ -242,7 +242,11 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     error = process.communicate()[1].decode()
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    assert "interrupted; the same command resumes after its newest checkpoint" in error
+    newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    [message] = [line for line in error.splitlines() if line.startswith("interrupted after step ")]
+    assert int(message.split()[3].rstrip(";")) >= newest >= 5
+    kept = f"the checkpoint of step {newest} is kept in {tmp_path}/checkpoints, and the same command resumes after it"
+    assert message.endswith(f"; {kept}")
 
 
 def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):

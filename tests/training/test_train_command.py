@@ -1,0 +1,88 @@
+"""The training command as a process: what it asks for, and how it ends when it is interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import ROOT, command, lines_of, small
+
+from gemma2_jax import train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.mark.parametrize("module", ["train", "plan"])
+@pytest.mark.parametrize("arguments", [[], ["--config"], ["--steps", "3"]], ids=str)
+def test_a_command_without_a_recipe(module, arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", f"gemma2_jax.{module}", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    asked = f"error: a recipe is needed, as in python -m gemma2_jax.{module} --config tiny_lora. There are 27b_dora, "
+    assert done.stderr.startswith(asked) and done.stderr.count("\n") == 1 and not done.stdout
+    assert "tiny_pretrain" in done.stderr
+
+
+def has_begun(workdir: Path, moment: str) -> bool:
+    """Whether a run has come to the moment at which it is to be interrupted."""
+    if moment == "compilation":
+        return any((workdir / "data").glob("**/*"))
+    if moment == "evaluation":
+        return (workdir / "metrics.jsonl").exists() and any("loss" in line for line in lines_of(workdir))
+    return any((workdir / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("compilation", "interrupted before the first step; no checkpoint is kept in {}, and the same command starts "
+         "from the beginning"),
+        ("evaluation", "interrupted after step {}; no checkpoint is kept in {}, and the same command starts from the "
+         "beginning"),
+        ("save", "interrupted after step 5; the checkpoint of step 5 is kept in {}/checkpoints, and the same command "
+         "resumes after it"),
+    ],
+)  # fmt: skip
+def test_an_interrupt_ends_the_run_cleanly(moment, message, tmp_path):
+    config = small("tiny_lora", tmp_path, steps=2000)
+    if moment == "evaluation":  # most of the time goes into it
+        config = replace(config, train=replace(config.train, eval_every=1, eval_batches=9, checkpoint_every=2000))
+    process = subprocess.Popen(
+        # A shell has what it starts in the background ignore SIGINT, and this process may have been started so.
+        ["env", "--default-signal=INT", *command("tiny_lora", config)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    while not has_begun(tmp_path, moment) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "Error" not in error and "terminate called" not in error
+    reached = [line["step"] for line in lines_of(tmp_path) if "loss" in line] if moment == "evaluation" else []
+    assert error.splitlines()[-1] == message.format(*reached[-1:], tmp_path)
+    whole = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert whole == (["5"] if moment == "save" else [])
+
+
+def test_what_an_interrupted_run_has(tmp_path):
+    """A checkpoint that was not whole does not count, nor does the evaluation before the first step."""
+    assert train.describe_interruption(tmp_path).startswith("interrupted before the first step; no checkpoint is kept")
+    for name in ("30", "9", "40.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval_loss": 8.0}\n{"step": 36, "grad_norm": 1.0, "loss": 7.0}\n{"step": 37, "loss": 7.0}\n'
+        '{"step": 37, "eval_loss": 7.5}\n{"step": 3'
+    )
+    assert train.describe_interruption(tmp_path) == (
+        f"interrupted after step 37; the checkpoint of step 30 is kept in {tmp_path}/checkpoints, and the same command "
+        "resumes after it"
+    )
