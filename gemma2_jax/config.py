@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import importlib.util
 import math
+import os
 import re
 import reprlib
 from dataclasses import dataclass, field
@@ -361,8 +362,13 @@ class Config:
         return Path(self.workdir)
 
 
+def default_workdir(name: str) -> str:
+    """Where a run of that name is written if no workdir is given: in the folder that SAVE_DIR names, else in runs."""
+    return str(Path(os.environ.get("SAVE_DIR") or "runs") / name)
+
+
 def pretrain(name: str, model: ModelConfig, **changes) -> Config:
-    """A pretraining run from random weights in runs/NAME, with Megatron-Bridge's defaults for Gemma 2."""
+    """A pretraining run from random weights in `default_workdir(NAME)`, with Megatron-Bridge's defaults for Gemma 2."""
     defaults: dict[str, Any] = dict(
         data=DataConfig(kind="text"),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
@@ -377,11 +383,11 @@ def pretrain(name: str, model: ModelConfig, **changes) -> Config:
         ),
         steps=300_000,
     )
-    return Config(**({"workdir": f"runs/{name}", "model": model} | defaults | changes))
+    return Config(**({"workdir": default_workdir(name), "model": model} | defaults | changes))
 
 
 def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
-    """A fine-tuning run from given weights in runs/NAME, with Megatron-Bridge's defaults for Gemma 2."""
+    """A fine-tuning run from given weights in `default_workdir(NAME)`, with Megatron-Bridge's defaults for Gemma 2."""
     if kind == "sft":
         adapter, lr = AdapterConfig(), 5e-6
     else:
@@ -392,7 +398,7 @@ def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lor
         optim=OptimConfig(lr=lr, warmup_steps=10),
         steps=100,
     )
-    return Config(**({"workdir": f"runs/{name}", "model": model, "init": init} | defaults | changes))
+    return Config(**({"workdir": default_workdir(name), "model": model, "init": init} | defaults | changes))
 
 
 def recipe_names() -> list[str]:

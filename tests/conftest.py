@@ -13,6 +13,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time goes into
 # Without this flag sums are not repeatable, see `cluster.platforms`, which the commands get it from.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # tests leave the user's cache alone; `compiled_once` has its own
+os.environ.pop("SAVE_DIR", None)  # which says where the user's own runs go
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests that run their own file as a program find the modules beside this one.

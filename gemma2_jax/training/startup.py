@@ -68,6 +68,8 @@ def print_startup(
     if program.device.platform == "gpu":
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
         lines["GPU flags"] = f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
+    if os.environ.get("WANDB_API_KEY") and not train.wandb:
+        lines["W&B"] = "not used, though WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there as well"
     if changes:
         lines["changed"] = "; ".join(changes)
     grid = Table.grid(padding=(0, 2))

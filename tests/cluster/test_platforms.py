@@ -62,6 +62,16 @@ from gemma2_jax.cluster import platforms
 platforms.prepare_process()
 """
 
+HUB = """
+from gemma2_jax.cluster import platforms
+platforms.prepare_process()
+from gemma2_jax.convert import checkpoints
+from gemma2_jax.data import encoding
+from gemma2_jax.training import loop
+import huggingface_hub
+print(huggingface_hub.get_token(), huggingface_hub.constants.HF_HOME, huggingface_hub.constants.HF_HUB_CACHE)
+"""
+
 
 def run(code: str, **variables: str) -> tuple[list[str], str]:
     """Lines that a new process prints, and what it writes to standard error."""
@@ -108,3 +118,8 @@ def test_too_late(told: bool, tmp_path: Path):
     if not told:
         assert "JAX had started before gemma2_jax could prepare it, so that sums on CPU may differ" in warned[0]
         assert "prepare_process() before the first use of JAX" in warned[0]
+
+
+def test_the_hub_has_the_users_token_and_folder(tmp_path: Path):
+    (line,), _ = run(HUB, HF_TOKEN="hf_secret", HF_HOME=str(tmp_path), XDG_CACHE_HOME="/nowhere")
+    assert line == f"hf_secret {tmp_path} {tmp_path}/hub"

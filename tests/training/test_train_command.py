@@ -28,6 +28,23 @@ def test_a_command_without_a_recipe(module, arguments):
     assert "tiny_pretrain" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "arguments", "workdir"),
+    [
+        ({}, [], "runs/9b_lora"),
+        ({"SAVE_DIR": ""}, [], "runs/9b_lora"),
+        ({"SAVE_DIR": "/scratch/me"}, [], "/scratch/me/9b_lora"),
+        ({"SAVE_DIR": "/scratch/me"}, ["--workdir", "here"], "here"),
+    ],
+)
+def test_where_a_run_goes(environment, arguments, workdir):
+    printed = subprocess.check_output(
+        [sys.executable, "-m", "gemma2_jax.train", "--config", "9b_lora", *arguments, "--print"],
+        env=os.environ | environment, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert f"workdir = {workdir!r}" in printed.splitlines()
+
+
 def has_begun(workdir: Path, moment: str) -> bool:
     """Whether a run has come to the moment at which it is to be interrupted."""
     if moment == "compilation":
@@ -55,8 +72,8 @@ def test_an_interrupt_ends_the_run_cleanly(moment, message, tmp_path):
     process = subprocess.Popen(
         # A shell has what it starts in the background ignore SIGINT, and this process may have been started so.
         ["env", "--default-signal=INT", *command("tiny_lora", config)],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
-        stdout=subprocess.DEVNULL,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "WANDB_API_KEY": "secret"},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
         text=True,
@@ -64,13 +81,17 @@ def test_an_interrupt_ends_the_run_cleanly(moment, message, tmp_path):
     while not has_begun(tmp_path, moment) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
+    output, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "Traceback" not in error and "Error" not in error and "terminate called" not in error
     reached = [line["step"] for line in lines_of(tmp_path) if "loss" in line] if moment == "evaluation" else []
     assert error.splitlines()[-1] == message.format(*reached[-1:], tmp_path)
     whole = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert whole == (["5"] if moment == "save" else [])
+    if moment != "compilation":  # which the start-up block comes after
+        output = " ".join(output.split())
+        assert "WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there" in output
+        assert "compiled programs kept in " in output and "secret" not in output
 
 
 def test_what_an_interrupted_run_has(tmp_path):
