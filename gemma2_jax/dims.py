@@ -8,77 +8,110 @@ an axis of the mesh.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from jax.sharding import PartitionSpec
 
 from gemma2_jax.config import ModelConfig
 
 Axes = tuple[str, ...]
+Place = Literal["used", "between_blocks", "for_logits"]  # the columns that say how activations are spread
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dim:
-    """One row of the table."""
+    """One row of the table: what a dim means, and the mesh axes that split it.
+
+    Attributes:
+      stored: the axes that a stored weight is split over.
+      used: the axes that an activation, or a weight at the moment of use, is spread over.
+      between_blocks: the axes that the activations which blocks hand to each other are spread over; None for `used`.
+      for_logits: the axes that hidden states and logits are spread over where logits are formed; None for `used`.
+      may_stay_whole: whether an axis that does not divide the dim is left out; otherwise it is JAX's error.
+    """
 
     meaning: str
-    stored: Axes = ()  # mesh axes that a stored weight is split over
-    used: Axes = ()  # mesh axes that an activation, or a weight at the moment of use, is spread over
+    stored: Axes = ()
+    used: Axes = ()
+    between_blocks: Axes | None = None
+    for_logits: Axes | None = None
+    may_stay_whole: bool = False
+
+    def spread(self, place: Place) -> Axes:
+        """The axes that an activation is spread over in this place."""
+        axes = {"used": self.used, "between_blocks": self.between_blocks, "for_logits": self.for_logits}[place]
+        return self.used if axes is None else axes
 
 
-# A stored matrix is also split over these, and gathered for its use: ZeRO-3 (arXiv:1910.02054). Context shards work on
-# other tokens with the same weights, as fsdp shards do. The first dim that one divides takes it: gathered along a later
-# dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole: they are not worth a gathering. So it is with
-# the embedding and stages that do not divide the vocabulary: each then makes all the logits.
+# A stored matrix is also split over these axes, and gathered when it is used: ZeRO-3 (arXiv:1910.02054). Context shards
+# work on other tokens with the same weights, as fsdp shards do. The first dim that an axis divides takes it: when a
+# weight is gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather
+# costs more than they do. The embedding takes stages in the same way where they do not divide the vocabulary: each
+# stage then makes all the logits.
 GATHERED = ("fsdp", "context")
 
 DIMS = {
-    "B": Dim("batch", used=("data", "fsdp")),
-    "E": Dim("batch, fsdp shards together", used=("data",)),
-    "T": Dim("query position", used=("context",)),
-    "P": Dim("query position, between blocks", used=("context", "tensor")),  # sequence parallelism (arXiv:2205.05198)
-    "S": Dim("key position"),
-    "D": Dim("model width"),
-    "N": Dim("query heads", stored=("tensor",), used=("tensor",)),
-    "K": Dim("key/value heads", stored=("tensor",), used=("tensor",)),
-    "G": Dim("query heads per key/value head"),
-    "H": Dim("head width"),
-    "F": Dim("MLP width", stored=("tensor",), used=("tensor",)),
+    # Logits of all rows and positions of a data shard are formed together, as its devices share the vocabulary.
+    "B": Dim(meaning="batch", used=("data", "fsdp"), for_logits=("data",)),
+    # Sequence parallelism (arXiv:2205.05198) spreads positions over tensor shards between blocks. The one position of a
+    # decoding step stays whole.
+    "T": Dim(
+        meaning="query position",
+        used=("context",),
+        between_blocks=("context", "tensor"),
+        for_logits=(),
+        may_stay_whole=True,
+    ),
+    "S": Dim(meaning="key position"),
+    "D": Dim(meaning="model width"),
+    "N": Dim(meaning="query heads", stored=("tensor",), used=("tensor",)),
+    # Where there are fewer of these heads than tensor shards, each shard uses the one that its queries need.
+    "K": Dim(meaning="key/value heads", stored=("tensor",), used=("tensor",), may_stay_whole=True),
+    "G": Dim(meaning="query heads per key/value head"),
+    "H": Dim(meaning="head width"),
+    "F": Dim(meaning="MLP width", stored=("tensor",), used=("tensor",)),
     # Every device of a data shard, stages alike (arXiv:2411.05288), has its rows of the embedding and makes its share
     # of the logits of all the tokens there: those are fewer bytes to gather than the embedding and its gradient.
-    "V": Dim("vocabulary", stored=("tensor", "stage"), used=("tensor", "stage", *GATHERED)),
-    "L": Dim("layer", stored=("stage",)),
-    "R": Dim("adapter rank"),
+    "V": Dim(
+        meaning="vocabulary",
+        stored=("tensor", "stage"),
+        used=("tensor", "stage", *GATHERED),
+        may_stay_whole=True,
+    ),
+    "L": Dim(meaning="layer", stored=("stage",)),
+    "R": Dim(meaning="adapter rank"),
 }
 
 
 def stored_spec(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
-    """How a weight with these dims is kept between uses, split over these axes, given with their sizes."""
-    axes = [_divide_axes(DIMS[d].stored, d, size, mesh) for d, size in zip(letters, shape, strict=True)]
-    of_layer = range(letters.startswith("L"), len(letters))
+    """How a stored weight with these dims is split over the mesh axes, which are given with their sizes."""
+    rows = [DIMS[letter] for letter in letters]
+    axes = [_dividing_axes(row, row.stored, size, mesh) for row, size in zip(rows, shape, strict=True)]
+    of_layer = range(letters.startswith("L"), len(letters))  # the dims of one layer's weight
     for axis in ("stage", *GATHERED) if "V" in letters else GATHERED if len(of_layer) > 1 else ():
-        fit = [at for at in of_layer if axis in mesh and shape[at] % _shard_count((*axes[at], axis), mesh) == 0]
-        if fit and not any(axis in names for names in axes):
-            axes[fit[0]] = (*axes[fit[0]], axis)
+        if axis not in mesh or any(axis in taken for taken in axes):
+            continue
+        divided = [dim for dim in of_layer if shape[dim] % _shard_count((*axes[dim], axis), mesh) == 0]
+        if divided:
+            axes[divided[0]] = (*axes[divided[0]], axis)
     return _partition_spec(axes)
 
 
-def used_spec(letters: str, shape: Sequence[int], mesh: Mapping[str, int]) -> PartitionSpec:
-    """How an activation, or a weight at the moment of use, is spread over these axes, given with their sizes.
+def used_spec(letters: str, shape: Sequence[int], mesh: Mapping[str, int], place: Place = "used") -> PartitionSpec:
+    """How an activation, or a weight at the moment of use, is spread over the mesh axes, given with their sizes.
 
-    Axes that the mesh lacks are those that the caller has split over already.
+    Axes that the mesh lacks are taken to be split already, by a `shard_map` around the caller.
     """
-    return _partition_spec([_divide_axes(DIMS[d].used, d, size, mesh) for d, size in zip(letters, shape, strict=True)])
+    rows = [DIMS[letter] for letter in letters]
+    axes = [_dividing_axes(row, row.spread(place), size, mesh) for row, size in zip(rows, shape, strict=True)]
+    return _partition_spec(axes)
 
 
-def _divide_axes(axes: Axes, letter: str, size: int, mesh: Mapping[str, int]) -> Axes:
-    """Those of the axes that there are; of what need not be split over all of them, those that divide it.
-
-    That is the vocabulary, one token's position, and key/value heads fewer than the shards, of which each uses the one
-    its queries need.
-    """
+def _dividing_axes(dim: Dim, axes: Axes, size: int, mesh: Mapping[str, int]) -> Axes:
+    """The axes that the mesh has; if the dim may stay whole, without those that do not divide what is left of it."""
     taken: Axes = ()
     for axis in axes:
-        if axis in mesh and (letter not in "KTPV" or size % _shard_count((*taken, axis), mesh) == 0):
+        if axis in mesh and not (dim.may_stay_whole and size % _shard_count((*taken, axis), mesh)):
             taken = (*taken, axis)
     return taken
 
@@ -88,7 +121,7 @@ def _shard_count(axes: Axes, mesh: Mapping[str, int]) -> int:
 
 
 def _partition_spec(axes: Sequence[Axes]) -> PartitionSpec:
-    """In its plainest form, which is how JAX itself shows it."""
+    """The spec in its plainest form, which is how JAX itself shows it."""
     return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
 
 
@@ -109,5 +142,5 @@ def dim_sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
 
 def weight_shape(letters: str, config: ModelConfig, rank: int = 0) -> tuple[int, ...]:
     """The shape of a weight with these dims."""
-    size = dim_sizes(config, rank)
-    return tuple(size[letter] for letter in letters)
+    sizes = dim_sizes(config, rank)
+    return tuple(sizes[letter] for letter in letters)

@@ -14,40 +14,40 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gemma2_jax import dims
 from gemma2_jax.config import Config, MeshConfig, ModelConfig
 
-# From the axis that speaks least, once a step, to the one that speaks most. The partitioner also wants axes that
-# `shard_map` takes inside one another (`pipeline`) in this order.
+# The axes, from the one whose devices communicate least, once a step, to the one whose devices communicate most. The
+# partitioner also wants the axes of nested `shard_map`s (`pipeline`) in this order.
 AXES = ("data", "stage", "fsdp", "context", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (all of them by default).
+    """The mesh of `config` on `devices`, or on all devices.
 
     Raises ValueError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
-    asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    described = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise ValueError(f"mesh {asked}: every axis must be at least 1, and at most one may be -1 (the rest)")
+        raise ValueError(f"mesh {described}: every axis must be at least 1, and at most one may be -1 (the rest)")
     if -1 in shape:
-        unit = math.prod(size for size in shape if size != -1)
-        rest, remainder = divmod(len(devices), unit)
+        product = math.prod(size for size in shape if size != -1)
+        rest, remainder = divmod(len(devices), product)
         if remainder or not rest:
             raise ValueError(
-                f"mesh {asked} takes a multiple of {unit} devices, and there are {len(devices)}; give its axes sizes "
-                f"that divide {len(devices)}, such as --mesh.tensor 1 (python -m gemma2_jax.plan says what fits)"
+                f"mesh {described} takes a multiple of {product} devices, and there are {len(devices)}; give its axes "
+                f"sizes that divide {len(devices)}, such as --mesh.tensor 1 (python -m gemma2_jax.plan says what fits)"
             )
         shape[shape.index(-1)] = rest
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh {asked} is {math.prod(shape)} devices, but there are {len(devices)}; "
+            f"mesh {described} is {math.prod(shape)} devices, but there are {len(devices)}; "
             "set one axis to -1 to take what is left"
         )
     return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """The mesh in words, but for axes of one device."""
+    """The mesh in words, such as "data 2 x tensor 4"; axes of one device are left out."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
@@ -56,23 +56,23 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     model, train = config.model, config.train
     _check_weights(model, mesh)
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    # Each context shard has one piece of either half of a row (`balance_context`), and tensor shards equal parts of it.
+    # Each context shard has a piece of each half of a row (`balance_context`), and its tensor shards share it equally.
     pieces = math.lcm(2 * context, context * tensor) if context > 1 else tensor
     if train.sequence_length % pieces:
-        below = train.sequence_length // pieces * pieces
+        shorter = train.sequence_length // pieces * pieces
         raise ValueError(
             f"mesh.context {context} x mesh.tensor {tensor} split the positions of a row into {pieces} pieces, which "
             f"does not divide train.sequence_length {train.sequence_length}; "
-            f"use {f'{below} or ' if below else ''}{below + pieces}, or another mesh"
+            f"use {f'{shorter} or ' if shorter else ''}{shorter + pieces}, or another mesh"
         )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    per_pass = train.micro_batch_size * shards
-    if train.global_batch_size % per_pass:
-        nearest = max(1, round(train.global_batch_size / per_pass)) * per_pass
+    rows_per_pass = train.micro_batch_size * shards
+    if train.global_batch_size % rows_per_pass:
+        nearest = max(1, round(train.global_batch_size / rows_per_pass)) * rows_per_pass
         raise ValueError(
             f"train.global_batch_size {train.global_batch_size} does not divide over micro batch "
-            f"{train.micro_batch_size} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {per_pass} rows a "
-            f"pass; use {nearest}, or change train.micro_batch_size or the mesh"
+            f"{train.micro_batch_size} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {rows_per_pass} rows "
+            f"a pass; use {nearest}, or change train.micro_batch_size or the mesh"
         )
 
 
@@ -98,19 +98,22 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def layers_per_stage(model: ModelConfig, mesh: Mesh) -> int:
-    """Layers of every stage but the last, which has the rest; weights are stored as if it had as many."""
+    """Layers of every stage but the last, which has the rest; weights are stored as if the last had as many."""
     return -(-model.layers // mesh.shape["stage"])
 
 
 def stored_sharding(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedSharding:
-    """Sharding of a stored weight with these dims."""
+    """The sharding of a stored weight with these dims."""
     return NamedSharding(mesh, dims.stored_spec(letters, shape, mesh.shape))
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x` spread over the current mesh (`jax.set_mesh`) as its dims say; unchanged where no mesh is set."""
+def constrain(x: jax.Array, letters: str, place: dims.Place = "used") -> jax.Array:
+    """`x`, an activation or a weight at its use, spread over the current mesh (`jax.set_mesh`) as its dims say.
+
+    `place` is the column of the table that says how. Without a mesh, this and the other constraints give `x` back.
+    """
     axes = _auto_axes()
-    return jax.lax.with_sharding_constraint(x, dims.used_spec(letters, x.shape, axes)) if axes else x
+    return jax.lax.with_sharding_constraint(x, dims.used_spec(letters, x.shape, axes, place)) if axes else x
 
 
 def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
@@ -120,46 +123,46 @@ def constrain_stored(x: jax.Array, letters: str) -> jax.Array:
 
 
 def map_shards(function: Callable, letters: Sequence[str]) -> Callable:
-    """`function` of what each device has of its arguments, with these dims, for what XLA cannot divide itself.
+    """`function` run on each device's shards of its arguments, for programs that XLA cannot divide, such as kernels.
 
-    Its result has the dims of its first argument. Where no mesh is set, or nothing is divided, it gets them whole.
+    `letters` are the dims of each argument; the result has the dims of the first. Without a mesh, or on one device,
+    this is `function` itself.
     """
     axes = _auto_axes()
     if math.prod(axes.values()) == 1:
         return function
 
-    def divided(*arguments):
-        specs = tuple(dims.used_spec(dims_, x.shape, axes) for dims_, x in zip(letters, arguments, strict=True))
-        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names={*axes}, check_vma=False)(
-            *arguments
-        )
+    def sharded(*arguments):
+        specs = tuple(dims.used_spec(letters_, x.shape, axes) for letters_, x in zip(letters, arguments, strict=True))
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names={*axes}, check_vma=False)
+        return mapped(*arguments)
 
-    return divided
+    return sharded
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """`x` whole on every device of the current mesh."""
+    """`x` with a whole copy on every device of the current mesh."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _auto_axes() else x
 
 
 def balance_context(row_T: np.ndarray, shards: int) -> np.ndarray:
-    """Positions (the last dim) in the order in which `shards` context shards hold them, an equal part each.
+    """What stands at the positions of rows, [..., T], in the order in which context shards hold it, an equal part each.
 
-    Shard i has piece i of 2 x shards pieces, and piece i from the end: under a causal mask all have the same work
-    (the order of Llama 3, arXiv:2407.21783, section 3.3.2).
+    Of 2 x shards pieces, shard i has piece i and the i-th from the end: under a causal mask all shards have the same
+    work (the order of Llama 3, arXiv:2407.21783, section 3.3.2).
     """
     *rest, length = row_T.shape
-    first, second = np.split(row_T.reshape(*rest, 2 * shards, length // (2 * shards)), 2, axis=-2)
-    return np.stack([first, second[..., ::-1, :]], axis=-2).reshape(row_T.shape)
+    early, late = np.split(row_T.reshape(*rest, 2 * shards, length // (2 * shards)), 2, axis=-2)
+    return np.stack([early, late[..., ::-1, :]], axis=-2).reshape(row_T.shape)
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the current mesh, 1 where no mesh is set."""
+    """The number of devices along an axis of the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def _auto_axes() -> dict[str, int]:
-    """Sizes of the axes of the current mesh that are left to the partitioner: not those of a `shard_map` around."""
+    """Sizes of the current mesh's axes that the partitioner splits over; a `shard_map` around has taken the others."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {axis: mesh.shape[axis] for axis, kind in kinds if kind == AxisType.Auto}

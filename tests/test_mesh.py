@@ -255,14 +255,14 @@ def test_the_table_of_dims():
     """Positions are spread further between blocks; what an axis does not divide may stay whole or goes elsewhere."""
     mesh = {"data": 2, "stage": 2, "fsdp": 2, "context": 1, "tensor": 4}
     batch, both = ("data", "fsdp"), ("fsdp", "context")
-    assert dims.used_spec("BPD", (2, 32, 56), mesh) == P(batch, ("context", "tensor"), None)
+    assert dims.used_spec("BTD", (2, 32, 56), mesh, "between_blocks") == P(batch, ("context", "tensor"), None)
     assert dims.used_spec("BTD", (2, 32, 56), mesh) == P(batch, "context", None)
-    assert dims.used_spec("BPD", (2, 1, 56), mesh) == P(batch, "context", None)
+    assert dims.used_spec("BTD", (2, 1, 56), mesh, "between_blocks") == P(batch, "context", None)
     assert dims.used_spec("BTF", (2, 32, 80), mesh) == P(batch, "context", "tensor")
     assert dims.used_spec("BTKH", (2, 32, 4, 16), mesh) == P(batch, "context", "tensor", None)
     assert dims.used_spec("BTKH", (2, 32, 2, 16), mesh) == P(batch, "context", None, None)
-    assert dims.used_spec("ESV", (2, 32, 384), mesh) == P("data", None, ("tensor", "stage", *both))
-    assert dims.used_spec("ESV", (2, 32, 8), mesh) == P("data", None, ("tensor", "stage", "context"))
+    assert dims.used_spec("BTV", (2, 32, 384), mesh, "for_logits") == P("data", None, ("tensor", "stage", *both))
+    assert dims.used_spec("BTV", (2, 32, 8), mesh, "for_logits") == P("data", None, ("tensor", "stage", "context"))
     assert dims.stored_spec("LDKH", (4, 56, 2, 16), mesh) == P("stage", both, None, None)
     assert dims.stored_spec("LDKH", (4, 56, 4, 16), mesh) == P("stage", both, "tensor", None)
     assert dims.stored_spec("LDF", (4, 57, 80), mesh) == P("stage", "context", ("tensor", "fsdp"))

@@ -24,9 +24,9 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 from gemma2_jax.model.attention.choice import Implementation
 
-Norm = Callable[[jax.Array], jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-Cache = list[tuple[jax.Array, jax.Array]]  # of each layer, keys and values [B, K, S, H]: attention_xla.attend_cached
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q, k, v to their result and the cache
+Rope = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles: `rope_angles`
+Cache = list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, S, H] of each layer: `attention.xla.attend_cached`
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
@@ -35,57 +35,67 @@ INIT_STD = 0.02
 
 
 class Update(Protocol):
-    """What an adapter adds to a projection; see `lora`."""
+    """What an adapter does to the output of a projection; see `lora`."""
 
-    after_norm: bool  # whether what it adds to has been through the norm that follows the projection
+    after_norm: bool  # whether the output has been through the post-norm before
 
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
+
+
+def split_equation(equation: str) -> tuple[str, str, str]:
+    """The dims of input, weight and output: "BTD,DNH->BTNH" gives "BTD", "DNH" and "BTNH"."""
+    inputs, weight, outputs = equation.replace("->", ",").split(",")
+    return inputs, weight, outputs
+
+
+def activation_place(letters: str) -> dims.Place:
+    """Where projections take activations from, and leave them: those of the model's width lie between blocks."""
+    return "between_blocks" if "D" in letters else "used"
 
 
 def _contract(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
 
-    On CPU, XLA's libraries copy the first operand if it is not summed over its last dims, the second if not over its
-    first, and compute what made it in that order. So x comes first and its order of summed dims is kept, where einsum
-    sorts them; and the gradient by w has the smaller of its operands first.
+    XLA's libraries on CPU copy the first operand unless it is summed over its last dims, and the second unless it is
+    summed over its first, and a fusion that computes an operand then computes it in the copy's order. Therefore x comes
+    first and keeps the order of its summed dims, which einsum would sort, and the gradient by w has the smaller of its
+    operands first.
     """
-    first, second, result = equation.replace("->", ",").split(",")
+    first, second, result = split_equation(equation)
     summed = [letter for letter in first if letter not in result]
-    kept = [letter for letter in first + second if letter not in summed]
-    axes = [first.index(letter) for letter in summed], [second.index(letter) for letter in summed]
-    product = jnp.tensordot(x, w, axes, preferred_element_type=dtype)
-    return jnp.transpose(product, [kept.index(letter) for letter in result])
+    remaining = [letter for letter in first + second if letter not in summed]
+    summed_dims = [first.index(letter) for letter in summed], [second.index(letter) for letter in summed]
+    contracted = jnp.tensordot(x, w, summed_dims, preferred_element_type=dtype)
+    return jnp.transpose(contracted, [remaining.index(letter) for letter in result])
 
 
-def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def apply_weight(equation: str, x: jax.Array, w: jax.Array, place: dims.Place = "used") -> jax.Array:
     """`jnp.einsum(equation, x, w)` in the dtype of x, with one layer's weight as it is stored.
 
-    The weight is rounded, then gathered; its gradient is formed, and summed over shards, in the weight's own dtype.
+    The weight is rounded to that dtype and then gathered. Its gradient is formed, and summed over shards, in the
+    weight's own dtype. The gradient of the result is brought to `place` once, for both products of the backward pass.
     """
-    return _product_forward(equation, _Primal(x), _Primal(w))[0]
-
-
-product = jax.custom_vjp(_product, nondiff_argnums=(0,))
+    return _apply_weight_forward(equation, _Primal(x), _Primal(w), place)[0]
 
 
 class _Primal(NamedTuple):
-    """An argument as `defvjp(symbolic_zeros=True)` hands it on."""
+    """An argument as `defvjp(symbolic_zeros=True)` passes it: `perturbed` where a gradient by it is asked for."""
 
     value: jax.Array
     perturbed: bool = False
 
 
-def _product_forward(equation, x, w):
-    weight = equation.replace("->", ",").split(",")[1]
-    gathered = constrain(w.value.astype(x.value.dtype), weight)
+def _apply_weight_forward(equation, x, w, place):
+    gathered = constrain(w.value.astype(x.value.dtype), split_equation(equation)[1])
     like_w = jnp.zeros((), w.value.dtype)
     return _contract(equation, x.value, gathered), (x.value, gathered, like_w, x.perturbed, w.perturbed)
 
 
-def _product_backward(equation, residuals, grad):
+def _apply_weight_backward(equation, place, residuals, grad):
     x, w, like_w, x_perturbed, w_perturbed = residuals
-    inputs, weight, outputs = equation.replace("->", ",").split(",")
-    grad = constrain(grad, outputs)  # gathered once for both
+    inputs, weight, outputs = split_equation(equation)
+    grad = constrain(grad, outputs, place)
     grad_x = _contract(f"{outputs},{weight}->{inputs}", grad, w) if x_perturbed else None
     if not w_perturbed:
         return grad_x, None
@@ -94,43 +104,42 @@ def _product_backward(equation, residuals, grad):
     return grad_x, _contract(f"{outputs},{inputs}->{weight}", grad, x, like_w.dtype)
 
 
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
-
-
-def _as_is(y: jax.Array) -> jax.Array:
-    return y
+apply_weight.defvjp(_apply_weight_forward, _apply_weight_backward, symbolic_zeros=True)
 
 
 class Einsum(nnx.Module):
-    """A weight applied by an einsum whose letters are its shape, its sharding and its use.
+    """A projection: a weight applied by an einsum whose letters are its shape, its sharding and its use.
 
     `equation` is like "BTD,DNH->BTNH". The stored weight has a leading L: one slice per layer, as `jax.lax.scan`
-    takes them. `adapter`, where there is one, may change the output, before or after the norm that follows.
+    takes them. Calling it gives the product of x and the weight; `adapt` adds what its adapter, if it has one, learned.
     """
 
     def __init__(self, equation: str, config: ModelConfig, *, std: float, rngs: nnx.Rngs):
+        _, weight, self.outputs = split_equation(equation)
         self.equation = equation
-        letters = "L" + equation.split(",")[1].split("->")[0]
+        letters = f"L{weight}"
         self.letters = (("w", letters),)
         shape = dims.weight_shape(letters, config)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.adapter: Update | None = nnx.data(None)
 
-    def __call__(
-        self, x: jax.Array, key: jax.Array | None = None, spread: jax.Array | None = None, norm: Norm = _as_is
-    ) -> jax.Array:
-        """The product, normed; `spread` is x before its positions were gathered, if they were: adapters take it."""
-        w = self.w[...]
-        outputs = self.equation.split("->")[1].replace("BTD", "BPD")  # what blocks hand on
-        y = constrain(product(self.equation, x, w), outputs)
-        if self.adapter is None:
-            return norm(y)
-        before, after = (norm, _as_is) if self.adapter.after_norm else (_as_is, norm)
-        return after(constrain(self.adapter(x if spread is None else spread, before(y), w, key), outputs))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product of x and the weight, without the adapter."""
+        return self._constrain(apply_weight(self.equation, x, self.w[...]))
+
+    def adapt(self, y: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The output y for the input x, changed by the adapter; `key` is for dropout, or None.
+
+        x may have its positions still spread as between blocks. Without an adapter, this is y.
+        """
+        return y if self.adapter is None else self._constrain(self.adapter(x, y, self.w[...], key))
+
+    def _constrain(self, y: jax.Array) -> jax.Array:
+        return constrain(y, self.outputs, activation_place(self.outputs))
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (1 + w), in float32 and cast back (arXiv:1910.07467; Gemma's w is zero-centred)."""
+    """x / rms(x) * (1 + w) over D, in float32 and cast back (arXiv:1910.07467; Gemma's w is centered on zero)."""
 
     def __init__(self, config: ModelConfig, *, stacked: bool):
         letters = "LD" if stacked else "D"
@@ -145,7 +154,7 @@ class RMSNorm(nnx.Module):
         return (x * (1 + self.w[...].astype(jnp.float32))).astype(x_BTD.dtype)
 
 
-def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> Rope:
     """cos and sin of the rotary angles (arXiv:2104.09864), float32 [B, T, 1, H / 2]."""
     half = config.head_width // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -153,20 +162,28 @@ def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE over the whole head width, first half against second half, in float32."""
+def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
+    """Rotary position embedding of the whole head width, first half against second half, in float32."""
     cos, sin = rope
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
 
 
-def _whole(x_BTD: jax.Array) -> jax.Array:
-    """Positions that tensor shards share between blocks, gathered once for every product that reads them."""
-    return constrain(constrain(x_BTD, "BPD"), "BTD")
+def _gather_positions(x_BTD: jax.Array) -> jax.Array:
+    """Positions, which tensor shards divide between blocks, gathered once for every product that reads them."""
+    return constrain(constrain(x_BTD, "BTD", "between_blocks"), "BTD")
+
+
+def _project_to_stream(projection: Einsum, post_norm: RMSNorm, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """What a block adds to its residual stream, [B, T, D]: the projection of x, adapted before or after the norm."""
+    y_BTD = projection(x)
+    if projection.adapter is not None and projection.adapter.after_norm:
+        return projection.adapt(post_norm(y_BTD), x, key)
+    return post_norm(projection.adapt(y_BTD, x, key))
 
 
 class Attention(nnx.Module):
-    """Projections around whatever `attend` is: the whole sequence, or a cache."""
+    """Projections around `attend`, which is attention of a whole sequence to itself or of a token to a cache."""
 
     def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
         make = partial(Einsum, config=config, rngs=rngs)
@@ -175,18 +192,18 @@ class Attention(nnx.Module):
         self.v = make("BTD,DKH->BTKH", std=INIT_STD)
         self.o = make("BTNH,NHD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, rope, attend: Attend, key, norm: Norm):
+    def __call__(self, x_BTD, rope: Rope, attend: Attend, post_norm: RMSNorm, key):
         key_q, key_k, key_v, key_o = _split_key(key, 4)
         with jax.named_scope("qkv"):
-            whole_BTD = _whole(x_BTD)
-            q_BTNH = apply_rope(self.q(whole_BTD, key_q, x_BTD), rope)
-            k_BTKH = apply_rope(self.k(whole_BTD, key_k, x_BTD), rope)
-            v_BTKH = self.v(whole_BTD, key_v, x_BTD)
+            gathered_BTD = _gather_positions(x_BTD)
+            q_BTNH = apply_rope(self.q.adapt(self.q(gathered_BTD), x_BTD, key_q), rope)
+            k_BTKH = apply_rope(self.k.adapt(self.k(gathered_BTD), x_BTD, key_k), rope)
+            v_BTKH = self.v.adapt(self.v(gathered_BTD), x_BTD, key_v)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-            out_BTNH = constrain(out_BTNH, "BTNH")  # and so its gradient
+            out_BTNH = constrain(out_BTNH, "BTNH")  # this also constrains its gradient
         with jax.named_scope("o"):
-            return self.o(out_BTNH, key_o, norm=norm), cache
+            return _project_to_stream(self.o, post_norm, out_BTNH, key_o), cache
 
 
 class MLP(nnx.Module):
@@ -198,18 +215,18 @@ class MLP(nnx.Module):
         self.up = make("BTD,DF->BTF", std=INIT_STD)
         self.down = make("BTF,FD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, key, norm: Norm):
+    def __call__(self, x_BTD, post_norm: RMSNorm, key):
         key_gate, key_up, key_down = _split_key(key, 3)
         with jax.named_scope("gate_up"):
-            whole_BTD = _whole(x_BTD)
-            gate_BTF = jax.nn.gelu(self.gate(whole_BTD, key_gate, x_BTD), approximate=True)
-            inner_BTF = gate_BTF * self.up(whole_BTD, key_up, x_BTD)
+            gathered_BTD = _gather_positions(x_BTD)
+            gate_BTF = jax.nn.gelu(self.gate.adapt(self.gate(gathered_BTD), x_BTD, key_gate), approximate=True)
+            inner_BTF = gate_BTF * self.up.adapt(self.up(gathered_BTD), x_BTD, key_up)
         with jax.named_scope("down"):
-            return self.down(inner_BTF, key_down, norm=norm)
+            return _project_to_stream(self.down, post_norm, inner_BTF, key_down)
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each between a norm before and a norm after, on the residual stream."""
+    """Attention and MLP on the residual stream, each with a norm before it and a norm after it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         std_out = INIT_STD / math.sqrt(2 * config.layers)
@@ -220,13 +237,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, std_out=std_out, rngs=rngs)
         self.post_mlp_norm = RMSNorm(config, stacked=True)
 
-    def __call__(self, x_BTD, rope, attend: Attend, key):
+    def __call__(self, x_BTD, rope: Rope, attend: Attend, key):
         key_attn, key_mlp = _split_key(key, 2)
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, key_attn, self.post_attn_norm)
-            x_BTD = constrain(x_BTD + out_BTD, "BPD")
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, self.post_attn_norm, key_attn)
+            x_BTD = constrain(x_BTD + out_BTD, "BTD", "between_blocks")
         with jax.named_scope("mlp"):
-            x_BTD = constrain(x_BTD + self.mlp(self.pre_mlp_norm(x_BTD), key_mlp, self.post_mlp_norm), "BPD")
+            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), self.post_mlp_norm, key_mlp)
+            x_BTD = constrain(x_BTD + out_BTD, "BTD", "between_blocks")
         return x_BTD, cache
 
 
@@ -269,13 +287,14 @@ class Gemma2(nnx.Module):
         return self._run_layers(tokens_BT, positions_BT, partial(self.attend_sequence, segments_BT))[0]
 
     def attend_sequence(self, segments_BT, window, _, q, k, v):
-        """Attention of a layer with that window, of a whole sequence to itself; no cache."""
+        """The `attend` of a layer with this window, of a whole sequence to itself; there is no cache."""
         return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
     def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of prompts, [B, T, D], and a cache of them for `slots` tokens, of blocks that stand apart.
+        """Hidden states [B, T, D] of prompts and their cache, for a model whose layers are unstacked.
 
-        Prompts start at position 0 and are padded at the end. A local layer's cache holds no more than its window.
+        Prompts start at position 0 and are padded at the end to T; `lengths_B` says how many tokens each has. The cache
+        has room for `slots` tokens, and in a local layer for no more than its window.
         """
         B, T = tokens_BT.shape
         segments_BT = jnp.zeros((B, T), jnp.int32)
@@ -283,23 +302,24 @@ class Gemma2(nnx.Module):
         def attend(window, slots, q, k, v):
             last_B1 = lengths_B[:, None] - 1
             position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(slots)) % slots, 0)
-            cache = [jnp.take_along_axis(new, position_BS[:, :, None, None], axis=1) for new in (k, v)]
-            cache = tuple(constrain(jnp.einsum("BSKH->BKSH", new), "BKSH") for new in cache)
+            cache = [jnp.take_along_axis(x, position_BS[:, :, None, None], axis=1) for x in (k, v)]
+            cache = tuple(constrain(jnp.einsum("BSKH->BKSH", x), "BKSH") for x in cache)
             return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         return self._run_layers(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
 
     def decode_step(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, D] of one new token a row, which stands at `position_B`, and the cache with it in."""
+        """Hidden states [B, D] of one new token of each row, at `position_B`, and the cache with that token in it."""
 
-        def put(old_KSH, new_1KH, position):
-            return old_KSH.at[:, position % old_KSH.shape[1]].set(new_1KH[0])
+        def write_slot(cached_KSH, new_1KH, position):
+            return cached_KSH.at[:, position % cached_KSH.shape[1]].set(new_1KH[0])
 
         def attend(_, cache, q, k, v):
             pairs = zip(cache, (k, v), strict=True)
-            cache = [constrain(jax.vmap(put)(old, new, position_B), "BKSH") for old, new in pairs]
-            # Else XLA fuses the update into each of its readers, and copies the whole cache for it (CPU, one row).
+            cache = [constrain(jax.vmap(write_slot)(old, new, position_B), "BKSH") for old, new in pairs]
+            # Without the barrier, XLA fuses the update into each of its readers, and copies the whole cache for it
+            # (seen on CPU with one row).
             k, v = jax.lax.optimization_barrier(cache)
             return self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
 
@@ -324,12 +344,12 @@ class Gemma2(nnx.Module):
     def embed(self, tokens_BT) -> jax.Array:
         """The embedding's rows times sqrt(D), [B, T, D] in the compute dtype."""
         with jax.named_scope("embedding"):
-            # Each shard looks all tokens up among the rows that it stores: those are fewer bytes than the table's.
+            # Each shard looks all tokens up among the rows that it stores: tokens are fewer bytes than the table.
             x_BTD = self.embedding[...].astype(self.dtype)[replicate(tokens_BT)] * self._embedding_scale
-            return constrain(x_BTD, "BPD")
+            return constrain(x_BTD, "BTD", "between_blocks")
 
     def add_embedding_gradient(self, total_VD, tokens_BT, d_BTD) -> jax.Array:
-        """`total_VD`, float32, with the gradient of `embed` by the embedding added, for that of its result."""
+        """`total_VD`, float32, plus the gradient of `embed` by the embedding, where d_BTD is that of its result."""
         with jax.named_scope("embedding"):
             d_BTD = replicate(d_BTD).astype(jnp.float32) * self._embedding_scale.astype(jnp.float32)
             return constrain_stored(total_VD.at[replicate(tokens_BT)].add(d_BTD), "VD")
@@ -339,20 +359,23 @@ class Gemma2(nnx.Module):
         return jnp.asarray(math.sqrt(self.config.width), self.dtype)
 
     def normalize_output(self, x_BTD) -> jax.Array:
-        """The final norm of what leaves the last block."""
+        """The final norm of the last block's output."""
         with jax.named_scope("final_norm"):
             return self.final_norm(x_BTD)
 
     def _run_layers(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
-        """Embedding, blocks, final norm; `attend(window, cache, q, k, v)` is a layer's attention, and its new cache."""
+        """Embedding, blocks and final norm: hidden states [B, T, D], and what `attend` gave as each layer's new cache.
+
+        `attend(window, cache, q, k, v)` is a layer's attention; `cache` is the old one of each layer, or None.
+        """
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(tokens_BT.shape[1])
-        layers = self._scan_layers if isinstance(self.blocks, Block) else self._unroll_layers
-        x_BTD, cache = layers(self.embed(tokens_BT), rope, attend, windows, cache)
+        run = self._scan_layers if isinstance(self.blocks, Block) else self._unroll_layers
+        x_BTD, cache = run(self.embed(tokens_BT), rope, attend, windows, cache)
         return self.normalize_output(x_BTD), cache
 
     def _scan_layers(self, x_BTD, rope, attend, windows, cache):
-        assert cache is None  # those of local and global layers differ in length: `unstack_layers` first
+        assert cache is None, "caches of local and global layers differ in length: call `unstack_layers` before"
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
@@ -363,20 +386,20 @@ class Gemma2(nnx.Module):
 
     def _unroll_layers(self, x_BTD, rope, attend, windows, cache):
         assert isinstance(self.blocks, nnx.List)
-        kept = []
-        for block, window, old in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
-            x_BTD, new = block(x_BTD, rope, partial(attend, window, old), None)
-            kept.append(new)
-        return x_BTD, kept
+        new_caches = []
+        for block, window, old_cache in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
+            x_BTD, new_cache = block(x_BTD, rope, partial(attend, window, old_cache), None)
+            new_caches.append(new_cache)
+        return x_BTD, new_caches
 
 
 def weight_dims(model: Gemma2) -> dict[str, str]:
     """The dims of every variable by its path: {"blocks/attn/q/w": "LDNH", ...}."""
     return {
-        "/".join((*map(str, path), name)): dims
+        "/".join((*map(str, path), name)): letters
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Module)
-        for name, dims in getattr(node, "letters", ())
+        for name, letters in getattr(node, "letters", ())
     }
 
 
@@ -386,20 +409,21 @@ def flatten_state(state: nnx.State) -> Weights:
 
 
 def rebuild_model[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
-    """The model, or the part of one, of that structure with these arrays, each given once by its path."""
+    """The model, or part of a model, of this structure with these arrays; each array is in one of `weights`."""
     return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
 
 
-def unstack_layers(whole: Gemma2) -> Gemma2:
-    """The same model with a block per layer, blocks/0/attn/q/w and so on: for the same work, code L times as long.
+def unstack_layers(model: Gemma2) -> Gemma2:
+    """The model itself, with a block per layer in place of the stack: blocks/0/attn/q/w and so on.
 
-    It is worth it where each weight is used for few tokens, so that cutting it out of the stack takes as long.
+    Its compiled code is L times as long. Generation gains by it: a step uses each weight for few tokens, and cutting
+    the weight out of the stack would take as long as using it.
     """
-    assert isinstance(whole.blocks, Block)
-    graph, weights = nnx.split(whole.blocks)
-    layers = (jax.tree.map(itemgetter(number), weights) for number in range(whole.config.layers))
-    whole.blocks = nnx.List([nnx.merge(graph, layer) for layer in layers])
-    return whole
+    assert isinstance(model.blocks, Block)
+    graph, weights = nnx.split(model.blocks)
+    layers = (jax.tree.map(itemgetter(index), weights) for index in range(model.config.layers))
+    model.blocks = nnx.List([nnx.merge(graph, layer) for layer in layers])
+    return model
 
 
 def _split_key(key: jax.Array | None, n: int):

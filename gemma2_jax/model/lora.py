@@ -6,13 +6,14 @@ the contracted letters and R, B has R and the produced letters, DoRA's magnitude
 on activations, so a frozen weight needs no gradient.
 
 Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353; section 4.3: the norm is a
-constant to the gradient). Agrees with Hugging Face PEFT without dropout, and with `after_norm` with Megatron-Bridge,
-which norms what o and down put out before the adapter adds to it; with dropout, our DoRA drops inputs of the low-rank
-branch only.
+constant to the gradient). Without dropout this agrees with Hugging Face PEFT. With `after_norm` it agrees with
+Megatron-Bridge, which applies the post-norm to the outputs of o and down before the adapter adds to them. With dropout,
+our DoRA drops inputs of the low-rank branch only.
 """
 
 import fnmatch
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from flax import nnx
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.dims import Place
 from gemma2_jax.mesh import constrain
-from gemma2_jax.model.gemma2 import Einsum, Gemma2, product
+from gemma2_jax.model.gemma2 import Einsum, Gemma2, activation_place, apply_weight, split_equation
 
 
 class AdapterParam(nnx.Variable):
@@ -34,21 +36,24 @@ def trainable_filter(config: AdapterConfig) -> type[nnx.Variable]:
 
 
 class Adapter(nnx.Module):
-    """The low-rank update of one projection, stacked over layers like its weight."""
+    """The low-rank update of one projection, stacked over layers like its weight.
+
+    Of a projection "BTD,DNH->BTNH", the variables are a [L, D, R], uniform in +-1/sqrt(D), b [L, R, N, H], zero, and
+    for DoRA m [L, N, H], the column norms of the weight; all are float32. A new adapter changes nothing.
+    """
 
     def __init__(self, base: Einsum, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        inputs, rest = base.equation.split(",")
-        weight, outputs = rest.split("->")
+        inputs, weight, outputs = split_equation(base.equation)
         contracted = "".join(letter for letter in weight if letter not in outputs)
         produced = "".join(letter for letter in weight if letter in outputs)
         self.weight, self.contracted, self.produced = weight, contracted, produced
-        # Between blocks positions are spread further (P). An adapter works there, so that what tensor shards sum up for
-        # it is no wider than R, and the sums of the products beside it are left to themselves.
-        inputs, outputs = (letters.replace("BTD", "BPD") for letters in (inputs, outputs))
-        into, out = inputs.replace(contracted, "R"), outputs.replace(produced, "R")
-        self.down, self.up = f"{inputs},{contracted}R->{into}", f"{out},R{produced}->{outputs}"
+        self.down, self.up = f"{inputs},{contracted}R->BTR", f"BTR,R{produced}->{outputs}"
+        # Where the projection has the model's width, the adapter works with positions spread as between blocks: tensor
+        # shards then sum up no more than [B, T, R] for it, and the sums of the projection itself stay as they are.
+        self.input_place: Place = activation_place(inputs)
+        self.output_place: Place = activation_place(outputs)
         self.scale, self.dropout = config.scale, config.dropout
-        self.after_norm = config.after_norm and produced == "D"  # what blocks add to their stream is normed first
+        self.after_norm = config.after_norm and produced == "D"  # only these projections have a norm after them
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
         bound = 1 / math.sqrt(math.prod(dims.weight_shape(contracted, model)))
@@ -58,68 +63,79 @@ class Adapter(nnx.Module):
         self.m: AdapterParam | None = nnx.data(None)
         if config.kind == "dora":
             self.letters += (("m", f"L{produced}"),)
-            self.m = AdapterParam(self._norm(base.w[...], self.a[...], self.b[...], "L"))
+            self.m = AdapterParam(self._column_norms(base.w[...], self.a[...], self.b[...], "L"))
 
     def __call__(self, x, y, w, key):
-        """Adapted output, from the projection's input x, output y (`after_norm`: normed) and weight w (one layer's)."""
-        # The scale goes into B, which is small, and not over the activations.
+        """The adapted output, in the shape and dtype of y.
+
+        Args:
+          x: the projection's input, in the compute dtype, [B, T, D] or what else its equation says.
+          y: the projection's output; with `after_norm`, what the post-norm made of it.
+          w: the projection's weight in this layer.
+          key: for dropout; None for none.
+        """
+        # The scale multiplies B, which is small, and not the activations.
         a, b = self.a[...], self.scale * self.b[...]
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low_BPR = constrain(product(self.down, x, a), "BPR")
-        y = y + product(self.up, constrain(low_BPR, self.up.split(",")[0]), b)
+        low_BTR = constrain(apply_weight(self.down, x, a, self.input_place), "BTR", "between_blocks")
+        low_BTR = constrain(low_BTR, "BTR", self.output_place)
+        y = y + apply_weight(self.up, low_BTR, b, self.output_place)
         if self.m is None:
             return y
-        norm = jax.lax.stop_gradient(self._norm(w, self.a[...], self.b[...], ""))
+        norm = jax.lax.stop_gradient(self._column_norms(w, self.a[...], self.b[...], ""))
         return (y * (self.m[...] / norm)).astype(y.dtype)
 
     def merged_weight(self, w_L: jax.Array, dtype) -> jax.Array:
-        """The stacked weight with the update added in float32, and rounded once to `dtype`: it needs no adapter.
+        """The weight `w_L` of all layers with the update added in float32, and rounded once to `dtype`.
 
-        Layers are taken one by one, as the whole stack in float32 would be twice the weight itself.
+        Layers are taken one by one, as the whole stack in float32 would be twice the size of a bfloat16 weight.
         """
-        axes = tuple(self.weight.index(letter) for letter in self.contracted)
+        contracted_dims = tuple(self.weight.index(letter) for letter in self.contracted)
 
-        def layer(inputs):
+        def merge_layer(inputs):
             w, a, b, m = inputs
             update = jnp.einsum(f"{self.contracted}R,R{self.produced}->{self.weight}", a, b, precision="highest")
             w = w.astype(jnp.float32) + self.scale * update
             if m is not None:
-                w *= jnp.expand_dims(m / jnp.sqrt(jnp.sum(jnp.square(w), axes)), axes)
+                norm = jnp.sqrt(jnp.sum(jnp.square(w), contracted_dims))
+                w *= jnp.expand_dims(m / norm, contracted_dims)
             return w.astype(dtype)
 
-        return jax.lax.map(layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
+        return jax.lax.map(merge_layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
 
-    def _norm(self, w, a, b, stack: str) -> jax.Array:
-        """Column norms of W + scale * A B, float32 [*stack, produced], without forming that matrix.
+    def _column_norms(self, w, a, b, layers: Literal["L", ""]) -> jax.Array:
+        """Column norms of W + scale * A B, float32 of the produced letters, without forming that matrix.
 
-        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column.
+        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column. `layers` says whether the
+        arrays are of all layers, with L in front, or of one. Z is a second adapter rank.
         """
         w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
-        W, C, P = stack + self.weight, stack + self.contracted, stack + self.produced
-        product = jnp.einsum(f"{C}R,{W}->{stack}R{self.produced}", a, w, precision="highest")
-        gram = jnp.einsum(f"{C}R,{C}Z->{stack}RZ", a, a, precision="highest")
-        if not stack:  # a layer of a step, where XLA left to itself moves A about for these small sums
-            gram, product = constrain(gram, "RR"), constrain(product, f"R{self.produced}")
-        b_gram = jnp.einsum(f"{stack}RZ,{stack}Z{self.produced}->{stack}R{self.produced}", gram, b)
-        square = jnp.einsum(f"{W},{W}->{P}", w, w, precision="highest")
-        cross = jnp.sum(b * (2 * self.scale * product + self.scale**2 * b_gram), axis=len(stack))
+        weight, contracted, produced = layers + self.weight, layers + self.contracted, layers + self.produced
+        low_rank = f"{layers}R{self.produced}"
+        a_w = jnp.einsum(f"{contracted}R,{weight}->{low_rank}", a, w, precision="highest")
+        gram = jnp.einsum(f"{contracted}R,{contracted}Z->{layers}RZ", a, a, precision="highest")
+        if not layers:  # in a step, where XLA would otherwise move A between devices for these small sums
+            gram, a_w = constrain(gram, "RR"), constrain(a_w, low_rank)
+        b_gram = jnp.einsum(f"{layers}RZ,{layers}Z{self.produced}->{low_rank}", gram, b)
+        square = jnp.einsum(f"{weight},{weight}->{produced}", w, w, precision="highest")
+        cross = jnp.sum(b * (2 * self.scale * a_w + self.scale**2 * b_gram), axis=len(layers))
         return jnp.sqrt(square + cross)
 
 
 def attach_adapters(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives the projections that `config.targets` match an adapter; kind "none" gives none.
+    """Gives every projection that `config.targets` match an `Adapter`, drawn from `rngs.params`.
 
-    Raises ValueError where a target matches no projection.
+    Kind "none" gives none. Raises ValueError where a target matches no projection.
     """
     if config.kind == "none":
         return
-    found = projections(model)
+    bases = projections(model)
     for pattern in config.targets:
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(f"adapter.targets: {pattern!r} matches nothing; there are {', '.join(found)}")
-    for name, base in found.items():
+        if not fnmatch.filter(bases, pattern):
+            raise ValueError(f"adapter.targets: {pattern!r} matches nothing; there are {', '.join(bases)}")
+    for name, base in bases.items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
             base.adapter = Adapter(base, config, model.config, rngs=rngs)
 
@@ -129,21 +145,22 @@ def merge_adapters(model: Gemma2) -> None:
 
     Raises ValueError where `check_mergeable` does.
     """
-    found = projections(model).items()
-    adapted = [(name, base, base.adapter) for name, base in found if isinstance(base.adapter, Adapter)]
+    bases = projections(model).items()
+    adapted = [(name, base, base.adapter) for name, base in bases if isinstance(base.adapter, Adapter)]
     check_mergeable([name for name, _, adapter in adapted if adapter.after_norm])
     for _, base, adapter in adapted:
         base.w[...] = adapter.merged_weight(base.w[...], base.w.dtype)
         base.adapter = None
 
 
-def check_mergeable(apart: list[str]) -> None:
-    """Raises ValueError if an adapter comes after a norm (`AdapterConfig.unmergeable_targets`)."""
-    if apart:
+def check_mergeable(unmergeable: list[str]) -> None:
+    """Raises ValueError if the adapter of any projection cannot be merged (`AdapterConfig.unmergeable_targets`)."""
+    if unmergeable:
+        names = " and ".join(unmergeable)
         raise ValueError(
-            f"the adapter of {' and '.join(apart)} cannot be merged: it is added after the post-norm "
-            "(adapter.after_norm), where no weight can take it in. Keep it apart, with --to orbax, or train one "
-            "without after_norm, or with adapter.targets that leave those out"
+            f"the adapter of {names} cannot be merged: it is added after the post-norm (adapter.after_norm), and no "
+            "weight can do the same. Keep the adapter as it is with --to orbax, or train one without "
+            f"adapter.after_norm, or one whose adapter.targets leave {names} out"
         )
 
 

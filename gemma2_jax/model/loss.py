@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from gemma2_jax.mesh import axis_size, constrain
 
-# With logits capped up to here, exp of one and the sum over any vocabulary are finite in float32: no maximum is needed,
-# which vocabulary shards would have to exchange before they sum.
-BOUNDED = 60.0
+# Logits capped at no more than this have a finite exp, and a finite sum over any vocabulary, in float32. No maximum is
+# then subtracted, which vocabulary shards would have to exchange before they sum.
+LARGEST_SAFE_CAP = 60.0
 
 
 def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
-    """Sum of weighted negative log-likelihoods, float32 scalar (nats).
+    """The sum of weighted negative log-likelihoods, float32 scalar (nats); differentiable by hidden and embedding.
 
     Args:
       hidden_BTD: final hidden states, in the compute dtype; logits are hidden @ embedding^T, accumulated in float32.
@@ -29,20 +29,20 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
       chunk: positions of each row whose [B, chunk, V] logits exist at one time.
     """
     T = targets_BT.shape[1]
-    # Every shard of the positions has its part in every chunk.
+    # Positions are spread over these shards; every chunk takes an equal number of positions from each.
     shards = axis_size("context") * axis_size("tensor")
     shards = shards if T % shards == 0 else 1
     count = -(-T // chunk)
     size = -(-T // (shards * count))
 
-    def chunks(x_BT):
+    def split_chunks(x_BT):
         B, _, *rest = x_BT.shape
         x_BT = x_BT.reshape(B, shards, T // shards, *rest)
         x_BT = jnp.pad(x_BT, ((0, 0), (0, 0), (0, count * size - T // shards)) + ((0, 0),) * len(rest))
         x_BT = jnp.moveaxis(x_BT.reshape(B, shards, count, size, *rest), 2, 0)
         return x_BT.reshape(count, B, shards * size, *rest)
 
-    inputs = chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32))
+    inputs = split_chunks(hidden_BTD), split_chunks(targets_BT), split_chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
         embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")
         return _chunked_loss(softcap, inputs[0], embedding_VD, *inputs[1:])
@@ -60,8 +60,8 @@ def _chunked_loss(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
 
 
 def _chunked_loss_forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
-    """`_chunked_loss`, and its gradients already formed but for the factor that comes from above."""
-    wanted = embedding_VD.perturbed
+    """`_chunked_loss`, and its gradients, which the backward pass only multiplies with the loss's own gradient."""
+    trained = embedding_VD.perturbed
     embedding_VD = embedding_VD.value
 
     def step(carry, inputs):
@@ -69,13 +69,15 @@ def _chunked_loss_forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weigh
         hidden_BTD = inputs[0]
         loss, grad_BTV = _chunk_loss(softcap, embedding_VD, *inputs)
         grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
-        if wanted:
+        if trained:
             grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
             # This order transposes the small operand where a library must transpose one.
             grad_VD = constrain(grad_VD + grad_DV.T, "VD")
-        return (total + loss, grad_VD), constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BPD")
+        total += loss
+        grad_BTD = constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BTD", "between_blocks")
+        return (total, grad_VD), grad_BTD
 
-    start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if wanted else None
+    start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if trained else None
     inputs = hidden_CBTD.value, targets_CBT.value, weights_CBT.value
     (total, grad_VD), grad_CBTD = jax.lax.scan(step, start, inputs)
     return total, (grad_CBTD, grad_VD)
@@ -92,15 +94,15 @@ _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward, symbolic_zer
 
 
 def _chunk_loss(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
-    """Loss of one chunk, and its gradient by the logits before the cap, float32."""
-    hidden_BTD = constrain(constrain(hidden_BTD, "BPD"), "ESD")
+    """The loss of one chunk, and its gradient by the logits before the cap, float32 [B, T, V]."""
+    hidden_BTD = constrain(constrain(hidden_BTD, "BTD", "between_blocks"), "BTD", "for_logits")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
-    raw_BTV = constrain(raw_BTV, "ESV")
+    raw_BTV = constrain(raw_BTV, "BTV", "for_logits")
     logits_BTV, slope_BTV = raw_BTV, 1.0
     if softcap is not None:
         squashed_BTV = jnp.tanh(raw_BTV / softcap)
         logits_BTV, slope_BTV = softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
-    if softcap is not None and softcap <= BOUNDED:
+    if softcap is not None and softcap <= LARGEST_SAFE_CAP:
         log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
     else:
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

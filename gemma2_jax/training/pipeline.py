@@ -305,7 +305,7 @@ class Pipeline:
         if mesh.empty:
             return x
         axes = {axis: size for axis, size in self.mesh.shape.items() if axis != "data"}
-        rest = dims.used_spec("BPD", x.shape[-3:], axes)
+        rest = dims.used_spec("BTD", x.shape[-3:], axes, "between_blocks")
         return jax.lax.with_sharding_constraint(x, P("stage", *[None] * (x.ndim - 4), *rest))
 
     def _shard_axis(self, axis: str, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:

@@ -192,7 +192,7 @@ def test_generation_equals_the_formula(checkpoint):
 
 def test_what_cannot_be_merged_is_refused(checkpoint):
     ours = nnx.eval_shape(partial(create, ADAPTERS["dora"]))
-    refused = r"adapter of attn/o and mlp/down cannot be merged: .*Keep it apart, with --to orbax"
+    refused = r"adapter of attn/o and mlp/down cannot be merged: .*Keep the adapter as it is with --to orbax"
     with pytest.raises(ValueError, match=refused):
         lora.merge_adapters(ours)
     assert all(base.adapter for base in lora.projections(ours).values()), "some were merged"

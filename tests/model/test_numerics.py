@@ -239,7 +239,7 @@ def test_products_equal_einsum(equation):
     )
     got, expected = (
         jax.vjp(lambda x, w, f=f: f(equation, x, w), x, w)
-        for f in (model.product, partial(jnp.einsum, precision="highest"))
+        for f in (model.apply_weight, partial(jnp.einsum, precision="highest"))
     )
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-5)
     cotangent = jnp.cos(expected[0])
@@ -252,7 +252,7 @@ def test_products_transpose_no_large_operand(equation):
     """Compiled for CPU, the gradient of an adapter makes no copy of the activations."""
     B, T, F, R = 4, 64, 96, 8
     x, w = ((B, T, F), (F, R)) if equation.startswith("BTF") else ((B, T, R), (R, F))
-    gradients = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(model.product(equation, jnp.exp(x), w)))))
+    gradients = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(model.apply_weight(equation, jnp.exp(x), w)))))
     text = gradients.lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (w, x))).compile().as_text()
     assert f"f32[{B * T},{F}]" in text
     assert f"f32[{F},{B * T}]" not in text
