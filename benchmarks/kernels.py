@@ -23,8 +23,8 @@ from rich.table import Table
 
 from benchmarks import machine_code
 from benchmarks.machine_code import SHARED_PER_BLOCK, Kernel, Loop
-from gemma2_jax import plan
 from gemma2_jax.kernels.shapes import SHAPES, Shape
+from gemma2_jax.planning import described_cluster
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ LAYERS = {
 def compiled(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     """The kernels of `gemma2_jax.kernels.attention`, by direction, for one row of so many tokens.
 
-    Raises ImportError without the extra `plan`. `plan.prepare_jax` comes before JAX.
+    Raises ImportError without the extra `plan`. `described_cluster.prepare_jax` comes before JAX.
     """
     import jax
     import jax.numpy as jnp
@@ -328,7 +328,7 @@ def show(console: Console, title: str, columns: tuple[str, ...], rows: Iterator[
 
 
 def main() -> None:
-    plan.prepare_jax()
+    described_cluster.prepare_jax()
     console = Console()
     if not console.is_terminal:
         console.width = 240

@@ -1,10 +1,10 @@
 """What ptxas made of Mosaic GPU kernels: registers, spills, shared memory, instructions. No GPU is needed.
 
 A library; it prints nothing, and says nothing of time. A function with kernels in it is compiled for one H100 that is
-not there (`gemma2_jax.plan`), and what is read is what that very compilation wrote: jaxlib's dump of ptxas's report
+not there (`gemma2_jax.planning`), and what is read is what that very compilation wrote: jaxlib's dump of ptxas's report
 and of the binary, disassembled. Nothing is assembled a second time. In a fresh process:
 
-    plan.prepare()
+    described_cluster.prepare_jax()
     from benchmarks import machine_code
     for kernel in machine_code.compiled(attention, q, k, v):
         print(kernel.name, kernel.registers, kernel.spill_stores, [loop.instructions for loop in kernel.tiles])
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax import plan
+from gemma2_jax.planning import described_cluster
 
 # Of an H100's multiprocessor; CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 REGISTERS_PER_SM = 65_536
@@ -135,13 +135,13 @@ def compiled(function: Callable, *arguments: Any) -> list[Kernel]:
     Kernels of one name are numbered. One that JAX lowers in two places is compiled twice, and is two. What XLA found
     to be of no use is not compiled.
 
-    Raises ImportError without the extra `plan`. `plan.prepare_jax` comes before JAX.
+    Raises ImportError without the extra `plan`. `described_cluster.prepare_jax` comes before JAX.
     """
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    everywhere = NamedSharding(Mesh(np.array(plan.describe_cluster(1)), ("device",)), PartitionSpec())
+    everywhere = NamedSharding(Mesh(np.array(described_cluster.describe_cluster(1)), ("device",)), PartitionSpec())
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
     with _dumps() as folder:
         # A function that JAX has not seen: it would give back what it compiled before, and nothing would be written.

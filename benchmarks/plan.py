@@ -15,8 +15,12 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from gemma2_jax import config as configs, plan
+from gemma2_jax import config as configs
 from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.planning import described_cluster
+from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step, make_program
+from gemma2_jax.planning.described_cluster import USABLE_BYTES
+from gemma2_jax.planning.report import describe_fit
 from gemma2_jax.planning.traffic import sum_traffic
 
 RECIPES = [f"{size}_{kind}" for kind in ("pretrain", "sft", "lora", "dora") for size in ("2b", "9b", "27b")]
@@ -31,8 +35,8 @@ TRAFFIC = ("recipe", "GPUs", "mesh", "rows", "data", "stage", "fsdp", "tensor", 
 COLUMNS = ("recipe", "mesh", "GPUs", "state, GiB", "temporaries, GiB", "total, GiB", "compiled in", "80 GB")
 
 
-def compiled(config: Config, mesh: MeshConfig) -> plan.Plan:
-    return plan.compile_step(replace(config, mesh=mesh), math.prod(vars(mesh).values()))
+def compiled(config: Config, mesh: MeshConfig) -> CompiledStep:
+    return compile_step(replace(config, mesh=mesh), math.prod(vars(mesh).values()))
 
 
 def meshes(gpus: int) -> Iterator[MeshConfig]:
@@ -42,23 +46,23 @@ def meshes(gpus: int) -> Iterator[MeshConfig]:
         tensor *= 2
 
 
-def fewest(config: Config) -> plan.Plan | None:
+def fewest(config: Config) -> CompiledStep | None:
     """The first plan that fits, from one GPU up."""
     for gpus in (1, 2, 4, 8, 16):
         for mesh in meshes(gpus):
             try:
-                program = plan.make_program(replace(config, mesh=mesh), gpus)
+                program = make_program(replace(config, mesh=mesh), gpus)
             except ValueError:  # this mesh does not divide the model
                 continue
-            if sum(plan.argument_bytes(program).values()) > plan.USABLE_BYTES:
+            if sum(argument_bytes(program).values()) > USABLE_BYTES:
                 continue
             found = compiled(config, mesh)
-            if found.total <= plan.USABLE_BYTES:
+            if found.total <= USABLE_BYTES:
                 return found
     return None
 
 
-def row(name: str, found: plan.Plan) -> tuple[str, ...]:
+def row(name: str, found: CompiledStep) -> tuple[str, ...]:
     mesh = found.program.mesh
     return (
         name,
@@ -66,7 +70,7 @@ def row(name: str, found: plan.Plan) -> tuple[str, ...]:
         str(mesh.size),
         *(f"{size / 2**30:.1f}" for size in (found.arguments, found.temporaries, found.total)),
         f"{found.compile_seconds:.0f} s",
-        plan.verdict(found.total),
+        describe_fit(found.total),
     )
 
 
@@ -95,7 +99,7 @@ def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tupl
 
 
 def main() -> None:
-    plan.prepare_jax()
+    described_cluster.prepare_jax()
     console = Console()
     if not console.is_terminal:
         console.width = 140

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu` where no GPU is: its conventions, its checks, and that what it would time compiles.
 
 Run as a program, which is what a test here does once, it lowers what is timed for CUDA and prints what it found as
-JSON: JAX must not have been used before `plan.prepare_jax`.
+JSON: JAX must not have been used before `described_cluster.prepare_jax`.
 """
 
 import json
@@ -22,9 +22,9 @@ from compilers import needs_plugin
 
 from benchmarks import attention, gpu
 from benchmarks.attention import Cached, Check, Layer
-from gemma2_jax import plan
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.shapes import SHAPES
+from gemma2_jax.planning import described_cluster
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
@@ -36,14 +36,14 @@ def lower(everything: bool) -> dict[str, list]:
     Unless everything is asked for, those of a local layer and of a ring for each head width, less the program of both
     passes; and nothing is compiled.
     """
-    plan.prepare_jax()
+    described_cluster.prepare_jax()
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     # It asks cuDNN and the GPU, neither of which is there. So a change of jax's own checks is not seen here.
     cudnn.check_cudnn_version = lambda: 91000
     cudnn.check_compute_capability = lambda _: True
-    everywhere = NamedSharding(Mesh(np.array(plan.describe_cluster(1)), ("device",)), PartitionSpec())
+    everywhere = NamedSharding(Mesh(np.array(described_cluster.describe_cluster(1)), ("device",)), PartitionSpec())
 
     def kernels(run, *inputs) -> dict[str, int]:
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)

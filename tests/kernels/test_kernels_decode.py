@@ -198,15 +198,15 @@ def test_what_is_not_possible():
 
 COMPILE = """
 import json, os, pathlib, re, sys, tempfile
-from gemma2_jax import plan
-plan.prepare_jax()
+from gemma2_jax.planning import described_cluster
+described_cluster.prepare_jax()
 import jax, jax.numpy as jnp, numpy as np
 import jax.experimental.mosaic
 from functools import partial
 from gemma2_jax.kernels.decode import decode
 
 os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1")
-mesh = jax.sharding.Mesh(np.array(plan.describe_cluster(1)).reshape(1), "x")
+mesh = jax.sharding.Mesh(np.array(described_cluster.describe_cluster(1)).reshape(1), "x")
 everywhere = jax.NamedSharding(mesh, jax.P())
 found = []
 for B, T, N, K, H, S in json.loads(sys.argv[1]):

@@ -1,7 +1,7 @@
 """The attention kernels as compiled for an H100 that is not there, and the tiles that they visit, with nothing run.
 
 Run as a program with the name of a case and of a file, which is what the tests here do, it compiles the kernels of that
-case: JAX must not have been used before `plan.prepare_jax`.
+case: JAX must not have been used before `described_cluster.prepare_jax`.
 """
 
 import os
@@ -19,7 +19,7 @@ from filelock import FileLock
 from benchmarks import kernels as table
 from benchmarks.kernels import CASES, DIRECTIONS, LAYERS, PRODUCTS
 from benchmarks.machine_code import REGISTERS_PER_SM, SHARED_PER_BLOCK, Kernel
-from gemma2_jax import plan
+from gemma2_jax.planning import described_cluster
 
 ROOT = Path(__file__).parents[2]
 KERNELS = [
@@ -30,7 +30,7 @@ KERNELS = [
 
 
 def compile_case(name: str, path: str) -> None:
-    plan.prepare_jax()
+    described_cluster.prepare_jax()
     found = {**table.compiled(CASES[name]), "decode": table.compiled_decode(CASES[name])}
     Path(path).write_bytes(pickle.dumps(found))
 

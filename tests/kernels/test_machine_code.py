@@ -1,7 +1,7 @@
 """Machine code: its readers on typed-out text, and kernels compiled for an H100 that is not there.
 
 Run as a program, which is what the tests here do once, it compiles the kernels and prints what it found as JSON: JAX
-must not have been used before `plan.prepare_jax`.
+must not have been used before `described_cluster.prepare_jax`.
 """
 
 import json
@@ -19,7 +19,7 @@ from compilers import need
 
 from benchmarks import machine_code
 from benchmarks.machine_code import Kernel, Loop, Opcodes
-from gemma2_jax import plan
+from gemma2_jax.planning import described_cluster
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 3
@@ -27,7 +27,7 @@ LAYERS = 3
 
 def compile_all() -> dict:
     """jax's own attention; two kernels of one name in a loop, of which the second one needs too many registers."""
-    plan.prepare_jax()
+    described_cluster.prepare_jax()
     import jax
     import jax.experimental.pallas.mosaic_gpu as plgpu
     import jax.numpy as jnp
@@ -63,7 +63,7 @@ def compile_all() -> dict:
         "layers": machine_code.compiled(layers, *elements),
     }
     described = {name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}
-    mesh = jax.sharding.Mesh(plan.describe_cluster(1), "x")
+    mesh = jax.sharding.Mesh(described_cluster.describe_cluster(1), "x")
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     program = jax.jit(layers, in_shardings=here).trace(*elements).lower(lowering_platforms=("cuda",)).compile()
     text = program.as_text()

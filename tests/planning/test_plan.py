@@ -16,6 +16,9 @@ from benchmarks.machine_code import calls
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step
+from gemma2_jax.planning.described_cluster import USABLE_BYTES, describe_cluster
+from gemma2_jax.planning.report import describe_fit, plan_in_subprocess, summarize_step
 from gemma2_jax.planning.traffic import read_traffic, sum_traffic
 from gemma2_jax.training.step import Program
 
@@ -121,7 +124,7 @@ def test_impossible_clusters(gpus):
     with pytest.raises(
         ValueError, match=f"^{gpus} GPUs cannot be planned for: use 1 to 8, or a multiple of 8 up to 512"
     ):
-        plan.describe_cluster(gpus)
+        describe_cluster(gpus)
 
 
 def test_missing_plugin_names_the_extra(monkeypatch):
@@ -130,10 +133,10 @@ def test_missing_plugin_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(ImportError, match=r"pip install 'gemma2-jax\[plan\]'"):
-        plan.describe_cluster(8)
+        describe_cluster(8)
 
 
-def small(kind: str = "sft", **mesh: int) -> plan.Plan:
+def small(kind: str = "sft", **mesh: int) -> CompiledStep:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
     config = configs.finetune(
         "test",
@@ -144,10 +147,10 @@ def small(kind: str = "sft", **mesh: int) -> plan.Plan:
         compute=ComputeConfig(loss_chunk=64, gpu_flags="none"),  # one layer a trip
         mesh=MeshConfig(**{"data": 1, **mesh}),
     )
-    return plan.compile_step(config, shards * mesh.get("tensor", 1))
+    return compile_step(config, shards * mesh.get("tensor", 1))
 
 
-def per_layer(found: plan.Plan, kind: str) -> list:
+def per_layer(found: CompiledStep, kind: str) -> list:
     return [c for c in found.traffic if c.kind == kind and c.times == LAYERS * PASSES]
 
 
@@ -167,10 +170,8 @@ def test_fsdp_gathers_one_layer_at_a_time():
     tokens = 4 * 8 * 2 * 128 * SMALL.width  # float32, of all shards: they go to the embedding, not it to them
     assert max(c.sent for c in elsewhere) <= tokens * 7 / 8
     vectors = (4 * LAYERS + 1) * SMALL.width
-    assert plan.argument_bytes(found.program)["trained weights"] == 4 * (
-        (SMALL.parameter_count() - vectors) / 8 + vectors
-    )
-    assert found.arguments >= sum(plan.argument_bytes(found.program).values())
+    assert argument_bytes(found.program)["trained weights"] == 4 * ((SMALL.parameter_count() - vectors) / 8 + vectors)
+    assert found.arguments >= sum(argument_bytes(found.program).values())
 
 
 @needs_plugin
@@ -203,7 +204,7 @@ def test_64_hosts():
     assert found.program.mesh.size == 512
     assert {"data", "tensor"} <= set(sum_traffic(found.traffic))
     console = Console(width=120, record=True)
-    plan.print_plan(console, found)
+    plan.print_plan(console, summarize_step(found))
     text = console.export_text()
     assert "512 x H100 80GB" in text and "mesh data 64 x tensor 8" in text and "frozen weights" in text
     assert "fits, 75.1 GiB to spare" in text and "│ data " in text and "not counted" not in text
@@ -212,7 +213,7 @@ def test_64_hosts():
 ONE = MeshConfig(data=1)
 
 
-def kernels(found: plan.Plan) -> tuple[Counter, dict[str, int]]:
+def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
     """How often a step runs each attention kernel, and how often its layers and passes need it to."""
     program = found.program
     stages, context = program.mesh.shape["stage"], program.mesh.shape["context"]
@@ -242,7 +243,7 @@ def test_kernels_in_every_layer(name, mesh):
     train = replace(config.train, sequence_length=6144, global_batch_size=2, micro_batch_size=1)
     compute = replace(config.compute, gpu_flags="none")  # which has loops once in the program, not twice
     config = replace(config, model=model, train=train, compute=compute)
-    found = plan.compile_step(config, math.prod(vars(mesh).values()))
+    found = compile_step(config, math.prod(vars(mesh).values()))
     run, needed = kernels(found)
     assert run == needed
     # No scores of all pairs; no other dim has this size.
@@ -278,11 +279,11 @@ def test_real_steps_fit(name, mesh, length):
     """Compiled at real size, in less than a minute, they fit in what XLA may take of 80 GB."""
     config = replace(configs.load_recipe(name), mesh=mesh)
     config = replace(config, train=replace(config.train, sequence_length=length))
-    found = plan.compile_step(config, math.prod(vars(mesh).values()))
+    found = compile_step(config, math.prod(vars(mesh).values()))
     run, needed = kernels(found)
     # XLA repeats a kernel rather than keep its result, where it takes memory to be short: 27B on eight GPUs.
     assert run.keys() == needed.keys() and all(run[name] >= needed[name] for name in needed)
-    assert found.total <= plan.USABLE_BYTES, plan.verdict(found.total)
+    assert found.total <= USABLE_BYTES, describe_fit(found.total)
     assert found.lower_seconds + found.compile_seconds < 60
 
 
@@ -306,6 +307,35 @@ def test_depth_does_not_lengthen_compilation():
     seconds = []
     for layers in (8, config.model.layers):
         started = time.process_time()
-        plan.compile_step(replace(config, model=replace(config.model, layers=layers)), 16)
+        compile_step(replace(config, model=replace(config.model, layers=layers)), 16)
         seconds.append(time.process_time() - started)
     assert seconds[1] < min(60, 1.5 * seconds[0] + 5), f"8 layers took {seconds[0]:.0f} s, 46 took {seconds[1]:.0f} s"
+
+
+@needs_plugin
+def test_subprocess_gives_the_same_plan():
+    """JAX is in use in this process; the numbers are those of a step that is compiled here all the same."""
+    config = configs.finetune(
+        "test",
+        SMALL,
+        "",
+        "sft",
+        train=TrainConfig(sequence_length=128, global_batch_size=4, micro_batch_size=2),
+        compute=ComputeConfig(loss_chunk=64, gpu_flags="none"),
+        mesh=MeshConfig(data=1, tensor=2),
+    )
+    found, expected = plan_in_subprocess(config, 2), summarize_step(compile_step(config, 2))
+    for name in ("config", "gpus", "mesh", "layers_per_stage"):
+        assert getattr(found, name) == getattr(expected, name)
+    kinds = {"trained weights", "optimizer", "batch", "temporaries", "results"}
+    assert found.memory.keys() == expected.memory.keys() == kinds
+    weights = SMALL.parameter_count()
+    assert 4 * weights / 2 <= found.memory["trained weights"] < 4 * weights / 2 * 1.05
+    assert found.fits and found.total >= sum(found.memory.values()) - found.memory["batch"]
+    assert {*found.traffic} == {"tensor"} and found.traffic["tensor"]["all-gather"] > 0
+    assert str(found).startswith("2 x H100 80GB, mesh tensor 2: trained weights ")
+
+
+def test_subprocess_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"^12 GPUs cannot be planned for"):
+        plan_in_subprocess(configs.load_recipe("9b_lora"), 12)

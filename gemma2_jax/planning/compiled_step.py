@@ -1,0 +1,111 @@
+"""The real training step at its real size, compiled for a described cluster, and what is read off the result.
+
+Nothing is run, and nothing is said of time. `described_cluster.prepare_jax` must come before JAX is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma2_jax.config import Config
+from gemma2_jax.planning.described_cluster import describe_cluster
+from gemma2_jax.planning.traffic import Collective, read_traffic
+
+if TYPE_CHECKING:
+    from gemma2_jax.training.step import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """A compiled training step. Bytes are those of one GPU."""
+
+    program: Program
+    lower_seconds: float
+    compile_seconds: float
+    arguments: int  # bytes of state and batch; the state's memory becomes the next state's
+    temporaries: int  # bytes
+    outputs: int  # bytes of results that do not take an argument's place
+    text: str  # the compiled HLO
+
+    @property
+    def total(self) -> int:
+        """Bytes that the step needs at once."""
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def layout(self) -> str:
+        """The mesh in words."""
+        from gemma2_jax.mesh import describe_mesh
+
+        return describe_mesh(self.program.mesh)
+
+    @property
+    def layers_per_stage(self) -> int | None:
+        """Trips of a loop over the layers of one pipeline stage; None without a pipeline."""
+        stages = self.program.mesh.shape.get("stage", 1)
+        return -(-self.program.config.model.layers // stages) if stages > 1 else None
+
+    @property
+    def traffic(self) -> list[Collective]:
+        """Every collective of the step."""
+        return read_traffic(self.text, self.program.mesh.shape, self.layers_per_stage)
+
+
+def make_program(config: Config, gpus: int) -> Program:
+    """The run of `config` on `gpus` described H100s, before anything is compiled."""
+    from gemma2_jax.mesh import make_mesh
+    from gemma2_jax.training.step import Program
+
+    return Program(config, make_mesh(config.mesh, describe_cluster(gpus)))
+
+
+def compile_step(config: Config, gpus: int) -> CompiledStep:
+    """The training step of `config`, compiled as the training loop compiles it, for `gpus` described H100s.
+
+    Raises ValueError where the run does not divide over the mesh, and ImportError without the extra `plan`.
+    """
+    import jax
+
+    program = make_program(config, gpus)
+    state, batch = program.state, program.batch  # before the mesh is set: optax runs small operations in here
+    with jax.set_mesh(program.mesh):
+        start = time.perf_counter()
+        traced = jax.jit(program.train_step, donate_argnums=0).trace(state, batch)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        lowering_end = time.perf_counter()
+        compiled = lowered.compile(program.compiler_options)
+        compiling_end = time.perf_counter()
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    assert memory is not None and text is not None
+    return CompiledStep(
+        program=program,
+        lower_seconds=lowering_end - start,
+        compile_seconds=compiling_end - lowering_end,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        text=text,
+    )
+
+
+def argument_bytes(program: Program) -> dict[str, int]:
+    """Bytes of each kind of argument on one GPU, by the kind's name; kinds without any are left out."""
+    state = program.state
+    kinds = {
+        "trained weights": state.params,
+        "optimizer": state.optimizer,
+        "frozen weights": state.frozen,
+        "batch": program.batch,
+    }
+    return {name: size for name, tree in kinds.items() if (size := _shard_bytes(tree))}
+
+
+def _shard_bytes(tree) -> int:
+    import jax
+
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
