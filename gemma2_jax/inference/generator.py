@@ -2,11 +2,10 @@
 
 Two programs do it: one takes the prompts, the other up to `CHUNK` steps, until all rows have stopped. The host calls
 for a chunk before it fetches the tokens of the last one, so that the device does not wait for whoever reads them.
-Shapes are rounded up, so that few programs serve all lengths. Text, tokenizers and files are not known here;
-`generate` is the command line.
+Shapes are rounded up, so that few programs serve all lengths. Text, tokenizers and files are not known here.
 
-A step reads every weight for one token of each row. That is why layers are apart here: cut out of a stack, each
-weight would be read and written once more.
+A step reads every weight for one token of each row. That is why every layer has its own arrays here: cut out of a
+stack, each weight would be read and written once more.
 """
 
 from collections.abc import Iterator, Sequence, Set as AbstractSet
@@ -21,66 +20,38 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from gemma2_jax.config import ModelConfig
+from gemma2_jax.inference.sampling import GREEDY, Sampling, sample_tokens
 from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild_model, unstack_layers
 
-CHUNK = 16  # steps of one call: how long a reader waits, and how rarely the host has work
-PAD = 0  # what a row is filled with once it has stopped
+CHUNK = 16  # steps of one call: a longer chunk leaves the host less to do, and a reader waits longer
+PAD = 0  # token that fills a row once it has stopped
 
 Tokens = list[list[int]]  # of each row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn. Another value compiles nothing, setting or unsetting one does."""
-
-    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
-    top_k: int | None = None  # draw from the k most likely tokens
-    top_p: float | None = None  # of those, from the fewest, most likely first, that have this much of the probability
-    seed: int = 0  # of the draws; those of a row do not depend on the other rows
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; use 0 for the most likely token, or a positive one")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or unset to draw from all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or unset")
-
-    @property
-    def settings(self) -> dict[str, float]:
-        """What is set, by name: the names are compiled in, the values are arguments."""
-        if self.temperature == 0:
-            return {}
-        fields = {"temperature": self.temperature, "seed": self.seed, "top_k": self.top_k, "top_p": self.top_p}
-        return {name: value for name, value in fields.items() if value is not None and (name, value) != ("top_p", 1)}
-
-
-GREEDY = Sampling()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["token_B", "position_B", "stopped_B", "cache"], meta_fields=[])
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where each row is. The cache holds what stands before `position_B`."""
+    """Where each row is. The cache holds the tokens before `position_B`."""
 
     token_B: jax.Array  # int32: the newest token
-    position_B: jax.Array  # int32: where it stands
-    stopped_B: jax.Array  # bool: whether it, or one before it, ends the row
+    position_B: jax.Array  # int32: the newest token's position
+    stopped_B: jax.Array  # bool: whether the newest token, or one before it, ends the row
     cache: Cache
 
 
 class Generator:
     """A model laid out for generation: an array per layer, in the dtype it is computed in.
 
-    `weights` is emptied on the way, so that one stacked array at a time is held twice. Adapters stay adapters; a step
-    is faster with them merged (`lora.merge_adapters`).
+    `weights` is emptied on the way, so that no more than one stacked array at a time is in memory twice. Adapters stay
+    adapters; a step is faster with them merged (`lora.merge_adapters`).
     """
 
     def __init__(self, graph: nnx.GraphDef, weights: Weights):
-        whole = nnx.eval_shape(lambda weights: unstack_layers(rebuild_model(graph, weights)), dict(weights))
-        self.config: ModelConfig = whole.config
-        self.graph = nnx.graphdef(whole)
-        self.weights = _unstack_weights(weights, whole.dtype)
+        model = nnx.eval_shape(lambda weights: unstack_layers(rebuild_model(graph, weights)), dict(weights))
+        self.config: ModelConfig = model.config
+        self.graph = nnx.graphdef(model)
+        self.weights = _unstack_weights(weights, model.dtype)
 
     def generate(
         self,
@@ -111,26 +82,26 @@ class Generator:
         self._check(prompts, max_new_tokens)
         return self._stream(prompts, max_new_tokens, sampling.settings, np.array(sorted(stop), np.int32))
 
-    def _stream(self, prompts, left: int, settings, stop) -> Iterator[Tokens]:
+    def _stream(self, prompts, max_new_tokens: int, settings, stop) -> Iterator[Tokens]:
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         tokens_BT = np.full((len(prompts), bucket_length(max(lengths_B))), PAD, np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        slots = bucket_length(max(lengths_B) + left)
+        slots = bucket_length(max(lengths_B) + max_new_tokens)
         state, new = _prefill(self.graph, self.weights, tokens_BT, lengths_B, stop, settings, slots=slots)
-        left -= 1
+        remaining = max_new_tokens - 1
         tokens, finished = _fetch_tokens(new)  # the reader's first token comes before a second program is compiled
         yield tokens
-        ahead = None
-        while left > 0 and not finished:
-            state, new = _decode(self.graph, self.weights, state, min(left, CHUNK), stop, settings)
-            left -= CHUNK
-            if ahead is not None:
-                tokens, finished = _fetch_tokens(ahead)
+        pending = None  # a chunk's tokens are fetched once the next chunk is dispatched
+        while remaining > 0 and not finished:
+            state, new = _decode(self.graph, self.weights, state, min(remaining, CHUNK), stop, settings)
+            remaining -= CHUNK
+            if pending is not None:
+                tokens, finished = _fetch_tokens(pending)
                 yield tokens
-            ahead = new
-        if ahead is not None and not finished:
-            yield _fetch_tokens(ahead)[0]
+            pending = new
+        if pending is not None and not finished:
+            yield _fetch_tokens(pending)[0]
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts:
@@ -154,39 +125,9 @@ class Generator:
 
 
 def bucket_length(length: int) -> int:
-    """The least of 32, 48, 64, 96, 128, 192, ... that is no less: at most half as much again."""
+    """The least of 32, 48, 64, 96, 128, 192, ... that is at least `length`: at most half as much again."""
     power = 1 << max(5, (int(length) - 1).bit_length())
     return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
-
-
-def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
-    """Logits over the temperature, at -inf where top_k and then top_p leave a token out; ties stay together."""
-    logits_BV = logits_BV / settings["temperature"]
-    if settings.keys().isdisjoint(("top_k", "top_p")):
-        return logits_BV
-    descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    if "top_k" in settings:
-        rank_V = jnp.arange(logits_BV.shape[-1])
-        descending_BV = jnp.where(rank_V < settings["top_k"], descending_BV, -jnp.inf)
-    if "top_p" in settings:
-        probability_BV = jax.nn.softmax(descending_BV, axis=-1)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        descending_BV = jnp.where(before_BV < settings["top_p"], descending_BV, -jnp.inf)
-    least_B1 = jnp.min(descending_BV, axis=-1, keepdims=True, where=descending_BV > -jnp.inf, initial=jnp.inf)
-    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-
-
-def sample_tokens(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
-    """The token, int32 [B], to stand at `position_B`: the most likely one, or a draw that row and position decide."""
-    if not settings:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def draw(row, position, logits_V):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings["seed"]), row), position)
-        return jax.random.categorical(key, logits_V)
-
-    rows_B = jnp.arange(logits_BV.shape[0])
-    return jax.vmap(draw)(rows_B, position_B, filter_logits(logits_BV, settings)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("graph", "slots"))
@@ -206,23 +147,23 @@ def _decode(graph, weights, state: State, steps, stop, settings):
     """The state `steps` later, at most `CHUNK`, or when the last row stopped; and what `_fetch_tokens` takes."""
     model: Gemma2 = nnx.merge(graph, weights)
 
-    def going_on(carry):
+    def is_unfinished(carry):
         step, state, _, _ = carry
         return (step < steps) & ~state.stopped_B.all()
 
-    def one_step(carry):
+    def decode_token(carry):
         step, state, tokens_BC, counts_B = carry
         hidden_BD, cache = model.decode_step(state.token_B, state.position_B, state.cache)
         position_B = state.position_B + 1
         token_B = sample_tokens(model.logits(hidden_BD), position_B, settings)
         token_B = jnp.where(state.stopped_B, PAD, token_B)
         stopped_B = state.stopped_B | jnp.isin(token_B, stop)
-        after = State(token_B=token_B, position_B=position_B, stopped_B=stopped_B, cache=cache)
-        return step + 1, after, tokens_BC.at[:, step].set(token_B), counts_B + ~state.stopped_B
+        new_state = State(token_B=token_B, position_B=position_B, stopped_B=stopped_B, cache=cache)
+        return step + 1, new_state, tokens_BC.at[:, step].set(token_B), counts_B + ~state.stopped_B
 
     B = state.token_B.shape[0]
     start = jnp.int32(0), state, jnp.full((B, CHUNK), PAD), jnp.zeros(B, jnp.int32)
-    _, state, tokens_BC, counts_B = jax.lax.while_loop(going_on, one_step, start)
+    _, state, tokens_BC, counts_B = jax.lax.while_loop(is_unfinished, decode_token, start)
     return state, (tokens_BC, counts_B, state.stopped_B.all())
 
 
@@ -232,21 +173,26 @@ def _fetch_tokens(new) -> tuple[Tokens, bool]:
     return [row[:count].tolist() for row, count in zip(tokens_BC, counts_B, strict=True)], bool(finished)
 
 
+def keeps_dtype(path: str) -> bool:
+    """Whether the model computes with a weight in the dtype that it is stored in: norms and adapters are such."""
+    return "norm/" in path or "/adapter/" in path
+
+
 @partial(jax.jit, static_argnums=1)
 def _cast_layers(w_L: jax.Array, dtype) -> list[jax.Array]:
     return [w.astype(dtype) for w in w_L]
 
 
 def _unstack_weights(weights: Weights, dtype) -> dict:
-    """The arrays of `unstack`ed model, nested; `weights` is emptied."""
-    found = {}
+    """The arrays of a model after `unstack_layers`, nested; `weights` is emptied."""
+    unstacked = {}
     for path in list(weights):
         w = weights.pop(path)
-        # The model computes with norms and adapters in their own dtype.
-        kept = w.dtype if "norm/" in path or "/adapter/" in path else dtype
+        new_dtype = w.dtype if keeps_dtype(path) else dtype
         names = path.split("/")
         if names[0] == "blocks":
-            found |= {("blocks", number, *names[1:]): w for number, w in enumerate(_cast_layers(w, kept))}
+            layers = _cast_layers(w, new_dtype)
+            unstacked |= {("blocks", number, *names[1:]): layer for number, layer in enumerate(layers)}
         else:
-            found[tuple(names)] = w.astype(kept)
-    return unflatten_dict(found)
+            unstacked[tuple(names)] = w.astype(new_dtype)
+    return unflatten_dict(unstacked)

@@ -23,8 +23,10 @@ from gemma2_jax import generate, mesh as meshes
 from gemma2_jax.config import GEMMA2_TINY, MeshConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
-from gemma2_jax.inference import generator as decode
-from gemma2_jax.inference.generator import CHUNK, Generator, Sampling
+from gemma2_jax.inference import generator as generators
+from gemma2_jax.inference.generator import CHUNK, Generator
+from gemma2_jax.inference.sampling import Sampling, filter_logits, sample_tokens
+from gemma2_jax.inference.text import TextStream
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
@@ -143,7 +145,7 @@ def test_local_layers_keep_no_more_than_their_window():
     """8 tokens in layer 0, all of the 48 asked for in layer 1."""
     made = generator("27b")
     tokens, lengths = np.full((2, 32), 5, np.int32), np.array([3, 20], np.int32)
-    state, _ = decode._prefill(made.graph, made.weights, tokens, lengths, np.array([], np.int32), {}, slots=48)
+    state, _ = generators._prefill(made.graph, made.weights, tokens, lengths, np.array([], np.int32), {}, slots=48)
     assert [k.shape for k, _ in state.cache] == [(2, 4, 8, 8), (2, 4, 48, 8)]
 
 
@@ -171,7 +173,7 @@ def test_distributions_are_those_of_transformers(temperature, top_k, top_p):
     no_tokens = torch.zeros((4, 1), dtype=torch.int64)
     expected = warpers(no_tokens, torch.tensor(LOGITS)).softmax(-1).numpy()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = jax.nn.softmax(decode.filter_logits(jnp.asarray(LOGITS), sampling.settings), axis=-1)
+    found = jax.nn.softmax(filter_logits(jnp.asarray(LOGITS), sampling.settings), axis=-1)
     np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
@@ -180,8 +182,8 @@ def test_draws_have_their_distribution():
     """Twenty thousand rows of the same logits, drawn at once: counts lie within five standard deviations."""
     rows, logits = 20_000, jnp.asarray(LOGITS[0, :20])
     settings = Sampling(temperature=1.3, top_k=12, top_p=0.9, seed=3).settings
-    probability = np.asarray(jax.nn.softmax(decode.filter_logits(logits[None], settings)[0]))
-    drawn = decode.sample_tokens(jnp.broadcast_to(logits, (rows, 20)), jnp.full(rows, 7), settings)
+    probability = np.asarray(jax.nn.softmax(filter_logits(logits[None], settings)[0]))
+    drawn = sample_tokens(jnp.broadcast_to(logits, (rows, 20)), jnp.full(rows, 7), settings)
     counts = np.bincount(drawn, minlength=20)
     assert 5 < np.count_nonzero(probability) < 12
     assert (counts[probability == 0] == 0).all()
@@ -226,7 +228,7 @@ def test_rows_end_with_a_stop_token():
 def test_stopped_rows_are_padded():
     state, (tokens, counts, finished) = run_chunk("27b", rows=3, stopped=[True, False, False])
     assert counts.tolist() == [0, CHUNK, CHUNK] and not finished
-    assert (tokens[0] == decode.PAD).all() and len(set(tokens[1].tolist())) > 5
+    assert (tokens[0] == generators.PAD).all() and len(set(tokens[1].tolist())) > 5
     assert state.stopped_B.tolist() == [True, False, False]
 
 
@@ -234,11 +236,11 @@ def run_chunk(name: str, rows: int, stopped: list[bool], compiled_only: bool = F
     """One chunk from prompts of one token; or its program."""
     made, none = generator(name), np.array([], np.int32)
     tokens, lengths = np.full((rows, 32), 5, np.int32), np.ones(rows, np.int32)
-    state, _ = decode._prefill(made.graph, made.weights, tokens, lengths, none, {}, slots=48)
+    state, _ = generators._prefill(made.graph, made.weights, tokens, lengths, none, {}, slots=48)
     state = replace(state, stopped_B=jnp.array(stopped))
     if compiled_only:
-        return decode._decode.lower(made.graph, made.weights, state, CHUNK, none, {}).compile()
-    return decode._decode(made.graph, made.weights, state, CHUNK, none, {})
+        return generators._decode.lower(made.graph, made.weights, state, CHUNK, none, {}).compile()
+    return generators._decode(made.graph, made.weights, state, CHUNK, none, {})
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -279,7 +281,7 @@ def test_a_mesh_gives_the_same_tokens():
 
 
 def test_lengths_are_rounded_up_to_few():
-    assert [decode.bucket_length(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
+    assert [generators.bucket_length(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
         32, 32, 48, 48, 64, 96, 384, 8192, 8192
     ]  # fmt: skip
 
@@ -314,12 +316,12 @@ def test_text_comes_in_whole_characters():
     """Token by token, each of them at most a byte of some characters."""
     tokenizer = load_tokenizer(str(ASSETS))
     written = "Naïve café, 日本語 and 😀 in one line."
-    text = generate.TextStream(tokenizer)
+    text = TextStream(tokenizer)
     pieces = [text.add([token]) for token in tokenizer(written, add_special_tokens=False)["input_ids"]]
     assert "".join(pieces) == text.whole == written
     assert not any("\ufffd" in piece for piece in pieces) and "" in pieces
     half = tokenizer("日", add_special_tokens=False)["input_ids"][:-1]
-    assert (text.add(half), text.rest(), text.rest()) == ("", "\ufffd", "")
+    assert (text.add(half), text.flush(), text.flush()) == ("", "\ufffd", "")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,268 @@
+"""A checkpoint of any format as a model on a mesh, and that model as a checkpoint again.
+
+`load_model` reads of every weight the slices that this process's devices store, so that none is ever whole on one of
+them; `save_model` writes a layer at a time. Weights keep the dtype that they are stored in unless another is asked for,
+so that loading and saving changes no bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import Mesh
+
+from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, ModelConfig
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
+from gemma2_jax.convert.files.memory import Index
+from gemma2_jax.convert.writing import Format, Job, write_checkpoint
+from gemma2_jax.data.encoding import load_tokenizer
+from gemma2_jax.inference.generator import Generator, keeps_dtype
+from gemma2_jax.inference.sampling import Sampling
+from gemma2_jax.inference.text import decode_text, encode_prompt, stop_tokens
+from gemma2_jax.mesh import make_mesh, stored_sharding
+from gemma2_jax.model import lora
+from gemma2_jax.model.attention.choice import choose_attention
+from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights, flatten_state, rebuild_model, weight_dims
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a model's weights came from and where they lie. NNX compares it by identity."""
+
+    checkpoint: Checkpoint
+    mesh: Mesh
+    tokenizer: "PreTrainedTokenizerFast | None"
+
+
+class LoadedModel(Gemma2):
+    """A Gemma2 that lies on a mesh and has a tokenizer. Its weights are those of `Gemma2`, with adapters if it has any.
+
+    Calling it computes on its mesh, compiled once for each shape; inside a function that is being traced it is a plain
+    Gemma2.
+    """
+
+    origin: Origin
+
+    def __call__(self, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
+        """Logits of the token that follows each token, float32 [B, T, V].
+
+        Args:
+          tokens_BT: int32 token ids; lists of equal length will do.
+          positions_BT: int32 positions; by default 0 to T - 1.
+          segments_BT: int32; a token attends within its segment only. By default a row is one segment.
+        """
+        if isinstance(self.embedding[...], Tracer):
+            return super().__call__(tokens_BT, positions_BT, segments_BT)
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions_BT is None else positions_BT
+        segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
+        inputs = (_pad_rows(np.asarray(x, np.int32), self.mesh) for x in (tokens_BT, positions_BT, segments_BT))
+        graph, weights = nnx.split(self)
+        with jax.set_mesh(self.mesh):
+            return _logits(graph, weights, *inputs)[:B]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that the weights lie on."""
+        return self.origin.mesh
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The adapter on the weights; its kind is "none" where there is none."""
+        return self.origin.checkpoint.adapter
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer beside the weights. Raises ValueError where there is none."""
+        if self.origin.tokenizer is None:
+            raise ValueError(
+                f"{self.origin.checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its "
+                "model there"
+            )
+        return self.origin.tokenizer
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graph, weights, tokens_BT, positions_BT, segments_BT) -> jax.Array:
+    return nnx.merge(graph, weights)(tokens_BT, positions_BT, segments_BT)
+
+
+def _pad_rows(x_BT: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Rows repeated at the end until every data and fsdp shard has as many."""
+    missing = -len(x_BT) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    return np.concatenate([x_BT, x_BT[-1:].repeat(missing, 0)])
+
+
+def default_dtype() -> DType:
+    """What is computed in where nobody says: float32 on CPU, bfloat16 elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def one_device_mesh() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+
+def complete_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The model's config. Raises ValueError where the checkpoint is an adapter without its model."""
+    if checkpoint.model is None or "embedding" not in checkpoint.shapes:
+        base = f"its model, {checkpoint.base}," if checkpoint.base else "its model"
+        raise ValueError(
+            f"{checkpoint.path} is an adapter, and {base} is not at hand; give both: --checkpoint MODEL --adapter "
+            f"{checkpoint.path}, or load(MODEL, adapter={str(checkpoint.path)!r})"
+        )
+    return checkpoint.model
+
+
+def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: DType | None = None) -> LoadedModel:
+    """The model of a checkpoint with its weights sharded over a mesh as `dims` says, adapters beside them.
+
+    Args:
+      checkpoint: what `open_checkpoint` found.
+      mesh: by default the first device. A loaded model has no pipeline: stages become more fsdp shards.
+      dtype: of matrix products and of the matrices in memory. None: products as `default_dtype`, weights as stored.
+
+    Raises ValueError where the checkpoint is an adapter without its model.
+    """
+    mesh = one_device_mesh() if mesh is None else _without_stages(mesh)
+    skeleton = _model_skeleton(checkpoint, mesh, dtype or default_dtype())
+    letters, stored = weight_dims(skeleton), checkpoint.shapes
+    wanted: Abstract = {}
+    for path, w in flatten_state(nnx.state(skeleton)).items():
+        kept = stored[path].dtype if path in stored and (dtype is None or keeps_dtype(path)) else dtype or w.dtype
+        wanted[path] = jax.ShapeDtypeStruct(w.shape, kept, sharding=stored_sharding(mesh, letters[path], w.shape))
+    return _assemble_model(skeleton, load_weights(checkpoint, wanted), checkpoint, mesh)
+
+
+def wrap_weights(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DType) -> LoadedModel:
+    """The model of a checkpoint whose weights are in memory already, such as a run's, in their dtypes.
+
+    Stacks may be longer than the model has layers, as those of pipeline stages are: what follows is cut off.
+    """
+    mesh = _without_stages(mesh)
+    skeleton = _model_skeleton(checkpoint, mesh, dtype)
+    placed = {}
+    for path, letters in weight_dims(skeleton).items():
+        w = weights[path]
+        w = w[: skeleton.config.layers] if letters.startswith("L") else w
+        placed[path] = jax.device_put(w, stored_sharding(mesh, letters, w.shape))
+    return _assemble_model(skeleton, placed, checkpoint, mesh)
+
+
+def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) -> None:
+    """Writes a model as a checkpoint, bit for bit; the folder appears whole or not at all.
+
+    Raises ValueError where the folder holds something already, the disk has no room, or the format does not hold what
+    the model has.
+    """
+    if isinstance(model, LoadedModel):
+        checkpoint = model.origin.checkpoint
+    else:
+        checkpoint = Checkpoint(format="huggingface", path=Path("the model"), model=model.config)
+    weights = flatten_state(nnx.state(model))
+    if not all(w.is_fully_addressable for w in weights.values()):
+        raise ValueError("the weights are spread over several processes; save them from a training run's checkpoint")
+    if checkpoint.adapter.kind == "none" and any("/adapter/" in path for path in weights):
+        raise ValueError("the model has adapters that it was not loaded with; merge them first (lora.merge_adapters)")
+    # "run" would mean another dtype than the model's own.
+    source = replace(checkpoint, format="huggingface", model=model.config, sources=(_ModelArrays(weights),))
+    write_checkpoint(Job(source=source, to=to, merge=merge), path)
+
+
+def load_generator(checkpoint: Checkpoint, dtype: DType | None = None) -> Generator:
+    """The model of a checkpoint, ready to generate, on the first device.
+
+    An adapter is added into the weights if it can be: beside them it slows down every step.
+    """
+    model = load_model(checkpoint, dtype=dtype or default_dtype())
+    adapter = model.adapter
+    graph, state = nnx.split(model)
+    weights = flatten_state(state)
+    del model, state  # so that the generator can free each stacked weight
+    return _make_generator(graph, weights, adapter)
+
+
+def generate_texts(
+    model: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, chat: bool
+) -> list[str]:
+    """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh."""
+    tokens = [encode_prompt(prompt, model.tokenizer, chat=chat) for prompt in prompts]
+    rows = [*tokens, *tokens[-1:] * (-len(tokens) % (model.mesh.shape["data"] * model.mesh.shape["fsdp"]))]
+    stop = stop_tokens(model.tokenizer)
+    graph, state = nnx.split(model)
+    with jax.set_mesh(model.mesh):
+        weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in flatten_state(state).items()}
+        generator = _make_generator(graph, weights, model.adapter)
+        new = generator.generate(rows, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+    return [decode_text(row, model.tokenizer) for row in new[: len(prompts)]]
+
+
+def _make_generator(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig) -> Generator:
+    """A generator of these weights, with the adapter merged where it can be. `weights` is emptied on the way."""
+    if adapter.kind != "none" and not adapter.unmergeable_targets:
+        model = rebuild_model(graph, weights)
+        weights.clear()
+        lora.merge_adapters(model)
+        graph, state = nnx.split(model)
+        weights = flatten_state(state)
+        del model, state
+    return Generator(graph, weights)
+
+
+def _without_stages(mesh: Mesh) -> Mesh:
+    """The same devices, in the same order, with stages as more fsdp shards."""
+    if mesh.shape["stage"] == 1:
+        return mesh
+    sizes = dict(mesh.shape) | {"stage": 1, "fsdp": mesh.shape["stage"] * mesh.shape["fsdp"]}
+    return Mesh(mesh.devices.reshape(*sizes.values()), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _model_skeleton(checkpoint: Checkpoint, mesh: Mesh, dtype: DType) -> LoadedModel:
+    """The model of a checkpoint without memory: shapes in place of weights."""
+    config = complete_config(checkpoint)
+    attention, _ = choose_attention(config, ComputeConfig(dtype=dtype), mesh.devices.flat[0])
+
+    def create() -> LoadedModel:
+        model = LoadedModel(config, attention=attention, dtype=dtype, rngs=nnx.Rngs(0))
+        lora.attach_adapters(model, checkpoint.adapter, rngs=nnx.Rngs(0))
+        return model
+
+    return nnx.eval_shape(create)
+
+
+def _assemble_model(skeleton: LoadedModel, weights: Weights, checkpoint: Checkpoint, mesh: Mesh) -> LoadedModel:
+    model = rebuild_model(nnx.graphdef(skeleton), weights)
+    tokenizer = load_tokenizer(str(checkpoint.tokenizer)) if checkpoint.tokenizer else None
+    model.origin = Origin(checkpoint, mesh, tokenizer)
+    return model
+
+
+_cut = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
+
+
+@dataclass(frozen=True)
+class _ModelArrays:
+    """A model's weights as a source of `convert`, which reads them part by part."""
+
+    weights: Weights
+
+    @property
+    def shapes(self) -> Abstract:
+        return {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in self.weights.items()}
+
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        w = self.weights[path]
+        ranges = [range(size)[part] for size, part in zip(w.shape, index, strict=True)]
+        part = _cut(w, [r.start for r in ranges], tuple(map(len, ranges)))
+        return np.asarray(part).astype(dtype, copy=False)

@@ -1,0 +1,65 @@
+"""How the next token is chosen from logits: the most likely one, or a draw after temperature, top-k and top-p."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn. Another value of a setting compiles nothing; setting one that was unset does."""
+
+    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
+    top_k: int | None = None  # draw from the k most likely tokens
+    top_p: float | None = None  # of those, from the fewest, most likely first, that have this much of the probability
+    seed: int = 0  # of the draws; those of a row do not depend on the other rows
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; use 0 for the most likely token, or a positive one")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or unset to draw from all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or unset")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The settings that have an effect, by name: names are compiled in, values are arguments."""
+        if self.temperature == 0:
+            return {}
+        fields = {"temperature": self.temperature, "seed": self.seed, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in fields.items() if value is not None and (name, value) != ("top_p", 1)}
+
+
+GREEDY = Sampling()
+
+
+def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
+    """Logits over the temperature, at -inf where top_k and then top_p leave a token out; ties stay together."""
+    logits_BV = logits_BV / settings["temperature"]
+    if settings.keys().isdisjoint(("top_k", "top_p")):
+        return logits_BV
+    descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    if "top_k" in settings:
+        rank_V = jnp.arange(logits_BV.shape[-1])
+        descending_BV = jnp.where(rank_V < settings["top_k"], descending_BV, -jnp.inf)
+    if "top_p" in settings:
+        probability_BV = jax.nn.softmax(descending_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        descending_BV = jnp.where(before_BV < settings["top_p"], descending_BV, -jnp.inf)
+    least_B1 = jnp.min(descending_BV, axis=-1, keepdims=True, where=descending_BV > -jnp.inf, initial=jnp.inf)
+    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def sample_tokens(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
+    """The token, int32 [B], to stand at `position_B`: the most likely one, or a draw that row and position decide."""
+    if not settings:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def draw(row, position, logits_V):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings["seed"]), row), position)
+        return jax.random.categorical(key, logits_V)
+
+    rows_B = jnp.arange(logits_BV.shape[0])
+    return jax.vmap(draw)(rows_B, position_B, filter_logits(logits_BV, settings)).astype(jnp.int32)
