@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, megatron_bridge
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
 
@@ -41,13 +41,14 @@ class Command(Recipe):
 
 def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str = "train") -> C:
     """The command that these arguments give. Exits with a message where they are not understood."""
-    arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
-    arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
-    recipe = _find_option(arguments, "--config")
-    if recipe is None and not {"--help", "-h"} & {*arguments}:
-        _ask_for_recipe(f"python -m gemma2_jax.{name}")
-    recipe = recipe or HELP_RECIPE
     try:
+        arguments = megatron_bridge.translate_arguments(arguments)
+        arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
+        arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
+        recipe = _find_option(arguments, "--config")
+        if recipe is None and not {"--help", "-h"} & {*arguments}:
+            _ask_for_recipe(f"python -m gemma2_jax.{name}")
+        recipe = recipe or HELP_RECIPE
         default = command(config=recipe, run=configs.load_recipe(recipe))
         return tyro.cli(command, args=arguments, prog=f"python -m gemma2_jax.{name}", default=default)
     except ValueError as error:

@@ -25,7 +25,10 @@ FLOORS = (
     ("convert",),
     ("training", "inference"),
     ("planning",),
+    ("api",),
+    ("megatron_bridge",),
     ("train", "generate", "plan"),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within these rooms too, a file may import only those on earlier lines.
@@ -36,6 +39,8 @@ ORDER_WITHIN = {
         ("optim", "pipeline"), ("checkpoint", "step"), ("metrics", "profiling"), ("startup", "resume", "export"),
         ("loop",),
     ),
+    "inference": (("sampling", "text", "clock"), ("generator",), ("loaded",)),
+    "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.
 COMMANDS_SHARED = {("plan", "train")}
@@ -77,7 +82,7 @@ def points_back(here: tuple[str, ...], there: tuple[str, ...]) -> bool:
 def test_imports_go_one_way(path):
     here = names_of(path)
     if not here:
-        assert imported(path) == set()
+        assert {there[0] for there in imported(path)} <= {"api", "config", "model", "planning", "training"}
     elif here[0] == "configs":
         assert {there[0] for there in imported(path)} <= {"config"}
     else:

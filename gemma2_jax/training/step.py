@@ -14,7 +14,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma2_jax import dims, mesh as meshes
+import gemma2_jax.mesh as meshes
+from gemma2_jax import dims
 from gemma2_jax.config import Config
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import choose_attention

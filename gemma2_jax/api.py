@@ -1,0 +1,262 @@
+"""The front door: what a script or a notebook needs, in few verbs. `import gemma2_jax as g2` gives them as `g2.load`.
+
+Every function is thin: `inference`, `convert`, `training` and `planning` do the work. Each calls `prepare_process`
+first, which sets what JAX needs before it starts.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma2_jax import config as configs
+from gemma2_jax.cluster import platforms
+from gemma2_jax.config import Config, DType, MeshConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from gemma2_jax.convert.writing import Format
+    from gemma2_jax.inference.loaded import LoadedModel
+    from gemma2_jax.model.gemma2 import Gemma2
+    from gemma2_jax.planning.report import Plan
+    from gemma2_jax.training.step import Program, State
+
+
+def mesh(
+    *, data: int = -1, stage: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: list | None = None
+) -> "Mesh":
+    """A mesh over `devices` (by default all of them) with axes of these sizes; one may be -1, for what is left.
+
+    `MeshConfig` says what each axis splits. Raises ValueError where the sizes do not multiply to the devices.
+
+    >>> mesh(tensor=2, fsdp=2).shape
+    OrderedDict({'data': 2, 'stage': 1, 'fsdp': 2, 'context': 1, 'tensor': 2})
+    """
+    platforms.prepare_process()
+    from gemma2_jax.mesh import make_mesh
+
+    sizes = MeshConfig(data=data, stage=stage, fsdp=fsdp, context=context, tensor=tensor)
+    return make_mesh(sizes, devices)
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: "Mesh | None" = None,
+    adapter: str | Path | None = None,
+    dtype: DType | None = None,
+    hf_config: str | Path | None = None,
+) -> "LoadedModel":
+    """A checkpoint of any format as a Gemma2 on a mesh: `model(tokens)` gives logits, float32 [B, T, V].
+
+    The model has its tokenizer as `model.tokenizer`. Every device reads the slices that it stores, so that no weight
+    is ever whole on one of them.
+
+    Args:
+      path: a Hugging Face, Megatron or Orbax folder, a training run's folder, or a Hub id.
+      mesh: by default the first device alone. Of a mesh with stages, the stages become more fsdp shards.
+      adapter: an adapter to put on it: a PEFT, Megatron or Orbax folder, or a run. It stays beside the weights.
+      dtype: of matrix products and of the matrices in memory. None: products in float32 on CPU and bfloat16 elsewhere,
+        weights as they are stored.
+      hf_config: folder or Hub id with the config.json and tokenizer of a Megatron checkpoint that has none.
+
+    Raises ValueError for what is no checkpoint of Gemma 2, or is an adapter without its model.
+
+    >>> model = load("assets/tiny-gemma2", mesh=mesh(tensor=2))
+    >>> tokens = model.tokenizer("What does json.dumps do?")["input_ids"]
+    >>> model([tokens]).shape
+    (1, 10, 4096)
+    """
+    platforms.prepare_process()
+    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.inference.loaded import load_model
+
+    checkpoint = open_checkpoint(path, hf_config=hf_config)
+    if adapter is not None:
+        checkpoint = open_checkpoint(adapter, base=checkpoint)
+    return load_model(checkpoint, mesh, dtype)
+
+
+def generate(
+    model: "LoadedModel",
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+) -> list[str]:
+    """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh.
+
+    A text ends after `max_new_tokens`, or with <eos> or <end_of_turn>, which are not part of it. `Sampling` says what
+    the settings do: at temperature 0 every token is the most likely one. While it runs, the weights are in memory a
+    second time, a layer apart from the others; adapters that can be are merged there.
+
+    Raises ValueError for prompts that outgrow the model's context, and without a tokenizer.
+
+    >>> model = load("assets/tiny-gemma2")
+    >>> generate(model, ["What does json.dumps do?"], max_new_tokens=8, chat=True)
+    ['\\ndef json.decoder.J']
+    """
+    from gemma2_jax.inference.loaded import generate_texts
+    from gemma2_jax.inference.sampling import Sampling
+
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a string; give a list of them, such as ['What is AI?']")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return generate_texts(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
+
+
+def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: bool = False) -> Path:
+    """Writes a model as a checkpoint, and gives its folder. Weights are written bit for bit, in their own dtypes.
+
+    The folder must not exist yet; it appears whole or not at all. `merge` adds the model's adapter into the weights, in
+    float32; without it an adapter is written by "peft" and "megatron-adapter" (alone) and by "orbax" (with the model).
+
+    Raises ValueError where the folder holds something, the disk has no room, or the format cannot hold the model.
+
+    >>> save(load("assets/tiny-gemma2"), "out/tiny", format="orbax")
+    PosixPath('out/tiny')
+    """
+    from gemma2_jax.inference.loaded import save_model
+
+    save_model(model, Path(path), format, merge=merge)
+    return Path(path)
+
+
+def recipe(name: str, **changes: Any) -> Config:
+    """The recipe of that name (`configs/NAME.py`), or in that Python file, with changes.
+
+    A change is a field of `Config`; a group such as `train` takes a dict of its fields, or a whole group. Raises
+    ValueError for a name that there is not, with the nearest one.
+
+    >>> recipe("9b_lora", steps=1000, train=dict(global_batch_size=64)).train.global_batch_size
+    64
+    >>> recipe("9b_lora", train=dict(batch_size=64))
+    Traceback (most recent call last):
+    ValueError: there is no train.batch_size; did you mean train.micro_batch_size or train.global_batch_size?
+    """
+    return _change_fields(configs.load_recipe(name), changes, "")
+
+
+def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
+    """The dataclass with these fields changed, dicts in place of dataclasses field by field."""
+    names = [field.name for field in dataclasses.fields(node)]
+    values = {}
+    for name, value in changes.items():
+        if name not in names:
+            near = [prefix + match for match in difflib.get_close_matches(name, names, n=2)]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(prefix + n for n in names)}"
+            raise ValueError(f"there is no {prefix}{name}; {hint}")
+        group = getattr(node, name)
+        nested = dataclasses.is_dataclass(group) and isinstance(value, dict)
+        values[name] = _change_fields(group, value, f"{prefix}{name}.") if nested else value
+    return dataclasses.replace(node, **values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training run leaves behind."""
+
+    folder: Path  # the run's working directory
+    step: int  # the last step taken
+    losses: dict[int, float]  # training loss (nats per target token) by logged step, of the steps of this call
+    eval_losses: dict[int, float]  # held-out loss by step, likewise
+    program: "Program"
+    state: "State"  # after the last step, on the devices
+
+    @cached_property
+    def model(self) -> "LoadedModel":
+        """The trained model, with its adapter if it has one, from the weights that are on the devices."""
+        from gemma2_jax.convert.checkpoints import open_checkpoint
+        from gemma2_jax.inference.loaded import wrap_weights
+
+        checkpoint = open_checkpoint(self.folder)
+        weights = {**self.state.frozen, **self.state.params}
+        return wrap_weights(checkpoint, weights, self.program.mesh, self.program.config.compute.dtype)
+
+
+def train(config: Config) -> Result:
+    """Trains as the config says, and gives losses, the folder and, as `.model`, the trained model.
+
+    The same config and working directory resume the run. Of several processes each calls it (`config.hosts`).
+
+    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss is no longer finite, and
+    OSError when the disk does not take what is written.
+
+    >>> config = recipe("tiny_lora", steps=2, workdir="out/run", train=dict(micro_batch_size=2))
+    >>> result = train(config)  # doctest: +ELLIPSIS
+    run ...
+    >>> sorted(result.losses), result.folder
+    ([1, 2], PosixPath('out/run'))
+    >>> save(result.model, "out/adapter", format="peft")
+    PosixPath('out/adapter')
+    """
+    platforms.prepare_process()
+    from gemma2_jax.cluster import hosts
+    from gemma2_jax.training import loop
+
+    with hosts.process_group(config.hosts):
+        result = loop.train(config)
+    return Result(**{field.name: getattr(result, field.name) for field in dataclasses.fields(Result)})
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: "Format",
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    dtype: DType | None = None,
+    hf_config: str | Path | None = None,
+    ranks: tuple[int, int] = (1, 1),
+) -> Path:
+    """Converts a checkpoint of any format into another, a layer at a time, and gives the folder that it wrote.
+
+    Args:
+      src: a folder, or a Hub id.
+      dst: folder to write, which must not exist yet; it appears whole or not at all.
+      to: "hf", "orbax", "peft", "megatron", "megatron-legacy" or "megatron-adapter".
+      adapter: an adapter to put on `src`.
+      merge: add the adapter into the weights, in float32.
+      dtype: of what is written. None: as stored.
+      hf_config: folder or Hub id with the config.json of a Megatron checkpoint that has none.
+      ranks: of "megatron-legacy": tensor-parallel ranks and pipeline stages to write files for.
+
+    Raises ValueError where `dst` cannot hold what `src` has, and says what to do instead.
+
+    >>> convert("assets/tiny-gemma2", "out/megatron", to="megatron")
+    PosixPath('out/megatron')
+    """
+    platforms.prepare_process()
+    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.convert.writing import Job, write_checkpoint
+
+    source = open_checkpoint(src, hf_config=hf_config)
+    if adapter is not None:
+        source = open_checkpoint(adapter, base=source)
+    job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)
+    write_checkpoint(job, Path(dst))
+    return Path(dst)
+
+
+def plan(config: Config, *, gpus: int = 8) -> "Plan":
+    """What a training step of the config holds and sends on so many H100s, without having any.
+
+    The real step is compiled for described GPUs, in a process of its own, which takes up to a minute.
+
+    Raises ValueError where the run does not divide over the GPUs, and ImportError without the extra `plan`.
+
+    >>> found = plan(recipe("tiny_lora", mesh=dict(tensor=2)), gpus=2)
+    >>> found.fits, found.mesh
+    (True, 'tensor 2')
+    """
+    from gemma2_jax.planning.report import plan_in_subprocess
+
+    return plan_in_subprocess(config, gpus)

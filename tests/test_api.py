@@ -1,0 +1,259 @@
+"""The front door: its examples run, weights are sharded and come back bit for bit, imports work in any order."""
+
+import doctest
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilers import needs_plugin
+from flax import nnx
+from peers import BITING, hf_model
+
+import gemma2_jax as g2
+from gemma2_jax import api, config as configs
+from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.verify import compare_checkpoints, logits
+from gemma2_jax.model.gemma2 import flatten_state
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "assets" / "tiny-gemma2"
+TOKENS = [2, 5, 17, 300, 301, 9]
+
+
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory) -> Path:
+    """A Hugging Face folder in float32 whose heads divide into eight."""
+    folder = tmp_path_factory.mktemp("hf")
+    hf_model(BITING["27b"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mesh",
+        "load",
+        "generate",
+        "save",
+        "recipe",
+        "train",
+        "convert",
+        pytest.param("plan", marks=[needs_plugin, pytest.mark.exhaustive]),
+    ],
+)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Each docstring's example, with its outputs, where assets/ is."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    function = getattr(api, name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=vars(api).copy())
+    assert test.examples
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
+    assert result.failed == 0
+
+
+def test_every_verb_has_an_example():
+    verbs = [name for name in g2.__all__ if name[0].islower()]
+    assert [name for name in verbs if ">>>" not in getattr(api, name).__doc__] == []
+    assert set(g2.__all__) <= set(dir(g2))
+
+
+ORDERS = {
+    "front door first": "import gemma2_jax as g2; {use}; import {modules}",
+    "modules first": "import {modules}; import gemma2_jax as g2; {use}",
+    "from the package": "from gemma2_jax import mesh, train, plan, generate, convert; import gemma2_jax as g2; {use}",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_functions_and_modules_share_names(order):
+    """In whatever order they are imported, both the function and what the module defines are there."""
+    names = ("mesh", "train", "plan", "generate", "convert")
+    use = "assert " + " and ".join(f"callable(g2.{name})" for name in names)
+    modules = ", ".join(f"gemma2_jax.{name}" for name in names)
+    code = ORDERS[order].format(use=use, modules=modules) + (
+        "; from gemma2_jax import mesh, train; mesh.make_mesh, train.parse, mesh.AXES"
+        "; import inspect; assert [*inspect.signature(g2.train).parameters] == ['config']"
+        "; assert dict(g2.mesh().shape)['tensor'] == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_importing_it_imports_no_jax():
+    code = (
+        "import sys, os; before = dict(os.environ); import gemma2_jax as g2; g2.Config, g2.recipe('tiny_lora'), dir(g2)"
+    )
+    code += "; assert 'jax' not in sys.modules and dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        g2.lod  # noqa: B018
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor=8), dict(tensor=2, fsdp=2, data=2), dict(tensor=4, stage=2)])
+def test_loads_sharded(eight_heads, sizes):
+    """No device has a whole matrix, and logits are those of one device; stages become shards of fsdp."""
+    model = g2.load(eight_heads, mesh=g2.mesh(**sizes))
+    assert isinstance(model, g2.Gemma2)
+    weights = flatten_state(nnx.state(model))
+    for path, w in weights.items():
+        if not path.endswith("norm/w"):
+            held = sizes["tensor"] * sizes.get("fsdp", 1) * sizes.get("stage", 1)
+            # Four key/value heads do not divide into eight: they stay whole.
+            assert len({shard.index for shard in w.addressable_shards}) == (1 if "/k/" in path and held == 8 else held)
+    expected = logits(open_checkpoint(eight_heads), TOKENS)
+    found = model([TOKENS])
+    assert found.shape == (1, len(TOKENS), 384) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found[0], expected, atol=5e-5, rtol=0)  # as in test_generate
+
+
+def test_positions_and_segments_have_defaults(eight_heads):
+    model = g2.load(eight_heads)
+    pair = jnp.asarray([TOKENS + TOKENS])
+    halves = jnp.asarray([[0] * 6 + [1] * 6])
+    positions = jnp.asarray([[*range(6), *range(6)]])
+    np.testing.assert_allclose(model(pair, positions, halves)[0, 6:], model([TOKENS])[0], atol=2e-5, rtol=0)
+    assert not np.allclose(model(pair)[0, 6:], model([TOKENS])[0], atol=1e-2)
+
+
+def test_gradients_go_through_a_loaded_model(eight_heads):
+    """Inside a traced function it is a plain module."""
+    model = g2.load(eight_heads)
+
+    @nnx.jit
+    def loss(model):
+        return jnp.mean(model(jnp.asarray([TOKENS])) ** 2)
+
+    gradients = flatten_state(nnx.grad(loss)(model))
+    assert float(jnp.abs(gradients["blocks/attn/q/w"]).max()) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ["hf", "orbax", "megatron"])
+def test_saving_changes_no_bit(format, dtype, tmp_path):
+    """Through a mesh of eight, and back into what it was loaded from."""
+    g2.convert(TINY, tmp_path / "start", to="hf", dtype=dtype)
+    model = g2.load(tmp_path / "start", mesh=g2.mesh(data=2, fsdp=2, tensor=2))
+    g2.save(model, tmp_path / "saved", format=format)
+    found, start = open_checkpoint(tmp_path / "saved"), open_checkpoint(tmp_path / "start")
+    differences = compare_checkpoints(found, start)
+    assert len(differences) == 13 and all(difference.within(0) for difference in differences)
+    assert {shape.dtype for shape in found.shapes.values()} == {jnp.dtype(dtype)}
+    assert found.tokenizer is not None
+
+
+def test_saving_leaves_nothing_half(eight_heads, tmp_path, monkeypatch):
+    model = g2.load(eight_heads)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        g2.save(model, tmp_path / "full")
+    monkeypatch.setattr("gemma2_jax.convert.writing._write_safetensors", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        g2.save(model, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_model_of_ones_own_is_saved(tmp_path):
+    """It need not have been loaded: weights of a loop of one's own, in float32."""
+    config = BITING["2b"]
+    whole = g2.load(_saved(config, tmp_path / "start"))
+    plain = g2.Gemma2(config, attention=whole.attention, dtype="float32", rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(whole))
+    g2.save(plain, tmp_path / "saved")
+    differences = compare_checkpoints(open_checkpoint(tmp_path / "saved"), open_checkpoint(tmp_path / "start"))
+    assert all(difference.within(0) for difference in differences)
+
+
+def _saved(config, folder: Path) -> Path:
+    hf_model(config).save_pretrained(folder)
+    return folder
+
+
+def test_generates_the_same_on_a_mesh():
+    """One row on a mesh with two data shards; a draw with the seed of another gives another text."""
+    prompts = ["def main():", "The"]
+    one, spread = g2.load(TINY, dtype="float32"), g2.load(TINY, mesh=g2.mesh(tensor=2, fsdp=2), dtype="float32")
+    texts = g2.generate(one, prompts, max_new_tokens=12)
+    assert g2.generate(spread, prompts, max_new_tokens=12) == texts
+    assert g2.generate(spread, prompts[:1], max_new_tokens=12) == texts[:1]
+    draws = [g2.generate(one, prompts, max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    with pytest.raises(ValueError, match="prompts is a string"):
+        g2.generate(one, "The")
+
+
+def test_trained_model_is_the_run(tmp_path):
+    """LoRA on two stages: the model of the result has the logits of what converts from the run's folder."""
+    config = g2.recipe(
+        "tiny_lora",
+        steps=2,
+        workdir=str(tmp_path / "run"),
+        init=str(TINY),
+        optim=dict(lr=0.1, warmup_steps=1),
+        train=dict(global_batch_size=4, micro_batch_size=1),
+        mesh=dict(data=1, fsdp=2, stage=2, tensor=2),
+    )
+    result = g2.train(config)
+    assert (result.step, [*result.losses], result.folder) == (2, [1, 2], tmp_path / "run")
+    found = result.model([TOKENS])[0]
+    np.testing.assert_allclose(found, logits(open_checkpoint(result.folder), TOKENS), atol=1e-4, rtol=0)
+    assert not np.allclose(found, logits(open_checkpoint(TINY), TOKENS), atol=1e-2)
+    g2.save(result.model, tmp_path / "merged", merge=True)
+    merged = g2.load(tmp_path / "merged")
+    np.testing.assert_allclose(merged([TOKENS])[0], found, atol=0.1, rtol=0)  # its weights are rounded to bfloat16
+    g2.save(result.model, tmp_path / "adapter", format="peft")
+    adapted = g2.load(TINY, adapter=tmp_path / "adapter")
+    np.testing.assert_allclose(adapted([TOKENS])[0], found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(step=3), r"there is no step; did you mean steps\?"),
+        (dict(train=dict(batch_size=3)), "did you mean train.micro_batch_size or train.global_batch_size"),
+        (dict(model=dict(zzz=3)), r"there is no model.zzz; there are model.layers, "),
+        (dict(train=dict(global_batch_size=0)), "train.global_batch_size is 0"),
+    ],
+)
+def test_recipes_refuse_unknown_names(changes, message):
+    with pytest.raises(ValueError, match=message):
+        g2.recipe("9b_lora", **changes)
+
+
+def test_recipes_take_groups_and_fields():
+    found = g2.recipe("9b_lora", steps=7, train=dict(seed=3), data=g2.DataConfig(train="x"), optim=dict(lr=1e-3))
+    base = configs.load_recipe("9b_lora")
+    expected = replace(
+        base,
+        steps=7,
+        train=replace(base.train, seed=3),
+        data=g2.DataConfig(train="x"),
+        optim=replace(base.optim, lr=1e-3),
+    )
+    assert found == expected
+
+
+def test_an_adapter_alone_asks_for_its_model():
+    folder = ROOT / "tests/fixtures/megatron/peft/A_f32_lora_hfpeft"
+    with pytest.raises(ValueError, match=r"is an adapter, and its model.*give both"):
+        g2.load(folder)
+
+
+def test_commands_are_listed_and_found():
+    """The list is whole: every module with a command line is in it."""
+    run = [sys.executable, "-m", "gemma2_jax"]
+    listed = subprocess.run(run, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    modules = [path.stem for path in (ROOT / "gemma2_jax").glob("*.py") if "\ndef main()" in path.read_text()]
+    for name in {*modules, "convert"} - {"__main__"}:
+        assert f"  {name} " in listed
+    wrong = subprocess.run([*run, "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "did you mean train?" in wrong.stderr
+    helped = subprocess.run([*run, "plan", "--help"], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "--gpus" in helped.stdout
