@@ -36,8 +36,8 @@ ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
     "convert": (("files",), ("formats",), ("checkpoints",), ("describe", "writing"), ("verify",), ("__main__",)),
     "training": (
-        ("optim", "pipeline"), ("checkpoint", "step"), ("metrics", "profiling"), ("startup", "resume", "export"),
-        ("loop",),
+        ("optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
+        ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock"), ("generator",), ("loaded",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),

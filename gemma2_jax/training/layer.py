@@ -1,0 +1,88 @@
+"""One layer of a step, forward in one tick of a pipeline and backward in a later one.
+
+Between the two, what the backward pass needs is a pytree of arrays, `Residuals`, so that a pipeline can keep it in a
+buffer. Which pass and which stage a layer works for is `pipeline`'s business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+from flax import nnx
+
+from gemma2_jax.model.gemma2 import Block, Gemma2, Rope, Weights, rebuild_model
+
+# The input [B, T, D] of the layer, and what `compute.remat` keeps beside it, in the two parts that JAX keeps it in.
+Residuals = tuple
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """What a layer takes beside weights and activations; there is no gradient by it."""
+
+    rope: Rope
+    segments_BT: jax.Array
+    window: jax.Array  # int32 scalar
+    key: jax.Array | None  # for dropout
+
+
+class Layer:
+    """A block of `skeleton`: its output, and the gradients by its weights and its input.
+
+    `remat` is `compute.remat`. The backward pass goes through `jax.vjp`'s gradient function, which holds three things:
+    the arguments of the forward pass, what it computed and kept (its residuals), and the program of the backward pass.
+    The program is no array, so a buffer cannot keep it from one tick to the next; and the weights should not be kept,
+    as every live pass and layer would have its own copy. Therefore
+
+      - `run` makes a gradient function that saves no weights and no `LayerInputs` (`saveable_args`), as both are at
+        hand again in the backward pass;
+      - `residuals` takes its other arrays out: the layer's input, and what `remat` keeps;
+      - `gradients` traces the layer again for shapes only, which gives a gradient function with the same program and
+        no arrays, and puts weights, inputs and residuals in. Nothing of the forward pass is computed for it, but for
+        what `remat` leaves to be computed again.
+    """
+
+    def __init__(self, skeleton: Gemma2, remat: str):
+        assert isinstance(skeleton.blocks, Block)
+        self.graph, self.attend_sequence, self.remat = nnx.graphdef(skeleton.blocks), skeleton.attend_sequence, remat
+
+    def run(self, trained: Weights, frozen: Weights, x_BTD, inputs: LayerInputs) -> tuple:
+        """The layer's output [B, T, D], and its gradient function for `residuals`."""
+        apply: Callable = self._apply
+        match self.remat:
+            case "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
+            case "block" | "offload":
+                apply = jax.checkpoint(apply, prevent_cse=False)
+        arguments = trained, frozen, x_BTD, inputs
+        # `in_nzs` says which arguments a gradient is asked for.
+        return jax.vjp(apply, *arguments, saveable_args=(False, False, True, False), in_nzs=(True, False, True, False))
+
+    def residuals(self, vjp) -> Residuals:
+        """The arrays of a gradient function that are not at hand again in the backward pass."""
+        x_BTD = vjp.args_res[2]
+        if self.remat == "offload":
+            x_BTD = jax.device_put(x_BTD, jax.memory.Space.Host)
+        return x_BTD, vjp.opaque_residuals, vjp.structured_residuals
+
+    def gradients(
+        self, trained: Weights, frozen: Weights, residuals: Residuals, d_y_BTD, inputs: LayerInputs
+    ) -> tuple[Weights, jax.Array]:
+        """Gradients by `trained` and by the layer's input, for the gradient `d_y_BTD` by its output."""
+        vjp = jax.eval_shape(lambda *arguments: self.run(*arguments)[1], trained, frozen, d_y_BTD, inputs)
+        if self.remat == "offload":
+            residuals = jax.device_put(residuals, jax.memory.Space.Device)
+        x_BTD, opaque, structured = residuals
+        vjp = vjp.replace(
+            args_res=[trained, frozen, x_BTD, inputs], opaque_residuals=opaque, structured_residuals=structured
+        )
+        d_trained, _, d_x_BTD, _ = vjp(d_y_BTD)
+        return d_trained, d_x_BTD
+
+    def _apply(self, trained: Weights, frozen: Weights, x_BTD, inputs: LayerInputs):
+        block = rebuild_model(self.graph, trained, frozen)
+        attend = partial(self.attend_sequence, inputs.segments_BT, inputs.window, None)
+        return block(x_BTD, inputs.rope, attend, inputs.key)[0]
