@@ -1,6 +1,6 @@
-"""The attention kernels against their meaning, and against time: what `python -m benchmarks.gpu` does, less its tables.
+"""The attention kernels, checked against their meaning and timed: what `benchmarks.gpu` does, less its tables.
 
-A library, imported once it is settled what JAX computes on.
+This is a library. It imports JAX, so that `benchmarks.gpu` imports it after choosing the platform.
 """
 
 import math
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks.options import describe_library
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.attention import attention
 from gemma2_jax.kernels.decode import decode
@@ -22,14 +23,14 @@ from gemma2_jax.kernels.shapes import SHAPES, Shape
 from gemma2_jax.kernels.tiles import GPU, Build
 from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
 
-L2_BYTES = 50 * 2**20  # of an H100
+L2_BYTES = 50 * 2**20  # The L2 cache of an H100.
 # An error may be so many times that of XLA's bfloat16, as in FlashAttention's tests of its soft cap, and so much more.
 # NVIDIA documents a relative error of 2^-11 for the GPU's own tanh: in XLA's place, that alone would need the 2e-3.
-TIMES, MORE = 3, {"exact": 5e-4, "approximate": 2e-3}
-XLA_MOST = 0.03  # above which XLA is wrong too, and no measure
-LSE_MOST = {"exact": 2e-4, "approximate": 50 * 2**-11}  # absolute: the cap multiplies the error of tanh
-# Of what multiplies 4 * pairs * heads * width: two products forward, five backward (FlashAttention-2,
-# arXiv:2307.08691, section 4.1), however many are made.
+ERROR_FACTOR, ERROR_MARGIN = 3, {"exact": 5e-4, "approximate": 2e-3}
+XLA_LIMIT = 0.03  # With a larger error XLA is wrong too, and no measure.
+LSE_LIMIT = {"exact": 2e-4, "approximate": 50 * 2**-11}  # These are absolute: the cap multiplies the error of tanh.
+# What multiplies 4 * pairs * heads * width for the FLOPs of a pass: two products forward, five backward
+# (FlashAttention-2, arXiv:2307.08691, section 4.1), however many are made.
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 
@@ -43,14 +44,22 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Attention of rows of tokens to themselves, in one kind of layer."""
+    """Attention of rows of tokens to themselves, in one kind of layer.
 
-    name: str  # of the shape
+    Attributes:
+      name: of the shape.
+      shape: heads, head width and soft cap.
+      rows, length: of the batch.
+      window: in tokens; None for a global layer.
+      packed: whether a row has several segments.
+    """
+
+    name: str
     shape: Shape
     rows: int
     length: int
-    window: int | None = None  # None: a global layer
-    packed: bool = False  # several segments a row
+    window: int | None = None
+    packed: bool = False
 
     def __str__(self) -> str:
         kind = "global" if self.window is None else f"window {self.window}"
@@ -58,11 +67,15 @@ class Layer:
 
     @property
     def reach(self) -> int:
+        """The window, or in a global layer the length of a row."""
         return self.length if self.window is None else self.window
 
     @cached_property
     def segments_BT(self) -> np.ndarray:
-        """One segment a row; packed, some of about 1024 tokens, one of a single token, and an edge of a tile."""
+        """The segment of each token, int32: one a row or, packed, several of about 1024 tokens and one of a single one.
+
+        A packed row also has a segment that starts at an edge of a tile.
+        """
         segments = np.zeros((self.rows, self.length), np.int32)
         if self.packed:
             rng = np.random.default_rng(self.length)
@@ -73,18 +86,18 @@ class Layer:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it sees, of one head, over all rows."""
-        at_T = np.arange(self.length)
+        """The number of pairs of a query and a key that it sees, in one head and all rows."""
+        position_T = np.arange(self.length)
         new_BT = np.diff(self.segments_BT, axis=1, prepend=0) != 0
-        start_BT = np.maximum.accumulate(np.where(new_BT, at_T, 0), axis=1)
-        return int(np.minimum(at_T - start_BT + 1, self.reach).sum(dtype=np.int64))
+        start_BT = np.maximum.accumulate(np.where(new_BT, position_T, 0), axis=1)
+        return int(np.minimum(position_T - start_BT + 1, self.reach).sum(dtype=np.int64))
 
-    def flops(self, which: str) -> float:
-        """Of a pass, by convention: see PASSES."""
-        return PASSES[which] * 4 * self.pairs * self.shape.heads * self.shape.width
+    def flops(self, pass_name: str) -> float:
+        """The FLOPs of a pass, by convention: see PASSES."""
+        return PASSES[pass_name] * 4 * self.pairs * self.shape.heads * self.shape.width
 
     def shapes(self) -> tuple:
-        """Of `inputs`."""
+        """The shapes and dtypes of `inputs`."""
         shape = self.shape
         q, k = (
             jax.ShapeDtypeStruct((self.rows, self.length, heads, shape.width), jnp.bfloat16)
@@ -93,26 +106,34 @@ class Layer:
         return q, k, k, q
 
     def inputs(self) -> tuple:
-        """Queries, keys, values, and a gradient by the output."""
-        q, k, v, d = drawn(*self.shapes())
-        return reaching_the_cap(q, self.shape), k, v, d
+        """Draws queries, keys, values, and a gradient by the output."""
+        q, k, v, d = draw_arrays(*self.shapes())
+        return scale_to_cap(q, self.shape), k, v, d
 
     def mask(self) -> Mask:
-        """As `attention_mosaic` makes it."""
+        """What each query sees, as `attention_mosaic` computes it."""
         segments_BT = jnp.asarray(self.segments_BT)
         start_BT = attention_mosaic.segment_starts(segments_BT)
-        seen = attention_mosaic.key_intervals(jnp.arange(self.length), start_BT, (0,), self.length, self.reach)
-        return Mask(segments_BT, *seen)
+        position_T = jnp.arange(self.length)
+        intervals = attention_mosaic.key_intervals(position_T, start_BT, (0,), self.length, self.reach)
+        return Mask(segments_BT, *intervals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
-    """Attention of one new token of each row to a cache."""
+    """Attention of one new token of each row to a cache.
 
-    name: str  # of the shape
+    Attributes:
+      name: of the shape.
+      shape: heads, head width and soft cap.
+      slots: of a row's cache.
+      positions: of the tokens; with one from `slots` on, the cache is a ring, as local layers have it.
+    """
+
+    name: str
     shape: Shape
     slots: int
-    positions: tuple[int, ...]  # of the tokens; from `slots` on the cache is a ring, which a local layer has
+    positions: tuple[int, ...]
 
     def __str__(self) -> str:
         kind = "ring" if max(self.positions) >= self.slots else "dense"
@@ -120,28 +141,33 @@ class Cached:
 
     @property
     def bytes(self) -> int:
-        """Of the keys and values seen."""
+        """The bytes of the keys and values that are seen."""
         seen = sum(min(position + 1, self.slots) for position in self.positions)
         return seen * self.shape.kv_heads * self.shape.width * 2 * 2
 
     def shapes(self) -> tuple:
+        """The shapes and dtypes of queries, keys and values."""
         rows, shape = len(self.positions), self.shape
         k = jax.ShapeDtypeStruct((rows, shape.kv_heads, self.slots, shape.width), jnp.bfloat16)
         return jax.ShapeDtypeStruct((rows, 1, shape.heads, shape.width), jnp.bfloat16), k, k
 
     def inputs(self) -> tuple:
-        """Queries, the cache, and positions."""
-        q, k, v = drawn(*self.shapes())
-        return reaching_the_cap(q, self.shape), k, v, jnp.array(self.positions, jnp.int32)
+        """Draws queries, keys and values; and the positions."""
+        q, k, v = draw_arrays(*self.shapes())
+        return scale_to_cap(q, self.shape), k, v, jnp.array(self.positions, jnp.int32)
 
 
-def drawn(*shapes) -> tuple:
+def draw_arrays(*shapes) -> tuple:
+    """Draws an array from a normal distribution for each shape and dtype."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return tuple(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, shapes, strict=True))
 
 
-def reaching_the_cap(q_BTNH, shape: Shape):
-    """Scaled: the standard deviation of scores goes from half the cap, of the first head, down to 1, of the last."""
+def scale_to_cap(q_BTNH, shape: Shape):
+    """Scales queries so that scores reach the cap.
+
+    The standard deviation of scores goes from half the cap, in the first head, down to 1, in the last.
+    """
     spread_N = np.geomspace(shape.softcap / 2, 1, shape.heads) / (shape.scale * shape.width**0.5)
     return q_BTNH * jnp.asarray(spread_N[:, None], q_BTNH.dtype)
 
@@ -149,19 +175,21 @@ def reaching_the_cap(q_BTNH, shape: Shape):
 # Each attention below is (q, k, v, mask) -> [B, T, N, H] and the log-sum-exp, or None for it.
 
 
-def by_kernel(layer: Layer, build: Build = GPU) -> Callable:
+def kernel_attention(layer: Layer, build: Build = GPU) -> Callable:
+    """The attention of the kernels."""
     run = partial(attention, scale=layer.shape.scale, softcap=layer.shape.softcap, build=build)
     return lambda q, k, v, mask: run(q, k, v, mask.first_BT, mask.last_BT)
 
 
-def by_xla(layer: Layer) -> Callable:
+def xla_attention(layer: Layer) -> Callable:
+    """The attention that is used where the kernels cannot be: jnp in bfloat16."""
     block = attention_xla.BLOCKS["gpu"]
     run = partial(attention_xla.attend, scale=layer.shape.scale, softcap=layer.shape.softcap, block=block)
     return lambda q, k, v, mask: (run(q, k, v, mask.segments_BT, layer.reach), None)
 
 
-def by_cudnn(layer: Layer) -> Callable:
-    """Without the soft cap, which it lacks, and of one segment a row."""
+def cudnn_attention(layer: Layer) -> Callable:
+    """The attention of cuDNN, without the soft cap, which it lacks, and for one segment a row."""
     window = None if layer.window is None else (layer.window - 1, 0)
     settings = dict(scale=layer.shape.scale, is_causal=True, local_window_size=window, implementation="cudnn")
     # Settings of several types, in one dict, are more than pyright follows.
@@ -169,122 +197,133 @@ def by_cudnn(layer: Layer) -> Callable:
     return lambda q, k, v, mask: (attend(q, k, v), None)
 
 
-def by_reference(layer: Layer) -> Callable:
-    """The meaning: what is seen does not come from what the kernels get."""
-    at_BT = jnp.broadcast_to(jnp.arange(layer.length), (layer.rows, layer.length))
+def reference_attention(layer: Layer) -> Callable:
+    """The attention of `kernels.reference`; it does not take the intervals that the kernels get, but finds its own."""
+    position_BT = jnp.broadcast_to(jnp.arange(layer.length), (layer.rows, layer.length))
     start_BT = np.array([np.searchsorted(row, row) for row in layer.segments_BT], np.int32)
-    seen = reference.visible_mask(at_BT, at_BT, start_BT, layer.reach)
+    intervals = reference.visible_mask(position_BT, position_BT, start_BT, layer.reach)
     settings = dict(scale=layer.shape.scale, softcap=layer.shape.softcap)
-    return lambda q, k, v, mask: reference.attention(q, k, v, *seen, **settings)
+    return lambda q, k, v, mask: reference.attention(q, k, v, *intervals, **settings)
 
 
-def everything(attend: Callable, q, k, v, d, mask: Mask) -> dict[str, Any]:
-    """Results and gradients."""
+def run_both_passes(attend: Callable, q, k, v, d, mask: Mask) -> dict[str, Any]:
+    """Returns results and gradients by their names: "out", "lse", "dq", "dk", "dv"."""
     out, pull, lse = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v, has_aux=True)
     dq, dk, dv = pull(d.astype(out.dtype))
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def meaning(layer: Layer, inputs: tuple) -> dict[str, np.ndarray]:
-    """`everything` of the reference in float32, one key head at a time: it holds all scores of these."""
+def compute_reference(layer: Layer, inputs: tuple) -> dict[str, np.ndarray]:
+    """Returns `run_both_passes` of the reference in float32, one key head at a time to hold only its scores."""
     q, k, v, d, mask = inputs
     groups = layer.shape.heads // layer.shape.kv_heads
-    run = jax.jit(partial(everything, by_reference(layer)))
+    run = jax.jit(partial(run_both_passes, reference_attention(layer)))
     parts = []
     for head in range(layer.shape.kv_heads):
-        mine = slice(head * groups, (head + 1) * groups)
-        some = q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], d[:, :, mine]
-        parts.append(jax.device_get(run(*(x.astype(jnp.float32) for x in some), mask)))
+        q_heads, kv_heads = slice(head * groups, (head + 1) * groups), slice(head, head + 1)
+        arrays = q[:, :, q_heads], k[:, :, kv_heads], v[:, :, kv_heads], d[:, :, q_heads]
+        parts.append(jax.device_get(run(*(x.astype(jnp.float32) for x in arrays), mask)))
     return {name: np.concatenate([part[name] for part in parts], 1 if name == "lse" else 2) for name in parts[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was found of one case and one build: errors against float32."""
+    """The check of one case with one build.
+
+    Attributes:
+      case, tanh: which case and which build.
+      errors: of each result, against float32.
+      xla: the errors of XLA's bfloat16, which has no log-sum-exp.
+      same: whether the kernel gave the same bits twice.
+    """
 
     case: str
     tanh: str
     errors: dict[str, float]
-    xla: dict[str, float]  # of XLA's bfloat16; it has no log-sum-exp
-    same: bool  # whether it gave the same bits twice
+    xla: dict[str, float]
+    same: bool
 
     @property
     def failures(self) -> list[str]:
-        found = [] if self.same else ["not the same bits twice"]
+        failures = [] if self.same else ["not the same bits twice"]
         for name, error in self.errors.items():
-            by_xla = self.xla.get(name)
-            most = LSE_MOST[self.tanh] if by_xla is None else TIMES * by_xla + MORE[self.tanh]
-            if not error <= most:  # which NaN is not
-                found.append(f"{name} is off by {error:.1e}, of {most:.1e} allowed")
-            if by_xla is not None and not by_xla <= XLA_MOST:
-                found.append(f"{name} of XLA, the measure of it, is off by {by_xla:.1e}")
-        return [f"{self.case}, {self.tanh} tanh: {each}" for each in found]
+            xla_error = self.xla.get(name)
+            limit = LSE_LIMIT[self.tanh] if xla_error is None else ERROR_FACTOR * xla_error + ERROR_MARGIN[self.tanh]
+            if not error <= limit:  # NaN is not either.
+                failures.append(f"{name} is off by {error:.1e}, of {limit:.1e} allowed")
+            if xla_error is not None and not xla_error <= XLA_LIMIT:
+                failures.append(f"{name} of XLA, the measure of it, is off by {xla_error:.1e}")
+        return [f"{self.case}, {self.tanh} tanh: {failure}" for failure in failures]
 
 
-def errors(found: dict[str, np.ndarray], meant: dict[str, np.ndarray]) -> dict[str, float]:
-    """Of heads, the relative L2 error of the worst; of log-sum-exps, the largest error."""
-    result = {}
-    for name, wanted in meant.items():
-        if (x := found.get(name)) is None:
+def measure_errors(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Measures the relative L2 error of the worst head, and the largest error of log-sum-exps."""
+    measured = {}
+    for name, array in expected.items():
+        if (x := results.get(name)) is None:
             continue
-        off = np.asarray(x, np.float32) - wanted
+        off = np.asarray(x, np.float32) - array
         if name == "lse":
-            result[name] = float(np.abs(off).max())
+            measured[name] = float(np.abs(off).max())
         else:
-            squares = [np.square(part).sum(axis=(1, 3), dtype=np.float64) for part in (off, wanted)]
-            result[name] = float(np.sqrt(squares[0] / squares[1]).max())
-    return result
+            squares = [np.square(part).sum(axis=(1, 3), dtype=np.float64) for part in (off, array)]
+            measured[name] = float(np.sqrt(squares[0] / squares[1]).max())
+    return measured
 
 
-def same_bits(one: Any, other: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+def have_same_bits(left: Any, right: Any) -> bool:
+    """Whether two trees of arrays are the same bit by bit."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def builds(interpret: bool) -> list[Build]:
+def list_builds(interpret: bool) -> list[Build]:
+    """The builds of the kernels that are checked."""
     if interpret:
         return [Build(operand_in="shared memory", tanh="exact", interpret=plgpu.InterpretGPUParams())]
     return [Build(tanh="approximate"), Build(tanh="exact")]
 
 
-def check(case: Layer | Cached, interpret: bool) -> Iterator[Check]:
-    """A case, with each build."""
+def check_case(case: Layer | Cached, interpret: bool) -> Iterator[Check]:
+    """Checks a case with each build."""
     inputs = case.inputs()
     if isinstance(case, Layer):
         inputs = *inputs, case.mask()
-        meant = meaning(case, inputs)
-        xla = partial(everything, by_xla(case))
+        expected = compute_reference(case, inputs)
+        xla = partial(run_both_passes, xla_attention(case))
     else:
         settings = dict(scale=case.shape.scale, softcap=case.shape.softcap)
-        meant = {"out": np.asarray(jax.jit(partial(reference.decode, window=case.slots, **settings))(*inputs))}
-        xla = named(decode_by_xla(case))
-    by = errors(jax.device_get(jax.jit(xla)(*inputs)), meant)
-    for build in builds(interpret):
+        expected = {"out": np.asarray(jax.jit(partial(reference.decode, window=case.slots, **settings))(*inputs))}
+        xla = name_output(xla_decode(case))
+    xla_errors = measure_errors(jax.device_get(jax.jit(xla)(*inputs)), expected)
+    for build in list_builds(interpret):
         if isinstance(case, Layer):
-            program = jax.jit(partial(everything, by_kernel(case, build)))
+            program = jax.jit(partial(run_both_passes, kernel_attention(case, build)))
         else:
-            program = jax.jit(named(decode_by_kernel(case, build)))
-        found, again = (jax.device_get(program(*inputs)) for _ in range(2))
-        same = same_bits(found, again)
-        yield Check(case=str(case), tanh=build.tanh, errors=errors(found, meant), xla=by, same=same)
+            program = jax.jit(name_output(kernel_decode(case, build)))
+        results, repeated = (jax.device_get(program(*inputs)) for _ in range(2))
+        kernel_errors, same = measure_errors(results, expected), have_same_bits(results, repeated)
+        yield Check(case=str(case), tanh=build.tanh, errors=kernel_errors, xla=xla_errors, same=same)
 
 
-def named(step: Callable) -> Callable:
+def name_output(step: Callable) -> Callable:
+    """Makes a function that returns its result by the name "out"."""
     return lambda *inputs: {"out": step(*inputs)}
 
 
-def decode_by_kernel(case: Cached, build: Build = GPU) -> Callable:
-    """(q, k, v, position) -> [B, 1, N, H]"""
+def kernel_decode(case: Cached, build: Build = GPU) -> Callable:
+    """The decoding of the kernel: a function (q, k, v, position) -> [B, 1, N, H]."""
     return partial(decode, window=case.slots, scale=case.shape.scale, softcap=case.shape.softcap, build=build)
 
 
-def decode_by_xla(case: Cached) -> Callable:
+def xla_decode(case: Cached) -> Callable:
+    """The decoding of jnp in bfloat16, as a function like that of the kernel."""
     run = partial(attention_xla.attend_cached, scale=case.shape.scale, softcap=case.shape.softcap)
     return lambda q, k, v, position: run(q[:, 0], k, v, position)[:, None]
 
 
-def checked(name: str, interpret: bool) -> list[Layer | Cached]:
-    """The cases of a shape that are checked: tiny ones of few heads where they are interpreted."""
+def list_checked(name: str, interpret: bool) -> list[Layer | Cached]:
+    """The cases of a shape that are checked; where they are interpreted, they are tiny and have few heads."""
     shape = SHAPES[name]
     if interpret:
         shape = replace(shape, heads=min(shape.heads, 4), kv_heads=min(shape.kv_heads, 2))
@@ -307,8 +346,8 @@ def checked(name: str, interpret: bool) -> list[Layer | Cached]:
     ]
 
 
-def timed(name: str) -> list[Layer]:
-    """The layers of a shape that are timed, of 16384 tokens. Rows of 2048 are within a window: both kinds are alike."""
+def list_timed_layers(name: str) -> list[Layer]:
+    """The layers of a shape that are timed, of 16384 tokens. Rows of 2048 fit a window, so that layers agree."""
     layer = partial(Layer, name=name, shape=SHAPES[name])
     return [
         layer(rows=8, length=2048),
@@ -318,8 +357,8 @@ def timed(name: str) -> list[Layer]:
     ]
 
 
-def timed_caches(name: str) -> list[Cached]:
-    """A whole cache of a global layer and a ring of a local one, at the last of 8192 positions, of 1 and of 16 rows."""
+def list_timed_caches(name: str) -> list[Cached]:
+    """The caches that are timed, of 1 and 16 rows: of a global and of a local layer, at the last of 8192 positions."""
     shape = SHAPES[name]
     return [
         Cached(name=name, shape=shape, slots=slots, positions=rows * (8191,))
@@ -329,15 +368,24 @@ def timed_caches(name: str) -> list[Cached]:
 
 
 class Programs(NamedTuple):
-    """The passes of an attention, each a program of its own; what the backward pass needs is a program's output."""
+    """The passes of an attention, each a program of its own.
 
-    forward: Callable  # (q, k, v, mask) -> out
-    saved: Callable  # (q, k, v, mask) -> pull
-    backward: Callable  # (pull, d) -> dq, dk, dv
-    both: Callable  # (q, k, v, d, mask) -> out, dq, dk, dv
+    Attributes:
+      forward: (q, k, v, mask) -> out.
+      saved: (q, k, v, mask) -> pull, which is what the backward pass needs of the forward one.
+      backward: (pull, d) -> dq, dk, dv.
+      both: (q, k, v, d, mask) -> out, dq, dk, dv.
+    """
+
+    forward: Callable
+    saved: Callable
+    backward: Callable
+    both: Callable
 
 
-def programs(attend: Callable) -> Programs:
+def compile_passes(attend: Callable) -> Programs:
+    """Makes the programs of an attention."""
+
     def differentiated(q, k, v, mask):
         return jax.vjp(lambda q, k, v: attend(q, k, v, mask)[0], q, k, v)
 
@@ -354,35 +402,38 @@ def programs(attend: Callable) -> Programs:
 
 
 def time_passes(attend: Callable, layer: Layer) -> dict[str, float]:
-    """Seconds of each pass."""
+    """Measures the seconds of each pass."""
     q, k, v, d = layer.inputs()
     mask = layer.mask()
-    run = programs(attend)
-    result = {"forward": seconds(run.forward, q, k, v, mask)}
-    result["backward"] = seconds(run.backward, run.saved(q, k, v, mask), d)
-    return {**result, "both": seconds(run.both, q, k, v, d, mask)}
+    run = compile_passes(attend)
+    return {
+        "forward": measure_seconds(run.forward, q, k, v, mask),
+        "backward": measure_seconds(run.backward, run.saved(q, k, v, mask), d),
+        "both": measure_seconds(run.both, q, k, v, d, mask),
+    }
 
 
-def caches(case: Cached) -> int:
-    """So many that one is out of L2 when it is read again."""
+def count_caches(case: Cached) -> int:
+    """The number of caches that are read in turn: so many that each is out of L2 when it is read again."""
     return math.ceil(8 * L2_BYTES / case.bytes)
 
 
-def calls(case: Cached) -> int:
-    return max(8, caches(case))
+def count_calls(case: Cached) -> int:
+    """The number of calls in one program."""
+    return max(8, count_caches(case))
 
 
-def chained(step: Callable, case: Cached) -> Callable:
-    """(q, caches, position) -> q: a program of `calls`, each to the next cache, as the layers of a model are.
+def chain_calls(step: Callable, case: Cached) -> Callable:
+    """Makes a program (q, caches, position) -> q of many calls, each to the next cache, as the layers of a model are.
 
-    A result is the next one's queries, so that none runs beside another.
+    The result of a call is the queries of the next one, so that no two run at a time.
     """
 
-    step = jax.jit(step)  # which is lowered once
+    step = jax.jit(step)  # It is lowered once.
 
-    def run(q, kept, position):
-        for call in range(calls(case)):
-            k, v = kept[call % len(kept)]
+    def run(q, kv_caches, position):
+        for call in range(count_calls(case)):
+            k, v = kv_caches[call % len(kv_caches)]
             q = step(q, k, v, position)
         return q
 
@@ -390,32 +441,37 @@ def chained(step: Callable, case: Cached) -> Callable:
 
 
 def time_decode(step: Callable, case: Cached) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     q, k, v, position = case.inputs()
-    kept = [(k, v), *((jnp.copy(k), jnp.copy(v)) for _ in range(caches(case) - 1))]
-    return seconds(jax.jit(chained(step, case)), q, kept, position) / calls(case)
+    kv_caches = [(k, v), *((jnp.copy(k), jnp.copy(v)) for _ in range(count_caches(case) - 1))]
+    return measure_seconds(jax.jit(chain_calls(step, case)), q, kv_caches, position) / count_calls(case)
 
 
-def seconds(run: Callable, *inputs: Any, least: float = 0.1, rounds: int = 5) -> float:
-    """Device time of a call: of `rounds`, the fastest; a round is calls one after another, waited for once at its end.
+def measure_seconds(run: Callable, *inputs: Any, least: float = 0.1, rounds: int = 5) -> float:
+    """Measures the device time of a call: that of the fastest round, which is many calls, waited for once at its end.
 
     While the device computes one call the host enqueues the next, so that this is the device's time where a call takes
     it longer than it takes the host to enqueue one.
 
     Args:
-      run: of `inputs`.
-      least: so many seconds a round takes, or more.
+      run: a function of `inputs`.
+      least: the seconds that a round takes, or more.
+      rounds: how many there are.
     """
-    jax.block_until_ready(run(*inputs))  # compiles
+    jax.block_until_ready(run(*inputs))  # This call compiles.
     began = time.perf_counter()
     jax.block_until_ready(run(*inputs))
     times = max(1, math.ceil(least / (time.perf_counter() - began)))
 
-    def one_round() -> float:
+    def time_round() -> float:
         result, began = None, time.perf_counter()
         for _ in range(times):
             result = run(*inputs)
         jax.block_until_ready(result)
         return (time.perf_counter() - began) / times
 
-    return min(one_round() for _ in range(rounds))
+    return min(time_round() for _ in range(rounds))
+
+
+if __name__ == "__main__":
+    describe_library("attention", __doc__)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import generation, training
+from benchmarks.options import make_parser
 from benchmarks.peer import MODELS, save_weights
 from gemma2_jax.cluster import platforms
 
@@ -38,6 +39,7 @@ def _measured(function: Callable, *arguments):
 
 
 def main() -> None:
+    make_parser("cpu", __doc__).parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     console = Console()

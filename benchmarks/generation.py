@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.options import describe_library
 from benchmarks.peer import MODELS, our_weights, transformers_model
 from gemma2_jax.config import ModelConfig
 
@@ -61,3 +62,7 @@ def measure(start: Callable[..., Callable[[], Tokens]], model: str, batch: int, 
         once()
         seconds.append(time.perf_counter() - began)
     return batch * NEW / statistics.median(seconds), tokens
+
+
+if __name__ == "__main__":
+    describe_library("generation", __doc__)

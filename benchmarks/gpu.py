@@ -28,8 +28,8 @@ from rich.table import Table
 from gemma2_jax.cluster import platforms
 from gemma2_jax.kernels.shapes import SHAPES
 
-PEAK_BYTES = 3.35e12  # a second, of an H100 SXM: NVIDIA's data sheet
-# TFLOP/s by width and pass, causal, 8192 tokens a row, and none with a soft cap.
+PEAK_BYTES = 3.35e12  # Bytes a second of an H100 SXM's memory, by NVIDIA's data sheet.
+# Published TFLOP/s by width and pass: causal, 8192 tokens a row, without a soft cap.
 PUBLISHED = {
     (128, "forward"): "FA3 602, cuDNN 529",
     (128, "backward"): "FA3 539, cuDNN 541",
@@ -53,6 +53,7 @@ class Command:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Runs the command with these arguments, by default those of the command line."""
     command = tyro.cli(Command, prog="python -m benchmarks.gpu", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     if unknown := [name for name in command.shapes if name not in SHAPES]:
         refuse(f"there is no shape {', '.join(unknown)}: there are {'; '.join(SHAPES)}")
@@ -62,59 +63,60 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    found: dict[str, Any] = {"device": device(command.interpret)}
-    console.print(*found["device"].values(), sep="; ", highlight=False)
-    found["checks"], failures = check(console, command)
+    report: dict[str, Any] = {"device": describe_device(command.interpret)}
+    console.print(*report["device"].values(), sep="; ", highlight=False)
+    report["checks"], failures = run_checks(console, command)
     if not failures and not command.check_only:
-        found["attention"] = time_attention(console, command.shapes)
-        found["decode"] = time_decode(console, command.shapes)
+        report["attention"] = time_attention(console, command.shapes)
+        report["decode"] = time_decode(console, command.shapes)
     if command.json:
-        beside = command.json.with_name(f"{command.json.name}.tmp")
-        beside.write_text(json.dumps(found, indent=1))
-        beside.replace(command.json)
+        temporary = command.json.with_name(f"{command.json.name}.tmp")
+        temporary.write_text(json.dumps(report, indent=1))
+        temporary.replace(command.json)
     if failures:
         console.print("failed:", *failures, sep="\n  ", highlight=False, markup=False)
         sys.exit(1)
 
 
 def refuse(text: str) -> NoReturn:
+    """Ends the command with an error, exit status 2."""
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
-def device(interpret: bool) -> dict[str, str]:
-    """What this runs on; it exits where that is no Hopper GPU and nothing is interpreted."""
+def describe_device(interpret: bool) -> dict[str, str]:
+    """Says what this runs on; exits where that is no Hopper GPU and nothing is interpreted."""
     import jax
     import jax.extend
 
     from gemma2_jax.model.attention.choice import device_architecture
 
-    if interpret:  # warpgroups wait for one another: were their programs enqueued, some would never begin
+    if interpret:  # Warpgroups wait for one another: were their programs enqueued, some would never begin.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     plain = os.environ.get("JAX_PLATFORMS") == "cpu"
     try:
         with platforms.silence_stderr() if plain else contextlib.nullcontext():
-            first = jax.devices()[0]
-        described = first.device_kind
-    except (RuntimeError, AssertionError):  # JAX's, where JAX_PLATFORMS names what is not there
-        first, described = None, "no device"
-    if not interpret and (first is None or device_architecture(first) != "sm_90"):
-        if capability := getattr(first, "compute_capability", None):
-            described += f", of compute capability {capability}"
+            device = jax.devices()[0]
+        kind = device.device_kind
+    except (RuntimeError, AssertionError):  # JAX raises these where JAX_PLATFORMS names what is not there.
+        device, kind = None, "no device"
+    if not interpret and (device is None or device_architecture(device) != "sm_90"):
+        if capability := getattr(device, "compute_capability", None):
+            kind += f", of compute capability {capability}"
         refuse(
-            f"the kernels need a GPU of compute capability 9.0, such as an H100, and JAX found {described}; "
+            f"the kernels need a GPU of compute capability 9.0, such as an H100, and JAX found {kind}; "
             "--check-only --interpret checks tiny cases on CPU"
         )
     return {
-        "kind": f"{described}, interpreted" if interpret else described,
+        "kind": f"{kind}, interpreted" if interpret else kind,
         "jax": f"jax {jax.__version__}",
         "jaxlib": f"jaxlib {version('jaxlib')}",
-        "platform": " ".join(jax.extend.backend.get_backend().platform_version.split()),  # CUDA's version is in it
+        "platform": " ".join(jax.extend.backend.get_backend().platform_version.split()),  # CUDA's version is in it.
     }
 
 
-def check(console: Console, command: Command) -> tuple[list[dict], list[str]]:
-    """Checks, and what failed of them."""
+def run_checks(console: Console, command: Command) -> tuple[list[dict], list[str]]:
+    """Checks every case and prints a table; returns the checks, and a sentence for each failure."""
     from benchmarks import attention
 
     table = Table(
@@ -124,64 +126,67 @@ def check(console: Console, command: Command) -> tuple[list[dict], list[str]]:
     names = "out", "lse", "dq", "dk", "dv"
     for column in ("case", "tanh", *names, "twice"):
         table.add_column(column, justify="right" if column in names else "left")
-    found: list[attention.Check] = []
-    for case in [case for name in command.shapes for case in attention.checked(name, command.interpret)]:
+    checks: list[attention.Check] = []
+    for case in [case for name in command.shapes for case in attention.list_checked(name, command.interpret)]:
         print(f"checking {case}", file=sys.stderr)
-        for each in attention.check(case, command.interpret):
-            cells = [_error(each.errors.get(name), each.xla.get(name)) for name in names]
-            table.add_row(each.case, each.tanh, *cells, "the same" if each.same else "[red]not the same[/red]")
-            found.append(each)
+        for check in attention.check_case(case, command.interpret):
+            cells = [_format_error(check.errors.get(name), check.xla.get(name)) for name in names]
+            table.add_row(check.case, check.tanh, *cells, "the same" if check.same else "[red]not the same[/red]")
+            checks.append(check)
     console.print(table)
-    return [asdict(each) for each in found], [failure for each in found for failure in each.failures]
+    return [asdict(check) for check in checks], [failure for check in checks for failure in check.failures]
 
 
-def _error(error: float | None, by_xla: float | None) -> str:
+def _format_error(error: float | None, xla_error: float | None) -> str:
     if error is None:
         return ""
-    return f"{error:.1e}" + (f" ({by_xla:.1e})" if by_xla is not None else "")
+    return f"{error:.1e}" + (f" ({xla_error:.1e})" if xla_error is not None else "")
 
 
 def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
+    """Times every layer of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
 
     table = Table(title="ms and TFLOP/s; cuDNN is without the soft cap, which it lacks", title_justify="left")
     for column in ("layer", "pass", "kernel", "XLA", "XLA / kernel", "cuDNN, no cap", "published, no cap"):
         table.add_column(column, justify="left" if column in ("layer", "pass") else "right")
-    found, notes = [], []
-    for layer in [layer for name in shapes for layer in attention.timed(name)]:
+    numbers, notes = [], []
+    for layer in [layer for name in shapes for layer in attention.list_timed_layers(name)]:
         print(f"timing {layer}", file=sys.stderr)
-        ours = attention.time_passes(attention.by_kernel(layer), layer)
-        xla = _peer("XLA", attention.by_xla(layer), layer, notes)
-        cudnn = {} if layer.packed else _peer("cuDNN", attention.by_cudnn(layer), layer, notes)
+        kernel = attention.time_passes(attention.kernel_attention(layer), layer)
+        xla = _time_peer("XLA", attention.xla_attention(layer), layer, notes)
+        cudnn = {} if layer.packed else _time_peer("cuDNN", attention.cudnn_attention(layer), layer, notes)
         plain = layer.length == 8192 and layer.window is None and not layer.packed
-        for which, seconds in ours.items():
-            sides = {"kernel": seconds, "xla": xla.get(which), "cudnn": cudnn.get(which)}
-            speeds = [_speed(time, layer.flops(which)) for time in sides.values()]
-            speeds.insert(2, f"{xla[which] / seconds:.1f}" if which in xla else "")
-            published = PUBLISHED.get((layer.shape.width, which), "") if plain else ""
-            table.add_row(str(layer), which, *speeds, published, end_section=which == "both")
-            found.append({"layer": str(layer), "pass": which, "flops": layer.flops(which), "seconds": sides})
+        for name, seconds in kernel.items():
+            flops = layer.flops(name)
+            sides = {"kernel": seconds, "xla": xla.get(name), "cudnn": cudnn.get(name)}
+            speeds = [_format_speed(time, flops) for time in sides.values()]
+            speeds.insert(2, f"{xla[name] / seconds:.1f}" if name in xla else "")
+            published = PUBLISHED.get((layer.shape.width, name), "") if plain else ""
+            table.add_row(str(layer), name, *speeds, published, end_section=name == "both")
+            numbers.append({"layer": str(layer), "pass": name, "flops": flops, "seconds": sides})
     console.print(table)
     console.print(*dict.fromkeys(notes), SOURCES, sep="\n", highlight=False, markup=False)
-    return found
+    return numbers
 
 
-def _peer(name: str, attend: Any, layer: Any, notes: list[str]) -> dict[str, float]:
-    """Seconds of each pass, and none where it cannot run, of which a note says why."""
+def _time_peer(name: str, attend: Any, layer: Any, notes: list[str]) -> dict[str, float]:
+    """Measures the seconds of each pass; where the peer cannot run, it adds a note that says why, and returns none."""
     from benchmarks import attention
 
     try:
         return attention.time_passes(attend, layer)
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # XLA's own are RuntimeErrors
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # XLA's own are RuntimeErrors.
         notes.append(f"{name} gave no times, width {layer.shape.width}: {str(error).strip().partition('\n')[0]}")
         return {}
 
 
-def _speed(seconds: float | None, flops: float) -> str:
+def _format_speed(seconds: float | None, flops: float) -> str:
     return "none" if seconds is None else f"{seconds * 1e3:.3f} ms {flops / seconds / 1e12:5.0f}"
 
 
 def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
+    """Times every cache of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
 
     peak = f"the {PEAK_BYTES / 1e12:.2f} TB/s of an H100 SXM"
@@ -189,19 +194,19 @@ def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     table = Table(title=title, title_justify="left")
     for column in ("cache", "kernel", "XLA", "XLA / kernel"):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    found = []
-    for case in [case for name in shapes for case in attention.timed_caches(name)]:
+    numbers = []
+    for case in [case for name in shapes for case in attention.list_timed_caches(name)]:
         print(f"timing {case}", file=sys.stderr)
-        ways = {"kernel": attention.decode_by_kernel(case), "xla": attention.decode_by_xla(case)}
-        sides = {name: attention.time_decode(step, case) for name, step in ways.items()}
+        steps = {"kernel": attention.kernel_decode(case), "xla": attention.xla_decode(case)}
+        sides = {name: attention.time_decode(step, case) for name, step in steps.items()}
         speeds = [
             f"{time * 1e6:.1f} µs {case.bytes / time / 1e9:5,.0f} {case.bytes / time / PEAK_BYTES:4.0%}"
             for time in sides.values()
         ]
         table.add_row(str(case), *speeds, f"{sides['xla'] / sides['kernel']:.1f}")
-        found.append({"cache": str(case), "bytes": case.bytes, "seconds": sides})
+        numbers.append({"cache": str(case), "bytes": case.bytes, "seconds": sides})
     console.print(table)
-    return found
+    return numbers
 
 
 if __name__ == "__main__":

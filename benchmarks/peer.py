@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.options import describe_library
 from gemma2_jax.config import GEMMA2_TINY, ModelConfig
 
 MODELS = {
@@ -48,3 +49,7 @@ def our_weights(model: ModelConfig, path: Path) -> dict:
 
     with np.load(path) as saved:
         return jax.device_put(from_hf(dict(saved), model))
+
+
+if __name__ == "__main__":
+    describe_library("peer", __doc__)

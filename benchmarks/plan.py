@@ -15,6 +15,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import make_parser
 from gemma2_jax import config as configs
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.planning import described_cluster
@@ -99,6 +100,7 @@ def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tupl
 
 
 def main() -> None:
+    make_parser("plan", __doc__).parse_args()
     described_cluster.prepare_jax()
     console = Console()
     if not console.is_terminal:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.options import describe_library
 from benchmarks.peer import MODELS, our_weights, transformers_model
 from gemma2_jax import config as configs
 from gemma2_jax.config import ModelConfig
@@ -99,3 +100,7 @@ def measure(start: Callable[..., Step], model: str, kind: str, weights: Path) ->
         losses.append(once())
         seconds.append(time.perf_counter() - began)
     return ROWS * LENGTH / statistics.median(seconds), losses
+
+
+if __name__ == "__main__":
+    describe_library("training", __doc__)

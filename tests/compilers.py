@@ -16,7 +16,7 @@ def need() -> None:
     if importlib.util.find_spec("jax_plugins") is None:
         pytest.skip("no CUDA plugin: pip install 'gemma2-jax[plan]'")
     try:
-        machine_code.nvdisasm()
-        machine_code.ptxas()
+        machine_code.find_nvdisasm()
+        machine_code.find_ptxas()
     except ImportError as error:
         pytest.skip(str(error))

@@ -1,32 +1,43 @@
 """Soft-capped attention for Hopper, differentiable: what `reference.attention` means, by `forward` and `backward`.
 
 Each query sees an interval of keys (`reference.visible_mask`), which says causal, window, packing and context
-parallelism in one. Tiles that no query of theirs sees are neither loaded nor multiplied, forward and backward; only
-those at the edge of an interval are masked.
+parallelism in one. A tile of scores that no query of it sees is neither loaded nor multiplied, forward and backward;
+only tiles at the edge of an interval are masked.
 """
 
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemma2_jax.kernels.backward import dkv, dq
-from gemma2_jax.kernels.forward import forward
+from gemma2_jax.kernels.backward import Cotangents, run_dkv, run_dq
+from gemma2_jax.kernels.forward import run_forward
 from gemma2_jax.kernels.limits import MOSAIC
-from gemma2_jax.kernels.tiles import GPU, LOG2E, TILES, Build
+from gemma2_jax.kernels.tiles import GPU, LOG2E, TILES, Build, Inputs, Settings
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None, build: Build = GPU):
-    """Attention of each query to the keys from `first` to `last`: `reference.attention`, differentiable by q, k and v.
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    first_BT: jax.Array,
+    last_BT: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    build: Build = GPU,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes attention of each query to the keys from `first` to `last`, differentiable by q, k and v.
 
-    Results are the same bit by bit each time, forward and backward. Partial results over parts of the keys combine by
-    addition, `combine_parts`.
+    It is `reference.attention`. Results are the same bit by bit each time, forward and backward. Partial results over
+    parts of the keys combine by addition, `combine_parts`.
 
     Args:
       q_BTNH: bfloat16, after RoPE; N is a multiple of K.
       k_BSKH, v_BSKH: bfloat16.
       first_BT, last_BT: int32; neither may descend along a row.
-      scale, softcap: scores are softcap * tanh(scale * q.k / softcap).
+      scale, softcap: scores are softcap * tanh(scale * q.k / softcap) (Gemma 2, arXiv:2408.00118, section 2).
       build: how the kernels are built.
 
     Returns:
@@ -34,7 +45,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
       and -inf.
 
     Raises:
-      ValueError: for what the kernels lack.
+      ValueError: if the kernels lack a dtype, head width or soft cap (`limits.MOSAIC`), or shapes do not go together.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -46,58 +57,68 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape}, values {v_BSKH.shape} and intervals {first_BT.shape} do not "
             "go together: they are [B, T, N, H], [B, S, K, H] twice and [B, T], with K a divisor of N"
         )
+    assert softcap is not None, "the kernels' limits ask for a soft cap"
     rows, keys = TILES[H].padded
     pad_T, pad_S = -T % rows, -S % keys
-    q = jnp.pad(q_BTNH, ((0, 0), (0, pad_T), (0, 0), (0, 0)))
-    k, v = (jnp.pad(x, ((0, 0), (0, pad_S), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
-    # Queries that are not there come after all keys, and see none.
-    first = jnp.pad(first_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S)
-    last = jnp.pad(last_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S - 1)
-    out, lse = _attend((scale, softcap, build), q, k, v, first, last)
-    return out[:, :T], lse[:, :, :T]
+    inputs = Inputs(
+        q_BTNH=jnp.pad(q_BTNH, ((0, 0), (0, pad_T), (0, 0), (0, 0))),
+        k_BSKH=jnp.pad(k_BSKH, ((0, 0), (0, pad_S), (0, 0), (0, 0))),
+        v_BSKH=jnp.pad(v_BSKH, ((0, 0), (0, pad_S), (0, 0), (0, 0))),
+        # The queries that pad a row come after all keys, and see none.
+        first_BT=jnp.pad(first_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S),
+        last_BT=jnp.pad(last_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S - 1),
+    )
+    out_BTNH, lse_BNT = _attend(Settings(scale=scale, softcap=softcap, build=build), inputs)
+    return out_BTNH[:, :T], lse_BNT[:, :, :T]
 
 
-def combine_parts(outs, lses):
-    """Attention to all keys, from that to each part of them: `outs` [B, T, N, H] and `lses` [B, N, T].
+def combine_parts(outs, lses) -> tuple[jax.Array, jax.Array]:
+    """Combines attention to each part of the keys into attention to all of them.
 
     Scores are bounded, so that this is a plain weighted sum, with no maximum to exchange.
 
+    Args:
+      outs: [B, T, N, H] of each part.
+      lses: the log-sum-exp [B, N, T] of each part, float32.
+
     Returns:
-      [B, T, N, H] in the dtype of the parts, and its log-sum-exp.
+      [B, T, N, H] in the dtype of the parts, and its log-sum-exp [B, N, T] float32.
     """
     totals = jnp.exp(jnp.stack(lses))
-    total = totals.sum(0)
-    shares = jnp.swapaxes(totals / jnp.maximum(total, 1e-30), 2, 3)[..., None]
-    whole = reduce(jnp.add, (out * share for out, share in zip(outs, shares, strict=True)))
-    return whole.astype(outs[0].dtype), jnp.log(total)
+    total_BNT = totals.sum(0)
+    shares = jnp.swapaxes(totals / jnp.maximum(total_BNT, 1e-30), 2, 3)[..., None]
+    sum_BTNH = reduce(jnp.add, (out * share for out, share in zip(outs, shares, strict=True)))
+    return sum_BTNH.astype(outs[0].dtype), jnp.log(total_BNT)
 
 
-def _value(settings, *arrays):
-    return _forward(settings, *arrays)[0]
+def _attend_forward(settings: Settings, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """Returns the output and the log-sum-exp, as `attention` does, for whole tiles."""
+    return run_forward(inputs, settings, TILES[inputs.q_BTNH.shape[-1]].forward)
 
 
-def _forward(settings, q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT):
-    scale, softcap, build = settings
-    inputs = q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT
-    out, lse = forward(*inputs, scale=scale, softcap=softcap, tile=TILES[q_BTNH.shape[-1]].forward, build=build)
-    return (out, lse), (*inputs, out, lse)
+def _attend_saving(settings: Settings, inputs: Inputs):
+    """Returns the results, and what the backward pass needs of them."""
+    results = _attend_forward(settings, inputs)
+    return results, (inputs, *results)
 
 
-def _backward(settings, residuals, cotangents):
-    scale, softcap, build = settings
-    q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, out_BTNH, lse_BNT = residuals
-    d_BTNH, d_lse_BNT = cotangents
-    tiles = TILES[q_BTNH.shape[-1]]
-    # The log-sum-exp's gradient by a score is the weight P, so that it comes in where delta does.
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, d_BTNH, preferred_element_type=jnp.float32) - d_lse_BNT
-    # To base 2, for exp2; where no key is seen, anything finite.
-    lse_BNT = jnp.where(jnp.isfinite(lse_BNT), lse_BNT * LOG2E, 0)
-    inputs = q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT
-    settings = dict(scale=scale, softcap=softcap, build=build)
-    by_q = dq(*inputs, **settings, tile=tiles.dq)
-    by_k, by_v = dkv(*inputs, **settings, tile=tiles.dkv)
-    return by_q, by_k, by_v, None, None
+def _attend_backward(settings: Settings, residuals, gradients) -> tuple[Inputs]:
+    """Returns the gradients by the inputs, from those by the results."""
+    inputs, out_BTNH, lse_BNT = residuals
+    d_BTNH, d_lse_BNT = gradients
+    tiles = TILES[inputs.q_BTNH.shape[-1]]
+    cotangents = Cotangents(
+        d_BTNH=d_BTNH,
+        # To base 2, for exp2; where no key is seen, anything finite.
+        lse_BNT=jnp.where(jnp.isfinite(lse_BNT), lse_BNT * LOG2E, 0),
+        # The log-sum-exp's gradient by a score is the weight P, so that it comes in where delta does.
+        delta_BNT=jnp.einsum("BTNH,BTNH->BNT", out_BTNH, d_BTNH, preferred_element_type=jnp.float32) - d_lse_BNT,
+    )
+    dq_BTNH = run_dq(inputs, cotangents, settings, tiles.dq)
+    dk_BSKH, dv_BSKH = run_dkv(inputs, cotangents, settings, tiles.dkv)
+    no_gradient: Any = None  # The intervals have no gradient.
+    return (Inputs(q_BTNH=dq_BTNH, k_BSKH=dk_BSKH, v_BSKH=dv_BSKH, first_BT=no_gradient, last_BT=no_gradient),)
 
 
-_attend = jax.custom_vjp(_value, nondiff_argnums=(0,))
-_attend.defvjp(_forward, _backward)
+_attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0,))
+_attend.defvjp(_attend_saving, _attend_backward)

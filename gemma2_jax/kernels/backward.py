@@ -1,14 +1,49 @@
-"""The backward kernels: gradients of attention by the queries, and by the keys and values.
+"""The backward kernels: gradients of attention by the queries (dQ), and by the keys and values (dK/dV).
 
 Two kernels make seven matrix products where one could do with five (FlashAttention-2, arXiv:2307.08691, algorithm 2),
 and in return nothing is added across blocks: results are the same bit by bit each time, and no float32 copy of dQ
 exists. With t = tanh(scale * q.k / cap), P = exp(cap * t - lse) where a query sees a key and else 0, and delta the sum
 of dO * O over a row:
 
-    dV = P^T dO    dS = P * (1 - t^2) * (dO V^T - delta)    dQ = scale * dS K    dK = scale * dS^T Q
+    slope = P * (1 - t^2)    dS = slope * (dO V^T - delta)
+    dV = P^T dO              dQ = scale * dS K              dK = scale * dS^T Q
 
-The log-sum-exps given here are to base 2: lse / ln 2.
+In dQ the block has queries and loops over keys, as in the forward kernel, and both computing warpgroups do the same.
+In a trip of the loop, for the tile of keys numbered n:
+
+    tensor cores   ... dS(n-1) K(n-1) ...]  [S(n) = Q K(n)^T]       [dP(n) = dO V(n)^T]           [dS(n) K(n) ...
+    other units                                              slope                      dS(n)
+    rings          wait K(n)       release K(n-1) ^                 ^ wait V(n)         ^ release V(n)
+
+Values are needed for dP alone, and so for a shorter time than keys: at head width 256 one stage of them is what fits.
+
+In dK/dV the block has 64 keys and loops over tiles of the queries that see them, of each query head in turn. The
+gradients of both keys and values, [64, 256] float32, do not fit in the registers of one warpgroup; halves of both in
+each would need P and dS in both. Instead each warpgroup has one gradient whole, and makes the left operand of its sum
+where it needs it, in registers. Scores are held transposed, [keys, queries], for a step n:
+
+    warpgroup 0 (dV)                             warpgroup 1 (dK)
+    ----------------                             ----------------
+    S^T = K Q(n)^T                               dP^T = V dO(n)^T - delta
+    t, P^T, slope
+    wait slope_read (of step n-1)
+    write slope to shared memory
+    arrive slope_written  -------------------->  wait slope_written
+                                                 dS^T = slope * dP^T
+                          <--------------------  arrive slope_read
+    dV += P^T dO(n) ... (not waited for)         dK += dS^T Q(n) ... (not waited for)
+
+    loader: rings of Q and dO, used by both; of log-sum-exps, used by warpgroup 0; of deltas, used by warpgroup 1.
+
+Each warpgroup issues its sum and goes on to its first product of the next step; when that is done, so is the sum, and
+its right operand (dO in warpgroup 0, Q in warpgroup 1) is released.
+
+The log-sum-exps given to both kernels are to base 2: lse / ln 2.
 """
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,233 +51,419 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import tiles
-from gemma2_jax.kernels.tiles import LOG2E, ROWS, Build, Queries, Ring, Tile, hide_from_hoisting
+from gemma2_jax.kernels.tiles import (
+    COMPUTING_WARPGROUPS,
+    LOADING_WARPGROUP,
+    ROWS,
+    Inputs,
+    Queries,
+    Ref,
+    Ring,
+    Settings,
+    Tile,
+    hide_from_hoisting,
+)
 
 
-def dq(
-    q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build
-):
-    """The gradient by the queries, [B, T, N, H]."""
-    N, H = q_BTNH.shape[2:]
-    keys = tile.size
+@dataclass(frozen=True, kw_only=True)
+class Cotangents:
+    """What the backward kernels take beside the `Inputs` of the forward one.
 
-    def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, dq_ref, *scratch):
-        q_smem, d_smem, both_came, ds_smem, *rings = scratch
-        k_ring, v_ring = (Ring(*ring) for ring in rings)
-        block = Queries(q_ref, k_ref, bounds_ref)
-        b, head, here = block.b, block.head, block.rows
-
-        @pl.when(block.warpgroup < 2)
-        def _compute():
-            tiles.claim_registers()
-            came = both_came.at[block.warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q_smem.at[block.warpgroup], came)
-            plgpu.copy_gmem_to_smem(d_ref.at[b, here, head], d_smem.at[block.warpgroup], came)
-            lse, delta = (
-                plgpu.load(ref.at[b, head, here], layout=tiles.BY_ROW, optimized=False) for ref in (lse_ref, delta_ref)
-            )
-            plgpu.barrier_wait(came)
-
-            def over_keys(dq):
-                def some(j, carry, edge: bool):
-                    number = j - block.start
-                    k = k_ring.wait(number)
-                    q, d = (smem.at[hide_from_hoisting(block.warpgroup)] for smem in (q_smem, d_smem))
-
-                    def scores(acc):
-                        plgpu.wgmma(acc, q, k.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)  # for the last product below, of the tile before
-                        pl.when(number > 0)(lambda: k_ring.release(number - 1))
-                        return acc[...]
-
-                    t = jnp.tanh(pl.run_scoped(scores, tiles.accumulator(ROWS, keys)) * (scale / softcap))
-                    slope = jnp.exp2(t * (softcap * LOG2E) - tiles.broadcast_rows(lse, keys)) * (1 - t * t)
-                    if edge:
-                        slope = tiles.mask_interval(slope, first_ref.at[b, here], last_ref.at[b, here], j * keys)
-                    dp = tiles.matrix_product(d, v_ring.wait(number).transpose((1, 0)))
-                    v_ring.release(number)
-                    ds = (slope * (dp - tiles.broadcast_rows(delta, keys))).astype(jnp.bfloat16)
-                    plgpu.wgmma(dq, build.operand(ds, ds_smem, block.warpgroup), k)
-                    return carry
-
-                tiles.visit_tiles(block.tiles, some)
-                result = dq[...]
-                pl.when(block.end > block.start)(lambda: k_ring.release(block.end - block.start - 1))
-                return result
-
-            q = q_smem.at[block.warpgroup]
-            q[...] = (pl.run_scoped(over_keys, tiles.accumulator(ROWS, H)) * scale).astype(q.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, head])
-            plgpu.wait_smem_to_gmem(0)
-
-        block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
-
-    dtype = q_BTNH.dtype
-    scratch = (
-        tiles.matrix((2, ROWS, H), dtype),
-        tiles.matrix((2, ROWS, H), dtype),
-        plgpu.Barrier(num_barriers=2, num_arrivals=2),
-        build.space((2, ROWS, keys), dtype),
-        *(Ring.scratch(stages, tiles.matrix((stages, keys, H), dtype)) for stages in (tile.stages, tile.v_stages)),
-    )
-    output = jax.ShapeDtypeStruct(q_BTNH.shape, dtype)
-    run = build.kernel(kernel, "gemma2_attention_dq", scratch, Queries.grid(q_BTNH, k_BSKH), output)
-    bounds = tiles.tile_bounds(first_BT, last_BT, Queries.block_rows(N, k_BSKH.shape[2]), keys)
-    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, bounds)
-
-
-def seen_by(first_BT, last_BT, size: int):
-    """The first and the last query that sees each of `size` keys, int32 [B, S]; neither input descends along a row."""
-
-    def until(end_T):
-        """How many of these are at each key or before it."""
-        counts = jnp.zeros(size + 1, jnp.int32).at[jnp.clip(end_T, 0, size)].add(1)
-        return jnp.cumsum(counts)[:size]
-
-    return jax.vmap(until)(last_BT + 1), jax.vmap(until)(first_BT) - 1
-
-
-def dkv(
-    q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, first_BT, last_BT, *, scale, softcap, tile: Tile, build: Build
-):
-    """The gradients by the keys and by the values, each [B, S, K, H].
-
-    A block has 64 keys and goes over the queries that see them, of every head in turn. One warpgroup makes the scores
-    and sums dV. It hands P * (1 - t^2) to the other, which makes dO V^T meanwhile, and sums dK. So each accumulator is
-    whole in one warpgroup, and each left operand of a sum is in the registers where it was made.
+    Attributes:
+      d_BTNH: bfloat16, the gradient by the output.
+      lse_BNT: float32, the log-sum-exp of the scores to base 2; anything finite where a query sees no key.
+      delta_BNT: float32, the sum of dO * O over a row, less the gradient by the log-sum-exp.
     """
-    B, S, K, H = k_BSKH.shape
-    G = q_BTNH.shape[2] // K
-    queries = tile.size
-    q_first_BS, q_last_BS = seen_by(first_BT, last_BT, S)
 
-    def kernel(q_ref, k_ref, v_ref, d_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *scratch):
-        dk_ref, dv_ref, kv_smem, kv_came, slope_smem, slope_came, slope_used, left_smem, *rings = scratch
-        q_ring, lse_ring, d_ring, delta_ring = (Ring(*ring) for ring in rings)
-        warpgroup, b = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
-        run, kv_head = jax.lax.axis_index("keys"), jax.lax.axis_index("heads")
-        here = pl.ds(run * ROWS, ROWS)
-        bounds = tuple(bounds_ref[b, run, at] * G for at in range(4))
-        start, end = bounds[0], bounds[3]
+    d_BTNH: jax.Array
+    lse_BNT: jax.Array
+    delta_BNT: jax.Array
 
-        def accumulate(mine: int, kv_ref, out_ref, over_queries, factor: float):
-            """A warpgroup's work, with keys or values of its own, until their gradient is written."""
-            tiles.claim_registers()
-            smem, came = kv_smem.at[mine], kv_came.at[mine]
-            plgpu.copy_gmem_to_smem(kv_ref.at[b, here, kv_head], smem, came)
-            plgpu.barrier_wait(came)
-            result = pl.run_scoped(over_queries, tiles.accumulator(ROWS, H))
-            smem[...] = (result * factor).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, out_ref.at[b, here, kv_head])
-            plgpu.wait_smem_to_gmem(0)
 
-        def product(right, number, ring):
-            """K or V times `right` transposed; the product before it, of the step before, is done with `ring`."""
+@dataclass(frozen=True)
+class OperandRefs:
+    """The operands of a backward kernel in global memory, in their order.
 
-            def run(acc):
-                plgpu.wgmma(acc, kv_smem.at[hide_from_hoisting(warpgroup)], right.transpose((1, 0)))
-                plgpu.wgmma_wait(1)
-                pl.when(number > 0)(lambda: ring.release(number - 1))
-                return acc[...]
+    Attributes:
+      first, last, bounds: the intervals of keys that each query sees, [B, T], and their `tiles.tile_bounds`; in dK/dV,
+        the intervals of queries that see each key, [B, S], and theirs.
+    """
 
-            return pl.run_scoped(run, tiles.accumulator(ROWS, queries))
+    q_BTNH: Ref
+    k_BSKH: Ref
+    v_BSKH: Ref
+    d_BTNH: Ref
+    lse_BNT: Ref
+    delta_BNT: Ref
+    first: Ref
+    last: Ref
+    bounds: Ref
 
-        def sum_dv(dv):
-            def some(step, carry, edge: bool):
-                number = step - start
-                t = jnp.tanh(product(q_ring.wait(number), number, d_ring) * (scale / softcap))
-                q_ring.release(number)
-                lse = plgpu.load(lse_ring.wait(number), layout=tiles.BY_COLUMN)
-                p = jnp.exp2(t * (softcap * LOG2E) - tiles.broadcast_columns(lse, ROWS))
-                lse_ring.release(number)
-                if edge:
-                    p = tiles.mask_interval(p, first_ref.at[b, here], last_ref.at[b, here], step // G * queries)
-                pl.when(number > 0)(lambda: plgpu.barrier_wait(slope_used))
-                slope_smem[...] = p * (1 - t * t)
-                plgpu.barrier_arrive(slope_came)
-                left = build.operand(p.astype(jnp.bfloat16), left_smem, warpgroup)
-                plgpu.wgmma(dv, left, d_ring.wait(number))
-                if edge:
-                    plgpu.wgmma_wait(0)  # the registers of its operand are needed for the next mask
-                return carry
 
-            tiles.visit_tiles(bounds, some)
-            result = dv[...]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DQScratch:
+    """The shared memory of a block of dQ.
 
-            @pl.when(end > start)
-            def _():
-                d_ring.release(end - start - 1)
-                plgpu.barrier_wait(slope_used)
+    Attributes:
+      q, d: [2, ROWS, H], the queries and the gradients by the output of each computing warpgroup; `q` ends as dQ.
+      arrived: a barrier for each computing warpgroup, which the loads of both complete.
+      ds: [2, ROWS, keys], dS as an operand, where it is not in registers.
+      k_ring, v_ring: tiles [keys, H].
+    """
 
-            return result
+    q: Ref
+    d: Ref
+    arrived: Ref
+    ds: Ref | None
+    k_ring: Ring
+    v_ring: Ring
 
-        def sum_dk(dk):
-            @pl.loop(start, end)
-            def _(step):
-                number = step - start
-                dp = product(d_ring.wait(number), number, q_ring)
-                d_ring.release(number)
-                dp -= tiles.broadcast_columns(plgpu.load(delta_ring.wait(number), layout=tiles.BY_COLUMN), ROWS)
-                delta_ring.release(number)
-                plgpu.barrier_wait(slope_came)
-                ds = (plgpu.load(slope_smem, layout=plgpu.Layout.WGMMA) * dp).astype(jnp.bfloat16)
-                plgpu.barrier_arrive(slope_used)
-                plgpu.wgmma(dk, build.operand(ds, left_smem, warpgroup), q_ring.wait(number))
+    @classmethod
+    def types(cls, width: int, dtype, tile: Tile, settings: Settings) -> Self:
+        """What to allocate for heads of that width."""
 
-            result = dk[...]
-            pl.when(end > start)(lambda: q_ring.release(end - start - 1))
-            return result
+        def ring(stages):
+            return Ring.types(stages, tiles.operand_memory((stages, tile.size, width), dtype))
 
-        pl.when(warpgroup == 0)(lambda: accumulate(0, k_ref, dv_ref, sum_dv, 1))
-        pl.when(warpgroup == 1)(lambda: accumulate(1, v_ref, dk_ref, sum_dk, scale))
+        return cls(
+            q=tiles.operand_memory((COMPUTING_WARPGROUPS, ROWS, width), dtype),
+            d=tiles.operand_memory((COMPUTING_WARPGROUPS, ROWS, width), dtype),
+            arrived=plgpu.Barrier(num_barriers=COMPUTING_WARPGROUPS, num_arrivals=2),
+            ds=settings.build.operand_type((COMPUTING_WARPGROUPS, ROWS, tile.size), dtype),
+            k_ring=ring(tile.stages),
+            v_ring=ring(tile.v_stages),
+        )
 
-        @pl.when(warpgroup == 2)
-        def _load():
-            def at(number):
-                step = start + number
-                return pl.ds(step // G * queries, queries), kv_head * G + step % G
 
-            def matrices(ref):
-                def source(number):
-                    rows, head = at(number)
-                    return ref.at[b, rows, head]
+def run_dq(inputs: Inputs, cotangents: Cotangents, settings: Settings, tile: Tile) -> jax.Array:
+    """Computes the gradient by the queries, [B, T, N, H] bfloat16."""
+    q_BTNH = inputs.q_BTNH
 
-                return source
+    def kernel(*refs_and_scratch) -> None:
+        *operands, dq_BTNH, scratch = refs_and_scratch
+        _DQBlock(OperandRefs(*operands), dq_BTNH, scratch, settings, tile.size).run()
 
-            def vectors(ref):
-                def source(number):
-                    rows, head = at(number)
-                    return ref.at[b, head, rows]
+    scratch = DQScratch.types(q_BTNH.shape[-1], q_BTNH.dtype, tile, settings)
+    output = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
+    grid = Queries.grid(q_BTNH, inputs.k_BSKH)
+    run = settings.build.kernel(kernel, "gemma2_attention_dq", scratch, grid, output)
+    bounds = Queries.tile_bounds(inputs, tile.size)
+    return run(*_operands(inputs, cotangents), inputs.first_BT, inputs.last_BT, bounds)
 
-                return source
 
-            tiles.load_tiles(
-                end - start,
-                (q_ring, matrices(q_ref)),
-                (lse_ring, vectors(lse_ref)),
-                (d_ring, matrices(d_ref)),
-                (delta_ring, vectors(delta_ref)),
-            )
-
-    dtype, stages = q_BTNH.dtype, tile.stages
-    both = Ring.scratch(stages, tiles.matrix((stages, queries, H), dtype))
-    one = Ring.scratch(stages, plgpu.SMEM((stages, queries), jnp.float32), users=1)
-    scratch = (
-        tiles.matrix((2, ROWS, H), dtype),
-        plgpu.Barrier(num_barriers=2),
-        tiles.matrix((ROWS, queries), jnp.float32),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-        build.space((2, ROWS, queries), dtype),
-        both,
-        one,
-        both,
-        one,
+def _operands(inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
+    """The operands that both kernels take first."""
+    return (
+        *(inputs.q_BTNH, inputs.k_BSKH, inputs.v_BSKH),
+        *(cotangents.d_BTNH, cotangents.lse_BNT, cotangents.delta_BNT),
     )
-    output = jax.ShapeDtypeStruct(k_BSKH.shape, dtype)
-    grid = {"heads": K, "keys": S // ROWS, "row": B}  # the longest first: early keys are seen by the most queries
-    run = build.kernel(kernel, "gemma2_attention_dkv", scratch, grid, (output, output))
-    bounds = tiles.tile_bounds(q_first_BS, q_last_BS, ROWS, queries)
-    return run(q_BTNH, k_BSKH, v_BSKH, d_BTNH, lse_BNT, delta_BNT, q_first_BS, q_last_BS, bounds)
+
+
+class _DQBlock:
+    """One block of threads of dQ: its queries, of each computing warpgroup, and their loop over tiles of keys."""
+
+    def __init__(self, refs: OperandRefs, dq_BTNH: Ref, scratch: DQScratch, settings: Settings, keys: int):
+        self.refs, self.dq_BTNH, self.scratch, self.settings, self.keys = refs, dq_BTNH, scratch, settings, keys
+        self.queries = Queries(refs.q_BTNH, refs.k_BSKH, refs.bounds)
+
+    def run(self) -> None:
+        pl.when(self.queries.warpgroup < COMPUTING_WARPGROUPS)(self.compute)
+        self.queries.load_keys(
+            self.keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
+        )
+
+    def compute(self) -> None:
+        """The work of a computing warpgroup: it loads its queries, loops over their keys, and writes the gradient."""
+        block, refs, scratch = self.queries, self.refs, self.scratch
+        tiles.claim_registers()
+        arrived = scratch.arrived.at[block.warpgroup]
+        source = block.batch, block.rows, block.head
+        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[source], scratch.q.at[block.warpgroup], arrived)
+        plgpu.copy_gmem_to_smem(refs.d_BTNH.at[source], scratch.d.at[block.warpgroup], arrived)
+        lse_R, delta_R = (
+            plgpu.load(ref.at[block.batch, block.head, block.rows], layout=tiles.BY_ROW, optimized=False)
+            for ref in (refs.lse_BNT, refs.delta_BNT)
+        )
+        plgpu.barrier_wait(arrived)
+        dq_RH = scratch.q.at[block.warpgroup]
+        result_RH = pl.run_scoped(
+            partial(self.loop_over_keys, lse_R, delta_R), tiles.accumulator(ROWS, refs.q_BTNH.shape[-1])
+        )
+        dq_RH[...] = (result_RH * self.settings.scale).astype(dq_RH.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(dq_RH, self.dq_BTNH.at[source])
+        plgpu.wait_smem_to_gmem(0)
+
+    def loop_over_keys(self, lse_R: jax.Array, delta_R: jax.Array, dq_acc: Ref) -> jax.Array:
+        """Returns dS K, [ROWS, H], summed over all keys that are seen."""
+        block, k_ring = self.queries, self.scratch.k_ring
+
+        def visit(tile, carry, edge: bool):
+            self.add_tile(lse_R, delta_R, dq_acc, tile, edge)
+            return carry
+
+        tiles.visit_tiles(block.bounds, visit)
+        dq_RH = dq_acc[...]
+        pl.when(block.end > block.start)(lambda: k_ring.release(block.end - block.start - 1))
+        return dq_RH
+
+    def add_tile(self, lse_R: jax.Array, delta_R: jax.Array, dq_acc: Ref, tile: jax.Array, edge: bool) -> None:
+        """Adds dS K of a tile of keys to the accumulator, by a product that is not waited for."""
+        block, refs, scratch = self.queries, self.refs, self.scratch
+        number = tile - block.start
+        k_CH = scratch.k_ring.wait(number)
+        # The queries stay where they are in each trip: see `hide_from_hoisting`.
+        q_RH, d_RH = (memory.at[hide_from_hoisting(block.warpgroup)] for memory in (scratch.q, scratch.d))
+        t_RC = self.settings.cap_tanh(self.multiply_keys(q_RH, k_CH, number))
+        p_RC = jnp.exp2(t_RC * self.settings.exp2_factor - tiles.broadcast_rows(lse_R, self.keys))
+        slope_RC = p_RC * (1 - t_RC * t_RC)
+        if edge:
+            first_R, last_R = (ends.at[block.batch, block.rows] for ends in (refs.first, refs.last))
+            slope_RC = tiles.mask_interval(slope_RC, first_R, last_R, tile * self.keys)
+        dp_RC = tiles.matrix_product(d_RH, scratch.v_ring.wait(number).transpose((1, 0)))
+        scratch.v_ring.release(number)
+        ds_RC = (slope_RC * (dp_RC - tiles.broadcast_rows(delta_R, self.keys))).astype(jnp.bfloat16)
+        plgpu.wgmma(dq_acc, self.settings.build.place_operand(ds_RC, scratch.ds, block.warpgroup), k_CH)
+
+    def multiply_keys(self, q_RH: Ref, k_CH: Ref, number: jax.Array) -> jax.Array:
+        """Returns q.k, [ROWS, keys], for a tile of keys, and releases the keys of the tile before it."""
+
+        def multiply(acc):
+            plgpu.wgmma(acc, q_RH, k_CH.transpose((1, 0)))
+            # The product dS K of the tile before may have been running until here.
+            plgpu.wgmma_wait(1)
+            pl.when(number > 0)(lambda: self.scratch.k_ring.release(number - 1))
+            return acc[...]
+
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.keys))
+
+
+def query_intervals(first_BT: jax.Array, last_BT: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Computes the first and the last query that sees each of so many keys, int32 [B, S].
+
+    Args:
+      first_BT, last_BT: int32, the interval of keys that each query sees; neither descends along a row.
+    """
+
+    def count_ended(end_T):
+        """Counts for each key how many of the queries' ends are at that key or before it."""
+        counts = jnp.zeros(keys + 1, jnp.int32).at[jnp.clip(end_T, 0, keys)].add(1)
+        return jnp.cumsum(counts)[:keys]
+
+    return jax.vmap(count_ended)(last_BT + 1), jax.vmap(count_ended)(first_BT) - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DKVScratch:
+    """The shared memory of a block of dK/dV.
+
+    Attributes:
+      kv: [2, ROWS, H], the block's keys, which end as dV, and its values, which end as dK.
+      kv_arrived: a barrier for each of the two.
+      slope: [ROWS, queries] float32, P * (1 - t^2) transposed, from warpgroup 0 to warpgroup 1.
+      slope_written, slope_read: barriers at which each says so to the other.
+      operands: [2, ROWS, queries], P^T and dS^T as operands, where these are not in registers.
+      q_ring, d_ring: tiles [queries, H], which both computing warpgroups use.
+      lse_ring, delta_ring: tiles [queries] float32, which one of them uses.
+    """
+
+    kv: Ref
+    kv_arrived: Ref
+    slope: Ref
+    slope_written: Ref
+    slope_read: Ref
+    operands: Ref | None
+    q_ring: Ring
+    lse_ring: Ring
+    d_ring: Ring
+    delta_ring: Ring
+
+    @classmethod
+    def types(cls, width: int, dtype, tile: Tile, settings: Settings) -> Self:
+        """What to allocate for heads of that width."""
+        stages, queries = tile.stages, tile.size
+        matrices = Ring.types(stages, tiles.operand_memory((stages, queries, width), dtype))
+        vectors = Ring.types(stages, plgpu.SMEM((stages, queries), jnp.float32), users=1)
+        return cls(
+            kv=tiles.operand_memory((2, ROWS, width), dtype),
+            kv_arrived=plgpu.Barrier(num_barriers=2),
+            slope=tiles.operand_memory((ROWS, queries), jnp.float32),
+            slope_written=plgpu.Barrier(),
+            slope_read=plgpu.Barrier(),
+            operands=settings.build.operand_type((COMPUTING_WARPGROUPS, ROWS, queries), dtype),
+            q_ring=matrices,
+            lse_ring=vectors,
+            d_ring=matrices,
+            delta_ring=vectors,
+        )
+
+
+def run_dkv(inputs: Inputs, cotangents: Cotangents, settings: Settings, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """Computes the gradients by the keys and by the values, each [B, S, K, H] bfloat16."""
+    k_BSKH = inputs.k_BSKH
+    B, S, K, H = k_BSKH.shape
+    first_BS, last_BS = query_intervals(inputs.first_BT, inputs.last_BT, S)
+
+    def kernel(*refs_and_scratch) -> None:
+        *operands, dk_BSKH, dv_BSKH, scratch = refs_and_scratch
+        _DKVBlock(OperandRefs(*operands), (dk_BSKH, dv_BSKH), scratch, settings, tile.size).run()
+
+    scratch = DKVScratch.types(H, k_BSKH.dtype, tile, settings)
+    output = jax.ShapeDtypeStruct(k_BSKH.shape, k_BSKH.dtype)
+    # The longest blocks come first: early keys are seen by the most queries.
+    grid = {"heads": K, "keys": S // ROWS, "row": B}
+    run = settings.build.kernel(kernel, "gemma2_attention_dkv", scratch, grid, (output, output))
+    bounds = tiles.tile_bounds(first_BS, last_BS, ROWS, tile.size)
+    return run(*_operands(inputs, cotangents), first_BS, last_BS, bounds)
+
+
+class _DKVBlock:
+    """One block of threads of dK/dV: its 64 keys, and their loop over tiles of queries.
+
+    A step is a tile of queries of one head: step s has the tile s // G of the head s % G of the key/value head's.
+    """
+
+    def __init__(self, refs: OperandRefs, dkv: tuple[Ref, Ref], scratch: DKVScratch, settings: Settings, queries: int):
+        self.refs, self.scratch, self.settings, self.queries = refs, scratch, settings, queries
+        self.dk_BSKH, self.dv_BSKH = dkv
+        self.groups = refs.q_BTNH.shape[2] // refs.k_BSKH.shape[2]
+        self.warpgroup, self.batch = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
+        run, self.kv_head = jax.lax.axis_index("keys"), jax.lax.axis_index("heads")
+        self.keys = pl.ds(run * ROWS, ROWS)
+        self.bounds = tuple(refs.bounds[self.batch, run, number] * self.groups for number in range(4))
+        self.start, self.end = self.bounds[0], self.bounds[3]
+
+    def run(self) -> None:
+        scratch, refs = self.scratch, self.refs
+        keys, values = ((scratch.kv.at[number], scratch.kv_arrived.at[number]) for number in range(2))
+        pl.when(self.warpgroup == 0)(lambda: self.compute(keys, refs.k_BSKH, self.dv_BSKH, self.loop_for_dv, 1))
+        pl.when(self.warpgroup == 1)(
+            lambda: self.compute(values, refs.v_BSKH, self.dk_BSKH, self.loop_for_dk, self.settings.scale)
+        )
+        pl.when(self.warpgroup == LOADING_WARPGROUP)(self.load)
+
+    def compute(self, place: tuple[Ref, Ref], source: Ref, target: Ref, loop, factor: float) -> None:
+        """The work of a computing warpgroup: it loads its keys or values, loops over queries, and writes a gradient.
+
+        Args:
+          place: where its keys or values lie in shared memory, and the barrier of their load.
+          source, target: [B, S, K, H] in global memory, those keys or values and the gradient.
+          loop: a function of an accumulator [ROWS, H], which returns the gradient.
+          factor: what the gradient is multiplied by.
+        """
+        tiles.claim_registers()
+        memory, arrived = place
+        plgpu.copy_gmem_to_smem(source.at[self.batch, self.keys, self.kv_head], memory, arrived)
+        plgpu.barrier_wait(arrived)
+        result = pl.run_scoped(loop, tiles.accumulator(ROWS, source.shape[-1]))
+        memory[...] = (result * factor).astype(source.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(memory, target.at[self.batch, self.keys, self.kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    def multiply_transposed(self, right_CH: Ref, number: jax.Array, ring: Ring) -> jax.Array:
+        """Returns K or V times `right` transposed, [ROWS, queries], and releases the tile before it in the ring.
+
+        That tile is the right operand of the warpgroup's sum of the step before, which is done when this product is the
+        only one that may not be.
+        """
+
+        def multiply(acc):
+            # The keys and values stay where they are in each trip: see `hide_from_hoisting`.
+            plgpu.wgmma(acc, self.scratch.kv.at[hide_from_hoisting(self.warpgroup)], right_CH.transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(number > 0)(lambda: ring.release(number - 1))
+            return acc[...]
+
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.queries))
+
+    def loop_for_dv(self, dv_acc: Ref) -> jax.Array:
+        """The loop of warpgroup 0: returns P^T dO, [ROWS, H], summed over all queries that see the keys."""
+
+        def visit(step, carry, edge: bool):
+            self.add_dv(dv_acc, step, edge)
+            return carry
+
+        tiles.visit_tiles(self.bounds, visit)
+        dv_RH = dv_acc[...]
+
+        @pl.when(self.end > self.start)
+        def _finish():
+            self.scratch.d_ring.release(self.end - self.start - 1)
+            # Its barrier must not go before the other warpgroup arrived there for the last time.
+            plgpu.barrier_wait(self.scratch.slope_read)
+
+        return dv_RH
+
+    def add_dv(self, dv_acc: Ref, step: jax.Array, edge: bool) -> None:
+        """Hands a step's slope to warpgroup 1, and adds P^T dO by a product that is not waited for."""
+        scratch, refs = self.scratch, self.refs
+        number = step - self.start
+        t_RC = self.settings.cap_tanh(self.multiply_transposed(scratch.q_ring.wait(number), number, scratch.d_ring))
+        scratch.q_ring.release(number)
+        lse_C = plgpu.load(scratch.lse_ring.wait(number), layout=tiles.BY_COLUMN)
+        p_RC = jnp.exp2(t_RC * self.settings.exp2_factor - tiles.broadcast_columns(lse_C, ROWS))
+        scratch.lse_ring.release(number)
+        if edge:
+            first_R, last_R = (ends.at[self.batch, self.keys] for ends in (refs.first, refs.last))
+            p_RC = tiles.mask_interval(p_RC, first_R, last_R, step // self.groups * self.queries)
+        pl.when(number > 0)(lambda: plgpu.barrier_wait(scratch.slope_read))
+        scratch.slope[...] = p_RC * (1 - t_RC * t_RC)
+        plgpu.barrier_arrive(scratch.slope_written)
+        operand = self.settings.build.place_operand(p_RC.astype(jnp.bfloat16), scratch.operands, self.warpgroup)
+        plgpu.wgmma(dv_acc, operand, scratch.d_ring.wait(number))
+        if edge:
+            # The next mask needs the registers of this product's operand.
+            plgpu.wgmma_wait(0)
+
+    def loop_for_dk(self, dk_acc: Ref) -> jax.Array:
+        """The loop of warpgroup 1: returns dS^T Q, [ROWS, H], summed over all queries that see the keys.
+
+        It needs no mask, and so is one loop: the slope is 0 where a query does not see a key.
+        """
+        scratch = self.scratch
+
+        @pl.loop(self.start, self.end)
+        def _add_dk(step):
+            number = step - self.start
+            dp_RC = self.multiply_transposed(scratch.d_ring.wait(number), number, scratch.q_ring)
+            scratch.d_ring.release(number)
+            delta_C = plgpu.load(scratch.delta_ring.wait(number), layout=tiles.BY_COLUMN)
+            dp_RC -= tiles.broadcast_columns(delta_C, ROWS)
+            scratch.delta_ring.release(number)
+            plgpu.barrier_wait(scratch.slope_written)
+            ds_RC = (plgpu.load(scratch.slope, layout=plgpu.Layout.WGMMA) * dp_RC).astype(jnp.bfloat16)
+            plgpu.barrier_arrive(scratch.slope_read)
+            operand = self.settings.build.place_operand(ds_RC, scratch.operands, self.warpgroup)
+            plgpu.wgmma(dk_acc, operand, scratch.q_ring.wait(number))
+
+        dk_RH = dk_acc[...]
+        pl.when(self.end > self.start)(lambda: scratch.q_ring.release(self.end - self.start - 1))
+        return dk_RH
+
+    def load(self) -> None:
+        """The work of the loader: the queries of each step, their gradients by the output, and a number for each."""
+
+        def find_step(number):
+            step = self.start + number
+            head = self.kv_head * self.groups + step % self.groups
+            return pl.ds(step // self.groups * self.queries, self.queries), head
+
+        def find_matrix(array_BTNH, number):
+            rows, head = find_step(number)
+            return array_BTNH.at[self.batch, rows, head]
+
+        def find_vector(array_BNT, number):
+            rows, head = find_step(number)
+            return array_BNT.at[self.batch, head, rows]
+
+        scratch, refs = self.scratch, self.refs
+        tiles.load_tiles(
+            self.end - self.start,
+            (scratch.q_ring, partial(find_matrix, refs.q_BTNH)),
+            (scratch.lse_ring, partial(find_vector, refs.lse_BNT)),
+            (scratch.d_ring, partial(find_matrix, refs.d_BTNH)),
+            (scratch.delta_ring, partial(find_vector, refs.delta_BNT)),
+        )

@@ -1,9 +1,24 @@
 """The forward kernel: soft-capped attention of tiles of queries to the keys each query sees.
 
-FlashAttention-3's shape (arXiv:2407.08608): in a block of threads, two warpgroups compute and a third loads keys and
-values by TMA into rings. What Gemma 2 changes: a capped score cannot overflow, so there is no running maximum, and the
-accumulator of the output is touched by nothing but the tensor cores.
+It has FlashAttention-3's shape (arXiv:2407.08608): in a block of threads, two warpgroups compute and a third loads keys
+and values by TMA into rings. Gemma 2 makes it simpler: a capped score cannot overflow, so there is no running maximum,
+and the accumulator of the output is touched by nothing but the tensor cores.
+
+What a computing warpgroup does in a trip of its loop, for the tile of keys numbered n:
+
+    tensor cores   ... P(n-1) V(n-1) ...]  [S(n) = Q K(n)^T]                    [P(n) V(n) ...
+    other units                                             exp2, mask, sum P(n)
+    rings          wait K(n)      release V(n-1) ^          ^ release K(n)      ^ wait V(n)
+
+The product P V is issued and not waited for. It goes on while the next trip begins, and S is queued behind it, so that
+the tensor cores do not stop between the two; `wgmma_wait(1)` then says that P V of the trip before is done, and its
+values are released. The two computing warpgroups are not ordered against each other: while one takes exponentials, the
+other's products have the tensor cores.
 """
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,77 +26,145 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import tiles
-from gemma2_jax.kernels.tiles import LOG2E, ROWS, Build, Queries, Ring, Tile
+from gemma2_jax.kernels.tiles import COMPUTING_WARPGROUPS, ROWS, Inputs, Queries, Ref, Ring, Settings, Tile
 
 
-def forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float, tile: Tile, build: Build):
-    """`reference.attention` for whole tiles: [B, T, N, H] bfloat16, and the log-sum-exp [B, N, T] float32."""
+@dataclass(frozen=True)
+class Refs:
+    """The arrays of the kernel in global memory: its operands in their order, and then its results."""
+
+    q_BTNH: Ref
+    k_BSKH: Ref
+    v_BSKH: Ref
+    first_BT: Ref
+    last_BT: Ref
+    bounds: Ref  # int32 [B, blocks, 4]: see `tiles.tile_bounds`.
+    out_BTNH: Ref
+    lse_BNT: Ref
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """The shared memory of a block.
+
+    Attributes:
+      q: [2, ROWS, H], the queries of each computing warpgroup, and at the end its output.
+      q_arrived: a barrier for each computing warpgroup, which the load of its queries completes.
+      p: [2, ROWS, keys], weights as an operand, where these are not in registers.
+      lse: [2, ROWS] float32.
+      k_ring, v_ring: tiles [keys, H].
+    """
+
+    q: Ref
+    q_arrived: Ref
+    p: Ref | None
+    lse: Ref
+    k_ring: Ring
+    v_ring: Ring
+
+    @classmethod
+    def types(cls, width: int, dtype, tile: Tile, settings: Settings) -> Self:
+        """What to allocate for heads of that width."""
+        ring = Ring.types(tile.stages, tiles.operand_memory((tile.stages, tile.size, width), dtype))
+        return cls(
+            q=tiles.operand_memory((COMPUTING_WARPGROUPS, ROWS, width), dtype),
+            q_arrived=plgpu.Barrier(num_barriers=COMPUTING_WARPGROUPS),
+            p=settings.build.operand_type((COMPUTING_WARPGROUPS, ROWS, tile.size), dtype),
+            lse=plgpu.SMEM((COMPUTING_WARPGROUPS, ROWS), jnp.float32),
+            k_ring=ring,
+            v_ring=ring,
+        )
+
+
+def run_forward(inputs: Inputs, settings: Settings, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """Computes `reference.attention` for whole tiles.
+
+    Returns:
+      The output [B, T, N, H] bfloat16, and the log-sum-exp of the scores [B, N, T] float32. A query that sees no key
+      has zeros and -inf.
+    """
+    q_BTNH, k_BSKH = inputs.q_BTNH, inputs.k_BSKH
     B, T, N, H = q_BTNH.shape
-    keys = tile.size
 
-    def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, bounds_ref, out_ref, lse_ref, *scratch):
-        q_smem, q_came, p_smem, lse_smem, *rings = scratch
-        k_ring, v_ring = (Ring(*ring) for ring in rings)
-        block = Queries(q_ref, k_ref, bounds_ref)
-        b, head, here = block.b, block.head, block.rows
+    def kernel(*refs_and_scratch) -> None:
+        *refs, scratch = refs_and_scratch
+        _Block(Refs(*refs), scratch, settings, tile.size).run()
 
-        @pl.when(block.warpgroup < 2)
-        def _compute():
-            tiles.claim_registers()
-            q, lse, came = (of_both.at[block.warpgroup] for of_both in (q_smem, lse_smem, q_came))
-            plgpu.copy_gmem_to_smem(q_ref.at[b, here, head], q, came)
-            plgpu.barrier_wait(came)
+    scratch = Scratch.types(H, q_BTNH.dtype, tile, settings)
+    outputs = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    grid = Queries.grid(q_BTNH, k_BSKH)
+    run = settings.build.kernel(kernel, "gemma2_attention_forward", scratch, grid, outputs)
+    bounds = Queries.tile_bounds(inputs, tile.size)
+    return run(q_BTNH, k_BSKH, inputs.v_BSKH, inputs.first_BT, inputs.last_BT, bounds)
 
-            def over_keys(out):
-                def some(j, total, edge: bool):
-                    number = j - block.start
-                    k = k_ring.wait(number)
 
-                    def scores(acc):
-                        plgpu.wgmma(acc, q, k.transpose((1, 0)))
-                        plgpu.wgmma_wait(1)  # for the product below, of the tile before: the tensor cores do not stop
-                        pl.when(number > 0)(lambda: v_ring.release(number - 1))
-                        return acc[...]
+class _Block:
+    """One block of threads: its queries, of each computing warpgroup, and their loop over tiles of keys."""
 
-                    s = pl.run_scoped(scores, tiles.accumulator(ROWS, keys))
-                    k_ring.release(number)
-                    p = jnp.exp2(jnp.tanh(s * (scale / softcap)) * (softcap * LOG2E))
-                    if edge:
-                        p = tiles.mask_interval(p, first_ref.at[b, here], last_ref.at[b, here], j * keys)
-                    total += jnp.sum(p, axis=1)
-                    left = build.operand(p.astype(jnp.bfloat16), p_smem, block.warpgroup)
-                    plgpu.wgmma(out, left, v_ring.wait(number))
-                    return total
+    def __init__(self, refs: Refs, scratch: Scratch, settings: Settings, keys: int):
+        self.refs, self.scratch, self.settings, self.keys = refs, scratch, settings, keys
+        self.queries = Queries(refs.q_BTNH, refs.k_BSKH, refs.bounds)
 
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), tiles.BY_ROW)
-                total = tiles.visit_tiles(block.tiles, some, total)
-                result = out[...]
-                pl.when(block.end > block.start)(lambda: v_ring.release(block.end - block.start - 1))
-                return result, total
+    def run(self) -> None:
+        pl.when(self.queries.warpgroup < COMPUTING_WARPGROUPS)(self.compute)
+        self.queries.load_keys(
+            self.keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
+        )
 
-            out, total = pl.run_scoped(over_keys, tiles.accumulator(ROWS, H))
-            lse[...] = jnp.log(total)
-            q[...] = (out * tiles.broadcast_rows(1 / jnp.maximum(total, 1e-30), H)).astype(
-                q.dtype
-            )  # 0 where nothing is seen
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, out_ref.at[b, here, head])
-            plgpu.copy_smem_to_gmem(lse, lse_ref.at[b, head, here])
-            plgpu.wait_smem_to_gmem(0)
+    def compute(self) -> None:
+        """The work of a computing warpgroup: it loads its queries, attends to their keys, and writes the results."""
+        block, refs = self.queries, self.refs
+        tiles.claim_registers()
+        q_RH, lse_R, arrived = (
+            of_both.at[block.warpgroup] for of_both in (self.scratch.q, self.scratch.lse, self.scratch.q_arrived)
+        )
+        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[block.batch, block.rows, block.head], q_RH, arrived)
+        plgpu.barrier_wait(arrived)
+        H = q_RH.shape[1]
+        out_RH, total_R = pl.run_scoped(partial(self.loop_over_keys, q_RH), tiles.accumulator(ROWS, H))
+        lse_R[...] = jnp.log(total_R)
+        # A query that sees nothing has a total of 0 and an output of 0.
+        normalized_RH = out_RH * tiles.broadcast_rows(1 / jnp.maximum(total_R, 1e-30), H)
+        q_RH[...] = normalized_RH.astype(q_RH.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_RH, refs.out_BTNH.at[block.batch, block.rows, block.head])
+        plgpu.copy_smem_to_gmem(lse_R, refs.lse_BNT.at[block.batch, block.head, block.rows])
+        plgpu.wait_smem_to_gmem(0)
 
-        block.load(keys, (k_ring, k_ref), (v_ring, v_ref))
+    def loop_over_keys(self, q_RH: Ref, out_acc: Ref) -> tuple[jax.Array, jax.Array]:
+        """Returns the sum of exp(score) * V, [ROWS, H], and of exp(score), [ROWS], over all keys that are seen."""
+        block = self.queries
+        total_R = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), tiles.BY_ROW)
+        total_R = tiles.visit_tiles(block.bounds, partial(self.attend_tile, q_RH, out_acc), total_R)
+        out_RH = out_acc[...]
+        pl.when(block.end > block.start)(lambda: self.scratch.v_ring.release(block.end - block.start - 1))
+        return out_RH, total_R
 
-    dtype = q_BTNH.dtype
-    ring = Ring.scratch(tile.stages, tiles.matrix((tile.stages, keys, H), dtype))
-    scratch = (
-        tiles.matrix((2, ROWS, H), dtype),
-        plgpu.Barrier(num_barriers=2),
-        build.space((2, ROWS, keys), dtype),
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        ring,
-        ring,
-    )
-    outputs = jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    run = build.kernel(kernel, "gemma2_attention_forward", scratch, Queries.grid(q_BTNH, k_BSKH), outputs)
-    bounds = tiles.tile_bounds(first_BT, last_BT, Queries.block_rows(N, k_BSKH.shape[2]), keys)
-    return run(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, bounds)
+    def attend_tile(self, q_RH: Ref, out_acc: Ref, tile: jax.Array, total_R: jax.Array, edge: bool) -> jax.Array:
+        """Adds a tile's exp(score) * V to the accumulator, by a product that is not waited for; returns the total."""
+        block, refs, scratch = self.queries, self.refs, self.scratch
+        number = tile - block.start
+        scores_RC = self.multiply_keys(q_RH, number)
+        scratch.k_ring.release(number)
+        p_RC = jnp.exp2(self.settings.cap_tanh(scores_RC) * self.settings.exp2_factor)
+        if edge:
+            first_R, last_R = (ends.at[block.batch, block.rows] for ends in (refs.first_BT, refs.last_BT))
+            p_RC = tiles.mask_interval(p_RC, first_R, last_R, tile * self.keys)
+        total_R += jnp.sum(p_RC, axis=1)
+        operand = self.settings.build.place_operand(p_RC.astype(jnp.bfloat16), scratch.p, block.warpgroup)
+        plgpu.wgmma(out_acc, operand, scratch.v_ring.wait(number))
+        return total_R
+
+    def multiply_keys(self, q_RH: Ref, number: jax.Array) -> jax.Array:
+        """Returns q.k, [ROWS, keys], for a tile of keys, and releases the values of the tile before it."""
+        k_CH = self.scratch.k_ring.wait(number)
+
+        def multiply(acc):
+            plgpu.wgmma(acc, q_RH, k_CH.transpose((1, 0)))
+            # The product P V of the tile before may have been running until here: the tensor cores do not stop.
+            plgpu.wgmma_wait(1)
+            pl.when(number > 0)(lambda: self.scratch.v_ring.release(number - 1))
+            return acc[...]
+
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.keys))

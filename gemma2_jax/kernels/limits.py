@@ -9,17 +9,23 @@ class Limits:
 
     Windows, packed segments, any number of query heads to a key/value head, and lengths of any size, forward and
     backward, are what every implementation here can do.
+
+    Attributes:
+      architectures: the devices it is for, such as "sm_90" for a compute capability of 9.0, or platforms.
+      dtypes: names of the dtypes of queries, keys and values.
+      widths: head widths.
+      softcap: where this is a number, scores need a soft cap, and the number is the largest.
     """
 
-    architectures: tuple[str, ...] | None = None  # of the device: compute capabilities, or a platform
+    architectures: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
-    widths: tuple[int, ...] | None = None  # of a head
-    softcap: float | None = None  # one is needed, up to this
+    widths: tuple[int, ...] | None = None
+    softcap: float | None = None
 
     def find_lack(
         self, *, dtype: str, width: int, softcap: float | None, architecture: str | None = None
     ) -> str | None:
-        """What is missing for what is asked, in words; None where nothing is."""
+        """Says in words what is missing for what is asked; None where nothing is."""
         if architecture and self.architectures and architecture not in self.architectures:
             return f"{architecture}: it is for {' and '.join(self.architectures)}"
         if self.dtypes and dtype not in self.dtypes:

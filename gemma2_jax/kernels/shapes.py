@@ -5,14 +5,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Heads of one device, head width, and what the scores are multiplied by."""
+    """The attention of one device.
 
-    heads: int  # of queries
+    Attributes:
+      heads: query heads.
+      kv_heads: key/value heads.
+      width: head width.
+      scale, softcap: scores are softcap * tanh(scale * q.k / softcap).
+      window: of every other layer, in tokens.
+    """
+
+    heads: int
     kv_heads: int
     width: int
     scale: float
     softcap: float = 50.0
-    window: int = 4096  # of every other layer
+    window: int = 4096
 
 
 SHAPES = {

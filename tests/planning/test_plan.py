@@ -12,7 +12,7 @@ from compilers import needs_plugin
 from jax.experimental import topologies
 from rich.console import Console
 
-from benchmarks.machine_code import calls
+from benchmarks.machine_code import find_calls
 from gemma2_jax import config as configs, plan
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
@@ -219,7 +219,7 @@ def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
     stages, context = program.mesh.shape["stage"], program.mesh.shape["context"]
     runs = program.pipeline.layers * (program.pipeline.passes + stages - 1) * context
     times = Counter()
-    for call in calls(found.text):
+    for call in find_calls(found.text):
         assert call.times is not None, call
         times[call.name] += call.times
     again = program.config.compute.remat in ("block", "offload")
