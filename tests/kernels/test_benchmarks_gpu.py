@@ -30,50 +30,54 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
 
 
-def lower(everything: bool) -> dict[str, list]:
-    """Kernels in each program that is timed, of each pass in turn, at its real shapes.
+def lower_programs(exhaustive: bool) -> dict[str, list]:
+    """Counts the kernels in each program that is timed, for each pass in turn, at its real shapes.
 
-    Unless everything is asked for, those of a local layer and of a ring for each head width, less the program of both
-    passes; and nothing is compiled.
+    Unless this is exhaustive, only programs of a local layer and of a ring are lowered for each head width, without the
+    program of both passes, and nothing is compiled.
     """
     described_cluster.prepare_jax()
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    # It asks cuDNN and the GPU, neither of which is there. So a change of jax's own checks is not seen here.
+    # jax asks cuDNN and the GPU, neither of which is there, so that a change of its own checks is not seen here.
     cudnn.check_cudnn_version = lambda: 91000
     cudnn.check_compute_capability = lambda _: True
-    everywhere = NamedSharding(Mesh(np.array(described_cluster.describe_cluster(1)), ("device",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array(described_cluster.describe_cluster(1)), ("device",)), PartitionSpec())
 
-    def kernels(run, *inputs) -> dict[str, int]:
-        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
+    def count_kernels(run, *inputs) -> dict[str, int]:
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
         lowered = run.trace(*inputs).lower(lowering_platforms=("cuda",))
         text = lowered.as_text()
-        found = {name: text.count(f"@{target}") for name, target in TARGETS.items()}
-        if everything and not found["cudnn"]:
+        counts = {name: text.count(f"@{target}") for name, target in TARGETS.items()}
+        if exhaustive and not counts["cudnn"]:
             lowered.compile()
-        return found
+        return counts
 
     found = {}
-    for name in ("2b", "9b", "27b") if everything else ("2b", "27b"):
-        layers, caches = attention.timed(name), attention.timed_caches(name)
-        for layer in layers if everything else layers[2:3]:
+    for name in ("2b", "9b", "27b") if exhaustive else ("2b", "27b"):
+        layers, caches = attention.list_timed_layers(name), attention.list_timed_caches(name)
+        for layer in layers if exhaustive else layers[2:3]:
             q, k, v, d = layer.shapes()
             mask = jax.eval_shape(layer.mask)
-            for by in attention.by_kernel, attention.by_xla, *([] if layer.packed else [attention.by_cudnn]):
-                run = attention.programs(by(layer))
+            for attend in (
+                attention.kernel_attention,
+                attention.xla_attention,
+                *([] if layer.packed else [attention.cudnn_attention]),
+            ):
+                run = attention.compile_passes(attend(layer))
                 pull = jax.eval_shape(run.saved, q, k, v, mask)
-                passes = [kernels(run.forward, q, k, v, mask), kernels(run.backward, pull, d)]
-                if everything:
-                    passes.append(kernels(run.both, q, k, v, d, mask))
-                found[f"{layer} {by.__name__}"] = passes
-        for case in caches if everything else caches[3:]:
+                passes = [count_kernels(run.forward, q, k, v, mask), count_kernels(run.backward, pull, d)]
+                if exhaustive:
+                    passes.append(count_kernels(run.both, q, k, v, d, mask))
+                found[f"{layer} {attend.__name__}"] = passes
+        for case in caches if exhaustive else caches[3:]:
             q, k, v = case.shapes()
             position = jax.ShapeDtypeStruct((len(case.positions),), jnp.int32)
-            kept = [(k, v)] * attention.caches(case)
-            for by in attention.decode_by_kernel, attention.decode_by_xla:
-                chain = jax.jit(attention.chained(by(case), case))
-                found[f"{case} {by.__name__}"] = [kernels(chain, q, kept, position)]
+            kv_caches = [(k, v)] * attention.count_caches(case)
+            for decode in attention.kernel_decode, attention.xla_decode:
+                chain = jax.jit(attention.chain_calls(decode(case), case))
+                found[f"{case} {decode.__name__}"] = [count_kernels(chain, q, kv_caches, position)]
     return found
 
 
@@ -82,22 +86,22 @@ TARGETS = {"mosaic": "mosaic_gpu_v2", "cudnn": "__cudnn$fmha"}
 
 @needs_plugin
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_what_is_timed_is_made_for_cuda(everything):
-    """And nothing but the kernels has kernels; cuDNN itself is not asked whether it takes these shapes."""
-    command = [sys.executable, __file__, *(["everything"] if everything else [])]
+@pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_what_is_timed_compiles_for_cuda(exhaustive):
+    """Kernels are in the programs of the kernels alone; cuDNN itself is not asked whether it takes these shapes."""
+    command = [sys.executable, __file__, *(["exhaustive"] if exhaustive else [])]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert len(found) == (3 * (3 * 3 + 2 + 4 * 2) if everything else 2 * (3 + 2))
+    assert len(found) == (3 * (3 * 3 + 2 + 4 * 2) if exhaustive else 2 * (3 + 2))
     for name, passes in found.items():
         mosaic, cudnn = ([each[kind] for each in passes] for kind in TARGETS)
         match name.rpartition(" ")[2]:
-            case "by_kernel":
+            case "kernel_attention":
                 assert mosaic == [1, 2, 3][: len(passes)] and not any(cudnn), name
-            case "by_cudnn":
+            case "cudnn_attention":
                 assert not any(mosaic) and all(cudnn), name
-            case "decode_by_kernel":
+            case "kernel_decode":
                 assert mosaic[0] > 0 and cudnn == [0], name
             case _:
                 assert not any(mosaic + cudnn), name
@@ -109,14 +113,14 @@ PACKED = Layer(name="2b", shape=SHAPES["2b"], rows=3, length=300, window=70, pac
 @pytest.mark.parametrize("layer", [PACKED, replace(PACKED, window=None), replace(PACKED, packed=False, window=299)])
 def test_pairs_are_those_that_see_each_other(layer):
     segments = layer.segments_BT
-    seen = 0
+    pairs = 0
     for i in range(layer.length):
         for j in range(i + 1):
             if layer.window is None or i - j < layer.window:
-                seen += int((segments[:, i] == segments[:, j]).sum())
-    assert layer.pairs == seen
+                pairs += int((segments[:, i] == segments[:, j]).sum())
+    assert layer.pairs == pairs
     mask = layer.mask()
-    assert int((mask.last_BT - mask.first_BT + 1).sum()) == seen, "so many the kernel is told to take"
+    assert int((mask.last_BT - mask.first_BT + 1).sum()) == pairs, "the kernel is told to take as many"
 
 
 def test_convention_of_flops():
@@ -131,19 +135,19 @@ def test_convention_of_flops():
 def test_bytes_of_a_cache():
     ring, dense = (
         Cached(name="9b", shape=SHAPES["9b"], slots=4096, positions=(8191, 99)),
-        attention.timed_caches("2b")[0],
+        attention.list_timed_caches("2b")[0],
     )
     assert ring.bytes == (4096 + 100) * 8 * 256 * 2 * 2
-    assert dense.bytes == 2**13 * 4 * 256 * 4 and attention.caches(dense) * dense.bytes >= 8 * attention.L2_BYTES
+    assert dense.bytes == 2**13 * 4 * 256 * 4 and attention.count_caches(dense) * dense.bytes >= 8 * attention.L2_BYTES
 
 
-def test_packed_rows_are_of_many_kinds():
+def test_packed_rows_have_segments_of_many_kinds():
     lengths = [np.diff(np.flatnonzero(np.diff(row, prepend=0, append=0))) for row in PACKED.segments_BT]
-    assert all(len(of) >= 4 and of.min() == 1 for of in lengths)
+    assert all(len(row) >= 4 and row.min() == 1 for row in lengths)
     assert all(row[127] != row[128] and (np.diff(row) >= 0).all() for row in PACKED.segments_BT)
 
 
-def test_without_a_gpu_it_says_so(capsys):
+def test_a_missing_gpu_is_reported(capsys):
     for arguments in [], ["--check-only"], ["--shapes", "27b"]:
         with pytest.raises(SystemExit) as ended:
             gpu.main(arguments)
@@ -156,7 +160,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["--shapes", "3b"], "no shape 3b: there are 2b; 9b"), (["--interpret"], "--check-only")]
 )
-def test_other_mistakes(arguments, said, capsys):
+def test_wrong_options_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu.main(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
@@ -176,42 +180,42 @@ def test_checks_pass_interpreted(tmp_path):
     ]
 
 
-def stand_in(q, k, v, first, last, *, scale, softcap, build, out_of=lambda out: out):
-    """The meaning, as if it were a kernel."""
+def fake_attention(q, k, v, first, last, *, scale, softcap, build):
+    """The reference in the place of the kernel."""
     out, lse = reference.attention(q, k, v, first, last, scale=scale, softcap=softcap)
-    return out_of(out).astype(jnp.bfloat16), lse
+    return out.astype(jnp.bfloat16), lse
 
 
-def stand_in_decode(q, k, v, position, window, *, scale, softcap, build):
+def fake_decode(q, k, v, position, window, *, scale, softcap, build):
     return reference.decode(q, k, v, position, window, scale=scale, softcap=softcap).astype(jnp.bfloat16)
 
 
-def no_cap(kernel):
+def drop_cap(kernel):
     return lambda *inputs, softcap, **settings: kernel(*inputs, softcap=None, **settings)
 
 
-def narrower(kernel):
+def drop_key(kernel):
     return lambda q, k, v, first, last, **settings: kernel(q, k, v, jnp.minimum(first + 1, last), last, **settings)
 
 
-def one_slot_less(kernel):
+def drop_slot(kernel):
     return lambda q, k, v, position, window, **settings: kernel(q, k, v, position, window - 1, **settings)
 
 
 @pytest.mark.parametrize(
     ("break_attention", "break_decode"),
-    [(None, None), (no_cap, no_cap), (narrower, one_slot_less)],
+    [(None, None), (drop_cap, drop_cap), (drop_key, drop_slot)],
 )
 def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, capsys):
     """Nothing is timed then, and the exit status is 1."""
-    kernels = {"attention": (stand_in, break_attention), "decode": (stand_in_decode, break_decode)}
-    for name, (kernel, broken) in kernels.items():
-        monkeypatch.setattr(attention, name, broken(kernel) if broken else kernel)
+    kernels = {"attention": (fake_attention, break_attention), "decode": (fake_decode, break_decode)}
+    for name, (kernel, break_kernel) in kernels.items():
+        monkeypatch.setattr(attention, name, break_kernel(kernel) if break_kernel else kernel)
     try:
         gpu.main(["--check-only", "--interpret", "--shapes", "27b"])
         status = 0
-    except SystemExit as ended:
-        status = ended.code
+    except SystemExit as exit:
+        status = exit.code
     output = capsys.readouterr().out
     failed = output.partition("failed:")[2]
     caught = [f"27b: 1 x 100, window 33, packed, exact tanh: {name}" for name in ("out", "lse", "dq", "dk", "dv")]
@@ -225,10 +229,10 @@ def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, c
 def test_one_key_of_a_long_window_is_caught(monkeypatch):
     """Where a key weighs little: scores are far from the cap, and a row sees 512."""
     shape = replace(SHAPES["2b"], heads=1, kv_heads=1)
-    monkeypatch.setattr(attention, "reaching_the_cap", lambda q, shape: q)
-    monkeypatch.setattr(attention, "attention", narrower(stand_in))
+    monkeypatch.setattr(attention, "scale_to_cap", lambda q, shape: q)
+    monkeypatch.setattr(attention, "attention", drop_key(fake_attention))
     layer = Layer(name="2b", shape=shape, rows=1, length=768, window=512)
-    (found,) = attention.check(layer, interpret=True)
+    (found,) = attention.check_case(layer, interpret=True)
     assert any("out is off" in failure for failure in found.failures)
 
 
@@ -252,52 +256,52 @@ def test_criterion(found, failures):
 
 
 def test_errors_are_of_the_worst_head():
-    meant = {"out": np.ones((1, 8, 4, 2), np.float32), "lse": np.zeros((1, 4, 8), np.float32)}
-    off = {name: x.copy() for name, x in meant.items()}
+    expected = {"out": np.ones((1, 8, 4, 2), np.float32), "lse": np.zeros((1, 4, 8), np.float32)}
+    off = {name: x.copy() for name, x in expected.items()}
     off["out"][:, :, 3] *= 1.5
     off["lse"][0, 1, 2] = -0.25
-    assert attention.errors(off, meant) == {"out": 0.5, "lse": 0.25}
-    assert np.isnan(attention.errors({"out": np.full((1, 8, 4, 2), np.nan)}, meant)["out"])
+    assert attention.measure_errors(off, expected) == {"out": 0.5, "lse": 0.25}
+    assert np.isnan(attention.measure_errors({"out": np.full((1, 8, 4, 2), np.nan)}, expected)["out"])
 
 
-def test_times_are_those_of_a_call():
+def test_measured_time_is_that_of_a_call():
     """More work takes longer, and about what one call takes that is waited for."""
     product = jax.jit(lambda x: x @ x @ x @ x)
     sizes = [jnp.ones((size, size)) for size in (16, 256, 1024)]
-    found = [attention.seconds(product, x, least=0.02, rounds=3) for x in sizes]
+    found = [attention.measure_seconds(product, x, least=0.02, rounds=3) for x in sizes]
     assert all(small < large for small, large in pairwise(found)), found
-    alone = []
+    waited = []
     for _ in range(5):
         began = time.perf_counter()
         jax.block_until_ready(product(sizes[-1]))
-        alone.append(time.perf_counter() - began)
-    assert found[-1] / 4 < min(alone) < 4 * found[-1]
+        waited.append(time.perf_counter() - began)
+    assert found[-1] / 4 < min(waited) < 4 * found[-1]
 
 
 def test_rounds_are_as_long_as_asked():
     calls = []
 
-    def slow(x):
+    def sleep(x):
         calls.append(x)
         time.sleep(0.002)
         return x
 
-    found = attention.seconds(slow, jnp.zeros(()), least=0.02, rounds=2)
+    found = attention.measure_seconds(sleep, jnp.zeros(()), least=0.02, rounds=2)
     assert 0.002 <= found < 0.02 and 2 + 2 <= len(calls) <= 2 + 2 * 10
 
 
 def test_timing_loop(monkeypatch, capsys, tmp_path):
     """All of the command, with stand-ins for the kernels and tiny cases: cuDNN is not there, and a note says so."""
     shape = replace(SHAPES["27b"], heads=2, kv_heads=1, window=32)
-    monkeypatch.setattr(attention, "attention", stand_in)
-    monkeypatch.setattr(attention, "decode", stand_in_decode)
+    monkeypatch.setattr(attention, "attention", fake_attention)
+    monkeypatch.setattr(attention, "decode", fake_decode)
     monkeypatch.setattr(attention, "L2_BYTES", 2**12)
-    monkeypatch.setattr(attention, "seconds", partial(attention.seconds, least=0.001, rounds=1))
+    monkeypatch.setattr(attention, "measure_seconds", partial(attention.measure_seconds, least=0.001, rounds=1))
     layer, cached = partial(Layer, name="27b", shape=shape), partial(Cached, name="27b", shape=shape)
-    monkeypatch.setattr(attention, "timed", lambda _: [layer(rows=2, length=64, window=32)])
-    monkeypatch.setattr(attention, "timed_caches", lambda _: [cached(slots=32, positions=(40, 7))])
-    monkeypatch.setattr(attention, "checked", lambda *_: [cached(slots=32, positions=(40, 7))])
-    monkeypatch.setattr(gpu, "device", lambda _: {"kind": "none"})
+    monkeypatch.setattr(attention, "list_timed_layers", lambda _: [layer(rows=2, length=64, window=32)])
+    monkeypatch.setattr(attention, "list_timed_caches", lambda _: [cached(slots=32, positions=(40, 7))])
+    monkeypatch.setattr(attention, "list_checked", lambda *_: [cached(slots=32, positions=(40, 7))])
+    monkeypatch.setattr(gpu, "describe_device", lambda _: {"kind": "none"})
     gpu.main(["--shapes", "27b", "--json", str(tmp_path / "found.json")])
     output = capsys.readouterr().out
     assert "cuDNN gave no times, width 128: " in output and "Dao-AILab" in output
@@ -310,4 +314,4 @@ def test_timing_loop(monkeypatch, capsys, tmp_path):
 
 
 if __name__ == "__main__":
-    print(json.dumps(lower("everything" in sys.argv)))
+    print(json.dumps(lower_programs("exhaustive" in sys.argv)))

@@ -19,31 +19,31 @@ from gemma2_jax.kernels.decode import TILE, decode
 BEYOND = 2**31 - 1
 
 
-def drawn(B: int, T: int, N: int, K: int, H: int, S: int, large: float = 1.0):
-    """q, k and v; `large` multiplies q, and with it the scores."""
+def draw_arrays(B: int, T: int, N: int, K: int, H: int, S: int, spread: float = 1.0):
+    """Draws q, k and v; `spread` multiplies q, and with it the scores."""
     rng = np.random.default_rng(0)
-    scales = {(B, T, N, H): large, (B, K, S, H): 1.0}
+    scales = {(B, T, N, H): spread, (B, K, S, H): 1.0}
     shapes = (B, T, N, H), (B, K, S, H), (B, K, S, H)
     return tuple(jnp.array(rng.normal(size=shape) * scales[shape], jnp.bfloat16) for shape in shapes)
 
 
 @lru_cache
-def kernel(**how):
-    return jax.jit(partial(decode, softcap=50.0, **how))
+def kernel(**settings):
+    return jax.jit(partial(decode, softcap=50.0, **settings))
 
 
-def interpreted(q, k, v, position, window, races: bool = True, splits: int | None = None):
+def interpret(q, k, v, position, window, races: bool = True, splits: int | None = None):
     run = kernel(scale=q.shape[-1] ** -0.5, splits=splits)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
         out = run(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window))
         out = np.asarray(jax.block_until_ready(out), np.float32)
-    # Races are printed and noted, and raise nothing.
+    # The interpreter prints and notes races, and raises nothing.
     assert not races or not gpu_callbacks.get_races().races_found
     return out
 
 
 @partial(jax.jit, static_argnames="scale")
-def meant(q, k, v, position, window, scale: float):
+def run_reference(q, k, v, position, window, scale: float):
     return reference.decode(q, k, v, position, jnp.minimum(window, 2**30), scale=scale, softcap=50.0)
 
 
@@ -55,21 +55,21 @@ def seen_slots(position: int, T: int, S: int, window: int) -> list[set[int]]:
     ]
 
 
-def check(q, k, v, position, window, **how):
-    got = interpreted(q, k, v, position, window, **how)
-    want = meant(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window), scale=q.shape[-1] ** -0.5)
+def check(q, k, v, position, window, **settings):
+    got = interpret(q, k, v, position, window, **settings)
+    want = run_reference(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window), scale=q.shape[-1] ** -0.5)
     for row in range(len(position)):
         error = np.linalg.norm(got[row] - want[row]) / np.linalg.norm(want[row])
         assert error <= 4e-3, f"row {row}: {error:.1e}"
 
 
-# A row of length 1, one that ends in the first tile, at the end of one, and the longest.
+# The positions of a row of length 1, of rows that end within the first tile and at its end, and of the longest row.
 LENGTHS = 0, 37, TILE - 1, 199
 
 
 @pytest.mark.parametrize("window", [1, TILE - 1, pytest.param(TILE, marks=pytest.mark.exhaustive), TILE + 1, BEYOND])
 def test_dense_cache(window):
-    check(*drawn(B=4, T=1, N=4, K=2, H=256, S=200), LENGTHS, window, splits=1)
+    check(*draw_arrays(B=4, T=1, N=4, K=2, H=256, S=200), LENGTHS, window, splits=1)
 
 
 @pytest.mark.parametrize(
@@ -77,31 +77,31 @@ def test_dense_cache(window):
 )
 @pytest.mark.parametrize("window", [TILE + 1, pytest.param(BEYOND, marks=pytest.mark.exhaustive)])
 def test_tokens_groups_and_widths(T, N, K, H, window):
-    check(*drawn(B=2, T=T, N=N, K=K, H=H, S=2 * TILE), (T - 1, 2 * TILE - 1), window)
+    check(*draw_arrays(B=2, T=T, N=N, K=K, H=H, S=2 * TILE), (T - 1, 2 * TILE - 1), window)
 
 
 @pytest.mark.parametrize(("S", "T"), [(2 * TILE, 3), (2 * TILE + 12, 3), (45, 1)])
 def test_ring(S, T):
     """Before the wrap, at the last slot, at the first again, in the middle of a later turn, and at its end."""
-    check(*drawn(B=5, T=T, N=4, K=2, H=64, S=S), (S // 2, S - 1, S, 3 * S + 20, 4 * S - 1), S - T + 1, splits=3)
+    check(*draw_arrays(B=5, T=T, N=4, K=2, H=64, S=S), (S // 2, S - 1, S, 3 * S + 20, 4 * S - 1), S - T + 1, splits=3)
 
 
-@pytest.mark.parametrize("large", [20.0, 200.0])
-def test_cap_bites(large):
+@pytest.mark.parametrize("spread", [20.0, 200.0])
+def test_cap_bites(spread):
     """Scores of a standard deviation of 20 and of 200, under a cap of 50."""
-    q, k, v = drawn(B=2, T=1, N=4, K=2, H=128, S=TILE + 8, large=large)
+    q, k, v = draw_arrays(B=2, T=1, N=4, K=2, H=128, S=TILE + 8, spread=spread)
     check(q, k, v, (TILE + 7, 20), BEYOND)
 
 
 def test_same_inputs_same_bits():
-    q, k, v = drawn(B=2, T=1, N=4, K=2, H=128, S=200)
-    first, second = (interpreted(q, k, v, (199, 70), BEYOND, races=False, splits=3) for _ in range(2))
+    q, k, v = draw_arrays(B=2, T=1, N=4, K=2, H=128, S=200)
+    first, second = (interpret(q, k, v, (199, 70), BEYOND, races=False, splits=3) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 def test_a_row_with_nothing_to_see():
-    q, k, v = drawn(B=2, T=3, N=4, K=2, H=64, S=2 * TILE)
-    out = interpreted(q, k, v, (-1, 1), BEYOND)
+    q, k, v = draw_arrays(B=2, T=3, N=4, K=2, H=64, S=2 * TILE)
+    out = interpret(q, k, v, (-1, 1), BEYOND)
     assert np.all(out[0] == 0) and np.all(out[1, 0] == 0) and np.all(np.any(out[1, 1:], axis=-1))
 
 
@@ -116,11 +116,11 @@ def test_a_row_with_nothing_to_see():
         (128, 2, 127, 190),
     ],
 )
-def test_which_slots_are_seen(S, T, window, position):
-    """With no scores, all that a query sees has one weight, and V says which slot is which."""
-    _, k, _ = drawn(B=1, T=T, N=2, K=2, H=256, S=S)
+def test_each_query_sees_its_slots(S, T, window, position):
+    """With scores of 0 every slot that a query sees has the same weight, and one-hot values show which these are."""
+    _, k, _ = draw_arrays(B=1, T=T, N=2, K=2, H=256, S=S)
     v = jnp.broadcast_to(jnp.eye(S, 256, dtype=jnp.bfloat16), k.shape)
-    out = interpreted(jnp.zeros((1, T, 2, 256), jnp.bfloat16), k, v, (position,), window, splits=2)
+    out = interpret(jnp.zeros((1, T, 2, 256), jnp.bfloat16), k, v, (position,), window, splits=2)
     for t, seen in enumerate(seen_slots(position, T, S, window)):
         for head in range(2):
             assert set(np.flatnonzero(out[0, t, head])) == seen
@@ -136,13 +136,13 @@ def test_which_slots_are_seen(S, T, window, position):
         pytest.param(128, 1, 128, (3, 129), marks=pytest.mark.exhaustive),
     ],
 )
-def test_what_is_not_seen_has_no_effect(S, T, window, positions):
-    """NaN in every slot that no query sees: of tiles not visited, and of those at the ends of what is seen."""
-    q, k, v = drawn(B=2, T=T, N=4, K=2, H=64, S=S)
-    clean = interpreted(q, k, v, positions, window)
+def test_unseen_slots_have_no_effect(S, T, window, positions):
+    """Every slot that no query sees has NaN: in tiles not visited, and in those at the ends of what is seen."""
+    q, k, v = draw_arrays(B=2, T=T, N=4, K=2, H=64, S=S)
+    clean = interpret(q, k, v, positions, window)
     seen = [set.union(*seen_slots(position, T, S, window)) for position in positions]
     unseen = np.array([[slot not in row for slot in range(S)] for row in seen])[:, None, :, None]
-    poisoned = interpreted(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), positions, window)
+    poisoned = interpret(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), positions, window)
     np.testing.assert_array_equal(poisoned, clean)
 
 
@@ -161,26 +161,26 @@ def test_tiles_visited(S, T, window, positions, splits, monkeypatch):
     """Each tile with a slot that is seen is loaded once, its K and its V, and no other."""
     loads = []
 
-    def copy(**how):
-        (indexer,) = jax.tree.map(int, how["src_transforms"])
+    def copy(**arguments):
+        (indexer,) = jax.tree.map(int, arguments["src_transforms"])
         if indexer.shape[2] == S:
             loads.append((indexer.indices[0], indexer.indices[2].start))
-        return original(**how)
+        return original(**arguments)
 
     original = gpu_callbacks.copy_gmem_to_smem
     monkeypatch.setattr(gpu_callbacks, "copy_gmem_to_smem", copy)
     kernel.cache_clear()
-    interpreted(*drawn(B=3, T=T, N=1, K=1, H=64, S=S), positions, window, races=False, splits=splits)
+    interpret(*draw_arrays(B=3, T=T, N=1, K=1, H=64, S=S), positions, window, races=False, splits=splits)
     for row, position in enumerate(positions):
         seen = set.union(*seen_slots(position, T, S, window))
         tiles = {slot // TILE * TILE for slot in seen}
-        assert sorted(start for of, start in loads if of == row) == sorted(2 * list(tiles))
+        assert sorted(start for loaded_row, start in loads if loaded_row == row) == sorted(2 * list(tiles))
 
 
-def test_what_is_not_possible():
-    def ask(B=2, T=1, N=4, K=2, H=128, S=64, dtype=jnp.bfloat16, softcap=50.0, **how):
+def test_impossible_requests_are_refused():
+    def ask(B=2, T=1, N=4, K=2, H=128, S=64, dtype=jnp.bfloat16, softcap=50.0):
         q, k = jnp.zeros((B, T, N, H), dtype), jnp.zeros((B, K, S, H), dtype)
-        return decode(q, k, k, jnp.zeros(B, jnp.int32), 64, scale=1.0, softcap=softcap, **how)
+        return decode(q, k, k, jnp.zeros(B, jnp.int32), 64, scale=1.0, softcap=softcap)
 
     with pytest.raises(ValueError, match="lacks float32: it takes bfloat16"):
         ask(dtype=jnp.float32)
@@ -207,21 +207,21 @@ from gemma2_jax.kernels.decode import decode
 
 os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1")
 mesh = jax.sharding.Mesh(np.array(described_cluster.describe_cluster(1)).reshape(1), "x")
-everywhere = jax.NamedSharding(mesh, jax.P())
+sharding = jax.NamedSharding(mesh, jax.P())
 found = []
 for B, T, N, K, H, S in json.loads(sys.argv[1]):
-    with tempfile.TemporaryDirectory() as to:
-        os.environ["MOSAIC_GPU_DUMP_TO"] = to
-        described = partial(jax.ShapeDtypeStruct, sharding=everywhere)
-        q, k = described((B, T, N, H), jnp.bfloat16), described((B, K, S, H), jnp.bfloat16)
-        position, window = described((B,), jnp.int32), described((), jnp.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        describe = partial(jax.ShapeDtypeStruct, sharding=sharding)
+        q, k = describe((B, T, N, H), jnp.bfloat16), describe((B, K, S, H), jnp.bfloat16)
+        position, window = describe((B,), jnp.int32), describe((), jnp.int32)
         run = jax.jit(partial(decode, scale=H**-0.5, softcap=50.0))
         compiled = run.trace(q, k, k, position, window).lower(lowering_platforms=("cuda",)).compile()
-        (said,) = (path.read_text() for path in pathlib.Path(to).glob("*.ptxas"))
-        (ptx,) = (path.read_text() for path in pathlib.Path(to).glob("*.ptx"))
-        (shared,) = (path.read_text() for path in pathlib.Path(to).glob("*.resources.txt"))
+        (report,) = (path.read_text() for path in pathlib.Path(folder).glob("*.ptxas"))
+        (ptx,) = (path.read_text() for path in pathlib.Path(folder).glob("*.ptx"))
+        (shared,) = (path.read_text() for path in pathlib.Path(folder).glob("*.resources.txt"))
     found.append(dict(
-        said=said, shared=int(re.search(r"smem_scratch_bytes=(\\d+)", shared)[1]),
+        report=report, shared=int(re.search(r"smem_scratch_bytes=(\\d+)", shared)[1]),
         kernels=compiled.as_text().count('custom_call_target="mosaic_gpu_v2"'),
         fenced="fence.proxy.async" in re.split(r"\\n\\$L", ptx[: ptx.index(", 1, 1, 1, 0;")])[-1],
         products=ptx.count("wgmma.mma_async"), loads=ptx.count("cp.async.bulk.tensor"), tanh=ptx.count("tanh.approx"),
@@ -233,14 +233,16 @@ COMPILED = [(8, 1, 8, 4, 256, 8192), (8, 1, 8, 4, 256, 4096), (8, 1, 32, 16, 128
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(40))
-def test_anything(seed):
+def test_random_requests(seed):
     rng = np.random.default_rng(seed)
     T, G, K = (int(rng.integers(1, high)) for high in (6, 9, 3))
     S, window = int(rng.integers(T, 400)), int(rng.integers(1, 450))
     turns = 3 if window + T - 1 <= S else 1
     positions = tuple(int(p) for p in rng.integers(T - 1, turns * S, size=3))
     splits = int(rng.integers(1, 6))
-    q, k, v = drawn(B=3, T=T, N=K * G, K=K, H=int(rng.choice([64, 128, 256])), S=S, large=float(rng.choice([1, 20])))
+    q, k, v = draw_arrays(
+        B=3, T=T, N=K * G, K=K, H=int(rng.choice([64, 128, 256])), S=S, spread=float(rng.choice([1, 20]))
+    )
     check(q, k, v, positions, window, splits=splits)
 
 
@@ -253,7 +255,7 @@ def test_compiles_for_h100():
     )
     assert done.returncode == 0, done.stderr
     for shape, found in zip(COMPILED, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert "0 bytes spill stores, 0 bytes spill loads" in found["said"] and "C75" not in found["said"], shape
+        assert "0 bytes spill stores, 0 bytes spill loads" in found["report"] and "C75" not in found["report"], shape
         assert found["fenced"], (
             "weights written to shared memory are not there yet for wgmma; not seen by the interpreter"
         )

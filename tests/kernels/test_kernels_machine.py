@@ -31,7 +31,7 @@ KERNELS = [
 
 def compile_case(name: str, path: str) -> None:
     described_cluster.prepare_jax()
-    found = {**table.compiled(CASES[name]), "decode": table.compiled_decode(CASES[name])}
+    found = {**table.compile_attention(CASES[name]), "decode": table.compile_decode(CASES[name])}
     Path(path).write_bytes(pickle.dumps(found))
 
 
@@ -78,7 +78,7 @@ def kernel(compiled, case) -> Kernel:
 
 def test_no_register_is_spilled(kernel):
     assert (kernel.spill_stores, kernel.spill_loads, kernel.stack) == (0, 0, 0)
-    assert kernel.opcodes.of("LDL") == kernel.opcodes.of("STL") == 0
+    assert kernel.opcodes.total("LDL") == kernel.opcodes.total("STL") == 0
 
 
 def test_ptxas_warns_of_nothing(kernel):
@@ -86,21 +86,22 @@ def test_ptxas_warns_of_nothing(kernel):
 
 
 def test_hopper_multiplies_and_loads(kernel):
-    assert kernel.opcodes.of("HGMMA") > 0 and kernel.opcodes.of("HMMA") == 0
-    assert kernel.opcodes.of("UTMALDG") > 0 and kernel.opcodes.of("UTMASTG") > 0
+    assert kernel.opcodes.total("HGMMA") > 0 and kernel.opcodes.total("HMMA") == 0
+    assert kernel.opcodes.total("UTMALDG") > 0 and kernel.opcodes.total("UTMASTG") > 0
 
 
 def test_a_block_fits_a_multiprocessor(kernel):
     assert 0 < kernel.shared <= SHARED_PER_BLOCK and kernel.blocks_per_sm >= 1
-    set_by = kernel.set_registers
+    registers = kernel.set_registers
     assert kernel.threads == 3 * 128
-    each = (set_by[0], *set_by) if len(set_by) == 2 else set_by  # two warpgroups that run the same code
-    assert len(each) == 3 and 128 * sum(each) <= REGISTERS_PER_SM
+    if len(registers) == 2:  # The two computing warpgroups run the same code.
+        registers = (registers[0], *registers)
+    assert len(registers) == 3 and 128 * sum(registers) <= REGISTERS_PER_SM
 
 
 @pytest.mark.parametrize("case", [("256", "decode"), ("128", "decode")], ids=lambda case: " ".join(case))
 def test_decode(compiled, case):
-    """As for the others above; and two blocks at a time, one of which loads while the other computes."""
+    """It passes the tests above, and two blocks run at a time, one of which loads while the other computes."""
     kernel = compiled[case[0]]["decode"]
     test_no_register_is_spilled(kernel)
     test_ptxas_warns_of_nothing(kernel)
@@ -111,19 +112,19 @@ def test_decode(compiled, case):
 def test_loops_do_what_a_tile_needs_and_no_more(kernel, case):
     name, direction = case
     shape = CASES[name]
-    size = table.tile_of(shape, direction).size
-    found = table.work(kernel, PRODUCTS[direction], shape.width)
-    assert [each.columns for each in found] == [size] * (2 if direction == "dkv" else 1), "multiplied twice, or not"
-    assert [len(each.masked) for each in found] == ([2, 0] if direction == "dkv" else [2])
+    size = table.select_tile(shape, direction).size
+    found = table.measure_work(kernel, PRODUCTS[direction], shape.width)
+    assert [work.columns for work in found] == [size] * (2 if direction == "dkv" else 1), "multiplied twice, or not"
+    assert [len(work.masked) for work in found] == ([2, 0] if direction == "dkv" else [2])
     for loop in kernel.tiles:
         for function in "MUFU.TANH", "MUFU.EX2":
-            assert loop.opcodes.of(function) <= 64 * size / 128, f"{function} more than once for each score"
-        assert loop.opcodes.of("MUFU.RCP") == 0, "a division, as in an exact tanh"
+            assert loop.opcodes.total(function) <= 64 * size / 128, f"{function} more than once for each score"
+        assert loop.opcodes.total("MUFU.RCP") == 0, "a division, as in an exact tanh"
 
 
 def test_masked_tiles_are_not_twice_as_long(kernel, case):
     name, direction = case
-    scores, *others = table.work(kernel, PRODUCTS[direction], CASES[name].width)
+    scores, *others = table.measure_work(kernel, PRODUCTS[direction], CASES[name].width)
     assert all(scores.clean < masked <= 1.9 * scores.clean for masked in scores.masked)
     assert not any(other.masked for other in others)
 
@@ -132,55 +133,51 @@ def test_masked_tiles_are_not_twice_as_long(kernel, case):
 def test_tiles_that_do_not_fit_are_found_on_a_cpu(direction):
     """So that sizes can be chosen with neither a GPU nor a compiler for one."""
     import jax
-    import jax.numpy as jnp
 
-    from gemma2_jax.kernels import backward, forward
-    from gemma2_jax.kernels.tiles import Build, Tile
+    from gemma2_jax.kernels.tiles import GPU, Settings, Tile
 
     shape = CASES["256"]
-    function = forward.forward if direction == "forward" else getattr(backward, direction)
-    q, k = (jax.ShapeDtypeStruct((1, 256, n, shape.width), jnp.bfloat16) for n in (shape.heads, shape.kv_heads))
-    sums = jax.ShapeDtypeStruct((1, shape.heads, 256), jnp.float32)
-    ends = [jax.ShapeDtypeStruct((1, 256), jnp.int32)] * 2
-    inputs = (q, k, k, *ends) if direction == "forward" else (q, k, k, q, sums, sums, *ends)
+    inputs, cotangents = table.describe_operands(shape, 256)
+    settings = Settings(scale=shape.scale, softcap=shape.softcap, build=GPU)
 
     def lower(tile):
-        def run(*inputs):
-            return function(*inputs, scale=shape.scale, softcap=shape.softcap, tile=tile, build=Build())
+        def run(inputs, cotangents):
+            return table.run_kernel(direction, inputs, cotangents, settings, tile)
 
-        jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",))
+        jax.jit(run).trace(inputs, cotangents).lower(lowering_platforms=("cuda",))
 
-    lower(table.tile_of(shape, direction))
+    lower(table.select_tile(shape, direction))
     with pytest.raises(ValueError, match=f"shared memory.*{SHARED_PER_BLOCK}"):
         lower(Tile(size=128, stages=2, v_stages=2))
 
 
 def pairs(segments_BT, window) -> np.ndarray:
-    """Which key each query sees, [B, T, T], by the meaning of the words: one in its segment and window, not later."""
-    at = np.arange(segments_BT.shape[1])
-    distance = at[:, None] - at
+    """Whether each query sees each key, [B, T, T]: those in its segment and window that are not later."""
+    position = np.arange(segments_BT.shape[1])
+    distance = position[:, None] - position
     return (segments_BT[:, :, None] == segments_BT[:, None]) & (distance >= 0) & (distance < np.asarray(window))
 
 
-def in_tiles(seen, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each tile of [..., rows, columns]: whether any pair in it is seen, and whether all are."""
+def reduce_tiles(seen, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Says for each tile of [..., rows, columns] whether any pair in it is seen, and whether all are."""
     *batch, T, S = seen.shape
     tiles = seen.reshape(*batch, T // rows, rows, S // columns, columns)
     return tiles.any(-1).any(-2), tiles.all(-1).all(-2)
 
 
-def check(bounds, some, whole) -> None:
-    """That tiles are visited if and only if a pair in them is seen, and masked if and only if not all are."""
+def check_bounds(bounds, any_seen, all_seen) -> None:
+    """Checks that tiles are visited if and only if a pair in them is seen, and masked if and only if not all are."""
     bounds = np.asarray(bounds)
     start, clean, masked, end = np.moveaxis(bounds[..., None], -2, 0)
     assert (np.diff(bounds, axis=-1) >= 0).all() and (start >= 0).all()
-    at = np.arange(some.shape[-1])
-    np.testing.assert_array_equal((start <= at) & (at < end), some)
-    np.testing.assert_array_equal((clean <= at) & (at < masked), whole)
+    tile = np.arange(any_seen.shape[-1])
+    np.testing.assert_array_equal((start <= tile) & (tile < end), any_seen)
+    np.testing.assert_array_equal((clean <= tile) & (tile < masked), all_seen)
 
 
 @cache
-def layer(name: str) -> np.ndarray:
+def layer_pairs(name: str) -> np.ndarray:
+    """Whether each query sees each key in a layer of `LAYERS`."""
     documents, window = LAYERS[name]
     segments = np.searchsorted(documents, np.arange(table.LENGTH), side="right")
     return pairs(segments[None], window)
@@ -196,39 +193,39 @@ RATIOS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_visits_of_a_long_row(name, case):
-    seen, shape, direction = layer(name), CASES[case[0]], case[1]
-    first, last = table.intervals(*LAYERS[name])
-    found = table.visits(shape, direction, first, last)
+    seen, shape, direction = layer_pairs(name), CASES[case[0]], case[1]
+    first, last = table.layer_intervals(*LAYERS[name])
+    found = table.count_visits(shape, direction, first, last)
     assert found.exact == np.count_nonzero(seen)
-    some, whole = in_tiles(seen.swapaxes(1, 2) if direction == "dkv" else seen, found.rows, found.columns)
-    check(table.bounds(shape, direction, first, last), some, whole)
-    assert found.tiles == np.count_nonzero(some) and found.masked == found.tiles - np.count_nonzero(whole)
+    any_seen, all_seen = reduce_tiles(seen.swapaxes(1, 2) if direction == "dkv" else seen, found.rows, found.columns)
+    check_bounds(table.read_bounds(shape, direction, first, last), any_seen, all_seen)
+    assert found.tiles == np.count_nonzero(any_seen) and found.masked == found.tiles - np.count_nonzero(all_seen)
     assert found.ratio == pytest.approx(RATIOS[found.rows, found.columns][name], abs=1e-5)
     if name != "packed":
         # Tiles of twice that size, at both edges of a window, are the only ones to pass 1.03.
-        wide = name == "local" and found.rows * found.columns > 64 * 64
-        assert (found.ratio > 1.03) == wide
+        large = name == "local" and found.rows * found.columns > 64 * 64
+        assert (found.ratio > 1.03) == large
 
 
 LENGTH = 384
 WINDOWS = (1, 63, 64, 65, 100, 127, 128, 129, LENGTH, 1000)
 
 
-def layouts(seed: int, count: int) -> np.ndarray:
-    """Segments of rows, [count, LENGTH]: one, many, of length 1, starting at edges of tiles and beside them."""
+def draw_segments(seed: int, count: int) -> np.ndarray:
+    """Draws rows of segments, [count, LENGTH]: one, many, of length 1, starting at edges of tiles and beside them."""
     random = np.random.default_rng(seed)
     edges = np.arange(64, LENGTH, 64)
 
-    def single():
-        at = random.integers(1, LENGTH - 1, 4)
-        return np.concatenate([at, at + 1])
+    def draw_single_tokens():
+        position = random.integers(1, LENGTH - 1, 4)
+        return np.concatenate([position, position + 1])
 
     kinds = (
         lambda: [],
         lambda: range(LENGTH),
         lambda: random.choice(edges, random.integers(1, 5), replace=False),
         lambda: np.append(random.choice(edges, 3) + random.integers(-1, 2, 3), random.choice(edges)),
-        single,
+        draw_single_tokens,
         lambda: random.integers(1, LENGTH, random.integers(1, 40)),
     )
     found = np.zeros((count, LENGTH), np.int32)
@@ -244,23 +241,23 @@ def cases():
 
     from gemma2_jax.model.attention import mosaic as attention_mosaic
 
-    segments = np.concatenate([layouts(seed, 36) for seed in range(len(WINDOWS))])
+    segments = np.concatenate([draw_segments(seed, 36) for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 36)[:, None]
     seen = pairs(segments, window[:, :, None])
     starts = attention_mosaic.segment_starts(jnp.asarray(segments))
     ends = attention_mosaic.key_intervals(jnp.arange(LENGTH), starts, (0,), LENGTH, jnp.asarray(window))
     first, last = map(np.array, ends)
-    # As `kernels.attention` fills up rows.
-    nobody = np.arange(LENGTH) >= np.random.default_rng(0).choice([1, 63, 64, 200, LENGTH], len(segments))[:, None]
-    seen[nobody] = False
-    first[nobody], last[nobody] = LENGTH, LENGTH - 1
+    # `kernels.attention` pads rows in the same way.
+    blind = np.arange(LENGTH) >= np.random.default_rng(0).choice([1, 63, 64, 200, LENGTH], len(segments))[:, None]
+    seen[blind] = False
+    first[blind], last[blind] = LENGTH, LENGTH - 1
     return seen, jnp.asarray(first), jnp.asarray(last)
 
 
 def test_intervals_are_what_queries_see(cases):
     seen, first, last = cases
-    at = np.arange(LENGTH)
-    np.testing.assert_array_equal((first[..., None] <= at) & (at <= last[..., None]), seen)
+    key = np.arange(LENGTH)
+    np.testing.assert_array_equal((first[..., None] <= key) & (key <= last[..., None]), seen)
     assert len(seen) >= 300 and (np.diff(first) >= 0).all() and (np.diff(last) >= 0).all()
 
 
@@ -270,7 +267,7 @@ def test_bounds_are_those_of_a_search(cases, rows, size):
     from gemma2_jax.kernels import tiles
 
     seen, first, last = cases
-    check(tiles.tile_bounds(first, last, rows, size), *in_tiles(seen, rows, size))
+    check_bounds(tiles.tile_bounds(first, last, rows, size), *reduce_tiles(seen, rows, size))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -278,11 +275,11 @@ def test_bounds_by_keys_are_those_of_a_search(cases, size):
     from gemma2_jax.kernels import backward, tiles
 
     seen, first, last = cases
-    q_first, q_last = backward.seen_by(first, last, LENGTH)
-    at = np.arange(LENGTH)
+    q_first, q_last = backward.query_intervals(first, last, LENGTH)
+    query = np.arange(LENGTH)
     by_key = seen.swapaxes(1, 2)
-    np.testing.assert_array_equal((q_first[..., None] <= at) & (at <= q_last[..., None]), by_key)
-    check(tiles.tile_bounds(q_first, q_last, 64, size), *in_tiles(by_key, 64, size))
+    np.testing.assert_array_equal((q_first[..., None] <= query) & (query <= q_last[..., None]), by_key)
+    check_bounds(tiles.tile_bounds(q_first, q_last, 64, size), *reduce_tiles(by_key, 64, size))
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -295,19 +292,19 @@ def test_bounds_of_a_ring(shards):
 
     piece = 64
     length = 2 * shards * piece
-    segments = np.concatenate([layouts(seed, 12)[:, :length] for seed in range(len(WINDOWS))])
+    segments = np.concatenate([draw_segments(seed, 12)[:, :length] for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 12)[:, None]
-    everything = pairs(segments, window[:, :, None])
+    seen_in_row = pairs(segments, window[:, :, None])
     starts = attention_mosaic.segment_starts(jnp.asarray(segments))
-    for mine in range(shards):
-        for theirs in range(shards):
-            places = [(shard * piece, (2 * shards - 1 - shard) * piece) for shard in (mine, theirs)]
-            q_at, k_at = (np.concatenate([at + np.arange(piece) for at in pair]) for pair in places)
-            seen = everything[:, q_at][:, :, k_at]
-            first, last = attention_mosaic.key_intervals(q_at, starts[:, q_at], places[1], piece, jnp.asarray(window))
-            check(tiles.tile_bounds(first, last, 64, 64), *in_tiles(seen, 64, 64))
-            by_key = backward.seen_by(first, last, 2 * piece)
-            check(tiles.tile_bounds(*by_key, 64, 64), *in_tiles(seen.swapaxes(1, 2), 64, 64))
+    for q_shard in range(shards):
+        for k_shard in range(shards):
+            places = [(shard * piece, (2 * shards - 1 - shard) * piece) for shard in (q_shard, k_shard)]
+            query, key = (np.concatenate([start + np.arange(piece) for start in pair]) for pair in places)
+            seen = seen_in_row[:, query][:, :, key]
+            first, last = attention_mosaic.key_intervals(query, starts[:, query], places[1], piece, jnp.asarray(window))
+            check_bounds(tiles.tile_bounds(first, last, 64, 64), *reduce_tiles(seen, 64, 64))
+            by_key = backward.query_intervals(first, last, 2 * piece)
+            check_bounds(tiles.tile_bounds(*by_key, 64, 64), *reduce_tiles(seen.swapaxes(1, 2), 64, 64))
 
 
 if __name__ == "__main__":

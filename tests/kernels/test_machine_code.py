@@ -33,7 +33,7 @@ def compile_all() -> dict:
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
-    # It asks the CUDA runtime, which is not there, for its version; 12.9.1 is that of ptxas.
+    # jax asks the CUDA runtime, which is not there, for its version; 12.9.1 is the version of ptxas.
     versions = SimpleNamespace(cuda_runtime_get_version=lambda: 12091)
     attention_mgpu.cuda_versions = versions  # pyright: ignore[reportPrivateImportUsage]
 
@@ -41,34 +41,36 @@ def compile_all() -> dict:
         tiles = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=causal)
         return attention_mgpu.attention(q, k, v, tiles)
 
-    def kept(x):
-        def kept(x_ref, out_ref):
+    def normalize(x):
+        def normalize(x_ref, out_ref):
             layout = plgpu.Layout.WG_STRIDED(x.shape, vec_size=1)
             value = plgpu.load(x_ref.at[...], layout=layout, optimized=False)
             # The sum keeps all of x in registers: each element is needed after it.
             out_ref[...] = jax.lax.fori_loop(0, 8, lambda _, v: v * v.sum() + jnp.tanh(v), value)
 
         parameters = plgpu.CompilerParams(approx_math=True)
-        return plgpu.kernel(kept, out_type=x, compiler_params=parameters)(x)
+        return plgpu.kernel(normalize, out_type=x, compiler_params=parameters)(x)
 
     def layers(small, large):
-        return jax.lax.scan(lambda c, _: ((kept(c[0]), kept(c[1])), None), (small, large), None, length=LAYERS)[0]
+        return jax.lax.scan(
+            lambda c, _: ((normalize(c[0]), normalize(c[1])), None), (small, large), None, length=LAYERS
+        )[0]
 
     queries, keys = (jax.ShapeDtypeStruct((1, 2048, heads, 128), jnp.float16) for heads in (4, 2))
     elements = [jax.ShapeDtypeStruct((64, columns), jnp.float32) for columns in (64, 512)]
     found = {
-        "attention": machine_code.compiled(attention, queries, keys, keys),
-        "again": machine_code.compiled(attention, queries, keys, keys),
-        "causal": machine_code.compiled(lambda q, k, v: attention(q, k, v, True), queries, keys, keys),
-        "layers": machine_code.compiled(layers, *elements),
+        "attention": machine_code.compile_kernels(attention, queries, keys, keys),
+        "again": machine_code.compile_kernels(attention, queries, keys, keys),
+        "causal": machine_code.compile_kernels(lambda q, k, v: attention(q, k, v, True), queries, keys, keys),
+        "layers": machine_code.compile_kernels(layers, *elements),
     }
     described = {name: [asdict(kernel) for kernel in kernels] for name, kernels in found.items()}
     mesh = jax.sharding.Mesh(described_cluster.describe_cluster(1), "x")
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    program = jax.jit(layers, in_shardings=here).trace(*elements).lower(lowering_platforms=("cuda",)).compile()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    program = jax.jit(layers, in_shardings=sharding).trace(*elements).lower(lowering_platforms=("cuda",)).compile()
     text = program.as_text()
     assert text is not None
-    return {**described, "calls": [asdict(call) for call in machine_code.calls(text)]}
+    return {**described, "calls": [asdict(call) for call in machine_code.find_calls(text)]}
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +82,21 @@ def found(optimized) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def kernel(described: dict) -> Kernel:
-    """As it was before it was JSON."""
+def parse_kernel(described: dict) -> Kernel:
+    """Makes the kernel that was described in JSON."""
     loops = tuple(Loop(address=loop["address"], opcodes=Opcodes(loop["opcodes"])) for loop in described["loops"])
     fields: dict[str, Any] = described | {name: tuple(described[name]) for name in ("set_registers", "warnings")}
     return Kernel(**fields | {"opcodes": Opcodes(described["opcodes"]), "loops": loops})
 
 
 def test_attention_of_jax(found):
-    (forward,) = map(kernel, found["attention"])
+    (forward,) = map(parse_kernel, found["attention"])
     assert forward.isa == "8.8", "not the ptxas of the extra `plan`"
-    assert forward.opcodes.of("HGMMA") == 16, "64 x 128 x 128 twice, 16 of an inner dimension at a time"
-    assert forward.opcodes.of("HMMA") == 0
-    assert forward.opcodes.of("UTMALDG") > 0 and forward.opcodes.of("UTMASTG") > 0
-    assert forward.opcodes.of("LDL") == forward.opcodes.of("STL") == 0
-    assert forward.opcodes.of("MUFU.EX2") >= 64, "64 x 128 scores are 64 for each of 128 threads"
+    assert forward.opcodes.total("HGMMA") == 16, "64 x 128 x 128 twice, 16 of an inner dimension at a time"
+    assert forward.opcodes.total("HMMA") == 0
+    assert forward.opcodes.total("UTMALDG") > 0 and forward.opcodes.total("UTMASTG") > 0
+    assert forward.opcodes.total("LDL") == forward.opcodes.total("STL") == 0
+    assert forward.opcodes.total("MUFU.EX2") >= 64, "64 x 128 scores are 64 for each of 128 threads"
     assert (forward.spill_stores, forward.spill_loads, forward.stack, forward.warnings) == (0, 0, 0, ())
     assert forward.threads == 3 * 128
     assert forward.set_registers == (232, 40), "what attention_mgpu.py asks for: compute, memory"
@@ -105,34 +107,38 @@ def test_attention_of_jax(found):
 
 
 def test_loops_of_attention_of_jax(found):
-    (forward,) = map(kernel, found["attention"])
+    (forward,) = map(parse_kernel, found["attention"])
     tiles, loads = forward.loops
     assert forward.tiles == (tiles,)
-    assert tiles.opcodes.of("HGMMA") == 16 and tiles.opcodes.of("MUFU.EX2") >= 64 and not tiles.opcodes.of("UTMALDG")
-    assert loads.opcodes.of("UTMALDG") == 4, "keys and values, 64 columns at a time"
+    assert (
+        tiles.opcodes.total("HGMMA") == 16
+        and tiles.opcodes.total("MUFU.EX2") >= 64
+        and not tiles.opcodes.total("UTMALDG")
+    )
+    assert loads.opcodes.total("UTMALDG") == 4, "keys and values, 64 columns at a time"
     for loop in forward.loops:
         assert loop.instructions < sum(forward.opcodes.values()) / 2
-        assert not loop.opcodes.of("NANOSLEEP") and loop.opcodes.of("SYNCS.PHASECHK.TRANS64.TRYWAIT")
+        assert not loop.opcodes.total("NANOSLEEP") and loop.opcodes.total("SYNCS.PHASECHK.TRANS64.TRYWAIT")
 
 
 def test_masked_tiles_are_longer_than_clean_ones(found):
-    (whole,) = map(kernel, found["attention"])
-    (causal,) = map(kernel, found["causal"])
+    (whole,) = map(parse_kernel, found["attention"])
+    (causal,) = map(parse_kernel, found["causal"])
     clean, masked = causal.tiles
-    assert clean.opcodes.of("HGMMA") == masked.opcodes.of("HGMMA") == 16
+    assert clean.opcodes.total("HGMMA") == masked.opcodes.total("HGMMA") == 16
     assert clean.instructions == pytest.approx(whole.tiles[0].instructions, rel=0.05)
     assert masked.instructions > clean.instructions + 64, "a choice for each of 64 scores"
 
 
-def test_what_was_compiled_before_is_read_again(found):
+def test_a_second_compilation_is_read_too(found):
     assert found["again"] == found["attention"]
 
 
 def test_spills_are_seen(found):
-    small, large = map(kernel, found["layers"])
-    assert (small.name, large.name) == ("kept 1", "kept 2")
+    small, large = map(parse_kernel, found["layers"])
+    assert (small.name, large.name) == ("normalize 1", "normalize 2")
     assert (small.spill_stores, small.spill_loads, small.stack, small.warnings) == (0, 0, 0, ())
-    assert small.opcodes.of("LDL") == small.opcodes.of("STL") == 0
+    assert small.opcodes.total("LDL") == small.opcodes.total("STL") == 0
     assert small.blocks_per_sm > large.blocks_per_sm == 2
     assert large.registers == 255 and large.stack > 0
     assert any("spilled" in warning for warning in large.warnings)
@@ -141,17 +147,17 @@ def test_spills_are_seen(found):
         found = {name: count for name, count in large.opcodes.items() if f"{name}.".startswith(f"{opcode}.")}
         sizes = {name: int((re.findall(r"\.(64|128)\b", name) or [32])[0]) // 8 for name in found}
         assert sum(sizes[name] * count for name, count in found.items()) == spilled, "ptxas and the binary differ"
-    for each, columns in (small, 64), (large, 512):
-        (loop,) = each.loops
-        assert loop.opcodes.of("MUFU.TANH") == 64 * columns / 128
-        assert not each.tiles
+    for kernel, columns in (small, 64), (large, 512):
+        (loop,) = kernel.loops
+        assert loop.opcodes.total("MUFU.TANH") == 64 * columns / 128
+        assert not kernel.tiles
 
 
 def test_calls_of_a_compiled_program(found):
     calls = found["calls"]
-    assert [call["name"] for call in calls] == ["kept", "kept"]
+    assert [call["name"] for call in calls] == ["normalize", "normalize"]
     for call in calls:
-        assert call["times"] == LAYERS and len(call["loops"]) == 1 and call["where"].endswith("kept/mpmd_map")
+        assert call["times"] == LAYERS and len(call["loops"]) == 1 and call["where"].endswith("normalize/mpmd_map")
 
 
 REPORT = """\
@@ -169,7 +175,7 @@ ptxas info    : Compile time = 48.625 ms
 
 
 def test_reports():
-    assert machine_code.report(REPORT) == {
+    assert machine_code.read_report(REPORT) == {
         "registers": 255,
         "stack": 1024,
         "spill_stores": 1540,
@@ -181,7 +187,7 @@ def test_reports():
         ),
     }
     with pytest.raises(ValueError, match="not ptxas's report of one kernel"):
-        machine_code.report("ptxas fatal   : Unresolved extern function 'f'")
+        machine_code.read_report("ptxas fatal   : Unresolved extern function 'f'")
 
 
 def test_launches():
@@ -191,9 +197,9 @@ def test_launches():
     %c100432_i32 = arith.constant 100432 : i32
     %2 = gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %1, %e = %1, %f = %1) threads(%g, %h, %i) in (%j = %c256, %k = %1, %l = %1) dynamic_shared_memory_size %c100432_i32 {
 """.splitlines()  # noqa: E501  (lines of MLIR are as long as they are)
-    assert machine_code.launch(lines) == {"threads": 256, "dynamic_shared": 100432}
+    assert machine_code.read_launch(lines) == {"threads": 256, "dynamic_shared": 100432}
     with pytest.raises(ValueError, match=r"no gpu\.launch"):
-        machine_code.launch(lines[:3])
+        machine_code.read_launch(lines[:3])
 
 
 # A loop over work, in which two loops over tiles follow each other, the first with a branch within. The waits in them
@@ -244,10 +250,10 @@ WAIT = "SYNCS.PHASECHK.TRANS64.TRYWAIT"
 
 
 def test_disassemblies():
-    read = machine_code.disassembled(DISASSEMBLY)
+    read = machine_code.read_disassembly(DISASSEMBLY)
     assert read["set_registers"] == (232,)
     assert sum(read["opcodes"].values()) == 28, "padding is not counted"
-    assert read["opcodes"].of("MUFU") == read["opcodes"].of("MUFU.EX2") == 2 and read["opcodes"].of("MUF") == 0
+    assert read["opcodes"].total("MUFU") == read["opcodes"].total("MUFU.EX2") == 2 and read["opcodes"].total("MUF") == 0
     clean, masked = read["loops"]
     assert (clean.address, clean.instructions, masked.address, masked.instructions) == (0x40, 6, 0xA0, 7)
     assert clean.opcodes == {WAIT: 1, "BRA": 3, "HGMMA.64x128x16.F32": 1, "MUFU.EX2": 1}
@@ -256,11 +262,11 @@ def test_disassemblies():
 
 def test_disassemblies_that_cannot_be_read():
     with pytest.raises(ValueError, match="no instructions"):
-        machine_code.disassembled("nvdisasm fatal   : Memory allocation failure")
+        machine_code.read_disassembly("nvdisasm fatal   : Memory allocation failure")
     with pytest.raises(ValueError, match="a branch to somewhere unknown: BRX R4 -0xc10"):
-        machine_code.disassembled("/*0000*/ BRX R4 -0xc10 ;\n/*0010*/ EXIT ;")
+        machine_code.read_disassembly("/*0000*/ BRX R4 -0xc10 ;\n/*0010*/ EXIT ;")
     indirect = '/*0000*/ BRX R4 -0xc10 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*);\n.L_x_1:\n/*0010*/ EXIT ;\n.L_x_2:\n'
-    (loop,) = machine_code.disassembled(f"{indirect}/*0020*/ NOP ;\n/*0030*/ @P0 BRA `(.L_x_2);")["loops"]
+    (loop,) = machine_code.read_disassembly(f"{indirect}/*0020*/ NOP ;\n/*0030*/ @P0 BRA `(.L_x_2);")["loops"]
     assert (loop.address, loop.instructions) == (0x20, 2)
 
 
@@ -270,7 +276,7 @@ HLO = r"""
 }
 %pass (p: f32[8]) -> f32[8] {
   %layers = f32[8]{0} while(%p), condition=%c, body=%layer, metadata={op_name="layers"}, backend_config={"known_trip_count":{"n":"26"}}
-  ROOT %y = f32[8]{0} while(%p), condition=%c, body=%layer, metadata={op_name="some"}
+  ROOT %y = f32[8]{0} while(%p), condition=%c, body=%layer, metadata={op_name="search"}
 }
 ENTRY %main (param: f32[8]) -> f32[8] {
   %x = f32[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/forward"}, backend_config={module = "ML\EFR\00forward_mosaic_gpu\00"}
@@ -281,14 +287,14 @@ ENTRY %main (param: f32[8]) -> f32[8] {
 
 
 def test_calls():
-    found = [tuple(vars(call).values()) for call in machine_code.calls(HLO)]
+    found = [tuple(vars(call).values()) for call in machine_code.find_calls(HLO)]
     assert found == [
         ("forward", "jit(f)/forward", "main", (), 1),
         ("dkv", "jit(f)/while/dkv", "layer", ("passes", "layers"), 130),
-        ("dkv", "jit(f)/while/dkv", "layer", ("passes", "some"), None),
+        ("dkv", "jit(f)/while/dkv", "layer", ("passes", "search"), None),
     ]
     with pytest.raises(ValueError, match="not the text of a compiled program"):
-        machine_code.calls("module @jit_step {}")
+        machine_code.find_calls("module @jit_step {}")
 
 
 BLOCK = Kernel(
@@ -318,11 +324,12 @@ def test_blocks_of_a_multiprocessor(registers, threads, shared, blocks):
 
 
 def test_missing_tools_name_the_extra(monkeypatch):
-    monkeypatch.setattr(machine_code, "_under", lambda *_: [])
+    monkeypatch.setattr(machine_code, "_installed_files", lambda *_: [])
     monkeypatch.setattr(machine_code.shutil, "which", lambda _: None)
-    for tool in machine_code.nvdisasm, machine_code.ptxas:
-        with pytest.raises(ImportError, match=rf"needs {tool.__name__}: pip install 'gemma2-jax\[plan\]'"):
-            tool()
+    for find_tool in machine_code.find_nvdisasm, machine_code.find_ptxas:
+        name = find_tool.__name__.removeprefix("find_")
+        with pytest.raises(ImportError, match=rf"needs {name}: pip install 'gemma2-jax\[plan\]'"):
+            find_tool()
 
 
 if __name__ == "__main__":
