@@ -25,7 +25,7 @@ from benchmarks.peer import MODELS, save_weights
 from gemma2_jax.cluster import platforms
 
 
-def apart(function: Callable, *arguments):
+def run_in_process(function: Callable, *arguments):
     """(result, peak resident MiB) of a call in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -50,15 +50,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:
             weights = Path(folder) / f"{model}.npz"
-            apart(save_weights, MODELS[model], weights)
+            run_in_process(save_weights, MODELS[model], weights)
             for kind in ("sft", "lora"):
-                sides = [apart(training.measure, side, model, kind, weights) for side in SIDES[training]]
+                sides = [run_in_process(training.measure, side, model, kind, weights) for side in SIDES[training]]
                 losses = np.array([side[0][1] for side in sides])
                 add(
                     table, f"{model}: training, {kind}", sides, f"loss within {np.abs(losses[0] - losses[1]).max():.1e}"
                 )
             for batch in (1, 8):
-                sides = [apart(generation.measure, side, model, batch, weights) for side in SIDES[generation]]
+                sides = [run_in_process(generation.measure, side, model, batch, weights) for side in SIDES[generation]]
                 same = np.mean(np.array(sides[0][0][1]) == np.array(sides[1][0][1]))
                 add(table, f"{model}: generation, {batch} row(s)", sides, f"{same:.1%} of tokens")
     console.print(table)

@@ -391,10 +391,10 @@ def _read_kernel(folder: Path, stem: str, name: str) -> Kernel:
 def _number_names(names: Iterable[str]) -> list[str]:
     """Numbers the names that come more than once."""
     names = list(names)
-    total, seen, numbered = Counter(names), Counter[str](), []
+    total, counts, numbered = Counter(names), Counter[str](), []
     for name in names:
-        seen[name] += 1
-        numbered.append(f"{name} {seen[name]}" if total[name] > 1 else name)
+        counts[name] += 1
+        numbered.append(f"{name} {counts[name]}" if total[name] > 1 else name)
     return numbered
 
 

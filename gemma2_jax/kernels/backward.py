@@ -65,6 +65,7 @@ from gemma2_jax.kernels.tiles import (
 )
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Cotangents:
     """What the backward kernels take beside the `Inputs` of the forward one.

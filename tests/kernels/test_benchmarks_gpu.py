@@ -54,7 +54,7 @@ def lower_programs(exhaustive: bool) -> dict[str, list]:
             lowered.compile()
         return counts
 
-    found = {}
+    programs = {}
     for name in ("2b", "9b", "27b") if exhaustive else ("2b", "27b"):
         layers, caches = attention.list_timed_layers(name), attention.list_timed_caches(name)
         for layer in layers if exhaustive else layers[2:3]:
@@ -70,15 +70,15 @@ def lower_programs(exhaustive: bool) -> dict[str, list]:
                 passes = [count_kernels(run.forward, q, k, v, mask), count_kernels(run.backward, pull, d)]
                 if exhaustive:
                     passes.append(count_kernels(run.both, q, k, v, d, mask))
-                found[f"{layer} {attend.__name__}"] = passes
+                programs[f"{layer} {attend.__name__}"] = passes
         for case in caches if exhaustive else caches[3:]:
             q, k, v = case.shapes()
             position = jax.ShapeDtypeStruct((len(case.positions),), jnp.int32)
             kv_caches = [(k, v)] * attention.count_caches(case)
             for decode in attention.kernel_decode, attention.xla_decode:
                 chain = jax.jit(attention.chain_calls(decode(case), case))
-                found[f"{case} {decode.__name__}"] = [count_kernels(chain, q, kv_caches, position)]
-    return found
+                programs[f"{case} {decode.__name__}"] = [count_kernels(chain, q, kv_caches, position)]
+    return programs
 
 
 TARGETS = {"mosaic": "mosaic_gpu_v2", "cudnn": "__cudnn$fmha"}
@@ -92,9 +92,9 @@ def test_what_is_timed_compiles_for_cuda(exhaustive):
     command = [sys.executable, __file__, *(["exhaustive"] if exhaustive else [])]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert len(found) == (3 * (3 * 3 + 2 + 4 * 2) if exhaustive else 2 * (3 + 2))
-    for name, passes in found.items():
+    programs = json.loads(run.stdout)
+    assert len(programs) == (3 * (3 * 3 + 2 + 4 * 2) if exhaustive else 2 * (3 + 2))
+    for name, passes in programs.items():
         mosaic, cudnn = ([each[kind] for each in passes] for kind in TARGETS)
         match name.rpartition(" ")[2]:
             case "kernel_attention":
@@ -173,8 +173,8 @@ def test_checks_pass_interpreted(tmp_path):
         [*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [each["same"] for each in found["checks"]] == [True, True] and "attention" not in found
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [each["same"] for each in report["checks"]] == [True, True] and "attention" not in report
     assert "2b, tensor 8: 1 x 100, window 33, packed" in run.stdout and [p.name for p in tmp_path.iterdir()] == [
         "found.json"
     ]
@@ -232,15 +232,15 @@ def test_one_key_of_a_long_window_is_caught(monkeypatch):
     monkeypatch.setattr(attention, "scale_to_cap", lambda q, shape: q)
     monkeypatch.setattr(attention, "attention", drop_key(fake_attention))
     layer = Layer(name="2b", shape=shape, rows=1, length=768, window=512)
-    (found,) = attention.check_case(layer, interpret=True)
-    assert any("out is off" in failure for failure in found.failures)
+    (check,) = attention.check_case(layer, interpret=True)
+    assert any("out is off" in failure for failure in check.failures)
 
 
 GOOD = Check(case="c", tanh="exact", errors={"out": 3e-3, "lse": 1e-5}, xla={"out": 2e-3}, same=True)
 
 
 @pytest.mark.parametrize(
-    ("found", "failures"),
+    ("check", "failures"),
     [
         (GOOD, []),
         (replace(GOOD, same=False), ["c, exact tanh: not the same bits twice"]),
@@ -251,8 +251,8 @@ GOOD = Check(case="c", tanh="exact", errors={"out": 3e-3, "lse": 1e-5}, xla={"ou
         (replace(GOOD, xla={"out": 0.1}), ["c, exact tanh: out of XLA, the measure of it, is off by 1.0e-01"]),
     ],
 )
-def test_criterion(found, failures):
-    assert found.failures == failures
+def test_criterion(check, failures):
+    assert check.failures == failures
 
 
 def test_errors_are_of_the_worst_head():
@@ -268,14 +268,14 @@ def test_measured_time_is_that_of_a_call():
     """More work takes longer, and about what one call takes that is waited for."""
     product = jax.jit(lambda x: x @ x @ x @ x)
     sizes = [jnp.ones((size, size)) for size in (16, 256, 1024)]
-    found = [attention.measure_seconds(product, x, least=0.02, rounds=3) for x in sizes]
-    assert all(small < large for small, large in pairwise(found)), found
+    times = [attention.measure_seconds(product, x, least=0.02, rounds=3) for x in sizes]
+    assert all(small < large for small, large in pairwise(times)), times
     waited = []
     for _ in range(5):
         began = time.perf_counter()
         jax.block_until_ready(product(sizes[-1]))
         waited.append(time.perf_counter() - began)
-    assert found[-1] / 4 < min(waited) < 4 * found[-1]
+    assert times[-1] / 4 < min(waited) < 4 * times[-1]
 
 
 def test_rounds_are_as_long_as_asked():
@@ -286,8 +286,8 @@ def test_rounds_are_as_long_as_asked():
         time.sleep(0.002)
         return x
 
-    found = attention.measure_seconds(sleep, jnp.zeros(()), least=0.02, rounds=2)
-    assert 0.002 <= found < 0.02 and 2 + 2 <= len(calls) <= 2 + 2 * 10
+    seconds = attention.measure_seconds(sleep, jnp.zeros(()), least=0.02, rounds=2)
+    assert 0.002 <= seconds < 0.02 and 2 + 2 <= len(calls) <= 2 + 2 * 10
 
 
 def test_timing_loop(monkeypatch, capsys, tmp_path):
@@ -305,12 +305,12 @@ def test_timing_loop(monkeypatch, capsys, tmp_path):
     gpu.main(["--shapes", "27b", "--json", str(tmp_path / "found.json")])
     output = capsys.readouterr().out
     assert "cuDNN gave no times, width 128: " in output and "Dao-AILab" in output
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [each["tanh"] for each in found["checks"]] == ["approximate", "exact"]
-    assert [each["pass"] for each in found["attention"]] == ["forward", "backward", "both"]
-    for each in found["attention"] + found["decode"]:
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [each["tanh"] for each in report["checks"]] == ["approximate", "exact"]
+    assert [each["pass"] for each in report["attention"]] == ["forward", "backward", "both"]
+    for each in report["attention"] + report["decode"]:
         assert 0 < each["seconds"]["kernel"] < 1 and 0 < each["seconds"]["xla"] < 1
-    assert all(each["seconds"]["cudnn"] is None for each in found["attention"])
+    assert all(each["seconds"]["cudnn"] is None for each in report["attention"])
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ PACKINGS = {
 
 def mark_exhaustive(cases, chosen) -> list:
     """Makes parameters of the cases: the chosen ones are in each run of the suite, the rest in the exhaustive one."""
-    rest = [case if isinstance(case, tuple) else (case,) for case in cases if case not in chosen]
-    return [*chosen, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in rest)]
+    unchosen = [case if isinstance(case, tuple) else (case,) for case in cases if case not in chosen]
+    return [*chosen, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in unchosen)]
 
 
 def segments(packing: str, rows: int = 1) -> jax.Array:
@@ -107,20 +107,20 @@ def _f32(x):
     return x.astype(jnp.float32)
 
 
-def error(got, want) -> float:
+def error(computed, expected) -> float:
     """The relative L2 error."""
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    computed, expected = np.asarray(computed, np.float32), np.asarray(expected, np.float32)
+    return float(np.linalg.norm(computed - expected) / np.linalg.norm(expected))
 
 
 def errors(name: str, shape: Shape, spread: float, segments_BT, window) -> list[float]:
     """The errors of the result and of its gradients by q, k and v."""
     arrays = draw_arrays(shape, len(segments_BT), spread)
     out, gradients = implementation(name, shape.scale)(*arrays, segments_BT, jnp.int32(window))
-    want, wanted = reference_results(shape.scale)(
+    expected, expected_gradients = reference_results(shape.scale)(
         *arrays[:3], (_f32(arrays[3]), jnp.zeros((len(out), shape.heads, T))), *intervals(segments_BT, window)
     )
-    return [error(*pair) for pair in zip((out, *gradients), (want[0], *wanted), strict=True)]
+    return [error(*pair) for pair in zip((out, *gradients), (expected[0], *expected_gradients), strict=True)]
 
 
 def check(kernel_errors: list[float], shape: Shape, spread: float, segments_BT, window) -> None:
@@ -190,11 +190,11 @@ def test_one_key_each(window, packing):
 def test_log_sum_exp_and_its_gradient():
     q, k, v, d = draw_arrays(SMALL, spread=4.0)
     d_lse = jnp.array(np.random.default_rng(1).normal(size=(1, 2, T)), jnp.float32)
-    seen = intervals(segments("many"), 100)
-    (_, lse), gradients = kernel(SMALL.scale)(q, k, v, (d, d_lse), *seen)
-    (_, want), wanted = reference_results(SMALL.scale)(q, k, v, (_f32(d), d_lse), *seen)
-    np.testing.assert_allclose(lse, want, rtol=0, atol=2e-5)
-    assert max(error(*pair) for pair in zip(gradients, wanted, strict=True)) <= 6e-3
+    interval = intervals(segments("many"), 100)
+    (_, lse), gradients = kernel(SMALL.scale)(q, k, v, (d, d_lse), *interval)
+    (_, expected), expected_gradients = reference_results(SMALL.scale)(q, k, v, (_f32(d), d_lse), *interval)
+    np.testing.assert_allclose(lse, expected, rtol=0, atol=2e-5)
+    assert max(error(*pair) for pair in zip(gradients, expected_gradients, strict=True)) <= 6e-3
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_which_keys_each_query_sees(window, packing):
     (out, _), (_, _, dv) = kernel(shape.scale)(
         zeros, zeros[:, :, :1], one_hot[:, :, :1], (one_hot, jnp.zeros((1, 2, T))), *intervals(segments_BT, window)
     )
-    seen = visible(segments_BT, window)[0]
+    expected = visible(segments_BT, window)[0]
     for head in range(2):
-        np.testing.assert_array_equal(np.asarray(out, np.float32)[0, :, head, :T] > 0, seen)
-    np.testing.assert_array_equal(np.asarray(dv, np.float32)[0, :, 0, :T] > 0, seen.T)
+        np.testing.assert_array_equal(np.asarray(out, np.float32)[0, :, head, :T] > 0, expected)
+    np.testing.assert_array_equal(np.asarray(dv, np.float32)[0, :, 0, :T] > 0, expected.T)
 
 
 def test_results_repeat_bit_by_bit():
@@ -265,9 +265,9 @@ def test_tiles_visited(window, packing, monkeypatch):
     q, k, v, d = draw_arrays(shape)
     segments_BT = segments(packing)
     jax.block_until_ready(run(q, k, v, (d, jnp.zeros((1, 2, T))), *intervals(segments_BT, window)))
-    seen = np.zeros((256, 256), bool)
-    seen[:T, :T] = visible(segments_BT, window)[0]
-    visits = seen.reshape(4, 64, 4, 64).any((1, 3)).sum()
+    pairs = np.zeros((256, 256), bool)
+    pairs[:T, :T] = visible(segments_BT, window)[0]
+    visits = pairs.reshape(4, 64, 4, 64).any((1, 3)).sum()
     forward = 2 * 4 + 2 * visits  # Q of two heads for each run of queries; K and V of each visit.
     dq = 4 * 4 + 2 * visits  # The same, and dO of each run.
     dkv = 2 * 4 + 2 * 4 * visits  # K and V of each run of keys; Q, dO, log-sum-exp and delta of both heads.
@@ -298,10 +298,10 @@ def test_parts_add_up():
 
     attend = partial(attention, scale=SMALL.scale, softcap=50.0, build=INTERPRETED)
     out, gradients = differentiate(partial(run, attend))(q, k, v, d)
-    (want, _), wanted = reference_results(SMALL.scale)(
+    (expected, _), expected_gradients = reference_results(SMALL.scale)(
         q, k, v, (_f32(d), jnp.zeros((1, 2, T))), *intervals(segments("many"), 100)
     )
-    part_errors = [error(*pair) for pair in zip((out, *gradients), (want, *wanted), strict=True)]
+    part_errors = [error(*pair) for pair in zip((out, *gradients), (expected, *expected_gradients), strict=True)]
     check(part_errors, SMALL, 8.0, segments("many"), 100)
 
 

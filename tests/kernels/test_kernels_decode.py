@@ -56,10 +56,10 @@ def seen_slots(position: int, T: int, S: int, window: int) -> list[set[int]]:
 
 
 def check(q, k, v, position, window, **settings):
-    got = interpret(q, k, v, position, window, **settings)
-    want = run_reference(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window), scale=q.shape[-1] ** -0.5)
+    computed = interpret(q, k, v, position, window, **settings)
+    expected = run_reference(q, k, v, jnp.array(position, jnp.int32), jnp.int32(window), scale=q.shape[-1] ** -0.5)
     for row in range(len(position)):
-        error = np.linalg.norm(got[row] - want[row]) / np.linalg.norm(want[row])
+        error = np.linalg.norm(computed[row] - expected[row]) / np.linalg.norm(expected[row])
         assert error <= 4e-3, f"row {row}: {error:.1e}"
 
 
@@ -95,8 +95,8 @@ def test_cap_bites(spread):
 
 def test_same_inputs_same_bits():
     q, k, v = draw_arrays(B=2, T=1, N=4, K=2, H=128, S=200)
-    first, second = (interpret(q, k, v, (199, 70), BEYOND, races=False, splits=3) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+    result, repeated = (interpret(q, k, v, (199, 70), BEYOND, races=False, splits=3) for _ in range(2))
+    np.testing.assert_array_equal(result, repeated)
 
 
 def test_a_row_with_nothing_to_see():
@@ -121,10 +121,10 @@ def test_each_query_sees_its_slots(S, T, window, position):
     _, k, _ = draw_arrays(B=1, T=T, N=2, K=2, H=256, S=S)
     v = jnp.broadcast_to(jnp.eye(S, 256, dtype=jnp.bfloat16), k.shape)
     out = interpret(jnp.zeros((1, T, 2, 256), jnp.bfloat16), k, v, (position,), window, splits=2)
-    for t, seen in enumerate(seen_slots(position, T, S, window)):
+    for t, slots in enumerate(seen_slots(position, T, S, window)):
         for head in range(2):
-            assert set(np.flatnonzero(out[0, t, head])) == seen
-            np.testing.assert_allclose(out[0, t, head, sorted(seen)], 1 / len(seen), rtol=4e-3)
+            assert set(np.flatnonzero(out[0, t, head])) == slots
+            np.testing.assert_allclose(out[0, t, head, sorted(slots)], 1 / len(slots), rtol=4e-3)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_unseen_slots_have_no_effect(S, T, window, positions):
     """Every slot that no query sees has NaN: in tiles not visited, and in those at the ends of what is seen."""
     q, k, v = draw_arrays(B=2, T=T, N=4, K=2, H=64, S=S)
     clean = interpret(q, k, v, positions, window)
-    seen = [set.union(*seen_slots(position, T, S, window)) for position in positions]
-    unseen = np.array([[slot not in row for slot in range(S)] for row in seen])[:, None, :, None]
+    visible = [set.union(*seen_slots(position, T, S, window)) for position in positions]
+    unseen = np.array([[slot not in row for slot in range(S)] for row in visible])[:, None, :, None]
     poisoned = interpret(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), positions, window)
     np.testing.assert_array_equal(poisoned, clean)
 
@@ -172,8 +172,8 @@ def test_tiles_visited(S, T, window, positions, splits, monkeypatch):
     kernel.cache_clear()
     interpret(*draw_arrays(B=3, T=T, N=1, K=1, H=64, S=S), positions, window, races=False, splits=splits)
     for row, position in enumerate(positions):
-        seen = set.union(*seen_slots(position, T, S, window))
-        tiles = {slot // TILE * TILE for slot in seen}
+        slots = set.union(*seen_slots(position, T, S, window))
+        tiles = {slot // TILE * TILE for slot in slots}
         assert sorted(start for loaded_row, start in loads if loaded_row == row) == sorted(2 * list(tiles))
 
 
@@ -254,12 +254,12 @@ def test_compiles_for_h100():
         [sys.executable, "-c", COMPILE, json.dumps(COMPILED)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for shape, found in zip(COMPILED, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert "0 bytes spill stores, 0 bytes spill loads" in found["report"] and "C75" not in found["report"], shape
-        assert found["fenced"], (
+    for shape, kernel in zip(COMPILED, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert "0 bytes spill stores, 0 bytes spill loads" in kernel["report"] and "C75" not in kernel["report"], shape
+        assert kernel["fenced"], (
             "weights written to shared memory are not there yet for wgmma; not seen by the interpreter"
         )
-        assert found["kernels"] == 1 and found["loads"] and found["tanh"], shape
-        assert found["products"] == 2 * shape[4] // 16, shape
+        assert kernel["kernels"] == 1 and kernel["loads"] and kernel["tanh"], shape
+        assert kernel["products"] == 2 * shape[4] // 16, shape
         # What a multiprocessor has, less 1 KiB that each block takes; one block may have 227 KiB.
-        assert 2 * (found["shared"] + 1024) <= 228 * 1024, (shape, found["shared"])
+        assert 2 * (kernel["shared"] + 1024) <= 228 * 1024, (shape, kernel["shared"])

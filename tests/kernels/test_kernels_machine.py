@@ -31,8 +31,8 @@ KERNELS = [
 
 def compile_case(name: str, path: str) -> None:
     described_cluster.prepare_jax()
-    found = {**table.compile_attention(CASES[name]), "decode": table.compile_decode(CASES[name])}
-    Path(path).write_bytes(pickle.dumps(found))
+    kernels = {**table.compile_attention(CASES[name]), "decode": table.compile_decode(CASES[name])}
+    Path(path).write_bytes(pickle.dumps(kernels))
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,9 @@ def test_loops_do_what_a_tile_needs_and_no_more(kernel, case):
     name, direction = case
     shape = CASES[name]
     size = table.select_tile(shape, direction).size
-    found = table.measure_work(kernel, PRODUCTS[direction], shape.width)
-    assert [work.columns for work in found] == [size] * (2 if direction == "dkv" else 1), "multiplied twice, or not"
-    assert [len(work.masked) for work in found] == ([2, 0] if direction == "dkv" else [2])
+    works = table.measure_work(kernel, PRODUCTS[direction], shape.width)
+    assert [work.columns for work in works] == [size] * (2 if direction == "dkv" else 1), "multiplied twice, or not"
+    assert [len(work.masked) for work in works] == ([2, 0] if direction == "dkv" else [2])
     for loop in kernel.tiles:
         for function in "MUFU.TANH", "MUFU.EX2":
             assert loop.opcodes.total(function) <= 64 * size / 128, f"{function} more than once for each score"
@@ -124,9 +124,9 @@ def test_loops_do_what_a_tile_needs_and_no_more(kernel, case):
 
 def test_masked_tiles_are_not_twice_as_long(kernel, case):
     name, direction = case
-    scores, *others = table.measure_work(kernel, PRODUCTS[direction], CASES[name].width)
+    scores, *unmasked = table.measure_work(kernel, PRODUCTS[direction], CASES[name].width)
     assert all(scores.clean < masked <= 1.9 * scores.clean for masked in scores.masked)
-    assert not any(other.masked for other in others)
+    assert not any(work.masked for work in unmasked)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -158,21 +158,21 @@ def pairs(segments_BT, window) -> np.ndarray:
     return (segments_BT[:, :, None] == segments_BT[:, None]) & (distance >= 0) & (distance < np.asarray(window))
 
 
-def reduce_tiles(seen, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def reduce_tiles(visible, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Says for each tile of [..., rows, columns] whether any pair in it is seen, and whether all are."""
-    *batch, T, S = seen.shape
-    tiles = seen.reshape(*batch, T // rows, rows, S // columns, columns)
+    *batch, T, S = visible.shape
+    tiles = visible.reshape(*batch, T // rows, rows, S // columns, columns)
     return tiles.any(-1).any(-2), tiles.all(-1).all(-2)
 
 
-def check_bounds(bounds, any_seen, all_seen) -> None:
+def check_bounds(bounds, any_visible, all_visible) -> None:
     """Checks that tiles are visited if and only if a pair in them is seen, and masked if and only if not all are."""
     bounds = np.asarray(bounds)
     start, clean, masked, end = np.moveaxis(bounds[..., None], -2, 0)
     assert (np.diff(bounds, axis=-1) >= 0).all() and (start >= 0).all()
-    tile = np.arange(any_seen.shape[-1])
-    np.testing.assert_array_equal((start <= tile) & (tile < end), any_seen)
-    np.testing.assert_array_equal((clean <= tile) & (tile < masked), all_seen)
+    tile = np.arange(any_visible.shape[-1])
+    np.testing.assert_array_equal((start <= tile) & (tile < end), any_visible)
+    np.testing.assert_array_equal((clean <= tile) & (tile < masked), all_visible)
 
 
 @cache
@@ -193,18 +193,22 @@ RATIOS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_visits_of_a_long_row(name, case):
-    seen, shape, direction = layer_pairs(name), CASES[case[0]], case[1]
+    visible, shape, direction = layer_pairs(name), CASES[case[0]], case[1]
     first, last = table.layer_intervals(*LAYERS[name])
-    found = table.count_visits(shape, direction, first, last)
-    assert found.exact == np.count_nonzero(seen)
-    any_seen, all_seen = reduce_tiles(seen.swapaxes(1, 2) if direction == "dkv" else seen, found.rows, found.columns)
-    check_bounds(table.read_bounds(shape, direction, first, last), any_seen, all_seen)
-    assert found.tiles == np.count_nonzero(any_seen) and found.masked == found.tiles - np.count_nonzero(all_seen)
-    assert found.ratio == pytest.approx(RATIOS[found.rows, found.columns][name], abs=1e-5)
+    visits = table.count_visits(shape, direction, first, last)
+    assert visits.exact == np.count_nonzero(visible)
+    any_visible, all_visible = reduce_tiles(
+        visible.swapaxes(1, 2) if direction == "dkv" else visible, visits.rows, visits.columns
+    )
+    check_bounds(table.read_bounds(shape, direction, first, last), any_visible, all_visible)
+    assert visits.tiles == np.count_nonzero(any_visible) and visits.masked == visits.tiles - np.count_nonzero(
+        all_visible
+    )
+    assert visits.ratio == pytest.approx(RATIOS[visits.rows, visits.columns][name], abs=1e-5)
     if name != "packed":
         # Tiles of twice that size, at both edges of a window, are the only ones to pass 1.03.
-        large = name == "local" and found.rows * found.columns > 64 * 64
-        assert (found.ratio > 1.03) == large
+        large = name == "local" and visits.rows * visits.columns > 64 * 64
+        assert (visits.ratio > 1.03) == large
 
 
 LENGTH = 384
@@ -228,10 +232,10 @@ def draw_segments(seed: int, count: int) -> np.ndarray:
         draw_single_tokens,
         lambda: random.integers(1, LENGTH, random.integers(1, 40)),
     )
-    found = np.zeros((count, LENGTH), np.int32)
+    starts = np.zeros((count, LENGTH), np.int32)
     for number in range(count):
-        found[number, np.array(kinds[number % len(kinds)](), int)] = 1
-    return found.cumsum(1)
+        starts[number, np.array(kinds[number % len(kinds)](), int)] = 1
+    return starts.cumsum(1)
 
 
 @pytest.fixture(scope="module")
@@ -243,22 +247,22 @@ def cases():
 
     segments = np.concatenate([draw_segments(seed, 36) for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 36)[:, None]
-    seen = pairs(segments, window[:, :, None])
+    visible = pairs(segments, window[:, :, None])
     starts = attention_mosaic.segment_starts(jnp.asarray(segments))
     ends = attention_mosaic.key_intervals(jnp.arange(LENGTH), starts, (0,), LENGTH, jnp.asarray(window))
     first, last = map(np.array, ends)
     # `kernels.attention` pads rows in the same way.
     blind = np.arange(LENGTH) >= np.random.default_rng(0).choice([1, 63, 64, 200, LENGTH], len(segments))[:, None]
-    seen[blind] = False
+    visible[blind] = False
     first[blind], last[blind] = LENGTH, LENGTH - 1
-    return seen, jnp.asarray(first), jnp.asarray(last)
+    return visible, jnp.asarray(first), jnp.asarray(last)
 
 
 def test_intervals_are_what_queries_see(cases):
-    seen, first, last = cases
+    visible, first, last = cases
     key = np.arange(LENGTH)
-    np.testing.assert_array_equal((first[..., None] <= key) & (key <= last[..., None]), seen)
-    assert len(seen) >= 300 and (np.diff(first) >= 0).all() and (np.diff(last) >= 0).all()
+    np.testing.assert_array_equal((first[..., None] <= key) & (key <= last[..., None]), visible)
+    assert len(visible) >= 300 and (np.diff(first) >= 0).all() and (np.diff(last) >= 0).all()
 
 
 @pytest.mark.parametrize("rows", [64, 128])
@@ -266,18 +270,18 @@ def test_intervals_are_what_queries_see(cases):
 def test_bounds_are_those_of_a_search(cases, rows, size):
     from gemma2_jax.kernels import tiles
 
-    seen, first, last = cases
-    check_bounds(tiles.tile_bounds(first, last, rows, size), *reduce_tiles(seen, rows, size))
+    visible, first, last = cases
+    check_bounds(tiles.tile_bounds(first, last, rows, size), *reduce_tiles(visible, rows, size))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_bounds_by_keys_are_those_of_a_search(cases, size):
     from gemma2_jax.kernels import backward, tiles
 
-    seen, first, last = cases
+    visible, first, last = cases
     q_first, q_last = backward.query_intervals(first, last, LENGTH)
     query = np.arange(LENGTH)
-    by_key = seen.swapaxes(1, 2)
+    by_key = visible.swapaxes(1, 2)
     np.testing.assert_array_equal((q_first[..., None] <= query) & (query <= q_last[..., None]), by_key)
     check_bounds(tiles.tile_bounds(q_first, q_last, 64, size), *reduce_tiles(by_key, 64, size))
 
@@ -294,17 +298,17 @@ def test_bounds_of_a_ring(shards):
     length = 2 * shards * piece
     segments = np.concatenate([draw_segments(seed, 12)[:, :length] for seed in range(len(WINDOWS))])
     window = np.repeat(WINDOWS, 12)[:, None]
-    seen_in_row = pairs(segments, window[:, :, None])
+    visible_in_row = pairs(segments, window[:, :, None])
     starts = attention_mosaic.segment_starts(jnp.asarray(segments))
     for q_shard in range(shards):
         for k_shard in range(shards):
             places = [(shard * piece, (2 * shards - 1 - shard) * piece) for shard in (q_shard, k_shard)]
             query, key = (np.concatenate([start + np.arange(piece) for start in pair]) for pair in places)
-            seen = seen_in_row[:, query][:, :, key]
+            visible = visible_in_row[:, query][:, :, key]
             first, last = attention_mosaic.key_intervals(query, starts[:, query], places[1], piece, jnp.asarray(window))
-            check_bounds(tiles.tile_bounds(first, last, 64, 64), *reduce_tiles(seen, 64, 64))
+            check_bounds(tiles.tile_bounds(first, last, 64, 64), *reduce_tiles(visible, 64, 64))
             by_key = backward.query_intervals(first, last, 2 * piece)
-            check_bounds(tiles.tile_bounds(*by_key, 64, 64), *reduce_tiles(seen.swapaxes(1, 2), 64, 64))
+            check_bounds(tiles.tile_bounds(*by_key, 64, 64), *reduce_tiles(visible.swapaxes(1, 2), 64, 64))
 
 
 if __name__ == "__main__":
