@@ -4,7 +4,7 @@
 process holds one connection to it, of JSON lines:
 
     process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
-    coordinator:  {"service": 40123, "beside": "process 0 on ..."}, when all are there: the port of JAX's own service
+    coordinator:  {"service": 40123, "first_process": "process 0 on ..."}, when all are there: the port of JAX's service
     process:      {"end": ""} when it is done, or why it fails
     coordinator:  {"verdict": "process 1 on node-7 (pid 4242) failed: ..."}, to all the others
 
@@ -15,25 +15,26 @@ however busy the process was. Imports nothing of JAX but that service.
 import argparse
 import asyncio
 import contextlib
-import importlib
 import json
 import os
 import signal
 import socket
 from typing import Any
 
-SILENCE_SECONDS = 15  # after which a host that does not answer is taken for gone
-_FAREWELL_SECONDS = 10  # for which JAX's service outlasts the first failure; without it the rest would abort
-_SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
+from gemma2_jax.cluster import jax_internals
+
+SILENCE_SECONDS = 15  # a host that has not answered for so long is taken for gone
+_FAREWELL_SECONDS = 10  # JAX's service outlasts the first failure by so much, as processes abort without it
+_SHUTDOWN_SECONDS = 60  # JAX's service lets a process that is done wait so long for the others
 
 
-def enable_keepalive(link: socket.socket) -> None:
-    """Has the kernel end a connection whose other host does not answer any more."""
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 3)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
+def enable_keepalive(connection: socket.socket) -> None:
+    """Has the kernel end a connection whose remote host does not answer any more."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
 
 
 class Coordinator:
@@ -41,17 +42,17 @@ class Coordinator:
 
     def __init__(self, count: int, patience: float):
         self._count, self._patience = count, patience
-        self._links: dict[int, asyncio.StreamWriter] = {}
+        self._writers: dict[int, asyncio.StreamWriter] = {}
         self._names: dict[int, str] = {}
         self._gone: set[int] = set()
-        self._judged, self._over = False, asyncio.Event()
+        self._has_verdict, self._done = False, asyncio.Event()
         self._service: Any = None
 
     async def serve(self, listener: socket.socket) -> None:
-        """Returns when all have gone, or some while after all have been told to."""
+        """Returns when all processes have gone, or _FAREWELL_SECONDS after they have been told to."""
         await asyncio.start_server(self._attend, sock=listener)
         asyncio.get_running_loop().call_later(self._patience, self._give_up)
-        await self._over.wait()
+        await self._done.wait()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         enable_keepalive(writer.get_extra_info("socket"))
@@ -59,63 +60,62 @@ class Coordinator:
             hello = json.loads(await reader.readline())
             index, name = hello["index"], f"process {hello['index']} on {hello['host']} (pid {hello['pid']})"
         except (OSError, ValueError, KeyError, TypeError):
-            writer.close()  # not one of ours
+            writer.close()  # not a process of a run
             return
-        if hello["count"] != self._count or index in self._links:
-            other = f"{self._names[index]} has that index" if index in self._links else f"process 0 for {self._count}"
-            text = f"{name} asks for a run of {hello['count']} process(es), but {other}"
+        if hello["count"] != self._count or index in self._writers:
+            conflict = (
+                f"{self._names[index]} has that index" if index in self._writers else f"process 0 for {self._count}"
+            )
+            text = f"{name} asks for a run of {hello['count']} process(es), but {conflict}"
             _send(writer, verdict=text)
-            self._verdict(text)
+            self._send_verdict(text)
             return
-        self._links[index], self._names[index] = writer, name
-        if len(self._links) == self._count:
+        self._writers[index], self._names[index] = writer, name
+        if len(self._writers) == self._count:
             self._start()
         await self._follow(index, reader)
 
     def _start(self) -> None:
-        """JAX's service, which exists only when all are there, and its port."""
-        jaxlib = importlib.import_module("jaxlib._jax")
+        """Starts JAX's service, as all processes are there, and tells each of them its port."""
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]
-        self._service = jaxlib.get_distributed_runtime_service(
-            f"[::]:{port}", self._count, shutdown_timeout=_SHUTDOWN_SECONDS
-        )
-        for link in self._links.values():
-            _send(link, service=port, beside=self._names[0])
+        self._service = jax_internals.serve_processes(f"[::]:{port}", self._count, _SHUTDOWN_SECONDS)
+        for writer in self._writers.values():
+            _send(writer, service=port, first_process=self._names[0])
 
     async def _follow(self, index: int, reader: asyncio.StreamReader) -> None:
-        left = False
+        has_ended = False
         with contextlib.suppress(OSError):
             async for line in reader:
-                left = True
+                has_ended = True
                 if reason := json.loads(line)["end"]:
-                    self._verdict(f"{self._names[index]} {reason}", index)
-        if not left:
-            self._verdict(f"{self._names[index]} stopped answering", index)
+                    self._send_verdict(f"{self._names[index]} {reason}", index)
+        if not has_ended:
+            self._send_verdict(f"{self._names[index]} stopped answering", index)
         self._gone.add(index)
-        if len(self._gone) == len(self._links):
-            self._over.set()
+        if len(self._gone) == len(self._writers):
+            self._done.set()
 
     def _give_up(self) -> None:
-        missing = [str(index) for index in range(self._count) if index not in self._links]
+        missing = [str(index) for index in range(self._count) if index not in self._writers]
         if missing:
-            self._verdict(
+            self._send_verdict(
                 f"process(es) {', '.join(missing)} of {self._count} did not come in {self._patience:g} s; "
                 "start the same command for each of them"
             )
 
-    def _verdict(self, text: str, index: int | None = None) -> None:
-        if self._judged:
+    def _send_verdict(self, text: str, index: int | None = None) -> None:
+        if self._has_verdict:
             return
-        self._judged = True
-        for other, link in self._links.items():
-            if other != index:
-                _send(link, verdict=text)
-        asyncio.get_running_loop().call_later(_FAREWELL_SECONDS, self._over.set)
+        self._has_verdict = True
+        for recipient, writer in self._writers.items():
+            if recipient != index:
+                _send(writer, verdict=text)
+        asyncio.get_running_loop().call_later(_FAREWELL_SECONDS, self._done.set)
 
 
-def _send(link: asyncio.StreamWriter, **message: object) -> None:
-    link.write(json.dumps(message).encode() + b"\n")
+def _send(writer: asyncio.StreamWriter, **message: object) -> None:
+    writer.write(json.dumps(message).encode() + b"\n")
 
 
 def main() -> None:

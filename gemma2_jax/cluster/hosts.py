@@ -20,12 +20,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gemma2_jax.cluster import jax_internals, platforms
 from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
 from gemma2_jax.config import HostsConfig
 
-PATIENCE_SECONDS = 300  # for all processes to come
-_LAST_WORDS_SECONDS = 5  # for a process that fails to print why
-_BARRIER_SECONDS = 24 * 3600  # for process 0 to tokenise; one that fails ends the run sooner
+PATIENCE_SECONDS = 300  # that each process waits for the others at the start
+_LAST_WORDS_SECONDS = 5  # that a failing process has to print why
+_BARRIER_SECONDS = 24 * 3600  # that process 0 may tokenize for; a process that fails ends the run sooner
 _OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
 
 
@@ -36,7 +37,7 @@ class Place:
     coordinator: str = ""  # host:port
     count: int = 1
     index: int = 0
-    devices: tuple[int, ...] | None = None  # those of this host's accelerators that are its own; None: all it sees
+    devices: tuple[int, ...] | None = None  # those of this host's accelerators that are its own; None: all that it sees
     source: str = ""  # what said so
 
     def __str__(self) -> str:
@@ -53,17 +54,17 @@ def find_place(config: HostsConfig, environment: Mapping[str, str]) -> Place:
     flags = {"coordinator": config.coordinator, "count": config.count or "", "index": config.index}
     sources = {
         "flags": {name: value for name, value in flags.items() if value not in ("", -1)},
-        "JAX's variables": _variables(environment),
-        "Open MPI": _open_mpi(environment),
-        "SLURM": _slurm(environment),
-        "Kubernetes": _kubernetes(environment),
+        "JAX's variables": _read_variables(environment),
+        "Open MPI": _read_open_mpi(environment),
+        "SLURM": _read_slurm(environment),
+        "Kubernetes": _read_kubernetes(environment),
     }
     found: dict = {}
-    for said in reversed(sources.values()):
-        found |= said
-    note = found.pop("note", "")
+    for answers in reversed(sources.values()):
+        found |= answers
+    remark = found.pop("remark", "")
     if found.get("count") == 1 or not (found.keys() & {"coordinator", "count"} or "index" in sources["flags"]):
-        return Place(source=note)
+        return Place(source=remark)
     missing = [name for name in _OPTIONS if name not in found]
     if missing:
         raise ValueError(
@@ -76,43 +77,43 @@ def find_place(config: HostsConfig, environment: Mapping[str, str]) -> Place:
             f"this is process {found['index']} of {found['count']}, but processes count from 0; "
             "give as many indices as hosts.count says"
         )
-    return Place(**found, source=next(name for name, said in sources.items() if "index" in said))
+    return Place(**found, source=next(name for name, answers in sources.items() if "index" in answers))
 
 
-def _variables(environment: Mapping[str, str]) -> dict:
-    """Those that JAX and the Kubernetes operators for it use."""
-    said: dict = {}
+def _read_variables(environment: Mapping[str, str]) -> dict:
+    """What the variables say that JAX and the Kubernetes operators for it use."""
+    answers: dict = {}
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
-        said["coordinator"] = address
+        answers["coordinator"] = address
     for name, variable in (("count", "JAX_NUM_PROCESSES"), ("index", "JAX_PROCESS_ID")):
         if variable in environment:
-            said[name] = int(environment[variable])
-    return said
+            answers[name] = int(environment[variable])
+    return answers
 
 
-def _open_mpi(environment: Mapping[str, str]) -> dict:
+def _read_open_mpi(environment: Mapping[str, str]) -> dict:
     """What mpirun sets; it says where process 0 is in version 4, or when all are on one host."""
     count = int(environment.get("OMPI_COMM_WORLD_SIZE", 1))
     if count == 1:
         return {}
-    local, here = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("RANK", "SIZE"))
-    said: dict = {"count": count, "index": int(environment["OMPI_COMM_WORLD_RANK"])}
-    said |= _own_device(local, here, environment)
+    local_index, local_count = (int(environment[f"OMPI_COMM_WORLD_LOCAL_{name}"]) for name in ("RANK", "SIZE"))
+    answers: dict = {"count": count, "index": int(environment["OMPI_COMM_WORLD_RANK"])}
+    answers |= _own_device(local_index, local_count, environment)
     launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")  # such as 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911
     job = launcher.partition(";")[0] or environment.get("PMIX_NAMESPACE", "")
-    if here == count:
-        said["coordinator"] = f"127.0.0.1:{_port(job)}"
+    if local_count == count:
+        answers["coordinator"] = f"127.0.0.1:{_choose_port(job)}"
     elif address := re.search(r"tcp://([^,:]+)", launcher):
-        said["coordinator"] = f"{address[1]}:{_port(job)}"
-    return said
+        answers["coordinator"] = f"{address[1]}:{_choose_port(job)}"
+    return answers
 
 
-def _slurm(environment: Mapping[str, str]) -> dict:
+def _read_slurm(environment: Mapping[str, str]) -> dict:
     """What srun sets for each task. The shell of salloc and the script of sbatch are not tasks of the job."""
     count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if count == 1:
         tasks = int(environment.get("SLURM_NTASKS", 1))
-        return {"note": f"not started by srun, though SLURM has {tasks} tasks"} if tasks > 1 else {}
+        return {"remark": f"not started by srun, though SLURM has {tasks} tasks"} if tasks > 1 else {}
     # Nodes are written like node[07-08,11],other; tasks on each of them like 8(x2),4.
     host = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])[0]
     host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", host)
@@ -121,30 +122,33 @@ def _slurm(environment: Mapping[str, str]) -> dict:
         for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
         for _ in range(int(times or 1))
     ]
-    here = tasks[int(environment["SLURM_NODEID"])]
+    local_count = tasks[int(environment["SLURM_NODEID"])]
     job = f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
     return {
-        "coordinator": f"{host}:{_port(job)}",
+        "coordinator": f"{host}:{_choose_port(job)}",
         "count": count,
         "index": int(environment["SLURM_PROCID"]),
-        **_own_device(int(environment["SLURM_LOCALID"]), here, environment),
+        **_own_device(int(environment["SLURM_LOCALID"]), local_count, environment),
     }
 
 
-def _kubernetes(environment: Mapping[str, str]) -> dict:
+def _read_kubernetes(environment: Mapping[str, str]) -> dict:
     """What Kubernetes sets in each pod of an Indexed Job; the rest is for the manifest to say, in JAX's variables."""
     index = environment.get("JOB_COMPLETION_INDEX")
     return {} if index is None else {"index": int(index)}
 
 
-def _own_device(local: int, here: int, environment: Mapping[str, str]) -> dict:
-    """One of a host's accelerators where several processes share it, unless the launcher has divided them."""
+def _own_device(local_index: int, local_count: int, environment: Mapping[str, str]) -> dict:
+    """This process's accelerator among those of its host, which `local_count` processes share.
+
+    Empty where the launcher has divided the accelerators already, or the process has its host to itself.
+    """
     divided = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
-    return {} if here == 1 or divided else {"devices": (local,)}
+    return {} if local_count == 1 or divided else {"devices": (local_index,)}
 
 
-def _port(job: str) -> int:
-    """The same for all processes of a job, above the ports that Linux gives to connections."""
+def _choose_port(job: str) -> int:
+    """A port that is the same for all processes of a job, above those that Linux gives to connections."""
     return 61440 + zlib.crc32(job.encode()) % 4096
 
 
@@ -159,46 +163,49 @@ def process_group(config: HostsConfig) -> Iterator[None]:
     if place.count == 1:
         yield
         return
-    with _run_coordinator(place), _connect_coordinator(place) as link:
+    with _run_coordinator(place), _connect_coordinator(place) as connection:
         import jax
 
-        jax.config.update("jax_enable_preemption_service", False)  # which takes SIGTERM, and then goes on
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        watch = threading.Thread(target=link.watch, daemon=True)
+        watch = threading.Thread(target=connection.watch, daemon=True)
         watch.start()
         try:
             # Process 0 starts a service that nobody is told of; that of the coordinator outlives it.
             jax.distributed.initialize(
-                link.service,
+                connection.service,
                 place.count,
                 place.index,
                 place.devices,
                 cluster_detection_method="deactivate",
                 coordinator_bind_address="127.0.0.1:0",
             )
+            platforms.restrict_cache()
             yield
             jax.distributed.shutdown()
         except BaseException as error:
             if _is_peer_failure(error):
-                watch.join(SILENCE_SECONDS + 5)  # until which the one that failed has been told of
+                watch.join(SILENCE_SECONDS + 5)  # by then the coordinator has named the process that failed
             interrupted = isinstance(error, KeyboardInterrupt)
-            link.leave("was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}")
+            connection.leave(
+                "was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}"
+            )
             _schedule_exit(130 if interrupted else 1)
             raise
-        link.leave()
+        connection.leave()
 
 
 @contextlib.contextmanager
-def process_zero_first(what: str) -> Iterator[None]:
-    """Process 0 carries out the block before the others begin it, and find what it wrote."""
-    from jax._src import distributed
+def process_zero_first(block: str) -> Iterator[None]:
+    """Process 0 carries out the block of this name before the others begin it and find what process 0 wrote."""
+    import jax
 
-    state = distributed.global_state
-    if state.client is not None and state.process_id > 0:
-        state.client.wait_at_barrier(what, _BARRIER_SECONDS * 1000)
+    several = jax.distributed.is_initialized()
+    if several and jax.process_index() > 0:
+        jax_internals.wait_for_all(block, _BARRIER_SECONDS)
     yield
-    if state.client is not None and state.process_id == 0:
-        state.client.wait_at_barrier(what, _BARRIER_SECONDS * 1000)
+    if several and jax.process_index() == 0:
+        jax_internals.wait_for_all(block, _BARRIER_SECONDS)
 
 
 @contextlib.contextmanager
@@ -231,18 +238,18 @@ def _run_coordinator(place: Place) -> Iterator[None]:
     process.wait()
 
 
-class _Link:
+class _CoordinatorConnection:
     """This process's connection to the coordinator."""
 
-    def __init__(self, link: socket.socket, place: Place):
-        self._link, self._lines, self._left = link, link.makefile(), False
-        enable_keepalive(link)
+    def __init__(self, connection: socket.socket, place: Place):
+        self._socket, self._lines, self._left = connection, connection.makefile(), False
+        enable_keepalive(connection)
         self._send(index=place.index, count=place.count, host=socket.gethostname(), pid=os.getpid())
         hello = self._receive() or {"verdict": "it ended"}
         if "verdict" in hello:
             raise OSError(f"the processes could not meet at {place.coordinator}: {hello['verdict']}")
-        self.service = f"{_host(place)}:{hello['service']}"
-        self._beside = hello["beside"]
+        self.service = f"{_coordinator_host(place)}:{hello['service']}"
+        self._first_process = hello["first_process"]
 
     def leave(self, reason: str = "") -> None:
         """Says that this process is done, or why it fails."""
@@ -251,34 +258,34 @@ class _Link:
 
     def watch(self) -> None:
         """Waits until another process has failed, and then ends this one whatever it is doing."""
-        told = self._receive() or {"verdict": f"{self._beside} stopped answering, and the coordinator there"}
+        message = self._receive() or {"verdict": f"{self._first_process} stopped answering, and the coordinator there"}
         if not self._left:
             ending = "every process ends here. The same command resumes after the newest checkpoint"
-            os.write(sys.stderr.fileno(), f"error: {told['verdict']}; {ending}\n".encode())
+            os.write(sys.stderr.fileno(), f"error: {message['verdict']}; {ending}\n".encode())
             os._exit(1)
 
     def _send(self, **message: object) -> None:
-        with contextlib.suppress(OSError):  # `watch` hears of it too
-            self._link.sendall(json.dumps(message).encode() + b"\n")
+        with contextlib.suppress(OSError):  # `watch` notices a lost connection too
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _receive(self) -> dict | None:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._lines.readline())
 
 
-def _host(place: Place) -> str:
+def _coordinator_host(place: Place) -> str:
     return "127.0.0.1" if place.index == 0 else place.coordinator.rpartition(":")[0]
 
 
 @contextlib.contextmanager
-def _connect_coordinator(place: Place) -> Iterator[_Link]:
+def _connect_coordinator(place: Place) -> Iterator[_CoordinatorConnection]:
     """Waits until all processes are there."""
-    address, deadline = _host(place).strip("[]"), time.monotonic() + PATIENCE_SECONDS
+    address, deadline = _coordinator_host(place).strip("[]"), time.monotonic() + PATIENCE_SECONDS
     if place.index == 0:
         print(f"waiting for {place.count - 1} more process(es) at {place.coordinator}", flush=True)
     while True:
         try:
-            link = socket.create_connection((address, int(place.coordinator.rpartition(":")[2])), timeout=5)
+            connection = socket.create_connection((address, int(place.coordinator.rpartition(":")[2])), timeout=5)
             break
         except OSError as error:
             if time.monotonic() > deadline:
@@ -287,11 +294,11 @@ def _connect_coordinator(place: Place) -> Iterator[_Link]:
                     "running, and is that a port of its host which this one may reach?"
                 ) from error
             time.sleep(0.5)
-    link.settimeout(None)
-    with link:
-        yield _Link(link, place)
+    connection.settimeout(None)
+    with connection:
+        yield _CoordinatorConnection(connection, place)
         with contextlib.suppress(OSError):
-            link.shutdown(socket.SHUT_WR)
+            connection.shutdown(socket.SHUT_WR)
 
 
 def _is_peer_failure(error: BaseException | None) -> bool:

@@ -20,7 +20,7 @@ from gemma2_jax.cluster import jax_internals
 # library nothing but single matrix products.
 _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
-_CACHE_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
+_CACHE_SWITCH, _CACHE_FOLDER = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"
 
 
 def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
@@ -56,14 +56,39 @@ def enable_cache() -> None:
     compilation_cache.reset_cache()  # JAX decides once whether it has one, with its first program
 
 
+def restrict_cache() -> None:
+    """Turns the cache off where the processes of this run could not all read it. Starts JAX.
+
+    JAX has process 0 alone write. Where the others find nothing, they compile what process 0 reads, and it is minutes
+    ahead of them at the first collective, where Gloo gives up after 30 seconds.
+    """
+    import jax
+
+    if _explain_unshared_cache():
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
 def describe_cache() -> str:
-    """Where compiled programs are kept and how to turn that off, or that they are not."""
+    """Where compiled programs are kept and how to turn that off, or why they are not."""
     import jax
 
     if not jax.config.jax_enable_compilation_cache:
-        return f"not kept ({_CACHE_SWITCH} is off)"
+        return f"not kept: {_explain_unshared_cache() or f'{_CACHE_SWITCH} is off'}"
     folder = jax.config.jax_compilation_cache_dir
-    return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)" if folder else "not kept (JAX_COMPILATION_CACHE_DIR)"
+    return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)" if folder else f"not kept: {_CACHE_FOLDER} is empty"
+
+
+def _explain_unshared_cache() -> str:
+    """Why the processes of this run could not all read what process 0 keeps; empty if they can."""
+    import jax
+
+    if jax.process_count() == 1:
+        return ""
+    if jax.default_backend() == "cpu":  # jax 0.11.2 strips the devices from a program's key on GPU only
+        return "on CPU, each of several processes has a key of its own for a program, and process 0 alone writes"
+    if not os.environ.get(_CACHE_FOLDER):
+        return f"with several processes, {_CACHE_FOLDER} has to name a folder that all hosts share"
+    return ""
 
 
 def describe_memory_fraction() -> str:

@@ -317,6 +317,46 @@ def test_an_adapter_through_two_processes(tmp_path):
         np.testing.assert_array_equal(written[name], tensor)
 
 
+# One collective, by two processes that may have compiled it before.
+SUM_OVER_PROCESSES = """
+import sys
+from gemma2_jax.cluster import hosts, platforms
+from gemma2_jax.config import HostsConfig
+platforms.prepare_process()
+with hosts.process_group(HostsConfig(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]))):
+    import jax, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.make_array_from_callback((8,), rows, lambda index: np.arange(8.0)[index])
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+    text = f"sum {total}; compiled programs {platforms.describe_cache()}"
+    print(text, flush=True)  # Gloo prints too, while the sum is computed
+"""
+
+
+def test_two_processes_and_a_cache(tmp_path):
+    """On CPU process 0 alone would find what it has compiled, and Gloo does not wait for the other: neither looks."""
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for _ in range(2):
+        words = [sys.executable, "-c", SUM_OVER_PROCESSES, f"127.0.0.1:{free_port()}"]
+        processes = [
+            subprocess.Popen(
+                [*words, str(index)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for index in range(2)
+        ]
+        for status, output, error in ends(processes):
+            assert status == 0, error
+            assert "sum 28.0; compiled programs not kept: on CPU, each of several processes has a key of its" in output
+        assert not list(tmp_path.glob("cache/*-cache"))
+
+
 def test_process_1_killed(tmp_path):
     processes = two(fsdp(tmp_path), options())
     while not (tmp_path / "config.txt").exists() and processes[0].poll() is None:

@@ -107,3 +107,17 @@ def test_what_an_interrupted_run_has(tmp_path):
         f"interrupted after step 37; the checkpoint of step 30 is kept in {tmp_path}/checkpoints, and the same command "
         "resumes after it"
     )
+
+
+@pytest.mark.exhaustive
+def test_losses_with_a_cold_and_a_warm_cache(tmp_path):
+    """Programs that were kept compute what they computed when they were compiled."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_NUM_CPU_DEVICES": "1"}
+    losses = []
+    for name in ("cold", "warm"):
+        config = small("tiny_lora", tmp_path / name, steps=5)
+        config = replace(config, train=replace(config.train, micro_batch_size=8))
+        subprocess.run(command("tiny_lora", config), env=environment, cwd=ROOT, check=True, capture_output=True)
+        losses.append([(line["loss"], line["grad_norm"]) for line in lines_of(tmp_path / name) if "loss" in line])
+        assert any("train_step" in path.name for path in (tmp_path / "cache").iterdir())
+    assert len(losses[0]) == 5 and losses[0] == losses[1]
