@@ -76,7 +76,7 @@ def prompts_of(name: str, *lengths: int) -> list[list[int]]:
     return [random.integers(3, CONFIGS[name].vocab_size, length).tolist() for length in lengths]
 
 
-def by_transformers(name: str, prompts: list[list[int]]) -> list[list[int]]:
+def transformers_tokens(name: str, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers generates, padded on the left; every choice must have been a clear one."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -94,7 +94,7 @@ def by_transformers(name: str, prompts: list[list[int]]) -> list[list[int]]:
     return found.sequences[:, width:].tolist()
 
 
-def joined(chunks: list[list[list[int]]]) -> list[list[int]]:
+def concatenate_chunks(chunks: list[list[list[int]]]) -> list[list[int]]:
     return [list(chain(*rows)) for rows in zip(*chunks, strict=True)]
 
 
@@ -102,7 +102,7 @@ def joined(chunks: list[list[list[int]]]) -> list[list[int]]:
 def test_greedy_equals_transformers(name):
     """From within the first window to far beyond it."""
     prompts = prompts_of(name, 5)
-    expected = by_transformers(name, prompts)
+    expected = transformers_tokens(name, prompts)
     assert len(set(expected[0])) > 30
     assert generator(name).generate(prompts, max_new_tokens=NEW) == expected
 
@@ -110,7 +110,7 @@ def test_greedy_equals_transformers(name):
 def test_unequal_prompts_equal_transformers():
     """Shorter than the window of 8, as long, longer, and much longer."""
     prompts = prompts_of("27b", 1, 7, 8, 9, 20, 33)
-    assert generator("27b").generate(prompts, max_new_tokens=NEW) == by_transformers("27b", prompts)
+    assert generator("27b").generate(prompts, max_new_tokens=NEW) == transformers_tokens("27b", prompts)
 
 
 @jax.jit(static_argnums=(0, 2))
@@ -208,7 +208,7 @@ def test_stream_is_the_whole_in_pieces():
     chunks = list(generator("27b").stream(prompts, max_new_tokens=NEW))
     assert [len(row) for row, _ in chunks] == [1, CHUNK, CHUNK, CHUNK, NEW - 1 - 3 * CHUNK]
     whole = generator("27b").generate(prompts, max_new_tokens=NEW)
-    assert joined(chunks) == whole
+    assert concatenate_chunks(chunks) == whole
 
 
 def test_rows_end_with_a_stop_token():
@@ -219,7 +219,7 @@ def test_rows_end_with_a_stop_token():
     expected = [row[: 1 + min(row.index(token) for token in stop & set(row))] for row in whole]
     assert 3 <= len(expected[1]) < len(expected[0]) <= 21
     chunks = list(generator("27b").stream(prompts, max_new_tokens=NEW, stop=stop))
-    assert joined(chunks) == expected
+    assert concatenate_chunks(chunks) == expected
     assert len(chunks) == 1 + -(-(len(expected[0]) - 1) // CHUNK)
     first = {whole[0][0], whole[1][0]}
     assert generator("27b").generate(prompts, max_new_tokens=NEW, stop=first) == [row[:1] for row in whole]
@@ -348,7 +348,7 @@ def command(monkeypatch, capsys):
     return run
 
 
-def said(folder: Path, text: str, new: int, adapter: Path | None = None) -> str:
+def transformers_text(folder: Path, text: str, new: int, adapter: Path | None = None) -> str:
     """What transformers, or peft, says after a text that starts with <bos>."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     whole = transformers.Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -361,7 +361,7 @@ def said(folder: Path, text: str, new: int, adapter: Path | None = None) -> str:
 
 def test_command_says_what_transformers_says(checkpoint, command):
     text, speed = command("--checkpoint", checkpoint, "--prompt", "The", "--max-new-tokens", 40)
-    assert text == said(checkpoint, "<bos>The", 40) + "\n"
+    assert text == transformers_text(checkpoint, "<bos>The", 40) + "\n"
     assert len(text) > 80
     assert re.fullmatch(
         r"prefill 2 tokens at [\d,]+ tokens/s; decode 39 tokens at [\d,]+ tokens/s; compiled in [\d.]+ s\n", speed
@@ -374,7 +374,7 @@ def test_command_chats_with_several(checkpoint, command):
         "--checkpoint", checkpoint, "--chat", "--max-new-tokens", 30, *(x for a in asked for x in ("--prompt", a))
     )
     form = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
-    answers = [said(checkpoint, form.format(prompt), 30) for prompt in asked]
+    answers = [transformers_text(checkpoint, form.format(prompt), 30) for prompt in asked]
     assert text == f"[1] {asked[0]}\n{answers[0]}\n\n[2] {asked[1]}\n{answers[1]}\n\n"
 
 
@@ -386,8 +386,8 @@ def test_command_adds_an_adapter(checkpoint, command, tmp_path, monkeypatch):
     peft.get_peft_model(whole, config).save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("The"))
     text, _ = command("--checkpoint", checkpoint, "--adapter", tmp_path, "--max-new-tokens", 40)
-    assert text == said(checkpoint, "<bos>The", 40, tmp_path) + "\n"
-    assert text != said(checkpoint, "<bos>The", 40) + "\n"
+    assert text == transformers_text(checkpoint, "<bos>The", 40, tmp_path) + "\n"
+    assert text != transformers_text(checkpoint, "<bos>The", 40) + "\n"
 
 
 def test_command_ends_with_a_sentence(checkpoint, command):

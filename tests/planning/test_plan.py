@@ -210,7 +210,7 @@ def test_64_hosts():
     assert "fits, 75.1 GiB to spare" in text and "│ data " in text and "not counted" not in text
 
 
-ONE = MeshConfig(data=1)
+ONE_DEVICE = MeshConfig(data=1)
 
 
 def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
@@ -232,9 +232,9 @@ def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        pytest.param("2b_pretrain", replace(ONE, tensor=8), marks=pytest.mark.exhaustive),
-        pytest.param("27b_lora", replace(ONE, context=2, tensor=2), marks=pytest.mark.exhaustive),
-        ("27b_lora", replace(ONE, tensor=2)),
+        pytest.param("2b_pretrain", replace(ONE_DEVICE, tensor=8), marks=pytest.mark.exhaustive),
+        pytest.param("27b_lora", replace(ONE_DEVICE, context=2, tensor=2), marks=pytest.mark.exhaustive),
+        ("27b_lora", replace(ONE_DEVICE, tensor=2)),
     ],
 )
 def test_kernels_in_every_layer(name, mesh):
@@ -256,23 +256,23 @@ def test_kernels_in_every_layer(name, mesh):
     ("name", "mesh", "length"),
     [
         # Megatron-Bridge's tensor- and pipeline-parallel sizes.
-        ("2b_pretrain", replace(ONE, tensor=2), 4096),
-        ("9b_pretrain", replace(ONE, tensor=8), 4096),
-        ("27b_pretrain", replace(ONE, stage=2, tensor=8), 4096),
-        ("2b_sft", ONE, 2048),
-        ("9b_sft", replace(ONE, tensor=4), 2048),
-        ("27b_sft", replace(ONE, stage=2, tensor=8), 2048),
-        ("2b_lora", ONE, 2048),
-        ("9b_lora", ONE, 2048),
-        ("27b_lora", replace(ONE, tensor=4), 2048),
-        ("2b_dora", ONE, 2048),
-        ("9b_dora", ONE, 2048),
-        ("27b_dora", replace(ONE, tensor=4), 2048),
+        ("2b_pretrain", replace(ONE_DEVICE, tensor=2), 4096),
+        ("9b_pretrain", replace(ONE_DEVICE, tensor=8), 4096),
+        ("27b_pretrain", replace(ONE_DEVICE, stage=2, tensor=8), 4096),
+        ("2b_sft", ONE_DEVICE, 2048),
+        ("9b_sft", replace(ONE_DEVICE, tensor=4), 2048),
+        ("27b_sft", replace(ONE_DEVICE, stage=2, tensor=8), 2048),
+        ("2b_lora", ONE_DEVICE, 2048),
+        ("9b_lora", ONE_DEVICE, 2048),
+        ("27b_lora", replace(ONE_DEVICE, tensor=4), 2048),
+        ("2b_dora", ONE_DEVICE, 2048),
+        ("9b_dora", ONE_DEVICE, 2048),
+        ("27b_dora", replace(ONE_DEVICE, tensor=4), 2048),
         # Fewer GPUs than it asks for.
-        ("9b_sft", replace(ONE, tensor=2), 2048),
-        ("27b_sft", replace(ONE, fsdp=8), 2048),
-        ("27b_lora", ONE, 4096),
-        ("27b_lora", ONE, 8192),
+        ("9b_sft", replace(ONE_DEVICE, tensor=2), 2048),
+        ("27b_sft", replace(ONE_DEVICE, fsdp=8), 2048),
+        ("27b_lora", ONE_DEVICE, 4096),
+        ("27b_lora", ONE_DEVICE, 8192),
     ],
 )
 def test_real_steps_fit(name, mesh, length):
