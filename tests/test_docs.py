@@ -3,10 +3,10 @@
 A comment on the line before a fenced block of shell commands says what is done with it here; it does not show on the
 page. One of these is required:
 
-    <!-- run -->                 the commands are run, in the folder that the earlier ones of the page left behind
-    <!-- run with: --steps 2 --> the same, with these options added to every command that trains
-    <!-- parsed: why -->         the commands' own parsers take the arguments, and nothing is run, for this reason
-    <!-- not run: why -->        nothing is done: somebody else's program, or one that needs a GPU
+    <!-- run -->           the commands are run, in the folder that the earlier ones of the page left behind;
+                           those that train take two short steps
+    <!-- parsed: why -->   the commands' own parsers take the arguments, and nothing is run, for this reason
+    <!-- not run: why -->  nothing is done: somebody else's program, or one that needs a GPU
 
 Blocks of Python are run, all of a page in one namespace, unless they are marked `not run: why`. A block of text marked
 `<!-- printed -->` must be what the commands of the page printed before it; numbers may differ.
@@ -15,6 +15,7 @@ Blocks of Python are run, all of a page in one namespace, unless they are marked
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -23,15 +24,21 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 import tyro
 import yaml
+
+from gemma2_jax.data import python_docs
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "assets/tiny-gemma2/README.md", *DOCS]
 LANGUAGES = {"sh", "python", "text", "json", "yaml", "toml"}
-MARKS = ("run", "run with", "parsed", "not run", "printed")
+MARKS = ("run", "parsed", "not run", "printed")
+SHORT = (
+    "--steps 2 --train.eval_batches 1 --train.sequence_length 64 --train.global_batch_size 4 --train.micro_batch_size 4"
+)
 OPERATORS = {"&&", "||", "|", ";", "&", ">", "<", ">>"}
 FENCE = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*?) -->\n\n?)?(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -123,12 +130,14 @@ def run_shell(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in split_commands(fence.text):
         found = own_command(words)
         if found is None:
+            if words[0] in ("python3.12", ".venv/bin/pip"):
+                continue  # the environment is that of the tests
             assert words[0] in ("mkdir", "cp", "ls", "cat"), f"{fence.where}: {words[0]} is not run here; mark the block"
             assert os.spawnvp(os.P_WAIT, words[0], words) == 0, f"{fence.where}: {' '.join(words)}"
             continue
         module, arguments = found
         trains = module == "gemma2_jax.train" or arguments[:1] == ["train"]
-        added = shlex.split(fence.rest) if fence.mark == "run with" and trains else []
+        added = SHORT.split() if trains else []
         try:
             call_main(module, arguments + added, monkeypatch)
         except SystemExit as ended:
@@ -143,15 +152,22 @@ def loose(line: str) -> str:
 
 @pytest.fixture
 def working_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that has the repository's files where commands expect them."""
+    """An empty folder that has the repository's files where commands expect them.
+
+    The machine has one device, and Python's documentation is short.
+    """
     for name in ("assets", "configs", "examples", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    few = dict(itertools.islice(python_docs.python_instructions().items(), 300))
+    monkeypatch.setattr(python_docs, "python_instructions", lambda: few)
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
     return tmp_path
 
 
 def is_run(fence: Fence) -> bool:
-    return fence.mark in ("run", "run with") or (fence.language == "python" and fence.mark != "not run")
+    return fence.mark == "run" or (fence.language == "python" and fence.mark != "not run")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -159,9 +175,9 @@ def test_every_block_says_what_is_done_with_it(page):
     for fence in read_fences(page):
         assert fence.language in LANGUAGES, f"{fence.where}: a block is one of {', '.join(sorted(LANGUAGES))}"
         if fence.language == "sh":
-            assert fence.mark in MARKS[:4], f"{fence.where}: say before it how it is tested, as tests/test_docs.py has it"
-        if fence.mark in ("run with", "parsed", "not run"):
-            assert fence.rest, f"{fence.where}: {fence.mark} needs a colon and more"
+            assert fence.mark in MARKS[:3], f"{fence.where}: say before it how it is tested, as tests/test_docs.py has it"
+        if fence.mark in ("parsed", "not run"):
+            assert fence.rest, f"{fence.where}: {fence.mark} needs a colon and a reason"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -189,7 +205,7 @@ def test_blocks_run(page, working_copy, monkeypatch):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         for fence in read_fences(page):
-            if fence.mark in ("run", "run with"):
+            if fence.mark == "run":
                 run_shell(fence, monkeypatch)
             elif is_run(fence):
                 exec(compile("\n" * int(fence.where.split(":")[1]) + fence.text, str(page), "exec"), namespace)
