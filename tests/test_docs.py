@@ -9,7 +9,7 @@ page. One of these is required:
     <!-- not run: why -->  nothing is done: somebody else's program, or one that needs a GPU
 
 Blocks of Python are run, all of a page in one namespace, unless they are marked `not run: why`. A block of text marked
-`<!-- printed -->` must be what the commands of the page printed before it; numbers may differ.
+`<!-- printed -->` must be what the commands of the page printed before it; numbers and absolute paths may differ.
 """
 
 import contextlib
@@ -145,7 +145,8 @@ def run_shell(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loose(line: str) -> str:
-    """A printed line without its numbers and spaces, which differ from run to run."""
+    """A printed line without its numbers, absolute paths and spaces, which differ from run to run."""
+    line = re.sub(r"(?<!\S)/\S+", "#", line)
     line = re.sub(r"\d[\d,]*(\.\d+)?(e-?\d+)?", "#", line)
     return re.sub(r"[\s━╸╺]+", "", line)
 
