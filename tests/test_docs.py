@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import io
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -115,9 +114,10 @@ def parse_only(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         parse(*positional, **named)
         raise Parsed
 
-    with monkeypatch.context() as patch, pytest.raises(Parsed):
+    with monkeypatch.context() as patch:
         patch.setattr(tyro, "cli", parse_and_stop)
-        call_main(module, arguments, patch)
+        with pytest.raises(Parsed):
+            call_main(module, arguments, patch)
 
 
 def call_main(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,22 +126,21 @@ def call_main(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def run_shell(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a block's commands in this process: its own commands, and a few that make and show files."""
+    """Runs a block's commands in this process."""
     for words in split_commands(fence.text):
         found = own_command(words)
         if found is None:
             if words[0] in ("python3.12", ".venv/bin/pip"):
                 continue  # the environment is that of the tests
-            assert words[0] in ("mkdir", "cp", "ls", "cat"), f"{fence.where}: {words[0]} is not run here; mark the block"
-            assert os.spawnvp(os.P_WAIT, words[0], words) == 0, f"{fence.where}: {' '.join(words)}"
-            continue
+            pytest.fail(f"{fence.where}: {words[0]} is not run here; mark the block as not run")
         module, arguments = found
         trains = module == "gemma2_jax.train" or arguments[:1] == ["train"]
         added = SHORT.split() if trains else []
         try:
             call_main(module, arguments + added, monkeypatch)
         except SystemExit as ended:
-            assert not ended.code, f"{fence.where}: {' '.join(words)} ended with {ended.code}"
+            if ended.code:
+                pytest.fail(f"{fence.where}: {' '.join(words)} ended with {ended.code}")
 
 
 def loose(line: str) -> str:
@@ -176,7 +175,7 @@ def test_every_block_says_what_is_done_with_it(page):
     for fence in read_fences(page):
         assert fence.language in LANGUAGES, f"{fence.where}: a block is one of {', '.join(sorted(LANGUAGES))}"
         if fence.language == "sh":
-            assert fence.mark in MARKS[:3], f"{fence.where}: say before it how it is tested, as tests/test_docs.py has it"
+            assert fence.mark in MARKS[:3], f"{fence.where}: say how it is tested; see the head of tests/test_docs.py"
         if fence.mark in ("parsed", "not run"):
             assert fence.rest, f"{fence.where}: {fence.mark} needs a colon and a reason"
 

@@ -35,16 +35,21 @@ plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK,
 
 def save(figure, name: str) -> None:
     """Writes a picture that is the same for the same input."""
-    figure.savefig(HERE / name, bbox_inches="tight", facecolor="white", metadata={"Date": None} if ".svg" in name else {})
+    figure.savefig(
+        HERE / name, bbox_inches="tight", facecolor="white", metadata={"Date": None} if ".svg" in name else {}
+    )
     plt.close(figure)
 
 
 def memory_rows() -> list[tuple[str, float, float]]:
     """(recipe and GPUs, state, temporaries) of the table "On the fewest GPUs"."""
     page = (HERE.parent / "parallelism.md").read_text(encoding="utf-8").split("### ")[2]
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| 2") or line.startswith("| 9")]
+    rows = [
+        line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| 2") or line.startswith("| 9")
+    ]
     return [
-        (f"{name}, {gpus} GPU{'s' * (gpus != '1')}", float(state), float(rest)) for name, _, gpus, state, rest, _ in rows
+        (f"{name}, {gpus} GPU{'s' * (gpus != '1')}", float(state), float(rest))
+        for name, _, gpus, state, rest, _ in rows
     ]
 
 
