@@ -34,11 +34,11 @@ def write_random_checkpoint(folder: Path, model: ModelConfig) -> None:
     import ml_dtypes
     import numpy as np
 
-    from gemma2_jax.convert.files import safetensors as tensors
+    from gemma2_jax.convert.files import safetensors
     from gemma2_jax.convert.formats import table
     from gemma2_jax.convert.formats.hf_config import hf_config
 
-    shapes = table.their_shapes(table.MODEL, model)
+    shapes = table.tensor_shapes(table.MODEL, model)
     described = {name: jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
 
@@ -48,8 +48,10 @@ def write_random_checkpoint(folder: Path, model: ModelConfig) -> None:
             yield (bits & 0xBFFF).view(ml_dtypes.bfloat16)  # Below 2, so that none is NaN.
 
     folder.mkdir()
-    tensors.write_safetensors(folder, tensors.MODEL, described, draw_weights(), lambda size: None)
-    tensors.write_json(folder / "config.json", hf_config(model, "bfloat16"))
+    safetensors.write_safetensors(
+        safetensors.ShardedFiles(folder, safetensors.MODEL), described, draw_weights(), lambda size: None
+    )
+    safetensors.write_json(folder / "config.json", hf_config(model, "bfloat16"))
 
 
 def measure(*command: object) -> tuple[float, float]:

@@ -5,8 +5,8 @@
     verify A B             compare two, tensor by tensor
     import, export         convert under Megatron-Bridge's names
 
-The command line only: it parses before it imports what is slow, says what it found, and says what it wrote. JAX runs
-on the CPU here whatever the machine has: there is nothing to compute but casts and merges.
+This is the command line only: it parses its arguments before it imports slow libraries, and prints what it read and
+what it wrote. JAX runs on the CPU here whatever the machine has, as there is nothing to compute but casts and merges.
 """
 
 import signal
@@ -33,8 +33,8 @@ _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Convert:
     """Convert a checkpoint of Gemma 2: Hugging Face, PEFT, Orbax, a training run, or Megatron, each into each.
 
-    SRC's format is found out. Other commands: `inspect PATH` says what a checkpoint is, `verify A B` compares two, and
-    `import` and `export` have Megatron-Bridge's names. Each has a --help.
+    The format of SRC is recognized by its files. Other commands: `inspect PATH` says what a checkpoint is, `verify A B`
+    compares two, and `import` and `export` have Megatron-Bridge's names. Each has a --help.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder to read, or a Hub id")]
@@ -53,7 +53,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what a checkpoint is: format, config, arrays, dtypes, sizes, parallel layout, adapter."""
+    """Print what a checkpoint is: its format, config, arrays, dtypes, sizes, parallel layout and adapter."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, or a Hub id
     hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
@@ -61,10 +61,10 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Compare two checkpoints of whatever formats, array by array; the exit status is 1 where they differ."""
+    """Compare two checkpoints of any formats, array by array; the exit status is 1 where they differ."""
 
-    one: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, or a Hub id
-    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
+    first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, or a Hub id
+    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
     atol: float = 0.0  # largest difference of two elements that counts as none; 0: bits and dtypes must be the same
     prompt: str | None = None  # compare their logits on this text too
     hf_config: str | None = None  # folder or Hub id with the config.json of Megatron checkpoints that have none
@@ -94,12 +94,12 @@ class Export:
 
 
 def main() -> None:
-    """Parses and does it; exits with a sentence where that cannot be done."""
-    words = sys.argv[1:]
-    name = words[0] if words and words[0] in _COMMANDS else ""
+    """Parses the command line and runs the command; exits with a sentence where that cannot be done."""
+    arguments = sys.argv[1:]
+    name = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
     kind, run = _COMMANDS.get(name, (Convert, _convert))
-    command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=words[bool(name) :])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=arguments[bool(name) :])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit removes a folder that is half written
     platforms.prepare_process(cpu=True, cache=False)
     try:
         run(command)
@@ -119,21 +119,21 @@ def _verify(command: Verify) -> None:
 
     from gemma2_jax.convert import describe, verify
 
-    pair = [_open(path, None, command.hf_config) for path in (command.one, command.other)]
+    pair = [_open(path, None, command.hf_config) for path in (command.first, command.second)]
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
-    with _bar(size) as moved:
-        found = verify.compare_checkpoints(pair[0], pair[1], moved)
+    with _progress_bar(size) as progress:
+        arrays = verify.compare_checkpoints(pair[0], pair[1], progress)
     table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "by at most")
-    different = [one for one in found if not one.within(command.atol)]
-    for one in found:
-        if one.unequal or one in different:
-            dtypes = ", ".join(dict.fromkeys(one.dtypes))
-            table.add_row(one.path, dtypes, f"{one.size:,}", f"{one.unequal:,}", f"{one.largest:.3g}")
+    different = [array for array in arrays if not array.within(command.atol)]
+    for array in arrays:
+        if array.unequal or array in different:
+            dtypes = ", ".join(dict.fromkeys(array.dtypes))
+            table.add_row(array.path, dtypes, f"{array.size:,}", f"{array.unequal:,}", f"{array.largest:.3g}")
     if table.rows:
         describe.print_table(table)
-    elements = sum(one.size for one in found)
+    elements = sum(array.size for array in arrays)
     rule = f"within {command.atol:g}" if command.atol else "bit by bit"
-    print(f"{len(found) - len(different)} of {len(found)} arrays ({elements:,} elements) are the same, {rule}")
+    print(f"{len(arrays) - len(different)} of {len(arrays)} arrays ({elements:,} elements) are the same, {rule}")
     if command.prompt is not None:
         _compare_logits(pair, command.prompt)
     if different:
@@ -152,11 +152,12 @@ def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     if folder is None:
         raise ValueError("neither checkpoint has a tokenizer for the prompt; copy its model's tokenizer.json there")
     tokens = load_tokenizer(str(folder))(prompt)["input_ids"]
-    one, other = (verify.logits(checkpoint, tokens) for checkpoint in pair)
-    same = int(np.sum(one.argmax(-1) == other.argmax(-1)))
+    logits_TV, other_TV = (verify.compute_logits(checkpoint, tokens) for checkpoint in pair)
+    same = int(np.sum(logits_TV.argmax(-1) == other_TV.argmax(-1)))
     print(
-        f"logits of {len(tokens)} tokens in float32: they differ by at most {np.abs(one - other).max():.3g}, the "
-        f"largest is {np.abs(one).max():.3g}; the likeliest token is the same at {same} of {len(tokens)} positions"
+        f"logits of {len(tokens)} tokens in float32: they differ by at most {np.abs(logits_TV - other_TV).max():.3g}, "
+        f"the largest is {np.abs(logits_TV).max():.3g}; the likeliest token is the same at {same} of {len(tokens)} "
+        "positions"
     )
 
 
@@ -166,7 +167,7 @@ def _import(command: Import) -> None:
 
 def _export(command: Export) -> None:
     paths = {"src": command.megatron_path, "dst": command.hf_path, "hf_config": command.hf_model}
-    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype), progress=not command.no_progress)
+    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype), show_progress=not command.no_progress)
 
 
 _COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -177,16 +178,16 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 }
 
 
-def _convert(command: Convert, progress: bool = True) -> None:
+def _convert(command: Convert, show_progress: bool = True) -> None:
     from gemma2_jax.convert.writing import Job, write_checkpoint
 
     source = _open(command.src, command.adapter, command.hf_config)
     job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    with _bar(job.size, shown=progress) as moved:
-        write_checkpoint(job, command.dst, moved)
-    print(f"wrote {command.dst}: {_summary(job)}\n{_usage(job, command.dst)}")
+    with _progress_bar(job.size, shown=show_progress) as progress:
+        write_checkpoint(job, command.dst, progress)
+    print(f"wrote {command.dst}: {_summarize(job)}\n{_suggest_use(job, command.dst)}")
 
 
 def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
@@ -194,17 +195,18 @@ def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
     from gemma2_jax.convert.checkpoints import open_checkpoint
 
     if adapter is None:
-        found = open_checkpoint(src, hf_config=hf_config)
+        checkpoint = open_checkpoint(src, hf_config=hf_config)
     else:
-        found = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config))
-    print(f"read {adapter or src} as {describe.describe_checkpoint(found)}")
-    for note in found.notes:
+        checkpoint = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config))
+    print(f"read {adapter or src} as {describe.describe_checkpoint(checkpoint)}")
+    for note in checkpoint.notes:
         print(f"note: {note}")
-    return found
+    return checkpoint
 
 
 @contextmanager
-def _bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
+def _progress_bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
+    """A bar of `size` bytes, shown on a terminal only; yields a function that moves it on by a number of bytes."""
     from rich import progress
     from rich.console import Console
 
@@ -216,18 +218,18 @@ def _bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
     )
     with progress.Progress(*columns, disable=not (shown and Console().is_terminal)) as bar:
         task = bar.add_task("", total=size)
-        yield lambda part: bar.advance(task, part)
+        yield lambda count: bar.advance(task, count)
 
 
-def _summary(job: "Job") -> str:
+def _summarize(job: "Job") -> str:
     from rich.filesize import decimal
 
     dtypes = sorted({shape.dtype.name for shape in job.shapes.values()})
-    what = ("merged " if job.merge else "") + " and ".join(job.groups)
-    return f"{what}, {decimal(job.size)} of {' and '.join(dtypes)}"
+    groups = ("merged " if job.merge else "") + " and ".join(job.groups)
+    return f"{groups}, {decimal(job.size)} of {' and '.join(dtypes)}"
 
 
-def _usage(job: "Job", target: Path) -> str:
+def _suggest_use(job: "Job", target: Path) -> str:
     base = job.source.base or "its base model"
     if job.to == "hf":
         return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"

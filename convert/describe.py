@@ -1,4 +1,4 @@
-"""What a checkpoint is, for people: in a sentence, and as tables."""
+"""Describes checkpoints for people: in a sentence, and as tables."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
+from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats import table
 
@@ -20,67 +21,66 @@ _NAMES = {
 }
 
 
-def describe_checkpoint(found: Checkpoint) -> str:
-    """Its format, its adapter and its model."""
-    parts = [describe_adapter(found)] if found.adapter.kind != "none" else []
-    if found.model:
-        parts.append(f"Gemma 2 of {found.model.layers} layers, {found.model.parameter_count():,} parameters")
-    layout = f" ({found.layout})" if found.layout else ""
-    return f"{_NAMES[found.format]}{layout}: " + "; ".join(parts)
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    """A sentence about the format, the adapter and the model of a checkpoint."""
+    parts = [describe_adapter(checkpoint.adapter)] if checkpoint.adapter.kind != "none" else []
+    if checkpoint.model:
+        parts.append(f"Gemma 2 of {checkpoint.model.layers} layers, {checkpoint.model.parameter_count():,} parameters")
+    layout = f" ({checkpoint.layout})" if checkpoint.layout else ""
+    return f"{_NAMES[checkpoint.format]}{layout}: " + "; ".join(parts)
 
 
-def describe_adapter(found: Checkpoint) -> str:
-    """Its adapter's kind, size and place."""
-    config = found.adapter
-    kind = ("rank-stabilised " if config.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[config.kind]
-    where = ", ".join(table.match_targets(config))
-    if config.unmergeable_targets:
-        where += f" ({' and '.join(config.unmergeable_targets)} after the post-norm)"
-    return f"{kind} of rank {config.rank}, alpha {config.alpha:g} on {where}"
+def describe_adapter(adapter: AdapterConfig) -> str:
+    """The kind, the rank, the scale and the projections of an adapter."""
+    kind = ("rank-stabilized " if adapter.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
+    projections = ", ".join(table.match_targets(adapter))
+    if adapter.unmergeable_targets:
+        projections += f" ({' and '.join(adapter.unmergeable_targets)} after the post-norm)"
+    return f"{kind} of rank {adapter.rank}, alpha {adapter.alpha:g} on {projections}"
 
 
-def print_table(table: RenderableType) -> None:
-    """Prints a table, as wide as the terminal; into a pipe or a file as wide as it is, without trailing blanks."""
+def print_table(rendered: RenderableType) -> None:
+    """Prints a table that fits the terminal. In a pipe or a file no cell is cut, and lines have no trailing blanks."""
     console = Console()
     if console.is_terminal:
-        console.print(table)
+        console.print(rendered)
         return
     unbounded = Console(width=1 << 16)
     with unbounded.capture() as captured:
-        unbounded.print(table)
+        unbounded.print(rendered)
     for line in captured.get().splitlines():
         print(line.rstrip())
 
 
-def print_checkpoint(found: Checkpoint) -> None:
-    """Prints all there is to know without reading the weights."""
-    shapes = found.shapes
-    bytes_of = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in shapes.items()}
+def print_checkpoint(checkpoint: Checkpoint) -> None:
+    """Prints all that is known of a checkpoint without reading its weights."""
+    shapes = checkpoint.shapes
+    sizes = {path: math.prod(x.shape) * x.dtype.itemsize for path, x in shapes.items()}
     dtypes = Counter[str]()
     for path, x in shapes.items():
-        dtypes[x.dtype.name] += bytes_of[path]
-    model = dataclasses.asdict(found.model) if found.model else {}
+        dtypes[x.dtype.name] += sizes[path]
+    model = dataclasses.asdict(checkpoint.model) if checkpoint.model else {}
     lines = {
-        "format": _NAMES[found.format] + (f", {found.layout}" if found.layout else ""),
-        "path": str(found.path),
-        **({"model": f"Gemma 2, {found.model.parameter_count():,} parameters"} if found.model else {}),
+        "format": _NAMES[checkpoint.format] + (f", {checkpoint.layout}" if checkpoint.layout else ""),
+        "path": str(checkpoint.path),
+        **({"model": f"Gemma 2, {checkpoint.model.parameter_count():,} parameters"} if checkpoint.model else {}),
         **({"": ", ".join(f"{key} {value}" for key, value in model.items())} if model else {}),
-        **({"adapter": describe_adapter(found)} if found.adapter.kind != "none" else {}),
-        **({"base": found.base} if found.base else {}),
+        **({"adapter": describe_adapter(checkpoint.adapter)} if checkpoint.adapter.kind != "none" else {}),
+        **({"base": checkpoint.base} if checkpoint.base else {}),
         "weights": ", ".join(f"{decimal(size)} of {name}" for name, size in dtypes.items())
         or "not read: no base model",
-        "tokenizer": str(found.tokenizer or "none"),
+        "tokenizer": str(checkpoint.tokenizer or "none"),
     }
-    block = Table.grid(padding=(0, 2))
+    facts = Table.grid(padding=(0, 2))
     for key, value in lines.items():
-        block.add_row(key, value)
-    for note in found.notes:
-        block.add_row("note", note)
-    print_table(block)
+        facts.add_row(key, value)
+    for note in checkpoint.notes:
+        facts.add_row("note", note)
+    print_table(facts)
     if not shapes:
         return
-    tensors = Table("array", "dims", "shape", "dtype", "size")
-    letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(found.adapter))}
+    arrays = Table("array", "dims", "shape", "dtype", "size")
+    letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(checkpoint.adapter))}
     for path, x in shapes.items():
-        tensors.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(bytes_of[path]))
-    print_table(tensors)
+        arrays.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(sizes[path]))
+    print_table(arrays)

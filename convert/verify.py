@@ -1,4 +1,4 @@
-"""Whether two checkpoints, of whatever formats, hold the same weights, and make the same logits.
+"""Compares the weights of two checkpoints of any formats, and computes their logits.
 
 Arrays are compared by our paths and layouts, a layer at a time, so that memory stays bounded.
 """
@@ -13,7 +13,7 @@ from flax import nnx
 
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
-from gemma2_jax.convert.files import orbax as arrays
+from gemma2_jax.convert.files import orbax
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
@@ -21,62 +21,64 @@ from gemma2_jax.model.gemma2 import Gemma2
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How two arrays of one path compare."""
+    """How the arrays that two checkpoints have at a path compare."""
 
     path: str
     dtypes: tuple[str, str]
-    unequal: int  # elements whose bits differ, or values where the dtypes do
+    unequal: int  # elements whose bits differ, or whose values differ if the dtypes do
     size: int  # elements
-    largest: float  # difference of two elements; NaN where one of them is
+    largest: float  # the largest difference of two elements; NaN where one of them is NaN
 
     def within(self, tolerance: float) -> bool:
-        """Whether they count as the same: bit by bit, dtype and all, unless there is a tolerance."""
+        """Whether the arrays count as the same. Without a tolerance their dtypes and all bits must be."""
         if not tolerance:
             return self.unequal == 0 and self.dtypes[0] == self.dtypes[1]
         return self.largest <= tolerance
 
 
 def compare_checkpoints(
-    one: Checkpoint, other: Checkpoint, moved: Callable[[float], None] = lambda size: None
+    first: Checkpoint, second: Checkpoint, progress: Callable[[float], None] = lambda size: None
 ) -> list[Difference]:
-    """How every array compares. Raises ValueError where one has an array that the other lacks, or in another shape.
+    """How every array compares.
 
-    `moved` is told of bytes of `one` that have been compared.
+    Args:
+      progress: is told how many more bytes of `first` have been compared.
+
+    Raises ValueError where one checkpoint lacks an array of the other, or has it in another shape.
     """
-    for checkpoint in (one, other):
+    for checkpoint in (first, second):
         if checkpoint.model is None:
             raise ValueError(
                 f"{checkpoint.describe_missing_base()}; give the folder of the model's config.json as --hf-config"
             )
-    shapes, theirs = one.shapes, other.shapes
-    for path in [*shapes, *theirs]:
-        have = [tuple(found[path].shape) if path in found else None for found in (shapes, theirs)]
-        if have[0] != have[1]:
-            says = [f"has {path} with shape {shape}" if shape else f"has no {path}" for shape in have]
-            raise ValueError(f"{one.path} {says[0]}, and {other.path} {says[1]}")
-    return [_compare(path, one, other, moved) for path in shapes]
+    shapes = first.shapes
+    for path in [*shapes, *second.shapes]:
+        pair = [tuple(x.shapes[path].shape) if path in x.shapes else None for x in (first, second)]
+        if pair[0] != pair[1]:
+            clauses = [f"has {path} with shape {shape}" if shape else f"has no {path}" for shape in pair]
+            raise ValueError(f"{first.path} {clauses[0]}, and {second.path} {clauses[1]}")
+    return [_compare_arrays(path, first, second, progress) for path in shapes]
 
 
-def _compare(path: str, one: Checkpoint, other: Checkpoint, moved: Callable[[float], None]) -> Difference:
-    want = one.shapes[path]
-    step = 1 if path.startswith("blocks/") else arrays.rows_at_once(want, stacked=False)
-    dtypes = want.dtype.name, other.shapes[path].dtype.name
+def _compare_arrays(path: str, first: Checkpoint, second: Checkpoint, progress: Callable[[float], None]) -> Difference:
+    stored = first.shapes[path]
+    step = 1 if path.startswith("blocks/") else orbax.rows_at_once(stored, stacked=False)
+    dtypes = stored.dtype.name, second.shapes[path].dtype.name
     unequal, largest = 0, 0.0
-    for at in range(0, want.shape[0], step):
-        index = (slice(at, min(at + step, want.shape[0])), *[slice(None)] * (len(want.shape) - 1))
-        ours, theirs = (read_array(found, path, index) for found in (one, other))
-        moved(ours.nbytes)
+    for start in range(0, stored.shape[0], step):
+        index = (slice(start, min(start + step, stored.shape[0])), *[slice(None)] * (len(stored.shape) - 1))
+        a, b = (read_array(checkpoint, path, index) for checkpoint in (first, second))
+        progress(a.nbytes)
         if dtypes[0] == dtypes[1]:
-            bits = np.dtype(f"u{ours.dtype.itemsize}")
-            if np.array_equal(ours.view(bits), theirs.view(bits)):
+            bits = np.dtype(f"u{a.dtype.itemsize}")
+            if np.array_equal(a.view(bits), b.view(bits)):
                 continue
-        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
-        same = (ours == theirs) & (np.signbit(ours) == np.signbit(theirs))
-        unequal += int(np.sum(~same))
-        largest = float(np.maximum(largest, np.max(np.abs(ours - theirs))))  # which keeps a NaN
-    return Difference(
-        path=path, dtypes=dtypes, unequal=unequal, size=int(np.prod(want.shape, dtype=np.int64)), largest=largest
-    )
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        equal = (a == b) & (np.signbit(a) == np.signbit(b))
+        unequal += int(np.sum(~equal))
+        largest = float(np.maximum(largest, np.max(np.abs(a - b))))  # np.maximum keeps a NaN
+    size = int(np.prod(stored.shape, dtype=np.int64))
+    return Difference(path=path, dtypes=dtypes, unequal=unequal, size=size, largest=largest)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -88,26 +90,24 @@ def check_weights(checkpoint: Checkpoint) -> None:
         )
 
 
-def logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
-    """Logits [T, V] of a row of tokens in float32, adapter included. Raises ValueError for an adapter alone."""
+def compute_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] in float32 of T tokens, with the adapter. Raises ValueError where an adapter lacks its model."""
     check_weights(checkpoint)
-
     config = checkpoint.model
     assert config is not None
     attention, _ = choose_attention(config, ComputeConfig(dtype="float32"), jax.devices()[0])
 
     def create() -> Gemma2:
-        whole = Gemma2(config, attention=attention, dtype="float32", rngs=nnx.Rngs(0))
-        lora.attach_adapters(whole, checkpoint.adapter, rngs=nnx.Rngs(0))
-        return whole
+        gemma = Gemma2(config, attention=attention, dtype="float32", rngs=nnx.Rngs(0))
+        lora.attach_adapters(gemma, checkpoint.adapter, rngs=nnx.Rngs(0))
+        return gemma
 
     graph, shapes = nnx.split(nnx.eval_shape(create))
     wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in model.flatten_state(shapes).items()}
-    row_1T = jnp.asarray(tokens, jnp.int32)[None]
+    tokens_1T = jnp.asarray(tokens, jnp.int32)[None]
 
     @jax.jit
     def run(weights):
-        whole = model.rebuild_model(graph, weights)
-        return whole(row_1T)[0]
+        return model.rebuild_model(graph, weights)(tokens_1T)[0]
 
     return np.asarray(run(load_weights(checkpoint, wanted)))

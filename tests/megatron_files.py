@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron wrote, what torch says of them, and ways to make others like them."""
+"""Checkpoints that Megatron wrote, torch's reading of them, and functions that write similar ones."""
 
 import argparse
 import os
@@ -38,24 +38,25 @@ TINY = replace(
 Tensors = dict[str, np.ndarray]
 
 
-def twin(name: str) -> Path:
+def hf_twin(name: str) -> Path:
+    """The Hugging Face model that a fixture was converted from."""
     return HF["bf16" if "bf16" in name else "f32"]
 
 
-def model_of(name: str) -> ModelConfig:
-    found = open_checkpoint(twin(name)).model
-    assert found
-    return found
+def twin_model(name: str) -> ModelConfig:
+    model = open_checkpoint(hf_twin(name)).model
+    assert model
+    return model
 
 
-def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **choices) -> Path:
+def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **options) -> Path:
     write_checkpoint(
-        Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **choices), target
+        Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **options), target
     )
     return target
 
 
-def stored(folder: Path) -> Tensors:
+def load_tensors(folder: Path) -> Tensors:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -68,7 +69,7 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
-    """Of a checkpoint; bfloat16 through its bits."""
+    """Torch's tensors as arrays; bfloat16, which NumPy lacks, goes through its bits."""
     return {
         name: np.frombuffer(torch_bytes(x), jnp.bfloat16 if x.dtype == torch.bfloat16 else x.numpy().dtype).reshape(
             tuple(x.shape)
@@ -77,30 +78,31 @@ def as_numpy(tensors: dict[str, torch.Tensor]) -> Tensors:
     }
 
 
-def quietly(function, *args, **choices):
-    with warnings.catch_warnings():  # of running without a process group
+def without_warnings(function, *args, **options):
+    """Calls a function of torch.distributed, which warns where there is no process group."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return function(*args, **choices)
+        return function(*args, **options)
 
 
-def torchs(folder: Path) -> dict[str, torch.Tensor]:
+def load_torch_dist(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder, as torch reads them."""
     with open(folder / ".metadata", "rb") as file:
         entries = pickle.load(file).state_dict_metadata
     state = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in entries.items() if hasattr(x, "size")}
-    quietly(dcp.load, state, checkpoint_id=str(folder), no_dist=True)
+    without_warnings(dcp.load, state, checkpoint_id=str(folder), no_dist=True)
     return state
 
 
-def rank_files(folder: Path) -> dict[str, dict]:
+def load_rank_files(folder: Path) -> dict[str, dict]:
     return {
         file.parent.name: torch.load(file, weights_only=False)
         for file in sorted(folder.glob("iter_*/*/model_optim_rng.pt"))
     }
 
 
-def grouped(c: ModelConfig) -> list[tuple[str, int]]:
-    """For each row of Megatron's qkv the projection and its row: by kv head, its query heads, its k, its v."""
+def qkv_rows(c: ModelConfig) -> list[tuple[str, int]]:
+    """The projection and its row for each row of Megatron's qkv: for each kv head its query heads, its k and its v."""
     rows = []
     for g in range(c.kv_heads):
         for n in range(g * c.heads // c.kv_heads, (g + 1) * c.heads // c.kv_heads):
@@ -109,55 +111,57 @@ def grouped(c: ModelConfig) -> list[tuple[str, int]]:
     return rows
 
 
-def parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
-    """Asserts that random parts of every array are those of its twin."""
+def assert_same_parts(source: Checkpoint, twin: Checkpoint, seed: int = 0) -> None:
+    """Asserts that random parts of every array equal the same parts of another checkpoint."""
     rng = np.random.default_rng(seed)
     for path, x in source.shapes.items():
         for _ in range(10):
             start = [int(rng.integers(size)) for size in x.shape]
-            index = tuple(slice(at, int(rng.integers(at + 1, n + 1))) for at, n in zip(start, x.shape, strict=True))
-            found, expected = (np.ascontiguousarray(read_array(one, path, index)) for one in (source, twin))
-            assert bits({path: found}) == bits({path: expected}), (path, index)
+            index = tuple(slice(a, int(rng.integers(a + 1, size + 1))) for a, size in zip(start, x.shape, strict=True))
+            part, expected = (np.ascontiguousarray(read_array(x, path, index)) for x in (source, twin))
+            assert bits({path: part}) == bits({path: expected}), (path, index)
 
 
-def torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
-    """A checkpoint as torch itself saves it, a chunk a tensor; with run_config.yaml and the rest of `like`."""
-    at = folder / "iter_0000000"
+def save_torch_dist(folder: Path, state: dict, like: Path | None = None, common: dict | None = None) -> Path:
+    """Saves a checkpoint with torch, a chunk for each tensor, and copies the small files of the checkpoint `like`."""
+    iteration = folder / "iter_0000000"
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    quietly(dcp.save, state, checkpoint_id=str(at), no_dist=True, planner=planner)
+    without_warnings(dcp.save, state, checkpoint_id=str(iteration), no_dist=True, planner=planner)
     for name in ("metadata.json", "run_config.yaml"):
         if like and (like / "iter_0000000" / name).exists():
-            shutil.copyfile(like / "iter_0000000" / name, at / name)
+            shutil.copyfile(like / "iter_0000000" / name, iteration / name)
     if common is not None:
-        torch.save(common, at / "common.pt")
+        torch.save(common, iteration / "common.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text("0")
     return folder
 
 
-def padded(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
+def pad_embedding(rows: int, name: str = "embedding.word_embeddings.weight") -> Callable[[dict], dict]:
+    """A change of a state that adds rows to the embedding, as `name`."""
     return lambda state: state | {name: torch.cat([state["embedding.word_embeddings.weight"], torch.randn(rows, 64)])}
 
 
-def legacy(folder: Path, files: dict[str, dict]) -> Path:
+def save_legacy(folder: Path, files: dict[str, dict]) -> Path:
+    """Saves a checkpoint of the legacy format with the content of each rank's file."""
     for rank, content in files.items():
-        at = folder / "iter_0000010" / rank
-        at.mkdir(parents=True)
-        torch.save(content, at / "model_optim_rng.pt")
+        rank_folder = folder / "iter_0000010" / rank
+        rank_folder.mkdir(parents=True)
+        torch.save(content, rank_folder / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     return folder
 
 
 @contextmanager
 def changed_ranks(tmp_path: Path, name: str = "A_bf16_tp2pp2"):
-    """The files of the ranks of a fixture, to be changed; then they are written."""
-    files = {rank: dict(content) for rank, content in rank_files(FIXTURES / "legacy" / name).items()}
+    """Yields the content of a fixture's rank files to be changed, and writes it to `tmp_path`/it afterwards."""
+    files = {rank: dict(content) for rank, content in load_rank_files(FIXTURES / "legacy" / name).items()}
     for content in files.values():
-        said = vars(content["args"])
-        content["args"] = argparse.Namespace(**{key: x for key, x in said.items() if isinstance(x, int | None)})
+        args = vars(content["args"])
+        content["args"] = argparse.Namespace(**{key: x for key, x in args.items() if isinstance(x, int | None)})
         content["model"] = {key: x.clone() if hasattr(x, "clone") else x for key, x in content["model"].items()}
     yield files
     shutil.rmtree(tmp_path / "it", ignore_errors=True)
-    legacy(tmp_path / "it", files)
+    save_legacy(tmp_path / "it", files)
 
 
 class Hostile:

@@ -1,6 +1,6 @@
 """Folders that appear whole or not at all, and the small files that travel with weights.
 
-What the files of a checkpoint mean is not known here.
+This module does not know what the files of a checkpoint mean.
 """
 
 import shutil
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What transformers, PEFT or a server reads beside the weights and their config.
-_CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
+# Files that transformers, PEFT or a server reads beside the weights and their config.
+_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already; delete it, or write somewhere else")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays within one disk. A killed run leaves it behind; the next one starts anew.
+    # A sibling, so that the rename stays within one disk. A killed run leaves it behind, and the next run deletes it.
     partial = path.parent / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(path.parent).free
@@ -44,8 +44,8 @@ def tokenizer_folder(*folders: Path) -> Path | None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer, the chat template and the generation config that `source` has."""
-    for pattern in _CARRIED:
+    """Copies the tokenizer, the chat template and the generation config that `source` has into `target`."""
+    for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

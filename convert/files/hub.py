@@ -1,21 +1,20 @@
-"""Models on the Hugging Face Hub: what is needed of one, in the Hub's cache, or one sentence that says why not.
+"""Downloads models from the Hugging Face Hub into its cache, or says in a sentence why that cannot be done.
 
-The token is that of `hf auth login` or HF_TOKEN, the cache that of HF_HOME, and HF_HUB_OFFLINE keeps to the cache: all
-of them are huggingface_hub's. What the files mean is `checkpoints`'.
+The library huggingface_hub takes the token from `hf auth login` or HF_TOKEN and the cache from HF_HOME, and downloads
+nothing where HF_HUB_OFFLINE is set. `checkpoints` knows what the files mean.
 """
 
 from pathlib import Path
 
-# Of what lies at the top: folders hold the same weights in other forms, or a trainer's checkpoints.
-_SMALL, _WEIGHTS, _LEFT_OUT = ["*.json", "tokenizer*", "*.jinja"], ["*.safetensors"], ["*/*"]
+# Patterns of files at the top of a model. Its subfolders hold the same weights in other formats, or a trainer's states.
+_SMALL_FILES, _WEIGHTS, _SUBFOLDERS = ["*.json", "tokenizer*", "*.jinja"], ["*.safetensors"], ["*/*"]
 
 
 def download(name: str, *, weights: bool) -> Path:
     """The folder of the model `name`, such as google/gemma-2-2b, downloaded unless it is in the cache.
 
-    Without `weights` that is its config, its tokenizer and the like.
-
-    Of several processes that share a cache, one downloads a file while the others wait for it.
+    Without `weights` only the config, the tokenizer and other small files are downloaded. Where several processes share
+    a cache, one downloads a file while the others wait for it.
 
     Raises ValueError where there is no such model, it is gated, or the Hub cannot be reached.
     """
@@ -24,8 +23,8 @@ def download(name: str, *, weights: bool) -> Path:
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
     try:
-        wanted = _SMALL + _WEIGHTS * weights
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_LEFT_OUT))
+        wanted = _SMALL_FILES + _WEIGHTS * weights
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_SUBFOLDERS))
     except errors.HFValidationError as error:
         raise ValueError(f"there is no folder {name}") from error
     except errors.GatedRepoError as error:
@@ -39,9 +38,9 @@ def download(name: str, *, weights: bool) -> Path:
             "the spelling, and for a private one run `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        part = isinstance(error, errors.IncompleteSnapshotError)
-        cached = f"{name} is only partly" if part else f"there is no folder {name}, it is not"
-        reason = _reason(error.__cause__ or error)
+        incomplete = isinstance(error, errors.IncompleteSnapshotError)
+        cached = f"{name} is only partly" if incomplete else f"there is no folder {name}, it is not"
+        reason = _first_line(error.__cause__ or error)
         refused = f"{constants.ENDPOINT} did not give it ({reason}); mend that, or copy the model here"
         offline = "HF_HUB_OFFLINE is set; unset it to download"
         raise ValueError(
@@ -50,11 +49,11 @@ def download(name: str, *, weights: bool) -> Path:
         ) from error
     except (errors.XetDownloadError, HTTPError, OSError) as error:
         raise ValueError(
-            f"{name} could not be downloaded to {constants.HF_HUB_CACHE}: {_reason(error)}; once that is mended, the "
-            "same command goes on with it"
+            f"{name} could not be downloaded to {constants.HF_HUB_CACHE}: {_first_line(error)}; once that is mended, "
+            "the same command goes on with it"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what a library said."""
+def _first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error itself where it has none."""
     return next(line for line in [*str(error).splitlines(), repr(error)] if line.strip())

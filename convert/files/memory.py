@@ -1,7 +1,7 @@
 """Bytes of files, memory for large arrays that come and go, and copies of arrays whose dims lie in another order.
 
-The latter two are for speed alone. Fresh memory has to be cleared by the system, page by page, which takes longer than
-reading into it; and NumPy copies a matrix across at a quarter of the rate it could.
+Reusing memory and copying in blocks are for speed alone. The system clears fresh memory page by page, which takes
+longer than reading into it; and NumPy transposes a matrix at a quarter of the rate that is possible.
 """
 
 import ctypes
@@ -15,51 +15,53 @@ from typing import BinaryIO
 
 import numpy as np
 
-Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
-Index = tuple[slice, ...]  # a part of an array
+Shapes = dict[str, tuple[int, ...]]  # the shapes of tensors, by name
+Index = tuple[slice, ...]  # the part of an array at these slices, one for each dim
 
-_BLOCK = 64  # elements: of 16, 32, 64, 128 and 256 the fastest, 3.9 GB/s against 1.0 unblocked (bfloat16, one x86 core)
-_SMALL = 1 << 20  # bytes, below which malloc does as well
-_KEPT = 8  # arrays: a part in each of a conversion's steps, and those read ahead
+# Elements in a block: of 16, 32, 64, 128 and 256 the fastest, 3.9 GB/s against 1.0 unblocked (bfloat16, an x86 core).
+_BLOCK = 64
+_SMALL_BYTES = 1 << 20  # for arrays smaller than this malloc is as fast
+_MOST_KEPT = 8  # arrays whose memory is kept: a part in each of a conversion's steps, and the parts read ahead
 
 _memory: list[np.ndarray] = []
 _lock = threading.Lock()
 
 
 def reuse_memory(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-    """An array as numpy.empty makes it, in memory that an earlier one of these had, if nothing refers to that one."""
+    """An array as numpy.empty makes it, in the memory of an earlier such array to which nothing refers any more."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size < _SMALL:
+    if size < _SMALL_BYTES:
         return np.empty(shape, dtype)
     with _lock:
-        # Every view of an array refers to what owns its memory. Three references are the list, `owner` and the count's.
+        # Every view of an array refers to the owner of its memory. An idle owner has three references: the list's, the
+        # variable's and that of the argument of getrefcount.
         idle = [owner for owner in _memory if sys.getrefcount(owner) == 3]
         fitting = [owner for owner in idle if size <= owner.nbytes <= 2 * size]
         if fitting:
             owner = min(fitting, key=lambda owner: owner.nbytes)
         else:
             owner = np.empty(size, np.uint8)
-            _memory[:] = [*_memory, owner][-_KEPT:]
+            _memory[:] = [*_memory, owner][-_MOST_KEPT:]
         return owner[:size].view(dtype).reshape(shape)
 
 
 def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
-    """Bytes of a file. Raises ValueError where it ends before them."""
-    found = reuse_memory((size,), np.uint8)
+    """`size` bytes of a file from `start` on, as uint8. Raises ValueError where the file ends before."""
+    data = reuse_memory((size,), np.uint8)
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        left = memoryview(found)
+        left = memoryview(data)
         while left:
             count = file.readinto(left)
             if not count:
                 raise ValueError(f"{path} is cut short; copy it again")
             left = left[count:]
-    return found
+    return data
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """A small file's bytes. Raises ValueError where it has more than `most`, or may be waited for, as a pipe is."""
+    """The bytes of a small file. Raises ValueError where it has more than `most`, or is a pipe or a device."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     with path.open("rb") as file:
@@ -70,9 +72,9 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 
 def reserve_disk(file: BinaryIO, size: int) -> None:
-    """Has the disk set `size` bytes aside for what is written next, where its file system can.
+    """Sets `size` bytes of the disk aside for the next writes, where the file system can do that.
 
-    Raises OSError where it has no room. Writing to ext4 then takes a third of the time.
+    Raises OSError where the disk has no room. Writing to ext4 then takes a third of the time.
     """
     file.flush()
     keep_size = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h; Python's own posix_fallocate may write instead
@@ -94,7 +96,7 @@ def contiguous_copy(array: np.ndarray) -> np.ndarray:
 
 def copy_array(target: np.ndarray, source: np.ndarray) -> None:
     """Copies `source` into `target`, which is in C order, cast to its dtype."""
-    if source.dtype == target.dtype:  # of integers NumPy lets other threads run meanwhile
+    if source.dtype == target.dtype:  # NumPy lets other threads run while it copies integers
         bits = np.dtype(f"u{source.itemsize}")
         source, target = source.view(bits), target.view(bits)
     if source.ndim < 2:
@@ -103,7 +105,7 @@ def copy_array(target: np.ndarray, source: np.ndarray) -> None:
     while source.ndim > 2 and source.strides[-2] == source.shape[-1] * source.strides[-1]:
         shape = (*source.shape[:-2], source.shape[-2] * source.shape[-1])
         source, target = source.reshape(shape), target.reshape(shape)
-    # Of a matrix read across, as many rows at a time as stay in the cache until their next elements are wanted.
+    # A transposed matrix is copied by blocks of rows that stay in the cache until their next elements are wanted.
     step = _BLOCK if source.strides[-1] != source.itemsize else source.shape[-1] or 1
-    for at in range(0, source.shape[-1], step):
-        target[..., at : at + step] = source[..., at : at + step]
+    for start in range(0, source.shape[-1], step):
+        target[..., start : start + step] = source[..., start : start + step]

@@ -3,7 +3,7 @@
 Orbax's own calls move whole arrays, and of a 27B model one stack of layers is 15 GB. Checkpoints are written as Orbax
 has them without OCDBT: an array a folder, in Zarr 2 (zarr-specs.readthedocs.io), uncompressed, as weights hardly
 shrink, and a chunk for a layer or for a part of one. Zarr 3 would have checksums, with which reading took three times
-as long. Names of arrays are `checkpoints`'.
+as long. `checkpoints` knows which arrays there are.
 """
 
 import json
@@ -20,11 +20,11 @@ from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.model.gemma2 import Abstract
 
-CHUNK_BYTES = 64 << 20  # of what an array is stored in: small enough for a device to read little more than its slice
-METADATA = "_METADATA"  # Orbax's, of the whole checkpoint
-_ARRAY_METADATA = (".zarray", "zarr.json")
-_METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # of one array; they have 1 kB, and less than 20 brackets
-_MOST_ARRAYS = 1000  # a model has 13, with adapters 34
+CHUNK_BYTES = 64 << 20  # arrays are stored in chunks of this size, so that a device reads little more than its slice
+METADATA = "_METADATA"  # Orbax's file about the whole checkpoint
+_ARRAY_METADATA = (".zarray", "zarr.json")  # Zarr's file about one array, in Zarr 2 and in Zarr 3
+_METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # limits of such a file, which has 1 kB and less than 20 brackets
+_MOST_ARRAYS = 1000  # a model has 13 arrays, with adapters 34
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
@@ -38,11 +38,11 @@ class Reader:
     """The arrays of an Orbax checkpoint that any of its versions or settings has written."""
 
     def __init__(self, folder: Path):
-        """Reads what is said of the arrays. Raises ValueError where it is missing, damaged or something else."""
+        """Reads the arrays' metadata. Raises ValueError where it is missing, damaged or something else."""
         self._folder = folder.absolute()
         self._ocdbt = (folder / "manifest.ocdbt").is_file()
         self._stores: dict[str, ts.TensorStore] = {}
-        self._held: dict[str, tuple[int, np.ndarray]] = {}
+        self._cached: dict[str, tuple[int, np.ndarray]] = {}  # for some paths the first layer and the layers of a chunk
         _check_files(self._folder)
         stores = {path: self._open(path) for path in _paths(folder / METADATA)}
         self.shapes: Abstract = {
@@ -50,10 +50,10 @@ class Reader:
         }
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """A part of an array, as stored.
+        """The slices `index` of an array, as stored.
 
-        Where a chunk holds more layers than are asked for, as a run's may, the last ones read are kept for the next
-        call: three, as many as one tensor of Megatron has of ours.
+        A run's chunks may hold more layers than are asked for. The chunks that were read last are then kept for the
+        next calls: those of three arrays, as Megatron fuses up to three. Raises ValueError where a chunk is damaged.
         """
         store = self._open(path)
         first, *rest = index
@@ -62,13 +62,13 @@ class Reader:
         start = span.start // depth * depth
         if not _stacked(path) or len(span) >= depth or span.stop > start + depth:
             return self._read(store, (slice(span.start, span.stop), *rest), path)
-        if self._held.get(path, (None,))[0] != start:
-            self._held.pop(path, None)
-            while len(self._held) > 2:
-                del self._held[next(iter(self._held))]
+        if self._cached.get(path, (None,))[0] != start:
+            self._cached.pop(path, None)
+            while len(self._cached) > 2:
+                del self._cached[next(iter(self._cached))]
             end = min(start + depth, store.shape[0])
-            self._held[path] = start, self._read(store, (slice(start, end), *[slice(None)] * len(rest)), path)
-        return self._held[path][1][(slice(span.start - start, span.stop - start), *rest)]
+            self._cached[path] = start, self._read(store, (slice(start, end), *[slice(None)] * len(rest)), path)
+        return self._cached[path][1][(slice(span.start - start, span.stop - start), *rest)]
 
     def chunk(self, path: str) -> tuple[int, ...]:
         """The shape of the pieces that an array is stored in."""
@@ -93,7 +93,7 @@ class Reader:
                 if not all(_is_metadata(values.read(key).result().value) for key in _ARRAY_METADATA):
                     raise ValueError("its metadata is not that of an array")
             found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
-            # Which only a driver that is named takes: that chunks which are gone are an error, and not zeros.
+            # A missing chunk is to be an error, and not zeros. Only a driver that is named takes this option.
             spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
             self._stores[path] = store = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
@@ -109,9 +109,9 @@ class Reader:
 
 def _check_files(folder: Path) -> None:
     """Raises ValueError where the folder holds what TensorStore would wait for, read without end, or crash on."""
-    for at, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
-            path = Path(at, name)
+            path = Path(parent, name)
             if not path.is_file():
                 raise ValueError(f"{path} is not a file, nor a link to one; copy the checkpoint again")
             if name in _ARRAY_METADATA:
@@ -121,12 +121,12 @@ def _check_files(folder: Path) -> None:
 
 
 def _is_metadata(text: bytes) -> bool:
-    """Whether an array's metadata has a size, and its JSON a depth, such as they have."""
+    """Whether the text is within the limits of an array's metadata, in bytes and in the depth of its JSON."""
     return len(text) <= _METADATA_BYTES and text.count(b"[") + text.count(b"{") <= _METADATA_DEPTH
 
 
 def _paths(metadata: Path) -> list[str]:
-    """The arrays that Orbax's own metadata lists."""
+    """The paths of the arrays that Orbax's own metadata lists."""
     try:
         entries = read_json(metadata)["tree_metadata"].values()
         paths = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
@@ -139,9 +139,10 @@ def _paths(metadata: Path) -> list[str]:
 
 
 class Writer:
-    """A checkpoint of these arrays, whose parts are then written."""
+    """An Orbax checkpoint that is written in parts of arrays."""
 
     def __init__(self, folder: Path, shapes: dict[str, jax.ShapeDtypeStruct]):
+        """Creates the folder and the metadata of arrays of these shapes and dtypes, by path."""
         self._folder, self._shapes = folder, shapes
         # Imported here: importing the library adds a handler to the root logger, and reading does without it.
         import orbax.checkpoint as ocp
@@ -159,7 +160,7 @@ class Writer:
                 "zarr_format": 2,
                 "shape": want.shape,
                 "chunks": (*(1,) * dim, rows_at_once(want, _stacked(path)), *want.shape[dim + 1 :]),
-                # As TensorStore spells them.
+                # These are TensorStore's names of dtypes.
                 "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,
                 "compressor": None,
                 "filters": None,
@@ -170,20 +171,20 @@ class Writer:
             (folder / _name(path) / ".zarray").write_text(json.dumps(metadata))
 
     def write(self, path: str, index: Index, part: np.ndarray) -> None:
-        """Writes a layer of a stack, or as many rows of another array as begin and end with chunks."""
-        # A chunk is a file, and one in C order without compression is what is in memory. TensorStore writes it too, in
-        # twice the time.
+        """Writes the slices `index` of an array: a layer of a stack, or rows that begin and end where chunks do."""
+        # A chunk is a file, which has the bytes that are in memory, as chunks are in C order and not compressed.
+        # TensorStore could write them too, in twice the time.
         want, dim = self._shapes[path], int(_stacked(path))
         rows, span = rows_at_once(want, _stacked(path)), range(want.shape[dim])[index[dim]]
         assert span.start % rows == 0 and (span.stop % rows == 0 or span.stop == want.shape[dim])
         part = contiguous_copy(part[0] if dim else part)
-        for at in range(0, len(part), rows):
-            numbers = [index[0].start] * dim + [(span.start + at) // rows] + [0] * (len(want.shape) - dim - 1)
+        for start in range(0, len(part), rows):
+            numbers = [index[0].start] * dim + [(span.start + start) // rows] + [0] * (len(want.shape) - dim - 1)
             with (self._folder / _name(path) / ".".join(map(str, numbers))).open("wb") as file:
-                chunk = part[at : at + rows]
+                chunk = part[start : start + rows]
                 reserve_disk(file, chunk.nbytes)
                 file.write(chunk.reshape(-1).view(np.uint8))
-                if len(chunk) < rows:  # the last one is filled up
+                if len(chunk) < rows:  # the last chunk is filled up
                     file.write(bytes((rows - len(chunk)) * chunk[0].nbytes))
 
 
@@ -196,5 +197,5 @@ def _name(path: str) -> str:
 
 
 def error_summary(error: Exception) -> str:
-    """What a library said, in short."""
+    """The first line of a library's message, or the error's name where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -25,7 +25,7 @@ DTYPES = {
     }.items()
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Storages of other dtypes are untyped, and counted in bytes.
+# Storages of other dtypes are untyped, and their elements are bytes.
 STORAGES = {
     "torch.DoubleStorage": DTYPES["torch.float64"],
     "torch.FloatStorage": DTYPES["torch.float32"],
@@ -40,7 +40,7 @@ STORAGES = {
     "torch.ComplexFloatStorage": DTYPES["torch.complex64"],
     "torch.ComplexDoubleStorage": DTYPES["torch.complex128"],
 }
-# Every name is inert; the list says which ones checkpoints have. A name that ends in a dot stands for all below it.
+# No name is ever resolved; these are the names that checkpoints have, and prefixes of others.
 _NAMES = {
     *STORAGES,
     "torch.storage.UntypedStorage",
@@ -78,10 +78,10 @@ _PREFIXES = (
     "transformer_engine.",
     "numpy.dtypes.",
 )
-# What may be referred to again and again must be quick to look at each time.
+# Names and keys may be referred to many times, so that looking at one must be quick.
 _NAME_LENGTH = 500
 _KEY_LENGTH = 5000
-_TUPLE_KEYS = 1000  # their hashes can be made to collide, which is quadratic; an optimizer's file has a few
+_TUPLE_KEYS = 1000  # hashes of tuples can be made to collide, which is quadratic; an optimizer's file has a few of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Global:
 
 @dataclass(eq=False, repr=False, slots=True)
 class Record:
-    """An object as its pickle tells of it: what was to be called, with what, and the state it was to get."""
+    """An object as its pickle describes it: the name to be called, the arguments, and the object's state."""
 
     name: str
     args: tuple = ()
@@ -103,7 +103,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Persistent:
-    """What a pickle refers to and does not hold; for `dump_pickle`."""
+    """An object that a pickle refers to by a key and does not hold; `dump_pickle` writes it."""
 
     key: Any
 
@@ -121,28 +121,28 @@ def load_pickle(
     """The content of a pickle: Python's plain types, numpy dtypes for torch's, `Global` and `Record`.
 
     Args:
-      source: what messages call it.
-      persistent: what an id that the pickle refers to stands for.
-      calls: what becomes of a call of the function of that name, with these arguments.
+      source: the name of the pickle in messages.
+      persistent: gives the object for an id that the pickle refers to.
+      calls: functions by name, each of which makes the result of a call of that name from its arguments.
 
     Raises ValueError where it is no pickle, or names or does what no checkpoint does.
     """
     machine = _Machine(data, source, persistent, {**_CALLS, **(calls or {})})
     try:
         return machine.run()
-    # What a damaged pickle leads to: its end, an empty stack or memo, text that is none, sense that is none.
+    # A damaged pickle ends early, takes from an empty stack or memo, has text that is not UTF-8, or makes no sense.
     except (IndexError, KeyError, struct.error, UnicodeDecodeError, _Malformed) as error:
-        why = f"byte {machine.at} of its pickle" + (f": {error}" if isinstance(error, _Malformed) else "")
-        raise ValueError(f"{source} is damaged or cut short ({why}); copy it again") from error
+        place = f"byte {machine.position} of its pickle" + (f": {error}" if isinstance(error, _Malformed) else "")
+        raise ValueError(f"{source} is damaged or cut short ({place}); copy it again") from error
 
 
-def _size(args: tuple) -> tuple:
+def _torch_size(args: tuple) -> tuple:
     if len(args) != 1 or not isinstance(args[0], tuple):
         raise _Malformed("torch.Size of something else than a tuple")
     return args[0]
 
 
-def _member(args: tuple) -> Record:
+def _enum_member(args: tuple) -> Record:
     """Python 3.11 pickles a member of an enumeration as getattr(class, its name)."""
     match args:
         case (Global(path), str()) if not path.startswith(("builtins.", "__builtin__.")):
@@ -150,11 +150,11 @@ def _member(args: tuple) -> Record:
     raise _Malformed("an attribute of something else than a class")
 
 
-# The items of a dict of another kind come by themselves.
+# Calls that load_pickle makes itself. The opcodes that follow fill the dicts with their items.
 _CALLS: dict[str, Callable[[tuple], Any]] = {
-    "torch.Size": _size,
-    "builtins.getattr": _member,
-    "__builtin__.getattr": _member,
+    "torch.Size": _torch_size,
+    "builtins.getattr": _enum_member,
+    "__builtin__.getattr": _enum_member,
     "collections.OrderedDict": lambda args: {},
     "collections.defaultdict": lambda args: {},
 }
@@ -165,14 +165,14 @@ class _Machine:
 
     def __init__(self, data: bytes, source: object, persistent, calls):
         self.data, self.source, self.persistent, self.calls = data, source, persistent, calls
-        self.at, self.stack, self.below = 0, list[Any](), list[list[Any]]()
-        self.memo, self.found, self.tuple_keys = dict[int, Any](), dict[str, Any](), 0
+        self.position, self.stack, self.marked_stacks = 0, list[Any](), list[list[Any]]()
+        self.memo, self.globals, self.tuple_keys = dict[int, Any](), dict[str, Any](), 0
 
     def run(self) -> Any:
         data, opcodes = self.data, _OPCODES
         while True:
-            code = data[self.at]
-            self.at += 1
+            code = data[self.position]
+            self.position += 1
             if code == 0x2E:  # STOP
                 break
             if code not in opcodes:
@@ -181,43 +181,43 @@ class _Machine:
                     "It is damaged, or not what it claims to be: get it again from where you trust it to be right"
                 )
             opcodes[code](self)
-        if len(self.stack) != 1 or self.below:
+        if len(self.stack) != 1 or self.marked_stacks:
             raise _Malformed("it ends with other than one object")
         return self.stack[0]
 
-    def take(self, size: int) -> bytes:
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.data):
+    def read_bytes(self, size: int) -> bytes:
+        start, self.position = self.position, self.position + size
+        if self.position > len(self.data):
             raise IndexError
-        return self.data[start : self.at]
+        return self.data[start : self.position]
 
-    def number(self, form: struct.Struct) -> Any:
-        start, self.at = self.at, self.at + form.size
+    def read_number(self, form: struct.Struct) -> Any:
+        start, self.position = self.position, self.position + form.size
         return form.unpack_from(self.data, start)[0]
 
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + _NAME_LENGTH)
+    def read_line(self) -> str:
+        end = self.data.find(b"\n", self.position, self.position + _NAME_LENGTH)
         if end < 0:
             raise IndexError
-        start, self.at = self.at, end + 1
+        start, self.position = self.position, end + 1
         return self.data[start:end].decode()
 
-    def marked(self) -> list[Any]:
-        items, self.stack = self.stack, self.below.pop()
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marked_stacks.pop()
         return items
 
-    def find(self, module: str, name: str) -> None:
+    def push_global(self, module: str, name: str) -> None:
         path = f"{module}.{name}"
-        if path not in self.found:
+        if path not in self.globals:
             if path not in DTYPES and path not in _NAMES and not path.startswith(_PREFIXES):
                 raise ValueError(
                     f"{self.source} names {path[:200]!r}, which no Megatron checkpoint has; it was not run. "
                     "Do not load this file elsewhere unless you trust whoever wrote it"
                 )
-            self.found[path] = DTYPES.get(path, Global(path))
-        self.stack.append(self.found[path])
+            self.globals[path] = DTYPES.get(path, Global(path))
+        self.stack.append(self.globals[path])
 
-    def named(self) -> tuple[str, str]:
+    def pop_name(self) -> tuple[str, str]:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str) or len(name) + len(module) > _NAME_LENGTH:
             raise _Malformed("a name that is no name")
@@ -238,7 +238,7 @@ class _Machine:
         elif not isinstance(target, dict):  # an OrderedDict's attributes, such as a state dict's versions, are dropped
             raise _Malformed("a state given to what has none")
 
-    def refer(self) -> None:
+    def push_persistent(self) -> None:
         if self.persistent is None:
             raise _Malformed("it refers to an object outside")
         self.stack.append(self.persistent(self.stack.pop()))
@@ -253,9 +253,9 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise _Malformed("items set in what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key if type(key) is str and len(key) < _KEY_LENGTH else self.key(key)] = value
+            target[key if type(key) is str and len(key) < _KEY_LENGTH else self.checked_key(key)] = value
 
-    def key(self, key: Any) -> Any:
+    def checked_key(self, key: Any) -> Any:
         """A key of a dict, where finding it is quick and safe: a tuple's hash goes as deep as the tuple."""
         parts = key if isinstance(key, tuple) else (key,)
         self.tuple_keys += parts is key
@@ -273,19 +273,19 @@ class _Machine:
             raise _Malformed("a dict with keys such as no checkpoint has")
         return key
 
-    def remember(self, number: int) -> None:
+    def memoize(self, number: int) -> None:
         self.memo[number] = self.stack[-1]
 
-    def long(self, size: int) -> int:
+    def read_long(self, size: int) -> int:
         if size > 1024:  # a conversion to text would be quadratic
             raise _Malformed("a number of thousands of digits")
-        return int.from_bytes(self.take(size), "little", signed=True)
+        return int.from_bytes(self.read_bytes(size), "little", signed=True)
 
     def mark(self) -> None:
-        self.below.append(self.stack)
+        self.marked_stacks.append(self.stack)
         self.stack = []
 
-    def pops(self, count: int) -> tuple:
+    def pop_items(self, count: int) -> tuple:
         items = tuple(self.stack[-count:])
         del self.stack[-count:]
         if len(items) != count:
@@ -299,83 +299,85 @@ _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 
 def _pushes(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
     def push(m: _Machine) -> None:
-        made = value(m)  # which may change the stack
-        m.stack.append(made)
+        pushed = value(m)  # this may replace the stack, so it comes before the stack is looked up
+        m.stack.append(pushed)
 
     return push
 
 
-def _texts(form: struct.Struct) -> Callable[[_Machine], None]:
-    return lambda m: m.stack.append(m.take(m.number(form)).decode("utf-8", "surrogatepass"))
+def _pushes_text(form: struct.Struct) -> Callable[[_Machine], None]:
+    return lambda m: m.stack.append(m.read_bytes(m.read_number(form)).decode("utf-8", "surrogatepass"))
 
 
-def _bytes(form: struct.Struct) -> Callable[[_Machine], None]:
-    return lambda m: m.stack.append(m.take(m.number(form)))
+def _pushes_bytes(form: struct.Struct) -> Callable[[_Machine], None]:
+    return lambda m: m.stack.append(m.read_bytes(m.read_number(form)))
 
 
-# By the byte that pickle.py gives them. Missing on purpose: INST and OBJ, the extension registry, keyword arguments,
-# sets, buffers out of band, what protocols 0 and 1 spell as text, and POP and DUP, which no pickler writes.
+# Opcodes by their bytes in pickle.py. Missing on purpose are INST and OBJ, the extension registry, keyword arguments,
+# sets, buffers out of band, the opcodes of protocols 0 and 1 that hold text, and POP and DUP, which no pickler writes.
 _OPCODES: dict[int, Callable[[_Machine], None]] = {
     code[0]: act
     for code, act in {
-        b"\x80": lambda m: m.take(1),  # PROTO
-        b"\x95": lambda m: m.take(8),  # FRAME
+        b"\x80": lambda m: m.read_bytes(1),  # PROTO
+        b"\x95": lambda m: m.read_bytes(8),  # FRAME
         b"(": _Machine.mark,
         b"N": _pushes(lambda m: None),
         b"\x88": _pushes(lambda m: True),
         b"\x89": _pushes(lambda m: False),
-        b"K": _pushes(lambda m: m.number(_U1)),  # BININT1
-        b"M": _pushes(lambda m: m.number(_U2)),  # BININT2
-        b"J": _pushes(lambda m: m.number(_I4)),  # BININT
-        b"\x8a": _pushes(lambda m: m.long(m.number(_U1))),  # LONG1
-        b"\x8b": _pushes(lambda m: m.long(m.number(_U4))),  # LONG4
-        b"G": _pushes(lambda m: m.number(_F8)),  # BINFLOAT
-        b"\x8c": _texts(_U1),  # SHORT_BINUNICODE
-        b"X": _texts(_U4),  # BINUNICODE
-        b"\x8d": _texts(_U8),  # BINUNICODE8
-        b"C": _bytes(_U1),  # SHORT_BINBYTES
-        b"B": _bytes(_U4),  # BINBYTES
-        b"\x8e": _bytes(_U8),  # BINBYTES8
+        b"K": _pushes(lambda m: m.read_number(_U1)),  # BININT1
+        b"M": _pushes(lambda m: m.read_number(_U2)),  # BININT2
+        b"J": _pushes(lambda m: m.read_number(_I4)),  # BININT
+        b"\x8a": _pushes(lambda m: m.read_long(m.read_number(_U1))),  # LONG1
+        b"\x8b": _pushes(lambda m: m.read_long(m.read_number(_U4))),  # LONG4
+        b"G": _pushes(lambda m: m.read_number(_F8)),  # BINFLOAT
+        b"\x8c": _pushes_text(_U1),  # SHORT_BINUNICODE
+        b"X": _pushes_text(_U4),  # BINUNICODE
+        b"\x8d": _pushes_text(_U8),  # BINUNICODE8
+        b"C": _pushes_bytes(_U1),  # SHORT_BINBYTES
+        b"B": _pushes_bytes(_U4),  # BINBYTES
+        b"\x8e": _pushes_bytes(_U8),  # BINBYTES8
         b")": _pushes(lambda m: ()),
-        b"\x85": _pushes(lambda m: m.pops(1)),  # TUPLE1
-        b"\x86": _pushes(lambda m: m.pops(2)),  # TUPLE2
-        b"\x87": _pushes(lambda m: m.pops(3)),  # TUPLE3
-        b"t": _pushes(lambda m: tuple(m.marked())),  # TUPLE
+        b"\x85": _pushes(lambda m: m.pop_items(1)),  # TUPLE1
+        b"\x86": _pushes(lambda m: m.pop_items(2)),  # TUPLE2
+        b"\x87": _pushes(lambda m: m.pop_items(3)),  # TUPLE3
+        b"t": _pushes(lambda m: tuple(m.pop_mark())),  # TUPLE
         b"]": _pushes(lambda m: []),
         b"a": lambda m: m.extend([m.stack.pop()]),  # APPEND
-        b"e": lambda m: m.extend(m.marked()),  # APPENDS
+        b"e": lambda m: m.extend(m.pop_mark()),  # APPENDS
         b"}": _pushes(lambda m: {}),
-        b"s": lambda m: m.update(list(m.pops(2))),  # SETITEM
-        b"u": lambda m: m.update(m.marked()),  # SETITEMS
-        b"c": lambda m: m.find(m.line(), m.line()),  # GLOBAL
-        b"\x93": lambda m: m.find(*m.named()),  # STACK_GLOBAL
+        b"s": lambda m: m.update(list(m.pop_items(2))),  # SETITEM
+        b"u": lambda m: m.update(m.pop_mark()),  # SETITEMS
+        b"c": lambda m: m.push_global(m.read_line(), m.read_line()),  # GLOBAL
+        b"\x93": lambda m: m.push_global(*m.pop_name()),  # STACK_GLOBAL
         b"R": lambda m: m.call(new=False),  # REDUCE
         b"\x81": lambda m: m.call(new=True),  # NEWOBJ
         b"b": _Machine.build,
-        b"Q": _Machine.refer,  # BINPERSID
-        b"q": lambda m: m.remember(m.number(_U1)),  # BINPUT
-        b"r": lambda m: m.remember(m.number(_U4)),  # LONG_BINPUT; a dict's numbers cost nothing by being large
-        b"\x94": lambda m: m.remember(len(m.memo)),  # MEMOIZE
-        b"h": _pushes(lambda m: m.memo[m.number(_U1)]),  # BINGET
-        b"j": _pushes(lambda m: m.memo[m.number(_U4)]),  # LONG_BINGET
+        b"Q": _Machine.push_persistent,  # BINPERSID
+        b"q": lambda m: m.memoize(m.read_number(_U1)),  # BINPUT
+        b"r": lambda m: m.memoize(m.read_number(_U4)),  # LONG_BINPUT; a dict's numbers cost nothing by being large
+        b"\x94": lambda m: m.memoize(len(m.memo)),  # MEMOIZE
+        b"h": _pushes(lambda m: m.memo[m.read_number(_U1)]),  # BINGET
+        b"j": _pushes(lambda m: m.memo[m.read_number(_U4)]),  # LONG_BINGET
     }.items()
 }
 
 
-def dump_pickle(content: Any, other: Callable[[Any], Any] | None = None) -> bytes:
-    """A pickle of protocol 2, which torch's restricted unpickler reads, of what `load_pickle` gives.
+def dump_pickle(content: Any, convert: Callable[[Any], Any] | None = None) -> bytes:
+    """A pickle of protocol 2, which torch's restricted unpickler reads, of the types that `load_pickle` gives.
 
     Args:
-      other: what is to be written in place of an object that is none of those.
+      convert: gives the content that is written in place of an object of another type. By default that is a TypeError.
     """
-    emitter = _Emitter(other)
+    emitter = _Emitter(convert)
     emitter.put(content)
     return b"\x80\x02" + b"".join(emitter.parts) + b"."
 
 
 class _Emitter:
-    def __init__(self, other: Callable[[Any], Any] | None):
-        self.other, self.parts, self.memo = other, list[bytes](), dict[Any, bytes]()
+    """Collects the pieces of a pickle."""
+
+    def __init__(self, convert: Callable[[Any], Any] | None):
+        self.convert, self.parts, self.memo = convert, list[bytes](), dict[Any, bytes]()
 
     def put(self, x: Any) -> None:
         match x:
@@ -392,8 +394,8 @@ class _Emitter:
                 self.parts.append(b"G" + _F8.pack(x))
             case str():
                 text = x.encode("utf-8", "surrogatepass")
-                self.once(x, b"X" + _U4.pack(len(text)) + text)
-            case bytes():  # protocol 2 has none
+                self.put_once(x, b"X" + _U4.pack(len(text)) + text)
+            case bytes():  # protocol 2 has no opcode for bytes
                 self.put(Record("_codecs.encode", (x.decode("latin1"), "latin1")))
             case tuple():
                 self.parts.append(b"(")
@@ -415,7 +417,7 @@ class _Emitter:
                 self.put(Global(_DTYPE_NAMES[x]))
             case Global():
                 module, _, name = x.path.rpartition(".")
-                self.once(x, f"c{module}\n{name}\n".encode())
+                self.put_once(x, f"c{module}\n{name}\n".encode())
             case Record():
                 self.put(Global(x.name))
                 self.put(x.args)
@@ -426,13 +428,13 @@ class _Emitter:
             case Persistent():
                 self.put(x.key)
                 self.parts.append(b"Q")
-            case _ if self.other:
-                self.put(self.other(x))
+            case _ if self.convert:
+                self.put(self.convert(x))
             case _:
                 raise TypeError(f"{type(x).__name__} has no place in a checkpoint")
 
-    def once(self, key: str | Global, code: bytes) -> None:
-        """Names and texts come again in every record: written once, and then by number."""
+    def put_once(self, key: str | Global, code: bytes) -> None:
+        """Writes a name or a text, and later ones of the same value by number, as every record repeats them."""
         if key not in self.memo:
             number = _U4.pack(len(self.memo))
             self.parts.append(code + b"r" + number)

@@ -1,13 +1,14 @@
 """Folders of safetensors files: one, or several with an index, read and written in parts of tensors.
 
-Names and layouts are `table`'s, this module knows bytes only. Opening reads headers, which the safetensors library
-checks; the bytes are read and written here, as the library's memory map of a file counts towards this process's
-memory, and its writer wants a whole file's tensors at once.
+This module knows bytes only; `formats.table` has the names and the layouts. Opening reads headers, which the
+safetensors library checks. The bytes are read and written here, as the library's memory map of a file counts towards
+this process's memory, and its writer wants a whole file's tensors at once.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,28 @@ from gemma2_jax.convert.files.memory import Index, Shapes
 
 MODEL = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-SHARD_BYTES = 5_000_000_000  # as Hugging Face's own writer has it
+SHARD_BYTES = 5_000_000_000  # the size at which Hugging Face's own writer begins another file
 
 _DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
 _JSON_BYTES = 32 << 20  # the index of a 27B model has 50 kB
 
 
 def check_dtype(dtype: np.dtype, source: object) -> None:
-    """Raises ValueError unless weights may be stored in it."""
-    if dtype not in [np.dtype(kind) for kind in _DTYPES.values()]:
+    """Raises ValueError, naming `source`, unless weights may be stored in `dtype`."""
+    if dtype not in [np.dtype(known) for known in _DTYPES.values()]:
         raise ValueError(
             f"{source} is stored as {dtype}; this program reads {', '.join(_DTYPES)}, so save the checkpoint as one"
         )
 
 
 class Tensors:
-    """The tensors of a folder, by name."""
+    """The tensors of a folder, by name: their `shapes`, their stored `dtypes`, and parts of them."""
 
     def __init__(self, folder: Path, stem: str):
-        """Opens `stem` (model.safetensors) or the files of its index, and reads their headers."""
+        """Opens `stem` (model.safetensors) or the files of its index, and reads their headers.
+
+        Raises ValueError naming a file that is missing or damaged, or a tensor of a dtype that is not read.
+        """
         self.folder, self.shapes, self.dtypes = folder, Shapes(), dict[str, np.dtype]()
         self._places: dict[str, tuple[Path, int]] = {}
         index = folder / f"{stem}.index.json"
@@ -56,25 +60,25 @@ class Tensors:
                 raise ValueError(f"{folder} holds {name}, which {index.name} does not list; download both again")
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor, as stored; of its rows no others are read."""
+        """The slices `index` of a tensor, as stored. Reads the rows that they are in, and no others."""
         path, start = self._places[name]
         shape, dtype = self.shapes[name], self.dtypes[name]
         rows = range(shape[0])[index[0]]
-        row = math.prod(shape[1:]) * dtype.itemsize
-        found = memory.read_bytes(path, start + rows.start * row, len(rows) * row)
-        return found.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        data = memory.read_bytes(path, start + rows.start * row_bytes, len(rows) * row_bytes)
+        return data.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{path} is missing; download it, or the whole checkpoint, again")
         try:
             with safe_open(path, framework="np") as file:
-                found = {name: file.get_slice(name) for name in file.offset_keys()}
-                dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
-                shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
+                dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+                shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
-        size, starts = _starts(path, dtypes, shapes)
+        header_bytes, starts = _tensor_starts(path, dtypes, shapes)
         for name, shape in shapes.items():
             if name in self._places:
                 raise ValueError(f"{path} holds {name}, which another file of {self.folder} holds too; delete one")
@@ -85,21 +89,23 @@ class Tensors:
                 )
             if not shape:
                 raise ValueError(f"{path}: {name} is a single number, which no tensor of Gemma 2 is")
-            self._places[name] = path, 8 + size + starts[name]
+            self._places[name] = path, 8 + header_bytes + starts[name]
             self.shapes[name], self.dtypes[name] = shape, np.dtype(_DTYPES[dtypes[name]])
 
 
-def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, dict[str, int]]:
-    """The size of a header, and where the tensors start after it, which the library has checked and does not tell."""
+def _tensor_starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, dict[str, int]]:
+    """The size of a header, and where the tensors start after it. The library has checked both and tells neither."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size)
     try:
-        # Of a name that is there twice the library may have checked the other one.
-        entries = json.loads(header, object_pairs_hook=_unique_keys)
-        found = {name: entries[name] for name in shapes}
-        agree = all((at["dtype"], tuple(at["shape"])) == (dtypes[name], shapes[name]) for name, at in found.items())
-        starts = {name: at["data_offsets"][0] for name, at in found.items()}
+        # Where a name has two entries, the library may have checked the other one.
+        header_entries = json.loads(header, object_pairs_hook=_unique_keys)
+        entries = {name: header_entries[name] for name in shapes}
+        agree = all(
+            (entry["dtype"], tuple(entry["shape"])) == (dtypes[name], shapes[name]) for name, entry in entries.items()
+        )
+        starts = {name: entry["data_offsets"][0] for name, entry in entries.items()}
     except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is damaged: its header is no safetensors header ({error}); get it again") from error
     if not agree:
@@ -108,9 +114,9 @@ def _starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, di
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
+    if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return entries
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -141,46 +147,56 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+@dataclass(frozen=True)
+class ShardedFiles:
+    """Where tensors are written: into one file `stem`, or into numbered files and an index.
+
+    One file is written unless it would have more than `shard_bytes`.
+    """
+
+    folder: Path
+    stem: str
+    shard_bytes: int = SHARD_BYTES
+
+
 def write_safetensors(
-    folder: Path,
-    stem: str,
+    files: ShardedFiles,
     wanted: dict[str, jax.ShapeDtypeStruct],
     parts: Iterable[np.ndarray],
-    moved: Callable[[float], None],
-    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[float], None],
 ) -> None:
-    """Writes `wanted` as `stem`, or as numbered files and an index where it takes more than `shard_bytes`.
+    """Writes the tensors of `wanted`, in its order.
 
     Args:
-      wanted: shape and dtype of each tensor.
+      wanted: the shape and the dtype of each tensor.
       parts: the tensors, in the order of `wanted`, each whole or as several blocks of its rows.
-      moved: told of the bytes that are written.
+      progress: is told how many more bytes have been written.
     """
     sizes = {name: math.prod(want.shape) * want.dtype.itemsize for name, want in wanted.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+        if shards[-1] and sum(sizes[earlier] for earlier in shards[-1]) + size > files.shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    base = stem.removesuffix(".safetensors")
-    files = [f"{base}-{at:05}-of-{len(shards):05}.safetensors" for at in range(1, len(shards) + 1)]
+    base = files.stem.removesuffix(".safetensors")
+    numbered = [f"{base}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     stream = iter(parts)
-    for file, names in zip(files if len(shards) > 1 else [stem], shards, strict=True):
-        _write_file(folder / file, {name: wanted[name] for name in names}, stream, moved)
+    for file, names in zip(numbered if len(shards) > 1 else [files.stem], shards, strict=True):
+        _write_file(files.folder / file, {name: wanted[name] for name in names}, stream, progress)
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        weight_map = {name: file for file, names in zip(numbered, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
-        write_json(folder / f"{stem}.index.json", {"metadata": total, "weight_map": weight_map})
+        write_json(files.folder / f"{files.stem}.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def _write_file(
     path: Path,
     wanted: dict[str, jax.ShapeDtypeStruct],
     stream: Iterator[np.ndarray],
-    moved: Callable[[float], None],
+    progress: Callable[[float], None],
 ) -> None:
-    # The format: the header's length in 8 bytes, the header as JSON, the tensors one after another. Transformers 4
-    # wants to be told that they are torch's.
+    # The file has the header's length in 8 bytes, the header as JSON, and the tensors one after another. Transformers 4
+    # refuses a file whose header does not say that the tensors are torch's.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     names, end = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}, 0
     for name, want in wanted.items():
@@ -198,4 +214,4 @@ def _write_file(
                 assert part.dtype == want.dtype and part.shape[1:] == want.shape[1:] and part.nbytes <= left, name
                 file.write(part.reshape(-1).view(np.uint8))
                 left -= part.nbytes
-                moved(part.nbytes)
+                progress(part.nbytes)

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint, as Megatron writes them, read and written without torch.
 
-A pickle, `.metadata`, says which tensors there are, of which chunks, and where in the `.distcp` files each chunk is;
-each is a file of `torch_files`. Opening reads that pickle; what it says of a tensor is checked before the tensor is
-read, so that what nobody reads may be of any kind. What the tensors mean is not known here.
+A pickle, `.metadata`, lists the tensors, the chunks of each, and the place of each chunk in the `.distcp` files, where
+it is an archive of `torch_files`. Opening reads that pickle. Its entry for a tensor is checked before the tensor is
+read, so that tensors which nobody reads may be of any kind. This module does not know what the tensors mean.
 """
 
 import math
@@ -20,8 +20,8 @@ from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.torch_files import Stored
 
 METADATA = ".metadata"
-_METADATA_BYTES = 1 << 28  # some 500 bytes a chunk, of which 27B with optimizer at TP 8 has 12,000
-FILE_BYTES = 5_000_000_000  # after which a writer starts another file
+_METADATA_BYTES = 1 << 28  # a chunk takes some 500 bytes, and 27B with its optimizer at TP 8 has 12,000 chunks
+FILE_BYTES = 5_000_000_000  # a writer starts another file after this many
 
 _Sizes = tuple[int, ...]
 _METADATA = "torch.distributed.checkpoint.metadata."
@@ -30,17 +30,17 @@ _FILESYSTEM = "torch.distributed.checkpoint.filesystem."
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the archive of a chunk or of an object is."""
+    """The place of the archive of a chunk or of an object, in bytes of a file."""
 
     file: str
     offset: int
     length: int
-    plain: bool  # and not compressed or encrypted by an extension
+    plain: bool  # False: compressed or encrypted by an extension of torch
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunks:
-    """A tensor's chunks: where each starts and ends in it, as arrays [chunk, dim], and where it is stored."""
+    """The chunks of a tensor: where each starts and ends in it, as arrays [chunk, dim], and its place in the files."""
 
     starts: np.ndarray
     ends: np.ndarray
@@ -48,7 +48,7 @@ class _Chunks:
 
 
 class TorchDist:
-    """The tensors and objects of a folder, by name."""
+    """The tensors of a folder, by name, with their `shapes` and `dtypes`, and the names of its `objects`."""
 
     def __init__(self, folder: Path):
         """Reads the folder's metadata. Raises ValueError where it is missing, damaged or something else."""
@@ -68,7 +68,7 @@ class TorchDist:
                 self._places = dict(_place(key, info, path) for key, info in storage.items())
             case _:
                 raise ValueError(f"{path} is not a checkpoint's metadata, or is damaged; copy it again")
-        self._check_apart()
+        self._check_no_overlap()
 
     def _list(self, name: Any, entry: Any) -> None:
         match entry:
@@ -82,21 +82,21 @@ class TorchDist:
             case _:
                 raise _unknown_entry(self.folder / METADATA)
 
-    def _check_apart(self) -> None:
+    def _check_no_overlap(self) -> None:
         """Raises ValueError where two entries share bytes of a file."""
         places = sorted((place.file, place.offset, place.length) for place in self._places.values())
-        for (file, offset, length), (other, start, _) in pairwise(places):
-            if file == other and start < offset + length:
+        for (file, offset, length), (next_file, next_offset, _) in pairwise(places):
+            if file == next_file and next_offset < offset + length:
                 raise ValueError(f"{self.folder / METADATA} has entries that overlap in {file}; copy it again")
 
     def check(self, name: str) -> None:
-        """Raises ValueError unless a tensor's chunks make up the tensor, and are where they are said to be."""
+        """Raises ValueError unless a tensor's chunks make up the whole tensor and their places lie within files."""
         self._chunks(name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor, at slices of step 1. Raises ValueError where its chunks are damaged or missing."""
+        """The slices `index` (of step 1) of a tensor as stored. Raises ValueError where chunks are damaged or gone."""
         chunks, dtype = self._chunks(name), self.dtypes[name]
-        spans = [range(size)[at] for size, at in zip(self.shapes[name], index, strict=True)]
+        spans = [range(size)[span] for size, span in zip(self.shapes[name], index, strict=True)]
         assert all(span.step == 1 for span in spans)
         shape = tuple(len(span) for span in spans)
         start, stop = np.array([[span.start, span.stop] for span in spans], np.int64).reshape(-1, 2).T
@@ -105,11 +105,11 @@ class TorchDist:
             return np.empty(shape, dtype)
         whole = None if len(hits) == 1 else np.empty(shape, dtype)
         for hit in hits.tolist():
-            at, end = np.maximum(start, chunks.starts[hit]), np.minimum(stop, chunks.ends[hit])
-            part = self._stored(name, chunks, hit).read(_index(at - chunks.starts[hit], end - chunks.starts[hit]))
+            begin, end = np.maximum(start, chunks.starts[hit]), np.minimum(stop, chunks.ends[hit])
+            part = self._stored(name, chunks, hit).read(_index(begin - chunks.starts[hit], end - chunks.starts[hit]))
             if whole is None:
                 return part
-            whole[_index(at - start, end - start)] = part
+            whole[_index(begin - start, end - start)] = part
         assert whole is not None
         return whole
 
@@ -144,27 +144,27 @@ class TorchDist:
         return place
 
     def _chunks(self, name: str) -> _Chunks:
-        """A tensor's chunks, those of no elements left out."""
+        """The chunks of a tensor without empty ones."""
         if name not in self._checked:
             shape = self.shapes[name]
-            read = [_chunk(chunk, self.folder / METADATA) for chunk in self._listed[name]]
-            listed = [(at, sizes) for at, sizes in read if math.prod(sizes)]
-            if any(len(at) != len(shape) or len(sizes) != len(shape) for at, sizes in listed) or not _tiles(
+            chunks = [_chunk(chunk, self.folder / METADATA) for chunk in self._listed[name]]
+            chunks = [(offsets, sizes) for offsets, sizes in chunks if math.prod(sizes)]
+            if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in chunks) or not _tiles(
                 [(0, size) for size in shape],
-                [[(at, at + size) for at, size in zip(*chunk, strict=True)] for chunk in listed],
+                [[(start, start + size) for start, size in zip(*chunk, strict=True)] for chunk in chunks],
             ):
                 raise ValueError(
                     f"{self.folder / METADATA}: the chunks of {name} leave gaps or overlap, or are not cut from "
                     f"{shape}; copy the checkpoint again"
                 )
-            starts = np.array([at for at, _ in listed], np.int64).reshape(len(listed), len(shape))
-            ends = starts + np.array([sizes for _, sizes in listed], np.int64).reshape(starts.shape)
-            self._checked[name] = _Chunks(starts, ends, [self._place(name, at) for at, _ in listed])
+            starts = np.array([offsets for offsets, _ in chunks], np.int64).reshape(len(chunks), len(shape))
+            ends = starts + np.array([sizes for _, sizes in chunks], np.int64).reshape(starts.shape)
+            self._checked[name] = _Chunks(starts, ends, [self._place(name, offsets) for offsets, _ in chunks])
         return self._checked[name]
 
 
 def _is_sizes(x: Any) -> bool:
-    # As many dims as numpy has, and a number of elements that it can count.
+    # Numpy has at most 64 dims, and counts elements in 64 bits.
     sizes = isinstance(x, tuple) and len(x) <= 64 and all(type(size) is int and 0 <= size < 1 << 48 for size in x)
     return sizes and math.prod(max(size, 1) for size in x) < 1 << 56
 
@@ -188,9 +188,9 @@ def _place(key: Any, info: Any, path: Path) -> tuple[tuple[str, _Sizes | None], 
         ):
             if len(file) > 255 or file in ("", ".", "..") or "/" in file or not file.isprintable():
                 raise ValueError(f"{path} lists {file[:200]!r}; it may only name files in its own folder")
-            at = index.get("offset")
-            if offset >= 0 and length >= 0 and (at is None or _is_sizes(at)):
-                return (name, at), _Place(file, offset, length, not place.get("transform_descriptors"))
+            chunk_offsets = index.get("offset")
+            if offset >= 0 and length >= 0 and (chunk_offsets is None or _is_sizes(chunk_offsets)):
+                return (name, chunk_offsets), _Place(file, offset, length, not place.get("transform_descriptors"))
     raise _unknown_entry(path)
 
 
@@ -198,14 +198,14 @@ def _index(start: np.ndarray, stop: np.ndarray) -> Index:
     return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
 
 
-_Box = list[tuple[int, int]]
+_Box = list[tuple[int, int]]  # the start and the end in each dim
 
 
 def _tiles(whole: _Box, boxes: list[_Box], depth: int = 16) -> bool:
     """Whether boxes make up the whole with no gap and no overlap.
 
-    They are cut apart along one dim, and what lies between two cuts along another. Every way of sharding gives such
-    boxes; `depth` bounds what a hostile list can cost.
+    The whole is cut into slabs along one dim, and each slab along another dim. The chunks of every way of sharding can
+    be found by such cuts; `depth` bounds the time that a hostile list can take.
     """
     if len(boxes) == 1:
         return boxes[0] == whole
@@ -230,10 +230,13 @@ def _tiles(whole: _Box, boxes: list[_Box], depth: int = 16) -> bool:
 
 
 class TorchDistWriter:
-    """A folder being written, a chunk or an object at a time; the metadata comes last, when the block ends."""
+    """Writes a folder, a chunk or an object at a time, and the metadata last, when its `with` block ends.
+
+    After an error there is no metadata.
+    """
 
     def __init__(self, folder: Path):
-        """`folder` exists, and is empty or has other files."""
+        """Writes into `folder`, which exists and may have other files."""
         self.folder = folder
         self._tensors = dict[str, tuple[_Sizes, np.dtype, dict[_Sizes, _Sizes]]]()
         self._objects, self._storage = list[str](), dict[Record, Record]()
@@ -250,14 +253,14 @@ class TorchDistWriter:
             (self.folder / METADATA).write_bytes(pickles.dump_pickle(self._metadata()))
 
     def chunk(self, name: str, shape: _Sizes, offsets: _Sizes, array: Any) -> None:
-        """Writes the part of a tensor of `shape` that starts at `offsets`: an array, or an object as `save` takes."""
+        """Writes the part of a tensor of `shape` that starts at `offsets`: a tensor as `save_torch` takes them."""
         _, dtype, chunks = self._tensors.setdefault(name, (shape, array.dtype, {}))
         assert self._tensors[name][0] == shape and dtype == array.dtype and offsets not in chunks
         chunks[offsets] = tuple(array.shape)
-        self._write({"fqn": name, "offset": _size(offsets), "index": None}, array)
+        self._write({"fqn": name, "offset": _size_record(offsets), "index": None}, array)
 
     def object(self, name: str, content: Any) -> None:
-        """Writes an object, in which arrays are tensors."""
+        """Writes an object, whose arrays become tensors."""
         self._objects.append(name)
         self._write({"fqn": name, "index": None}, content)
 
@@ -280,17 +283,17 @@ class TorchDistWriter:
         for name, (shape, dtype, chunks) in self._tensors.items():
             assert _tiles(
                 [(0, size) for size in shape],
-                [[(a, a + n) for a, n in zip(at, sizes, strict=True)] for at, sizes in chunks.items()],
+                [
+                    [(start, start + size) for start, size in zip(offsets, sizes, strict=True)]
+                    for offsets, sizes in chunks.items()
+                ],
             ), name
             entries[name] = _record(
                 _METADATA + "TensorStorageMetadata",
                 {
                     "properties": _properties(dtype),
-                    "size": _size(shape),
-                    "chunks": [
-                        _record(_METADATA + "ChunkStorageMetadata", {"offsets": _size(at), "sizes": _size(sizes)})
-                        for at, sizes in chunks.items()
-                    ],
+                    "size": _size_record(shape),
+                    "chunks": [_chunk_record(offsets, sizes) for offsets, sizes in chunks.items()],
                 },
             )
         for name in self._objects:
@@ -312,8 +315,13 @@ def _record(name: str, state: Any) -> Record:
     return Record(name, state=state, new=True)
 
 
-def _size(sizes: _Sizes) -> Record:
+def _size_record(sizes: _Sizes) -> Record:
     return Record("torch.Size", (tuple(int(size) for size in sizes),))
+
+
+def _chunk_record(offsets: _Sizes, sizes: _Sizes) -> Record:
+    state = {"offsets": _size_record(offsets), "sizes": _size_record(sizes)}
+    return _record(_METADATA + "ChunkStorageMetadata", state)
 
 
 def _properties(dtype: np.dtype) -> Record:

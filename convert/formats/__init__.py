@@ -1,1 +1,1 @@
-"""What names, layouts and configs of each checkpoint format mean. How bytes lie in files is not known here."""
+"""The names, layouts and configs of each checkpoint format. The package `files` has the bytes."""

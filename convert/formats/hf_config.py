@@ -1,8 +1,8 @@
 """Hugging Face's config.json and ours, both ways.
 
-Importing reads every number that a model's outputs depend on and defaults none of them; what this program does not
-have is refused by name rather than ignored. Exporting writes a file that transformers 4 and 5 both load. Weights are
-`table`'s; reading the file itself is `checkpoints`'.
+Importing reads every number that a model's outputs depend on and defaults none of them. Options that this program does
+not have are refused by name rather than ignored. Exporting writes a file that transformers 4 and 5 both load. `table`
+has the weights; `checkpoints` reads the file.
 """
 
 import reprlib
@@ -25,7 +25,7 @@ FIELDS = {
     "final_softcap": "final_logit_softcapping",
     "norm_eps": "rms_norm_eps",
 }
-# What our model is, and what else means the same. Absent means that too: older files lack some of these.
+# The value that our model has, and others with the same meaning. A key that older files lack means the first value.
 _FIXED = {
     "attention_bias": (False,),
     "attention_dropout": (0.0, None),
@@ -63,9 +63,9 @@ def model_config(hf: dict[str, Any], source: object = "config.json") -> ModelCon
 
 
 def hf_config(config: ModelConfig, dtype: str, original: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model stored as `dtype`; keys of `original` that say nothing about it are kept."""
+    """The config.json of a model stored as `dtype`, with those keys of `original` that do not describe the model."""
     scalar = config.query_pre_attn_scalar
-    ours = {key: getattr(config, field) for field, key in FIELDS.items()} | {
+    described = {key: getattr(config, field) for field, key in FIELDS.items()} | {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # transformers 5 wants an int
@@ -79,7 +79,7 @@ def hf_config(config: ModelConfig, dtype: str, original: dict[str, Any] | None =
         "torch_dtype": dtype,  # transformers 4
         "dtype": dtype,  # transformers 5
     }
-    return _TOKENS | {"initializer_range": 0.02, "use_cache": True} | (original or {}) | ours
+    return _TOKENS | {"initializer_range": 0.02, "use_cache": True} | (original or {}) | described
 
 
 def require_field(hf: dict[str, Any], key: str, source: object) -> Any:

@@ -1,18 +1,19 @@
-"""Megatron-Bridge's run_config.yaml and ours, both ways, and what else its checkpoints say beside the weights.
+"""Megatron-Bridge's run_config.yaml and our config, both ways, and the other small files of its checkpoints.
 
-Importing reads every number that a model's outputs depend on and defaults none of them; what this program does not
-have is refused by name. `_target_` nodes name classes: they are compared, never resolved. Exporting writes what the
-loaders of Megatron-Bridge 0.3 to 0.6 read, and leaves to them what they default as Gemma 2 has it. The tensors are
-not read here, nor are files other than YAML.
+Importing reads every number that a model's outputs depend on and defaults none of them. Options that this program does
+not have are refused by name. `_target_` nodes name classes: they are compared, never resolved. Exporting writes those
+keys that the loaders of Megatron-Bridge 0.3 to 0.6 read, unless their default is Gemma 2's value. The tensors are not
+read here, nor are files other than YAML.
 
-Post-norms have epsilon 1e-5 when Megatron-Bridge runs a model, up to 0.6 at least: it drops the config's there. The
-config says what is meant, and what Hugging Face and we run.
+When Megatron-Bridge runs a model, up to 0.6 at least, its post-norms have epsilon 1e-5, as it drops the config's value
+there. Hugging Face and this program run the model with the config's value.
 """
 
 import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from gemma2_jax.config import AdapterConfig, DType, ModelConfig
 from gemma2_jax.convert.files import memory
 from gemma2_jax.convert.formats import table
 
-_BYTES = 1 << 20  # real ones have 15 kB, 100 kB with the names of 27B's adapters
-_NODES = 20_000  # with what aliases stand for; real ones have 1,000, and 3,000
-_DEPTH = 64
-_LETTERS = 1000  # of one value that is no text: YAML has base 60, read in time that grows as their square
+# Limits of a run_config.yaml. Real files have 15 kB and 1,000 nodes, or 100 kB and 3,000 nodes with 27B's adapters.
+_MOST_BYTES = 1 << 20
+_MOST_NODES = 20_000  # counting the nodes that aliases stand for
+_MOST_DEPTH = 64
+_MOST_LETTERS = 1000  # of a value that is no text: YAML reads numbers of base 60 in time quadratic in their digits
 _TEXT = "tag:yaml.org,2002:str"
 _BRIDGE_WINDOW = 4096
 _FIELDS = {
@@ -45,7 +47,8 @@ _FIELDS = {
     "rope_theta": "rotary_base",
     "norm_eps": "layernorm_epsilon",
 }
-# What our model is, and what else means the same. Absent means that too: it is what their class defaults to.
+# The value that our model has, and others with the same meaning. A key that is absent means the first value too, which
+# is the default of Megatron-Bridge's class.
 _FIXED: dict[str, tuple] = {
     "normalization": ("RMSNorm",),
     "layernorm_zero_centered_gamma": (True,),
@@ -93,22 +96,23 @@ _PEFT = {
     "megatron.bridge.peft.canonical_lora.CanonicalLoRA": "lora",
     "megatron.bridge.peft.dora.DoRA": "dora",
 }
-# Of an adapter: keys that are read below, and those that change nothing once it is trained, or nothing without experts.
+# Keys of an adapter that are read below, and keys that change nothing once it is trained, or nothing without experts.
 _PEFT_READ = {"_target_", "dim", "alpha", "dropout", "dropout_position"}
 _PEFT_INERT = {
     *("target_modules", "exclude_modules", "canonical_mapping", "params_to_save", "lora_A_init_method"),
     *("lora_B_init_method", "lora_dtype", "a2a_experimental", "sequence_parallel_input_regather"),
     *("normalize_moe_lora", "share_expert_adapters", "experts_shared_outer_loras"),
 }
-# Their names of what an adapter is to. LoRA's and DoRA's have one A for all of a module's projections.
+# Megatron's modules, and for each projection the module's name in a canonical LoRA. Other adapters have one A for all
+# projections of a module.
 _MODULES = {
     "linear_qkv": {"attn/q": "linear_q", "attn/k": "linear_k", "attn/v": "linear_v"},
     "linear_proj": {"attn/o": "linear_proj"},
     "linear_fc1": {"mlp/gate": "linear_fc1_gate", "mlp/up": "linear_fc1_up"},
     "linear_fc2": {"mlp/down": "linear_fc2"},
 }
-_AFTER_NORM = ("attn/o", "mlp/down")
-# Of Megatron-LM's arguments, what has another name there; the rest of _FIELDS is as above, or is not there.
+_AFTER_NORM = ("attn/o", "mlp/down")  # Megatron-Bridge adds the adapters of these after the post-norm
+# Megatron-LM's arguments that have other names than the keys above, and the fields that it has arguments for.
 _ARGS_NAMES = {"num_moe_experts": "num_experts", "rope_scaling": "use_rope_scaling"}
 _ARGS_FIELDS = ("layers", "width", "mlp_width", "heads", "kv_heads", "head_width", "rope_theta", "norm_eps")
 _ARGS_FIXED = (
@@ -120,7 +124,10 @@ _ARGS_FIXED = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what takes far more to read than its size: aliases of aliases or of itself, deep nesting, long values."""
+    """Refuses files that take far longer to read than their size suggests.
+
+    Such files have aliases of aliases, an alias of a node within itself, deep nesting, or long values.
+    """
 
     def __init__(self, stream) -> None:
         super().__init__(stream)
@@ -129,11 +136,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         before, alias = self.nodes, self.check_event(yaml.AliasEvent)
         self.nodes, self.depth = self.nodes + 1, self.depth + 1
-        if self.nodes > _NODES or self.depth > _DEPTH:
-            raise ValueError(f"it has more than {_NODES} values, or {_DEPTH} within one another")
+        if self.nodes > _MOST_NODES or self.depth > _MOST_DEPTH:
+            raise ValueError(f"it has more than {_MOST_NODES} values, or {_MOST_DEPTH} within one another")
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > _LETTERS and node.tag != _TEXT:
-            raise ValueError(f"it has a {node.tag.rsplit(':', 1)[-1]} of more than {_LETTERS} letters")
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > _MOST_LETTERS and node.tag != _TEXT:
+            raise ValueError(f"it has a {node.tag.rsplit(':', 1)[-1]} of more than {_MOST_LETTERS} letters")
         if not alias:
             self.sizes[node] = self.nodes - before
         elif node in self.sizes:
@@ -147,7 +154,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """A run_config.yaml as plain values. Tags other than YAML's own are refused, and nothing is instantiated."""
     try:
-        tree = yaml.load(memory.read_bounded(path, _BYTES).decode(), _Loader)
+        tree = yaml.load(memory.read_bounded(path, _MOST_BYTES).decode(), _Loader)
     except Exception as error:  # PyYAML's constructors raise whatever a malformed value leads them to
         problem = str(error) or type(error).__name__
         raise ValueError(f"{path} is no run_config.yaml that this program reads: {problem}") from error
@@ -177,8 +184,8 @@ def model_config(run: dict[str, Any], source: object = "run_config.yaml") -> Mod
     types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     values: dict[str, Any] = {}
     for field, key in _FIELDS.items():
-        value = _need(model, key, source)
-        if field.endswith("_softcap") and value in (None, 0):  # theirs has no cap where it is 0
+        value = _require_field(model, key, source)
+        if field.endswith("_softcap") and value in (None, 0):  # in Megatron 0 means that there is no cap
             values[field] = None
         else:
             values[field] = _number(value, f"model.{key}", source, whole=types[field] is int)
@@ -193,7 +200,7 @@ def parallel_sizes(run: dict[str, Any], source: object = "run_config.yaml") -> t
     """The tensor and pipeline parallelism that a checkpoint was saved at."""
     model = _section(run, "model", source)
     keys = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-    tensor, pipeline = (_number(_need(model, key, source), f"model.{key}", source, whole=True) for key in keys)
+    tensor, pipeline = (_number(_require_field(model, key, source), f"model.{key}", source, whole=True) for key in keys)
     if min(tensor, pipeline) < 1:
         raise ValueError(f"{source}: model.{keys[0]} {tensor} and model.{keys[1]} {pipeline} must be at least 1")
     return tensor, pipeline
@@ -201,12 +208,12 @@ def parallel_sizes(run: dict[str, Any], source: object = "run_config.yaml") -> t
 
 def stored_dtype(run: dict[str, Any], source: object = "run_config.yaml") -> str:
     """The dtype of a checkpoint's weights, such as bfloat16."""
-    name = _plain(_need(_section(run, "model", source), "params_dtype", source))
+    name = _plain(_require_field(_section(run, "model", source), "params_dtype", source))
     return str(name).removeprefix("torch.")
 
 
 def adapter_config(run: dict[str, Any], projections: list[str], source: object) -> AdapterConfig:
-    """The adapter that a run_config.yaml describes, on those projections ("attn/q"), which its tensors tell.
+    """The adapter that a run_config.yaml describes, on the projections ("attn/q") that its tensors belong to.
 
     Raises ValueError naming a key that is missing, or one that asks for what this program does not implement.
     """
@@ -216,10 +223,10 @@ def adapter_config(run: dict[str, Any], projections: list[str], source: object) 
     for key, value in peft.items():
         if not (isinstance(key, str) and key.startswith("_")) and key not in _PEFT_READ | _PEFT_INERT:
             _check(source, f"peft.{key}", value, (None, False, [], {}))
-    rank = _number(_need(peft, "dim", source, "peft"), "peft.dim", source, whole=True)
-    alpha = _number(_need(peft, "alpha", source, "peft"), "peft.alpha", source)
+    rank = _number(_require_field(peft, "dim", source, "peft"), "peft.dim", source, whole=True)
+    alpha = _number(_require_field(peft, "alpha", source, "peft"), "peft.alpha", source)
     dropout = _number(peft.get("dropout", 0.0), "peft.dropout", source)
-    if dropout:  # where it is matters only then
+    if dropout:  # only then does its position matter
         _check(source, "peft.dropout_position", peft.get("dropout_position", "pre"), ("pre",))
     if not projections:
         raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
@@ -236,62 +243,68 @@ def adapter_config(run: dict[str, Any], projections: list[str], source: object) 
         raise ValueError(f"{source}: {error}") from error
 
 
-def run_config(
-    model: ModelConfig,
-    dtype: DType,
-    adapter: AdapterConfig | None = None,
-    pretrained: str | None = None,
-    *,
-    canonical: bool = False,
-    tokenizer: str | None = None,
-) -> dict[str, Any]:
-    """The run_config.yaml of a model stored as `dtype`, or of an adapter to the checkpoint `pretrained`.
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as Megatron-Bridge saves it."""
 
-    `canonical` is for adapters that have an A of each projection, as PEFT's have. `tokenizer` is a directory or hub id.
+    config: AdapterConfig
+    pretrained: str | None = None  # the checkpoint of its model
+    canonical: bool = False  # whether each projection has an A of its own, as in PEFT's adapters
+
+
+def run_config(
+    model: ModelConfig, dtype: DType, adapter: SavedAdapter | None = None, *, tokenizer: str | None = None
+) -> dict[str, Any]:
+    """The run_config.yaml of a model stored as `dtype`, or of an adapter to it.
+
+    Args:
+      tokenizer: a folder or Hub id.
+
+    Raises ValueError where Megatron-Bridge's config cannot express the model's window or the adapter.
     """
     if model.window == _BRIDGE_WINDOW + 1:
         raise ValueError(f"model.window {model.window} cannot be told from {model.window - 1} in a run_config.yaml")
-    theirs = {key: _shorten(getattr(model, field)) for field, key in _FIELDS.items()}
-    theirs |= {
+    provider = {key: _shorten(getattr(model, field)) for field, key in _FIELDS.items()}
+    provider |= {
         "_target_": _PROVIDER,
-        "window_size": [model.window - 1, 0],  # back and ahead of a token, without itself
+        "window_size": [model.window - 1, 0],  # the tokens before and after a token, without itself
         "should_pad_vocab": False,  # the embedding has vocab_size rows at any parallelism
-        "tensor_model_parallel_size": 1,  # of this file's layout; loaders at any other reshard
+        "tensor_model_parallel_size": 1,  # as the checkpoint is laid out; loaders reshard it
         "pipeline_model_parallel_size": 1,
-        "bf16": dtype == "bfloat16",  # loaders go by this, not by params_dtype
-        "params_dtype": _torch(dtype),
-        "pipeline_dtype": _torch(dtype),  # demanded of whoever loads it with pipeline parallelism
+        "bf16": dtype == "bfloat16",  # loaders read this, and not params_dtype
+        "params_dtype": _torch_dtype(dtype),
+        "pipeline_dtype": _torch_dtype(dtype),  # loading with pipeline parallelism requires it
     }
     checkpoint = {
         "_target_": f"{_CONFIG}.CheckpointConfig",
-        # Loading for training looks these up, so as not to look for what was not saved.
+        # Loading for training reads these, and looks for no state that was not saved.
         "save_optim": False,
         "save_rng": False,
         "fully_parallel_save": True,
-        "pretrained_checkpoint": pretrained,
+        "pretrained_checkpoint": adapter.pretrained if adapter else None,
     }
     # ConfigContainer cannot be made without these, empty as Megatron-Bridge leaves them when it converts a model.
     empty = dict.fromkeys(("dataset", "logger", "optimizer", "scheduler", "tokenizer", "train"))
-    run = empty | {"_target_": f"{_CONFIG}.ConfigContainer", "model": theirs, "checkpoint": checkpoint}
+    run = empty | {"_target_": f"{_CONFIG}.ConfigContainer", "model": provider, "checkpoint": checkpoint}
     if tokenizer is not None:
         run["tokenizer"] = {
             "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
             "tokenizer_type": "HuggingFaceTokenizer",
             "tokenizer_model": tokenizer,
         }
-    run["peft"] = _peft(adapter, canonical) if adapter is not None and adapter.kind != "none" else None
+    run["peft"] = _peft_section(adapter.config, adapter.canonical) if adapter else None
     return run
 
 
 def common_state(iteration: int = 0) -> dict[str, Any]:
     """The content of common.pt."""
-    # The flags say how keys are made of layers and of optimizer state: stacked, and without a prefix.
+    # These flags say that the layers are stacked and that keys of the optimizer's state have no prefix.
     flags = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     return {"checkpoint_version": 3.0, "iteration": iteration, "content_metadata": flags}
 
 
 def train_state(step: int = 0) -> dict[str, np.ndarray]:
-    """The content of train_state.pt and of latest_train_state.pt, by whose step the latter's directory is found."""
+    """The content of train_state.pt and of latest_train_state.pt; loaders find the iteration by the latter's step."""
     counts = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
     return {
         "step": np.array(step, np.int32),
@@ -302,12 +315,12 @@ def train_state(step: int = 0) -> dict[str, np.ndarray]:
 
 
 def megatron_args(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[str, Any]:
-    """Megatron-LM's arguments for a model, which have no word for its softcaps, its window and its activation."""
+    """Megatron-LM's arguments for a model. There are none for its softcaps, its window and its activation."""
     fixed = {_ARGS_NAMES.get(key, key): _FIXED[key][0] for key in _ARGS_FIXED}
     return fixed | {
         **{_FIELDS[field]: _shorten(getattr(model, field)) for field in _ARGS_FIELDS},
         "group_query_attention": True,
-        "swiglu": True,  # gate and up in fc1; there is no argument for Gemma 2's activation between them
+        "swiglu": True,  # fc1 has gate and up; there is no argument for Gemma 2's activation
         "add_position_embedding": True,  # as Megatron-LM has it beside RoPE
         "untie_embeddings_and_output_weights": False,
         "attention_dropout": 0.0,
@@ -316,7 +329,7 @@ def megatron_args(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[
         "max_position_embeddings": model.max_length,
         "vocab_size": model.vocab_size,
         "padded_vocab_size": model.vocab_size,
-        "make_vocab_size_divisible_by": math.gcd(model.vocab_size, 128),  # so that nothing is to be padded
+        "make_vocab_size_divisible_by": math.gcd(model.vocab_size, 128),  # so that no rows are padded
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
@@ -337,9 +350,8 @@ def megatron_args(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[
 
 
 def check_args(args: Mapping[str, Any], model: ModelConfig, source: object) -> None:
-    """Raises ValueError naming one of Megatron-LM's arguments that contradicts the model. None and absent do not."""
-    ours = {_FIELDS[field]: getattr(model, field) for field in _ARGS_FIELDS}
-    expected = {key: (value,) for key, value in ours.items()}
+    """Raises ValueError naming an argument of Megatron-LM that contradicts the model. None contradicts nothing."""
+    expected = {_FIELDS[field]: (getattr(model, field),) for field in _ARGS_FIELDS}
     expected |= {_ARGS_NAMES.get(key, key): _FIXED[key] for key in _ARGS_FIXED}
     expected |= {
         "group_query_attention": (model.kv_heads != model.heads, True),
@@ -364,43 +376,43 @@ def check_args(args: Mapping[str, Any], model: ModelConfig, source: object) -> N
 
 
 def _window(model: dict[str, Any], source: object) -> int:
-    """The tokens that a local layer attends to, which their window_size says in two ways.
+    """The tokens that a local layer attends to, which window_size says in one of two ways.
 
-    Megatron-Bridge 0.4 and later convert a window of W to [W - 1, 0]; up to 0.3.1 it was [W, 0]. No version is written
-    down, but Megatron-Core dropped async_tensor_model_parallel_allreduce between the two. [4096, 0] is what models made
-    without a conversion have up to 0.5.1, and is meant as the 4096 of every Gemma 2.
+    Megatron-Bridge 0.4 and later convert a window of W to [W - 1, 0]; up to 0.3.1 it was [W, 0]. The file does not say
+    its version, but Megatron-Core dropped async_tensor_model_parallel_allreduce between the two. Models that were made
+    without a conversion have [4096, 0] up to 0.5.1, which means the window of 4096 of every Gemma 2.
     """
-    size = _need(model, "window_size", source)
+    size = _require_field(model, "window_size", source)
     if not isinstance(size, list | tuple) or len(size) != 2 or size[1] != 0:
         raise ValueError(f"{source}: model.window_size is {reprlib.repr(size)}; Gemma 2's is a list [W - 1, 0]")
     left = _number(size[0], "model.window_size", source, whole=True)
-    old = "async_tensor_model_parallel_allreduce" in model or left == _BRIDGE_WINDOW
-    return left if old else left + 1
+    counts_itself = "async_tensor_model_parallel_allreduce" in model or left == _BRIDGE_WINDOW
+    return left if counts_itself else left + 1
 
 
-def _peft(adapter: AdapterConfig, canonical: bool) -> dict[str, Any]:
+def _peft_section(adapter: AdapterConfig, canonical: bool) -> dict[str, Any]:
     projections = table.match_targets(adapter)
     if canonical and adapter.kind == "dora":
         raise ValueError("Megatron-Bridge's DoRA has one A for q, k and v, and one for gate and up; use LoRA")
     modules = []
     for module, parts in _MODULES.items():
-        found = [name for name in parts if name in projections]
+        adapted = [name for name in parts if name in projections]
         if canonical:
-            modules += [parts[name] for name in found]
-        elif len(found) == len(parts):
+            modules += [parts[name] for name in adapted]
+        elif len(adapted) == len(parts):
             modules.append(module)
-        elif found:
+        elif adapted:
             raise ValueError(
                 f"Megatron-Bridge's {module} takes one adapter for {', '.join(parts)}, and this one has "
-                f"{', '.join(found)} only; only canonical LoRA can say so"
+                f"{', '.join(adapted)} only; only canonical LoRA can say so"
             )
-    kind = next(
+    target = next(
         target for target, kind in _PEFT.items() if kind == adapter.kind and ("Canonical" in target) == canonical
     )
     return {
-        "_target_": kind,
+        "_target_": target,
         "dim": adapter.rank,
-        # Theirs is scaled by alpha / dim always.
+        # Megatron-Bridge scales every adapter by alpha / dim.
         "alpha": _shorten(adapter.scale * adapter.rank if adapter.rslora else adapter.alpha),
         "dropout": adapter.dropout,
         "dropout_position": "pre",
@@ -417,7 +429,7 @@ def _section(run: dict[str, Any], name: str, source: object) -> dict[str, Any]:
     return section
 
 
-def _need(section: dict[str, Any], key: str, source: object, name: str = "model") -> Any:
+def _require_field(section: dict[str, Any], key: str, source: object, name: str = "model") -> Any:
     if key not in section:
         raise ValueError(f"{source} lacks {name}.{key}; add the model's own value, it is never guessed")
     return section[key]
@@ -437,16 +449,16 @@ def _check(source: object, key: str, value: Any, accepted: tuple) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What a node names that is not to be called."""
+    """The name in a node that names a class or a function without calling it; other values as they are."""
     if isinstance(value, dict) and value.get("_call_") is False and value.keys() == {"_call_", "_target_"}:
         return value["_target_"]
     return value
 
 
-def _torch(dtype: DType) -> dict[str, Any]:
+def _torch_dtype(dtype: DType) -> dict[str, Any]:
     return {"_target_": f"torch.{dtype}", "_call_": False}
 
 
 def _shorten(value: float | None) -> float | None:
-    """Whole numbers without a point, as theirs are."""
+    """Whole numbers as int, as Megatron-Bridge writes them without a point."""
     return int(value) if value is not None and value == int(value) else value

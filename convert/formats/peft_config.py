@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json and our AdapterConfig, both ways.
 
-Which projections an adapter has is read from its tensors, not from target_modules, which may be a regular expression.
-What this program does not have is refused by name. The tensors are `table`'s.
+The projections of an adapter are read from its tensors, not from target_modules, which may be a regular expression.
+Options that this program does not have are refused by name. `table` has the tensors.
 """
 
 import reprlib
@@ -11,17 +11,17 @@ from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import require_field
 
-# Where an adapter is added is no choice of PEFT's: this key stands in our own folders only.
+# PEFT has no option for where an adapter is added: this key is in our own folders only.
 _AFTER_NORM = "gemma2_jax_after_norm"
-# Keys that are read below, and those that change nothing once an adapter is trained.
+# Keys that are read below, and keys that change nothing once an adapter is trained.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", _AFTER_NORM}
 _INERT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_pattern", "megatron_core", "loftq_config", "eva_config"),
     *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-# The other ways to start (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights that the adapter is added to.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Other initializations (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights that the adapter is added to.
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def adapter_config(peft: dict[str, Any], projections: list[str], source: object) -> AdapterConfig:
@@ -36,14 +36,14 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
         if peft.get(key) not in (True, False, None):
             raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
     rank, alpha = require_field(peft, "r", source), require_field(peft, "lora_alpha", source)
-    if peft.get("init_lora_weights") not in _STARTS:
+    if peft.get("init_lora_weights") not in _INITIALIZATIONS:
         raise ValueError(
             f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed "
             "base weights; save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
         )
     uniform = {"rank_pattern": rank, "alpha_pattern": alpha}
     for key, value in peft.items():
-        if key in uniform and isinstance(value, dict) and all(one == uniform[key] for one in value.values()):
+        if key in uniform and isinstance(value, dict) and all(number == uniform[key] for number in value.values()):
             continue
         if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
             raise ValueError(
@@ -66,7 +66,11 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
 
 
 def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dict[str, Any]:
-    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id, for PEFT or for `ours`."""
+    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id.
+
+    Args:
+      ours: whether it is for our own folders, which say where the adapter is added, and not for PEFT.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

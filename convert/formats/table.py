@@ -1,9 +1,10 @@
 """The one table of names and layouts: our weights, Hugging Face's tensors and, derived from it, PEFT's.
 
-A row reads left to right on import and right to left on export. Layouts are einops patterns in the letters of
-`dims`; a row whose name holds `{L}` is one tensor per layer there and one array stacked on L here. Every tensor on
-either side is claimed by exactly one row, or it is an error that names it. Values are never changed. Where tensors
-are stored, in which dtype and on which device is decided by callers: a tensor is whatever `read` returns.
+An array is ours, with a path such as blocks/attn/q/w; a tensor is Hugging Face's or PEFT's, with a name. A row reads
+left to right on import and right to left on export. Layouts are einops patterns in the letters of `dims`; a row whose
+name holds `{L}` is one tensor for each layer and one array stacked on L. Every tensor and every array is claimed by
+exactly one row, or it is an error that names it. Values are never changed. Where tensors are stored, in which dtype and
+on which device is decided by callers: a tensor is whatever `read` returns.
 """
 
 import fnmatch
@@ -19,77 +20,83 @@ from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index, Shapes, copy_array
 
-HEAD = "lm_head.weight"  # Hugging Face's output matrix: Gemma 2's is the embedding, so that no row has it
+HEAD = "lm_head.weight"  # Hugging Face's output matrix; no row has it, as Gemma 2's output matrix is the embedding
 
 
 @dataclass(frozen=True)
 class Row:
-    """One array of ours and what it is over there."""
+    """An array and the tensor, or the tensors of all layers, that hold the same values."""
 
-    path: str  # our path
-    dims: str  # our dims
-    name: str  # their name; {L} stands for the layer
-    layout: str  # their dims; a group such as (N H) is one dim
+    path: str  # the array's path
+    dims: str  # the array's dims: "L D N H"
+    name: str  # the tensor's name; {L} stands for the layer
+    layout: str  # the tensor's dims, where a group such as (N H) is one dim: "(N H) D"
 
     @property
     def stacked(self) -> bool:
-        """Whether theirs is a tensor per layer."""
+        """Whether the array stacks a tensor of each layer."""
         return "{L}" in self.name
 
     @property
     def letters(self) -> str:
-        """Our dims as the model spells them: "LDNH"."""
+        """The array's dims as the model spells them: "LDNH"."""
         return self.dims.replace(" ", "")
 
     @property
     def groups(self) -> list[str]:
-        """The letters of each of their dims: ["NH", "D"]."""
-        found = re.findall(r"\(([A-Z ]+)\)|([A-Z])", self.layout)
-        return [(group or letter).replace(" ", "") for group, letter in found]
+        """The letters of each of the tensor's dims: ["NH", "D"]."""
+        groups = re.findall(r"\(([A-Z ]+)\)|([A-Z])", self.layout)
+        return [(group or letter).replace(" ", "") for group, letter in groups]
 
     @property
     def layer_dims(self) -> str:
-        """Our dims of what one of their tensors holds."""
+        """The dims of that part of the array which one tensor holds: "D N H"."""
         return self.dims.removeprefix("L ") if self.stacked else self.dims
 
     def names(self, layers: int) -> list[str]:
-        """Their names, in the order of our L."""
+        """The names of the tensors, layer 0 first."""
         return [self.name.format(L=layer) for layer in range(layers)] if self.stacked else [self.name]
 
-    def join(self, size: Mapping[str, int], dtype, read: Callable[[str, Index], np.ndarray], index: Index):
-        """The part `index` of our array, of which only what it needs is asked of `read(their name, slices)`.
+    def read_array(
+        self, dim_sizes: Mapping[str, int], dtype, read: Callable[[str, Index], np.ndarray], index: Index
+    ) -> np.ndarray:
+        """The slices `index` of the array in `dtype`, of tensors that `read(name, slices)` gives.
 
-        Of one layer, or of what is not stacked, it is a view of what was read, in their order in memory.
+        Reads no more of the tensors than that takes. A part of one layer, or of an array that is not stacked, is a view
+        of what was read, with the tensor's order in memory.
+
+        Args:
+          dim_sizes: the size of each letter in the model.
         """
-        spans = {letter: range(size[letter])[at] for letter, at in zip(self.letters, index, strict=True)}
-        inner = {group[0]: math.prod(size[letter] for letter in group[1:]) for group in self.groups}
-        theirs = tuple(slice(spans[first].start * times, spans[first].stop * times) for first, times in inner.items())
+        spans = {letter: range(dim_sizes[letter])[span] for letter, span in zip(self.letters, index, strict=True)}
+        strides = {group[0]: math.prod(dim_sizes[letter] for letter in group[1:]) for group in self.groups}
+        slices = tuple(slice(spans[first].start * step, spans[first].stop * step) for first, step in strides.items())
         # Within a group only the first letter can be cut while reading; the others are cut from what was read.
         letters = self.layer_dims.replace(" ", "")
-        lengths = {letter: len(spans[letter]) if letter in inner else size[letter] for letter in letters}
-        rest = tuple(slice(None) if letter in inner else index[self.letters.index(letter)] for letter in letters)
+        lengths = {letter: len(spans[letter]) if letter in strides else dim_sizes[letter] for letter in letters}
+        cuts = tuple(slice(None) if letter in strides else index[self.letters.index(letter)] for letter in letters)
 
-        def layer(name: str) -> np.ndarray:
-            return rearrange(read(name, theirs), f"{self.layout} -> {self.layer_dims}", **lengths)[rest]
+        def read_layer(name: str) -> np.ndarray:
+            return rearrange(read(name, slices), f"{self.layout} -> {self.layer_dims}", **lengths)[cuts]
 
         if not self.stacked:
-            return layer(self.name).astype(dtype, copy=False)
-        if len(spans["L"]) == 1:  # which needs no copy
-            return layer(self.name.format(L=spans["L"].start))[None].astype(dtype, copy=False)
-        ours = np.empty([len(span) for span in spans.values()], dtype)
-        for at, number in enumerate(spans["L"]):
-            copy_array(ours[at], layer(self.name.format(L=number)))
-        return ours
+            return read_layer(self.name).astype(dtype, copy=False)
+        if len(spans["L"]) == 1:  # one layer needs no copy
+            return read_layer(self.name.format(L=spans["L"].start))[None].astype(dtype, copy=False)
+        array = np.empty([len(span) for span in spans.values()], dtype)
+        for position, layer in enumerate(spans["L"]):
+            copy_array(array[position], read_layer(self.name.format(L=layer)))
+        return array
 
-    def theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Their tensor of our array, of one layer if stacked and without that dim, or of a part of it; as a view."""
-        return rearrange(ours, f"{self.layer_dims} -> {self.layout}")
+    def to_tensor(self, array: np.ndarray) -> np.ndarray:
+        """The tensor of an array, or of some rows of it, as a view. Of a stacked array it takes one layer without L."""
+        return rearrange(array, f"{self.layer_dims} -> {self.layout}")
 
-    def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Their tensors of our whole array, as views of it."""
+    def to_tensors(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The name and the tensor of every layer of a whole array, as views of it."""
         names = self.names(len(array))
         for name, part in zip(names, array if self.stacked else [array], strict=True):
-            yield name, self.theirs(part)
+            yield name, self.to_tensor(part)
 
 
 _LAYER = "model.layers.{L}"
@@ -108,14 +115,14 @@ MODEL = (
     Row("blocks/post_mlp_norm/w", "L D", f"{_LAYER}.post_feedforward_layernorm.weight", "D"),
     Row("final_norm/w", "D", "model.norm.weight", "D"),
 )
-# Their matrices are [out, in]: those two are what an adapter's B and A share with its weight.
+# The tensors of matrices are [out, in]; an adapter's B has the first of these dims and its A the second.
 PROJECTIONS = {
     row.path.split("/", 1)[1].removesuffix("/w"): row for row in MODEL if row.stacked and row.letters != "LD"
 }
 
 
 def adapter_rows(projection: str) -> dict[str, Row]:
-    """PEFT's rows for the adapter of a projection such as "attn/q": its a, b and, of DoRA, m."""
+    """The rows of the adapter of a projection such as "attn/q": of its a, its b and its m, which DoRA alone has."""
     row = PROJECTIONS[projection]
     produced, contracted = row.groups
     path = row.path.removesuffix("w") + "adapter"
@@ -129,15 +136,15 @@ def adapter_rows(projection: str) -> dict[str, Row]:
 
 
 def match_targets(adapter: AdapterConfig) -> list[str]:
-    """The projections that have an adapter."""
+    """The projections that have an adapter, such as "attn/q", in the order of `PROJECTIONS`."""
     if adapter.kind == "none":
         return []
     return [name for name in PROJECTIONS if any(fnmatch.fnmatch(name, target) for target in adapter.targets)]
 
 
-def adapted_rows(found: Iterable[str]) -> list[str]:
-    """The projections of which an adapter's array is found, by our path or by PEFT's name with {L} for the layer."""
-    names = set(found)
+def adapted_rows(names: Iterable[str]) -> list[str]:
+    """The projections whose adapter is named, by the path of an array or by a tensor's name with {L} for the layer."""
+    names = set(names)
     return [
         projection
         for projection in PROJECTIONS
@@ -155,13 +162,13 @@ def table_rows(adapter: AdapterConfig) -> tuple[Row, ...]:
     )
 
 
-def our_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
-    """Our arrays of these rows, by path."""
+def array_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
+    """The shapes of the arrays of these rows, by path."""
     return {row.path: dims.weight_shape(row.letters, config, rank) for row in rows}
 
 
-def their_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
-    """Their tensors of these rows, by name."""
+def tensor_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
+    """The shapes of the tensors of these rows, by name."""
     shapes = {
         row.name: tuple(math.prod(dims.weight_shape(group, config, rank)) for group in row.groups) for row in rows
     }
@@ -169,12 +176,14 @@ def their_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> S
 
 
 def claim_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], source: object) -> None:
-    """Raises ValueError unless what was found in `source` is what the rows expect, naming the tensors."""
+    """Raises ValueError naming tensors (or arrays) that `source` lacks, has besides, or has in another shape."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         parts = [
-            f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names
+            f"{verb} {_list_names(names)}"
+            for verb, names in (("lacks", missing), ("has unexpected", unexpected))
+            if names
         ]
         raise ValueError(f"{source} {' and '.join(parts)}; check that its config and its weights belong together")
     for name, shape in expected.items():
@@ -185,7 +194,7 @@ def claim_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], source
             )
 
 
-def _listed(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -193,14 +202,14 @@ def _listed(names: list[str]) -> str:
 def check_tied_head(
     shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Index], np.ndarray], source: object
 ) -> None:
-    """Raises ValueError unless an output matrix that a checkpoint has is the embedding, as in Gemma 2."""
+    """Raises ValueError where a checkpoint has an output matrix [V, D] that is not the embedding, as in Gemma 2."""
     if HEAD not in shapes:
         return
     embedding, same = MODEL[0].name, True
     rows = shapes[HEAD][0] if shapes[HEAD] == shapes[embedding] else 0
-    for at in range(0, rows, 4096):  # bounded memory, and by bits: bfloat16 compares slowly
-        ours, theirs = (read(name, (slice(at, at + 4096), slice(None))) for name in (HEAD, embedding))
-        same = same and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    for row in range(0, rows, 4096):  # which bounds memory; bytes are compared, as bfloat16 compares slowly
+        output_VD, input_VD = (read(name, (slice(row, row + 4096), slice(None))) for name in (HEAD, embedding))
+        same = same and output_VD.dtype == input_VD.dtype and output_VD.tobytes() == input_VD.tobytes()
     if not rows or not same:
         raise ValueError(
             f"{source}: {HEAD} is not the embedding, so that the model has an untied head; "
@@ -209,19 +218,19 @@ def check_tied_head(
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Our weights by path, of a Hugging Face state dict held in memory. Raises ValueError naming what is wrong."""
+    """The arrays by path, of a Hugging Face state dict in memory. Raises ValueError naming a tensor that is wrong."""
     source = "the state dict"
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name != HEAD}
-    claim_tensors(their_shapes(MODEL, config), shapes, source)
+    claim_tensors(tensor_shapes(MODEL, config), shapes, source)
     check_tied_head(
-        {name: tensor.shape for name, tensor in tensors.items()}, lambda name, at: tensors[name][at], source
+        {name: tensor.shape for name, tensor in tensors.items()}, lambda name, index: tensors[name][index], source
     )
-    size = dims.dim_sizes(config)
+    dim_sizes = dims.dim_sizes(config)
     return {
-        row.path: row.join(
-            size,
+        row.path: row.read_array(
+            dim_sizes,
             tensors[row.names(config.layers)[0]].dtype,
-            lambda name, at: tensors[name][at],
+            lambda name, index: tensors[name][index],
             (slice(None),) * len(row.letters),
         )
         for row in MODEL
@@ -229,6 +238,6 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
 
 
 def to_hf(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """A Hugging Face state dict, of our weights by path. Raises ValueError naming what is wrong."""
-    claim_tensors(our_shapes(MODEL, config), {path: w.shape for path, w in weights.items()}, "the model")
-    return {name: tensor for row in MODEL for name, tensor in row.split(np.asarray(weights[row.path]))}
+    """A Hugging Face state dict, of arrays by path. Raises ValueError naming an array that is wrong."""
+    claim_tensors(array_shapes(MODEL, config), {path: w.shape for path, w in weights.items()}, "the model")
+    return {name: tensor for row in MODEL for name, tensor in row.to_tensors(np.asarray(weights[row.path]))}

@@ -43,7 +43,7 @@ class AdapterExports:
             model=config.model,
             adapter=config.adapter,
             base=config.init,
-            beside=(config.output / "tokenizer",),
+            companions=(config.output / "tokenizer",),
             sources=(_HostArrays(arrays),),
         )
         # That of a run which ended before its checkpoint was whole.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import writing
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
-from gemma2_jax.convert.files import folder as folders, orbax as arrays, safetensors as tensors
+from gemma2_jax.convert.files import folder, orbax, safetensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.writing import Job, write_checkpoint
@@ -43,11 +44,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def hf(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """Every biting model as transformers writes it, in one file."""
     folder = tmp_path_factory.mktemp("hf")
-    return {(name, dtype): _saved(folder / f"{name}-{dtype}", name, dtype) for name in BITING for dtype in DTYPES}
+    return {(name, dtype): _save_model(folder / f"{name}-{dtype}", name, dtype) for name in BITING for dtype in DTYPES}
 
 
-def _saved(path: Path, name: str, dtype: str, **how) -> Path:
-    hf_model(BITING[name]).to(DTYPES[dtype]).save_pretrained(path, **how)
+def _save_model(path: Path, name: str, dtype: str, **options) -> Path:
+    hf_model(BITING[name]).to(DTYPES[dtype]).save_pretrained(path, **options)
     for file, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ bos_token }}")):
         (path / file).write_text(text)
     return path
@@ -59,16 +60,16 @@ def copy(hf, tmp_path) -> Path:
     return Path(shutil.copytree(hf["2b", "float32"], tmp_path / "copy"))
 
 
-def _convert(source: Path, target: Path, to: writing.Format, **choices) -> Path:
-    write_checkpoint(Job(source=open_checkpoint(source), to=to, **choices), target)
+def _convert(source: Path, target: Path, to: writing.Format, **options) -> Path:
+    write_checkpoint(Job(source=open_checkpoint(source), to=to, **options), target)
     return target
 
 
-def _stored(folder: Path) -> dict[str, np.ndarray]:
+def _load_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def _same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+def _are_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     return left.keys() == right.keys() and all(
         left[key].dtype == right[key].dtype and left[key].tobytes() == right[key].tobytes() for key in left
     )
@@ -79,7 +80,7 @@ def _same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
 def test_round_trip_through_orbax_is_exact(hf, tmp_path, name, dtype):
     orbax = _convert(hf[name, dtype], tmp_path / "orbax", "orbax")
     back = _convert(orbax, tmp_path / "back", "hf")
-    assert _same(_stored(back), _stored(hf[name, dtype]))
+    assert _are_same(_load_tensors(back), _load_tensors(hf[name, dtype]))
     found = open_checkpoint(orbax)
     assert (found.format, found.model, found.tokenizer) == ("orbax", BITING[name], orbax)
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
@@ -92,46 +93,49 @@ def test_orbax_restores_what_is_written(hf, tmp_path, dtype):
     written = _convert(hf["2b", dtype], tmp_path / "orbax", "orbax") / "weights"
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(written)
-    assert _same(flatten_dict(tree, sep="/"), table.from_hf(_stored(hf["2b", dtype]), BITING["2b"]))
+    assert _are_same(flatten_dict(tree, sep="/"), table.from_hf(_load_tensors(hf["2b", dtype]), BITING["2b"]))
 
 
 @pytest.mark.parametrize("ocdbt", [False, True])
 @pytest.mark.parametrize("zarr3", [False, True])
 def test_what_orbax_writes_is_read(copy, tmp_path, ocdbt, zarr3):
-    weights = table.from_hf(_stored(copy), BITING["2b"])
+    weights = table.from_hf(_load_tensors(copy), BITING["2b"])
     weights["embedding"] = weights["embedding"].astype(jnp.bfloat16)
-    arrays = tmp_path / "orbax" / "weights"
+    weights_folder = tmp_path / "orbax" / "weights"
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
-    handler.save(epath.Path(arrays), args=ocp.args.PyTreeSave(unflatten_dict(weights, sep="/")))
-    handler.finalize(epath.Path(arrays))
+    handler.save(epath.Path(weights_folder), args=ocp.args.PyTreeSave(unflatten_dict(weights, sep="/")))
+    handler.finalize(epath.Path(weights_folder))
     handler.close()
-    shutil.copy(copy / "config.json", arrays.parent)
-    found = open_checkpoint(arrays.parent)
-    assert _same({path: np.asarray(w) for path, w in load_weights(found, found.shapes).items()}, weights)
-    if ocdbt:  # which holds the metadata of arrays itself
-        at = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
+    shutil.copy(copy / "config.json", weights_folder.parent)
+    found = open_checkpoint(weights_folder.parent)
+    assert _are_same({path: np.asarray(w) for path, w in load_weights(found, found.shapes).items()}, weights)
+    if ocdbt:  # an OCDBT database holds the metadata of arrays too
+        database = ts.KvStore.open(
+            {"driver": "ocdbt", "base": {"driver": "file", "path": f"{weights_folder}/"}}
+        ).result()
         name = "zarr.json" if zarr3 else ".zarray"
-        at.write(f"final_norm.w/{name}", b"[" * 100_000).result()
+        database.write(f"final_norm.w/{name}", b"[" * 100_000).result()
     else:
-        (arrays / "final_norm.w" / "zarr.json").write_bytes(b"[" * 100_000)
+        (weights_folder / "final_norm.w" / "zarr.json").write_bytes(b"[" * 100_000)
     with pytest.raises(ValueError, match=r"weights.*final_norm.w.* is not (the metadata|that) of an array"):
-        open_checkpoint(arrays.parent)  # where TensorStore overflows its stack
+        open_checkpoint(weights_folder.parent)  # where TensorStore overflows its stack
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards_are_read_and_written(hf, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(tensors.write_safetensors, "__defaults__", (50_000,))
-    theirs = _saved(tmp_path / "theirs", "2b", dtype, max_shard_size="50KB")
-    ours = _convert(theirs, tmp_path / "ours", "hf")
-    assert _same(_stored(ours), _stored(hf["2b", dtype]))
+    small_shards = partial(safetensors.ShardedFiles, shard_bytes=50_000)
+    monkeypatch.setattr(safetensors, "ShardedFiles", small_shards)
+    sharded = _save_model(tmp_path / "sharded", "2b", dtype, max_shard_size="50KB")
+    ours = _convert(sharded, tmp_path / "ours", "hf")
+    assert _are_same(_load_tensors(ours), _load_tensors(hf["2b", dtype]))
     index = json.loads((ours / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files == sorted(file.name for file in ours.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     with safe_open(ours / files[0], framework="np") as opened:
         assert opened.metadata() == {"format": "pt"}  # transformers 4 wants to be told
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _stored(ours).values())
-    assert _same(_stored(_convert(ours, tmp_path / "back", "hf")), _stored(hf["2b", dtype]))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _load_tensors(ours).values())
+    assert _are_same(_load_tensors(_convert(ours, tmp_path / "back", "hf")), _load_tensors(hf["2b", dtype]))
 
 
 @pytest.mark.parametrize("name", BITING)
@@ -151,7 +155,7 @@ def test_transformers_loads_what_is_written(hf, tmp_path, monkeypatch, caplog, n
 
 def test_dtype_is_cast_when_asked_for(hf, tmp_path):
     bfloat16 = _convert(hf["2b", "float32"], tmp_path / "bf16", "hf", dtype="bfloat16")
-    assert _same(_stored(bfloat16), _stored(hf["2b", "bfloat16"]))  # both round to nearest even
+    assert _are_same(_load_tensors(bfloat16), _load_tensors(hf["2b", "bfloat16"]))  # both round to nearest even
     config = json.loads((bfloat16 / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
@@ -169,7 +173,7 @@ def test_load_reads_slices_into_any_sharding(hf, tmp_path, to):
         for row in table.MODEL
     }
     loaded = load_weights(source, wanted)
-    whole = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    whole = table.from_hf(_load_tensors(hf["2b", "float32"]), BITING["2b"])
     for path, want in wanted.items():
         assert loaded[path].sharding == want.sharding and loaded[path].dtype == jnp.bfloat16
         np.testing.assert_array_equal(loaded[path], whole[path].astype(jnp.bfloat16))
@@ -179,15 +183,15 @@ def test_load_reads_slices_into_any_sharding(hf, tmp_path, to):
 
 def test_a_device_s_slice_is_all_that_is_read(hf, monkeypatch):
     source = open_checkpoint(hf["2b", "float32"])
-    read = tensors.Tensors.read
+    read = safetensors.Tensors.read
     sizes = []
 
-    def counted(self, name, index):
+    def read_counted(self, name, index):
         part = read(self, name, index)
         sizes.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(tensors.Tensors, "read", counted)
+    monkeypatch.setattr(safetensors.Tensors, "read", read_counted)
     shape = source.shapes["blocks/attn/q/w"]
     sharding = meshes.stored_sharding(meshes.make_mesh(MeshConfig(data=4, fsdp=1, tensor=2)), "LDNH", shape.shape)
     load_weights(source, {"blocks/attn/q/w": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)})
@@ -217,7 +221,7 @@ def test_unknown_folders_say_what_was_found(tmp_path):
         open_checkpoint("google/gemma-2-2b")  # the suite is offline
 
 
-def _cut(folder: Path):
+def _cut_short(folder: Path):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
 
@@ -227,7 +231,7 @@ def _without(name: str):
 
 
 def _rewrite(folder: Path, change):
-    stored = _stored(folder)
+    stored = _load_tensors(folder)
     change(stored)
     save_file(stored, folder / "model.safetensors")
 
@@ -235,7 +239,7 @@ def _rewrite(folder: Path, change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut, r"model\.safetensors is damaged or cut short .*; download it again"),
+        (_cut_short, r"model\.safetensors is damaged or cut short .*; download it again"),
         (_without("model.norm.weight"), r"lacks model\.norm\.weight;"),
         (lambda at: _rewrite(at, lambda s: s.update(extra=np.zeros(2))), "extra is stored as F64; this program reads"),
         (lambda at: _rewrite(at, lambda s: s.update(extra=np.zeros(2, "f4"))), "has unexpected extra;"),
@@ -257,9 +261,9 @@ def test_damaged_folders_are_refused(copy, damage, message):
 
 
 def test_a_tied_head_is_read_as_the_embedding(copy, tmp_path):
-    original = _stored(copy)
+    original = _load_tensors(copy)
     _rewrite(copy, lambda stored: stored.update({"lm_head.weight": stored["model.embed_tokens.weight"]}))
-    assert _same(_stored(_convert(copy, tmp_path / "out", "hf")), original)
+    assert _are_same(_load_tensors(_convert(copy, tmp_path / "out", "hf")), original)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def test_a_tied_head_is_read_as_the_embedding(copy, tmp_path):
     ],
 )
 def test_a_bad_index_is_refused(tmp_path, change, message):
-    folder = _saved(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
+    folder = _save_model(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     change(index["weight_map"])
@@ -291,7 +295,7 @@ def test_a_bad_index_is_refused(tmp_path, change, message):
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    folder = _saved(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
+    folder = _save_model(tmp_path / "sharded", "2b", "float32", max_shard_size="100KB")
     first, *_, last = sorted(folder.glob("*.safetensors"))
     save_file(load_file(first) | load_file(last), last)
     with pytest.raises(ValueError, match=r"which another file of .* holds too"):
@@ -299,8 +303,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 
 
 @contextmanager
-def _no_file_beyond(size: int):
-    """A disk on which writing fails midway, as far as this process can tell."""
+def _limit_file_size(size: int):
+    """Makes writing fail in the middle of a file that grows beyond `size`, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -313,7 +317,7 @@ def _no_file_beyond(size: int):
 def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
     target = tmp_path / "out" / to
     job = Job(source=open_checkpoint(hf["2b", "float32"]), to=to)
-    with _no_file_beyond(20_000), pytest.raises((OSError, ValueError)):
+    with _limit_file_size(20_000), pytest.raises((OSError, ValueError)):
         write_checkpoint(job, target)
     assert list(target.parent.iterdir()) == []
     write_checkpoint(job, target)
@@ -321,11 +325,11 @@ def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
 
 
 def test_what_a_killed_run_left_is_no_part_of_the_next(hf, tmp_path):
-    left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "model.safetensors.index.json").write_text("{}")
+    partial_folder = tmp_path / ".out.partial"
+    partial_folder.mkdir()
+    (partial_folder / "model.safetensors.index.json").write_text("{}")
     target = _convert(hf["2b", "float32"], tmp_path / "out", "hf")
-    assert not left.exists()
+    assert not partial_folder.exists()
     assert not (target / "model.safetensors.index.json").exists()
 
 
@@ -338,30 +342,30 @@ def test_existing_folders_are_refused_and_kept(hf, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_a_byte(hf, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB, and .* has 0\.0 GB free; write to another disk"):
         _convert(hf["2b", "float32"], tmp_path / "out", "hf")
     assert list(tmp_path.iterdir()) == []
 
 
-def _config(init: Path, adapter: AdapterConfig) -> Config:
+def _run_config(init: Path, adapter: AdapterConfig) -> Config:
     model = replace(BITING["2b"], max_length=2048)
     return Config(workdir="x", model=model, adapter=adapter, optim=OptimConfig(lr=1.0), init=str(init))
 
 
 def test_a_run_stores_its_layers_apart(hf, tmp_path):
-    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
-    workdir = saved_run(tmp_path / "run", _config(hf["2b", "float32"], AdapterConfig()), {1: weights})
-    reader = arrays.Reader(workdir / "checkpoints" / "1" / "params")
+    weights = table.from_hf(_load_tensors(hf["2b", "float32"]), BITING["2b"])
+    workdir = saved_run(tmp_path / "run", _run_config(hf["2b", "float32"], AdapterConfig()), {1: weights})
+    reader = orbax.Reader(workdir / "checkpoints" / "1" / "params")
     for path in ("blocks/attn/q/w", "blocks/pre_attn_norm/w", "embedding"):
         chunk = reader.chunk(path)
         assert chunk == ((1, *weights[path].shape[1:]) if path.startswith("blocks/") else weights[path].shape), path
 
 
 def test_a_full_run_is_its_newest_step(hf, tmp_path):
-    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
+    weights = table.from_hf(_load_tensors(hf["2b", "float32"]), BITING["2b"])
     steps = {9: {path: w + 1 for path, w in weights.items()}, 10: weights}
-    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), steps)
+    workdir = saved_run(tmp_path / "run", _run_config(hf["2b", "bfloat16"], AdapterConfig()), steps)
     (workdir / "checkpoints" / "11.orbax-checkpoint-tmp-1").mkdir()
     found = open_checkpoint(workdir)
     assert (found.format, found.tokenizer, found.model) == (
@@ -370,9 +374,9 @@ def test_a_full_run_is_its_newest_step(hf, tmp_path):
         replace(BITING["2b"], max_length=2048),
     )
     # The weights it started from were bfloat16, so those it ends with are by default.
-    assert _same(_stored(_convert(workdir, tmp_path / "hf", "hf")), _stored(hf["2b", "bfloat16"]))
+    assert _are_same(_load_tensors(_convert(workdir, tmp_path / "hf", "hf")), _load_tensors(hf["2b", "bfloat16"]))
     whole = _convert(workdir, tmp_path / "hf32", "hf", dtype="float32")
-    assert _same(_stored(whole), _stored(hf["2b", "float32"]))
+    assert _are_same(_load_tensors(whole), _load_tensors(hf["2b", "float32"]))
     assert json.loads((whole / "config.json").read_text())["max_position_embeddings"] == 2048
     ninth = open_checkpoint(workdir / "checkpoints" / "9")
     final = load_weights(ninth, {"final_norm/w": jax.ShapeDtypeStruct((36,), jnp.float32)})["final_norm/w"]
@@ -383,28 +387,28 @@ def test_a_full_run_is_its_newest_step(hf, tmp_path):
 
 
 def test_a_run_s_own_tokenizer_and_config_come_first(hf, tmp_path):
-    weights = table.from_hf(_stored(hf["2b", "float32"]), BITING["2b"])
-    workdir = saved_run(tmp_path / "run", _config(hf["2b", "bfloat16"], AdapterConfig()), {1: weights})
-    kept = workdir / "tokenizer"
-    kept.mkdir()
-    (kept / "tokenizer.json").write_text("[]")
-    written = hf_config(BITING["2b"], "float32") | {"eos_token_id": [1, 107]}
-    (kept / "config.json").write_text(json.dumps(written))
-    assert open_checkpoint(workdir).tokenizer == kept
+    weights = table.from_hf(_load_tensors(hf["2b", "float32"]), BITING["2b"])
+    workdir = saved_run(tmp_path / "run", _run_config(hf["2b", "bfloat16"], AdapterConfig()), {1: weights})
+    tokenizer = workdir / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("[]")
+    config = hf_config(BITING["2b"], "float32") | {"eos_token_id": [1, 107]}
+    (tokenizer / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(workdir).tokenizer == tokenizer
     target = _convert(workdir, tmp_path / "hf", "hf")
     assert (target / "tokenizer.json").read_text() == "[]"
     assert (target / "generation_config.json").exists()
     assert json.loads((target / "config.json").read_text())["eos_token_id"] == [1, 107]
-    assert _same(_stored(target), _stored(hf["2b", "float32"]))
+    assert _are_same(_load_tensors(target), _load_tensors(hf["2b", "float32"]))
 
 
 def test_command_line(hf, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["convert", str(hf["2b", "float32"]), "out", "--to", "orbax"])
     main()
-    said = capsys.readouterr().out
-    assert "as a Hugging Face model: Gemma 2 of 3 layers, 66,132 parameters" in said
-    assert "wrote out: weights, 264.5 kB of float32" in said
+    output = capsys.readouterr().out
+    assert "as a Hugging Face model: Gemma 2 of 3 layers, 66,132 parameters" in output
+    assert "wrote out: weights, 264.5 kB of float32" in output
     with pytest.raises(SystemExit, match=r"error: .* exists already"):
         main()
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from fuzzing import mutated
+from fuzzing import mutate
 from megatron_files import FIXTURES
 from peers import BITING
 from runs import saved_run
@@ -31,7 +31,7 @@ from runs import saved_run
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
-from gemma2_jax.convert.files import pickles, safetensors as tensors, torch_files
+from gemma2_jax.convert.files import pickles, safetensors, torch_files
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
@@ -306,8 +306,8 @@ def _emptied(case: Case, path: Path, chance: random.Random) -> None:
 
 KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
     "cut short": _cut_short,
-    "bytes": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
-    "bytes again": lambda case, path, chance: case.put(path, mutated(case.files[path] or b"x", chance)),
+    "bytes": lambda case, path, chance: case.put(path, mutate(case.files[path] or b"x", chance)),
+    "bytes again": lambda case, path, chance: case.put(path, mutate(case.files[path] or b"x", chance)),
     "longer": lambda case, path, chance: case.put(path, case.files[path] + bytes(chance.randrange(1, 100))),
     "gone": lambda case, path, chance: case.put(path, None),
     "empty": lambda case, path, chance: case.put(path, b""),
@@ -329,26 +329,27 @@ KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
 # Checkpoints
 
 
-def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], rank: int = 0, dtype=jnp.float32, **how) -> Path:
+def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], rank: int = 0, dtype=jnp.float32, **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = table.their_shapes(rows, TINY, rank)
+    shapes = table.tensor_shapes(rows, TINY, rank)
     wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     numbers = np.random.default_rng(0)
     parts = (numbers.normal(size=shape).astype(dtype) for shape in shapes.values())
-    tensors.write_safetensors(folder, stem, wanted, parts, lambda size: None, **how)
+    files = safetensors.ShardedFiles(folder, stem, **options)
+    safetensors.write_safetensors(files, wanted, parts, lambda size: None)
     return folder
 
 
-def _model(folder: Path, **how) -> Path:
-    _tensors(folder, tensors.MODEL, table.MODEL, **how)
-    tensors.write_json(folder / "config.json", hf_config(TINY, "float32"))
+def _model(folder: Path, **options) -> Path:
+    _tensors(folder, safetensors.MODEL, table.MODEL, **options)
+    safetensors.write_json(folder / "config.json", hf_config(TINY, "float32"))
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
 def _adapter(folder: Path, base: Path, adapter: AdapterConfig = LORA) -> Path:
-    _tensors(folder, tensors.ADAPTER, table.table_rows(adapter), adapter.rank)
-    tensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
+    _tensors(folder, safetensors.ADAPTER, table.table_rows(adapter), adapter.rank)
+    safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
     return folder
 
 
@@ -366,7 +367,7 @@ def _lora(root: Path) -> Case:
 
 def _dora(root: Path) -> Case:
     folder = _adapter(root / "peft", Path("gone"), replace(LORA, kind="dora"))
-    _model(root / "hf").joinpath(tensors.MODEL).unlink()
+    _model(root / "hf").joinpath(safetensors.MODEL).unlink()
     return Case(root, folder, {"hf_config": root / "hf"}, targets=("peft",))
 
 
@@ -384,7 +385,7 @@ def _trained(root: Path) -> Case:
         workdir="x", model=TINY, adapter=LORA, optim=OptimConfig(lr=1.0), init=str(base),
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
-    shapes = table.our_shapes(table.table_rows(LORA), TINY, LORA.rank)
+    shapes = table.array_shapes(table.table_rows(LORA), TINY, LORA.rank)
     folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
     return Case(root, folder, targets=("peft", "orbax", "merged"))
 
@@ -394,7 +395,7 @@ def _trained_whole(root: Path) -> Case:
     config = Config(
         workdir="x", model=TINY, optim=OptimConfig(lr=1.0), init=str(base), train=TrainConfig(sequence_length=8)
     )
-    weights = {path: np.ones(shape, "f4") for path, shape in table.our_shapes(table.MODEL, TINY).items()}
+    weights = {path: np.ones(shape, "f4") for path, shape in table.array_shapes(table.MODEL, TINY).items()}
     return Case(root, saved_run(root / "run", config, {9: weights, 10: weights}))
 
 
@@ -408,7 +409,7 @@ def _legacy(root: Path) -> Case:
     write_checkpoint(
         Job(source=open_checkpoint(_model(root / "hf")), to="megatron-legacy", ranks=(2, 2)), root / "legacy"
     )
-    (root / "hf" / tensors.MODEL).unlink()
+    (root / "hf" / safetensors.MODEL).unlink()
     return Case(root, root / "legacy", {"hf_config": root / "hf"})
 
 

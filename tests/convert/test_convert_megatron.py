@@ -26,21 +26,21 @@ from megatron_files import (
     STACKED,
     TINY,
     as_numpy,
+    assert_same_parts,
     bits,
     changed_ranks,
     convert,
-    grouped,
-    legacy,
-    model_of,
-    padded,
-    parts,
-    quietly,
-    rank_files,
-    stored,
+    hf_twin,
+    load_rank_files,
+    load_tensors,
+    load_torch_dist,
+    pad_embedding,
+    qkv_rows,
+    save_legacy,
+    save_torch_dist,
     torch_bytes,
-    torch_dist,
-    torchs,
-    twin,
+    twin_model,
+    without_warnings,
 )
 from peers import BITING, hf_config, hf_model
 from safetensors.numpy import save_file
@@ -60,8 +60,8 @@ Tensors = dict[str, np.ndarray]
 
 
 def open_fixture(name: str) -> Checkpoint:
-    said = name.startswith(("torch_dist", "optimizer"))
-    return open_checkpoint(FIXTURES / name, hf_config=None if said else twin(name))
+    states_config = name.startswith(("torch_dist", "optimizer"))
+    return open_checkpoint(FIXTURES / name, hf_config=None if states_config else hf_twin(name))
 
 
 NAMES = {
@@ -75,17 +75,17 @@ NAMES = {
 
 
 def to_megatron(hf: Tensors, c: ModelConfig) -> Tensors:
-    """What Hugging Face's tensors are in Megatron, row by row."""
+    """Megatron's tensors of Hugging Face's, put together row by row."""
     layers = [
         {n.removeprefix(f"model.layers.{i}."): x for n, x in hf.items() if f".layers.{i}." in n}
         for i in range(c.layers)
     ]
     found = {
-        f"decoder.layers.{name}": np.stack([layer[f"{theirs}.weight"] for layer in layers])
-        for name, theirs in NAMES.items()
+        f"decoder.layers.{name}": np.stack([layer[f"{hf_name}.weight"] for layer in layers])
+        for name, hf_name in NAMES.items()
     }
     found["decoder.layers.self_attention.linear_qkv.weight"] = np.stack(
-        [np.stack([layer[f"self_attn.{x}_proj.weight"][row] for x, row in grouped(c)]) for layer in layers]
+        [np.stack([layer[f"self_attn.{x}_proj.weight"][row] for x, row in qkv_rows(c)]) for layer in layers]
     )
     found["decoder.layers.mlp.linear_fc1.weight"] = np.stack(
         [np.concatenate([layer[f"mlp.{x}_proj.weight"] for x in ("gate", "up")]) for layer in layers]
@@ -109,36 +109,36 @@ def hf(tmp_path_factory) -> Callable[[str, str], Path]:
     return saved
 
 
-# What Megatron wrote
+# Checkpoints that Megatron wrote
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_megatron_wrote_is_its_twin(name, tmp_path):
     source = open_fixture(name)
-    assert (source.format, source.model) == ("megatron", model_of(name))
+    assert (source.format, source.model) == ("megatron", twin_model(name))
     parallel = "at TP {} and PP {}".format(*re.findall(r"\d", name.rpartition("_")[2]))
     kind = "legacy torch" if name.startswith("legacy") else "torch_dist"
     assert source.layout == (kind if name.startswith("megatron_lm") else f"{kind} {parallel}")
     assert all("rng_state" in note for note in source.notes)
     assert bool(source.notes) == (not name.startswith("torch_dist"))
     target = convert(source, tmp_path / "hf", "hf")
-    assert bits(stored(target)) == bits(stored(twin(name)))
-    assert open_checkpoint(target).model == model_of(name)
+    assert bits(load_tensors(target)) == bits(load_tensors(hf_twin(name)))
+    assert open_checkpoint(target).model == twin_model(name)
 
 
 def test_an_optimizer_s_state_is_left_and_named(tmp_path):
     source = open_fixture("optimizer/A_bf16_tp1pp1")
     assert source.notes == ("not read, as it is no weight: optimizer (30), rng_state (1)",)
     target = convert(source, tmp_path / "hf", "hf")
-    state = torchs(FIXTURES / "optimizer" / "A_bf16_tp1pp1" / "iter_0000001")
-    theirs = as_numpy({name: x for name, x in state.items() if not name.startswith("optimizer.")})
-    assert bits(to_megatron(stored(target), model_of("bf16"))) == bits(theirs)
-    assert bits(stored(target)) != bits(stored(HF["bf16"]))
+    state = load_torch_dist(FIXTURES / "optimizer" / "A_bf16_tp1pp1" / "iter_0000001")
+    weights = as_numpy({name: x for name, x in state.items() if not name.startswith("optimizer.")})
+    assert bits(to_megatron(load_tensors(target), twin_model("bf16"))) == bits(weights)
+    assert bits(load_tensors(target)) != bits(load_tensors(HF["bf16"]))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_any_part_of_an_array_is_read(name):
-    parts(open_fixture(name), open_checkpoint(twin(name)))
+    assert_same_parts(open_fixture(name), open_checkpoint(hf_twin(name)))
 
 
 def test_devices_get_their_slices():
@@ -157,7 +157,7 @@ def test_devices_get_their_slices():
 # Round trips
 
 
-def legal(c: ModelConfig) -> list[tuple[int, int]]:
+def legal_ranks(c: ModelConfig) -> list[tuple[int, int]]:
     return [
         (tp, pp)
         for tp, pp in product(range(1, 9), repeat=2)
@@ -165,15 +165,15 @@ def legal(c: ModelConfig) -> list[tuple[int, int]]:
     ]
 
 
-def some_exhaustive(cases: list, sample: list) -> list:
+def mark_exhaustive(cases: list, sample: list) -> list:
     assert all(case in cases for case in sample)
     return [case if case in sample else pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "ranks"),
-    some_exhaustive(
-        [(name, dtype, ranks) for name in BITING for dtype in DTYPES for ranks in legal(BITING[name])],
+    mark_exhaustive(
+        [(name, dtype, ranks) for name in BITING for dtype in DTYPES for ranks in legal_ranks(BITING[name])],
         [
             ("2b", "bfloat16", (2, 3)),
             ("9b", "float32", (1, 4)),
@@ -187,16 +187,17 @@ def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
     at = convert(original, tmp_path / "orbax", "orbax")
     at = convert(at, tmp_path / "megatron", "megatron")
     assert open_checkpoint(at).model == BITING[name]
-    assert bits(stored(convert(at, tmp_path / "direct", "hf"))) == bits(stored(original))
-    legacy = convert(at, tmp_path / "legacy", "megatron-legacy", ranks=ranks)
-    found = open_checkpoint(legacy, hf_config=original)
+    assert bits(load_tensors(convert(at, tmp_path / "direct", "hf"))) == bits(load_tensors(original))
+    ranked = convert(at, tmp_path / "legacy", "megatron-legacy", ranks=ranks)
+    found = open_checkpoint(ranked, hf_config=original)
     assert found.layout == f"legacy torch at TP {ranks[0]} and PP {ranks[1]}"
     at = convert(found, tmp_path / "again", "megatron")
     at = convert(at, tmp_path / "orbax-again", "orbax")
     back = convert(at, tmp_path / "back", "hf")
-    assert bits(stored(back)) == bits(stored(original))
+    assert bits(load_tensors(back)) == bits(load_tensors(original))
     assert all(
-        one.within(0) for one in verify.compare_checkpoints(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at))
+        difference.within(0)
+        for difference in verify.compare_checkpoints(open_checkpoint(tmp_path / "orbax"), open_checkpoint(at))
     )
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (back / file).read_bytes() == (original / file).read_bytes()
@@ -205,33 +206,35 @@ def test_a_chain_of_all_formats_is_exact(hf, tmp_path, name, dtype, ranks):
 @pytest.mark.parametrize("to", ["megatron", "megatron-legacy"])
 def test_a_merged_adapter(tmp_path, to):
     adapted = open_checkpoint(PEFT, base=HF["f32"])
-    merged = stored(convert(adapted, tmp_path / "hf", "hf", merge=True))
+    merged = load_tensors(convert(adapted, tmp_path / "hf", "hf", merge=True))
     at = open_checkpoint(convert(adapted, tmp_path / "there", to, merge=True), hf_config=HF["f32"])
-    assert bits(stored(convert(at, tmp_path / "back", "hf"))) == bits(merged) != bits(stored(HF["f32"]))
+    assert bits(load_tensors(convert(at, tmp_path / "back", "hf"))) == bits(merged) != bits(load_tensors(HF["f32"]))
 
 
 def test_dtypes_are_cast_when_asked_for(tmp_path):
     target = convert(HF["f32"], tmp_path / "out", "megatron", dtype="bfloat16")
-    assert bits(stored(convert(target, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+    assert bits(load_tensors(convert(target, tmp_path / "hf", "hf"))) == bits(load_tensors(HF["bf16"]))
     run = yaml.safe_load((target / "iter_0000000" / "run_config.yaml").read_text())
     assert run["model"]["bf16"] is True
 
 
 def test_fused_tensors_of_two_dtypes_lose_nothing(tmp_path):
-    """What was stored in bfloat16 and is fused with float32 becomes float32."""
+    """A tensor of bfloat16 that is fused with one of float32 becomes float32."""
     mixed = Path(shutil.copytree(HF["f32"], tmp_path / "mixed"))
-    tensors = {n: x.astype(jnp.bfloat16) if "q_proj" in n or "up_proj" in n else x for n, x in stored(mixed).items()}
+    tensors = {
+        n: x.astype(jnp.bfloat16) if "q_proj" in n or "up_proj" in n else x for n, x in load_tensors(mixed).items()
+    }
     save_file(tensors, mixed / "model.safetensors")
     for to in ("megatron", "megatron-legacy"):
         at = convert(open_checkpoint(convert(mixed, tmp_path / to, to), hf_config=mixed), tmp_path / f"{to}-hf", "hf")
-        assert bits(stored(at)) == bits({name: x.astype(np.float32) for name, x in tensors.items()})
+        assert bits(load_tensors(at)) == bits({name: x.astype(np.float32) for name, x in tensors.items()})
 
 
-# What we write against what Megatron wrote
+# The files that are written, against those that Megatron wrote
 
 
 def entries(folder: Path) -> dict[str, tuple]:
-    """What torch says of each entry, whatever the order of its chunks."""
+    """Torch's metadata of each entry, with its chunks sorted."""
     metadata = dcp.FileSystemReader(str(folder)).read_metadata()
     return {
         name: (tuple(x.size), x.properties, sorted((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks))
@@ -251,7 +254,7 @@ def objects(folder: Path) -> dict[str, object]:
 
 
 def plain(x):
-    """Something that == compares."""
+    """The content with plain values in place of tensors, so that == compares it."""
     if isinstance(x, torch.Tensor):
         return str(x.dtype), tuple(x.shape), torch_bytes(x)
     if isinstance(x, dict):
@@ -271,17 +274,17 @@ SAVED = {
 def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
     name, source, to = SAVED[case]
     ours, theirs = convert(source(), tmp_path / "out", to), FIXTURES / name
-    listed = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, theirs)]
-    apart = {file for file in listed[0] ^ listed[1] if ".distcp" not in file and "tokenizer" not in file}
-    assert apart - {"iter_0000000/tokenizer/generation_config.json"} == set()
-    at, there = ours / "iter_0000000", theirs / "iter_0000000"
-    assert entries(at) == entries(there)
-    assert objects(at) == objects(there)
-    assert bits(as_numpy(torchs(at))) == bits(as_numpy(torchs(there)))
-    quietly(format_utils.dcp_to_torch_save, str(at), str(tmp_path / "one.pt"))
+    file_names = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, theirs)]
+    different = {file for file in file_names[0] ^ file_names[1] if ".distcp" not in file and "tokenizer" not in file}
+    assert different - {"iter_0000000/tokenizer/generation_config.json"} == set()
+    at, expected = ours / "iter_0000000", theirs / "iter_0000000"
+    assert entries(at) == entries(expected)
+    assert objects(at) == objects(expected)
+    assert bits(as_numpy(load_torch_dist(at))) == bits(as_numpy(load_torch_dist(expected)))
+    without_warnings(format_utils.dcp_to_torch_save, str(at), str(tmp_path / "one.pt"))
     together = torch.load(tmp_path / "one.pt", weights_only=True)
-    assert {name: plain(x) for name, x in together.items()} == plain(torchs(there)) | objects(there)
-    assert json.loads((at / "metadata.json").read_text()) == json.loads((there / "metadata.json").read_text())
+    assert {name: plain(x) for name, x in together.items()} == plain(load_torch_dist(expected)) | objects(expected)
+    assert json.loads((at / "metadata.json").read_text()) == json.loads((expected / "metadata.json").read_text())
     for file in ("iter_0000000/common.pt", "iter_0000000/train_state.pt", "latest_train_state.pt"):
         assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(theirs / file, weights_only=True))
     tracker = "latest_checkpointed_iteration.txt"
@@ -298,7 +301,7 @@ def test_torch_reshards_what_we_write(tmp_path):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     at = convert(HF["bf16"], tmp_path / "out", "megatron") / "iter_0000000"
-    whole = to_megatron(stored(HF["bf16"]), model_of("bf16"))
+    whole = to_megatron(load_tensors(HF["bf16"]), twin_model("bf16"))
     dims = {"embedding": 0, "linear_qkv.weight": 1, "linear_proj.weight": 2, "fc1.weight": 1, "fc2.weight": 2}
     for rank in range(4):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
@@ -316,7 +319,7 @@ def test_torch_reshards_what_we_write(tmp_path):
                 ]
                 local = torch.zeros_like(expected[name]).contiguous()
                 state[name] = DTensor.from_local(local, mesh, placements, shape=x.shape, stride=x.stride())
-            quietly(dcp.load, state, checkpoint_id=str(at), no_dist=True)
+            without_warnings(dcp.load, state, checkpoint_id=str(at), no_dist=True)
             assert all(torch.equal(state[name].to_local(), part) for name, part in expected.items())
         finally:
             torch.distributed.destroy_process_group()
@@ -334,15 +337,15 @@ def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["A_f32_tp1pp1", "A_bf16_tp2pp1", "A_bf16_tp2pp2"])
 def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):
     ranks = tuple(int(digit) for digit in re.findall(r"\d", name.rpartition("_")[2]))
-    ours = convert(twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
-    found, theirs = rank_files(ours), rank_files(FIXTURES / "legacy" / name)
+    ours = convert(hf_twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
+    found, theirs = load_rank_files(ours), load_rank_files(FIXTURES / "legacy" / name)
     assert found.keys() == theirs.keys()
     for rank, content in theirs.items():
         assert plain(dict(found[rank]["model"])) == plain(dict(content["model"]))
         assert found[rank]["checkpoint_version"] == content["checkpoint_version"]
-        said, meant = vars(found[rank]["args"]), vars(content["args"])
+        args, expected_args = vars(found[rank]["args"]), vars(content["args"])
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "params_dtype"):
-            assert said[key] == meant[key], key
+            assert args[key] == expected_args[key], key
     for file in ours.glob("iter_*/*/*.pt"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             torch.load(file, weights_only=True)
@@ -357,7 +360,7 @@ def numbered(tmp_path) -> Path:
     """A model whose weights say which row they are: k's from 100 on, v's from 200, up's from 100."""
     first = {"k_proj": 100, "v_proj": 200, "up_proj": 100}
     tensors = {}
-    for name, shape in table.their_shapes(table.MODEL, TINY).items():
+    for name, shape in table.tensor_shapes(table.MODEL, TINY).items():
         rows = np.arange(shape[0]) + next((at for key, at in first.items() if key in name), 0)
         tensors[name] = np.ascontiguousarray(
             np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape), np.float32
@@ -394,11 +397,11 @@ def test_rows_of_each_rank(numbered, tmp_path):
             for end, columns in COLUMNS.items():
                 assert not name.endswith(end) or x[0].tolist() == columns[rank]
     found = open_checkpoint(at, hf_config=numbered)
-    assert bits(stored(convert(found, tmp_path / "back", "hf"))) == bits(stored(numbered))
+    assert bits(load_tensors(convert(found, tmp_path / "back", "hf"))) == bits(load_tensors(numbered))
 
 
 def test_rows_of_the_whole(numbered, tmp_path):
-    state = torchs(convert(numbered, tmp_path / "megatron", "megatron") / "iter_0000000")
+    state = load_torch_dist(convert(numbered, tmp_path / "megatron", "megatron") / "iter_0000000")
     rows = {end: [*one, *other] for end, (one, other) in ROWS.items()} | {
         "linear_fc1.weight": [0, 1, 2, 3, 100, 101, 102, 103]
     }
@@ -408,10 +411,10 @@ def test_rows_of_the_whole(numbered, tmp_path):
                 assert x.reshape(-1, x.shape[-1])[:, 0].tolist() == expected
 
 
-# Other ways to say the same
+# Other layouts of the same tensors
 
 
-def unstacked(state: dict) -> dict:
+def unstack_layers(state: dict) -> dict:
     found = {}
     for name, x in state.items():
         if name.startswith(STACKED):
@@ -421,8 +424,8 @@ def unstacked(state: dict) -> dict:
     return found
 
 
-def apart(state: dict) -> dict:
-    """Gate and up as two."""
+def split_gate_up(state: dict) -> dict:
+    """Gate and up as two tensors instead of one."""
     found = {}
     for name, x in state.items():
         halves = x.clone().chunk(2, -2) if name.endswith("fc1.weight") else ()
@@ -430,23 +433,25 @@ def apart(state: dict) -> dict:
     return found
 
 
-def prefixed(prefix: str) -> Callable[[dict], dict]:
+def add_prefix(prefix: str) -> Callable[[dict], dict]:
     return lambda state: {prefix + name: x for name, x in state.items()}
 
 
-SAID = {"iteration": 7, "args": argparse.Namespace(num_layers=4, hidden_size=64)}
+COMMON_STATE = {"iteration": 7, "args": argparse.Namespace(num_layers=4, hidden_size=64)}
 VARIANTS: dict[str, Callable[[dict], dict]] = {
-    "a tensor a layer": unstacked,
-    "gate and up apart": apart,
-    "gate and up of a layer apart": lambda state: apart(unstacked(state)),
-    "model.": prefixed("model."),
-    "module.module.": prefixed("module.module."),
-    "model.module.a tensor a layer": lambda state: prefixed("model.module.")(unstacked(state)),
-    "padded": padded(128),
-    "padded for TP 2": padded(256),
+    "a tensor a layer": unstack_layers,
+    "gate and up apart": split_gate_up,
+    "gate and up of a layer apart": lambda state: split_gate_up(unstack_layers(state)),
+    "model.": add_prefix("model."),
+    "module.module.": add_prefix("module.module."),
+    "model.module.a tensor a layer": lambda state: add_prefix("model.module.")(unstack_layers(state)),
+    "padded": pad_embedding(128),
+    "padded for TP 2": pad_embedding(256),
     "a head": lambda state: state | {HEAD: state["embedding.word_embeddings.weight"]},
-    "a padded head": lambda state: (both := padded(128)(state)) | {HEAD: both["embedding.word_embeddings.weight"]},
-    "common state inside": lambda state: state | {"common_state/shard_0_1": [SAID]},
+    "a padded head": lambda state: (
+        (both := pad_embedding(128)(state)) | {HEAD: both["embedding.word_embeddings.weight"]}
+    ),
+    "common state inside": lambda state: state | {"common_state/shard_0_1": [COMMON_STATE]},
     "FP8 state as tensors": lambda state: (
         state
         | {f"{at}._extra_state/shard_0_1.0": torch.zeros(3) for at in ("decoder.final_layernorm", "decoder.layers.x")}
@@ -461,40 +466,40 @@ VARIANTS: dict[str, Callable[[dict], dict]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_torch_dist(variant, tmp_path):
     common = None if variant == "common state inside" else {"iteration": 7}
-    state = VARIANTS[variant](torchs(ONE / "iter_0000000"))
-    source = open_checkpoint(torch_dist(tmp_path / "it", state, ONE, common))
+    state = VARIANTS[variant](load_torch_dist(ONE / "iter_0000000"))
+    source = open_checkpoint(save_torch_dist(tmp_path / "it", state, ONE, common))
     noted = ("not read, as it is no weight: optimizer (1), rng_state (1)",) if variant == "other state" else ()
     assert source.notes == noted
-    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+    assert bits(load_tensors(convert(source, tmp_path / "hf", "hf"))) == bits(load_tensors(HF["f32"]))
 
 
 @pytest.mark.parametrize("rows", [0, 128])
 def test_another_head_is_refused(rows, tmp_path):
-    state = padded(rows)(torchs(ONE / "iter_0000000"))
+    state = pad_embedding(rows)(load_torch_dist(ONE / "iter_0000000"))
     head = state["embedding.word_embeddings.weight"].clone()
     head[511] += 1
     with pytest.raises(ValueError, match=r"lm_head\.weight is not the embedding, so that the model has an untied head"):
-        open_checkpoint(torch_dist(tmp_path / "it", state | {HEAD: head}, ONE))
+        open_checkpoint(save_torch_dist(tmp_path / "it", state | {HEAD: head}, ONE))
 
 
 def test_a_head_s_padding_is_not_compared(tmp_path):
-    state = padded(128, HEAD)(padded(128)(torchs(ONE / "iter_0000000")))
+    state = pad_embedding(128, HEAD)(pad_embedding(128)(load_torch_dist(ONE / "iter_0000000")))
     state[HEAD][:512] = state["embedding.word_embeddings.weight"][:512]
-    assert open_checkpoint(torch_dist(tmp_path / "it", state, ONE)).model == model_of("f32")
+    assert open_checkpoint(save_torch_dist(tmp_path / "it", state, ONE)).model == twin_model("f32")
 
 
 def test_args_in_the_common_state_are_checked(tmp_path):
-    state = torchs(ONE / "iter_0000000")
-    said = {"args": argparse.Namespace(num_layers=5)}
-    for name, inside, common in (("a", {"common_state/shard_0_1": [said]}, None), ("b", {}, said)):
+    state = load_torch_dist(ONE / "iter_0000000")
+    args = {"args": argparse.Namespace(num_layers=5)}
+    for name, inside, common in (("a", {"common_state/shard_0_1": [args]}, None), ("b", {}, args)):
         with pytest.raises(ValueError, match="its argument num_layers is 5 where the config has 4"):
-            open_checkpoint(torch_dist(tmp_path / name, state | inside, ONE, common))
+            open_checkpoint(save_torch_dist(tmp_path / name, state | inside, ONE, common))
 
 
 def test_any_chunks_are_read(tmp_path):
     """Cut within heads, across gate and up, by a few tokens."""
     at = Path(shutil.copytree(ONE, tmp_path / "it")) / "iter_0000000"
-    state = as_numpy(torchs(at))
+    state = as_numpy(load_torch_dist(at))
     for file in [at / ".metadata", *at.glob("*.distcp")]:
         file.unlink()
     with TorchDistWriter(at) as writer:
@@ -503,7 +508,7 @@ def test_any_chunks_are_read(tmp_path):
             for start in range(0, x.shape[dim], 24):
                 index = (slice(None),) * dim + (slice(start, start + 24),)
                 writer.chunk(name, x.shape, (0,) * dim + (start,) + (0,) * (x.ndim - dim - 1), x[index])
-    assert bits(stored(convert(tmp_path / "it", tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+    assert bits(load_tensors(convert(tmp_path / "it", tmp_path / "hf", "hf"))) == bits(load_tensors(HF["f32"]))
 
 
 @pytest.mark.parametrize("name", ["torch_dist/A_bf16_tp2pp2", "legacy/A_bf16_tp2pp2"])
@@ -518,24 +523,27 @@ def test_the_folder_of_an_iteration_and_a_release(name, tmp_path):
         assert verify.compare_checkpoints(source, open_checkpoint(HF["bf16"]))[0].within(0)
 
 
-def local(state: dict, i: int) -> dict:
+def select_layer(state: dict, i: int) -> dict:
     """One layer of unstacked tensors, as number 0."""
     return {name.replace(f".layers.{i}.", ".layers.0."): x for name, x in state.items() if f".layers.{i}." in name}
 
 
 def test_virtual_stages(tmp_path):
     """Two stages with two parts each: layers 0 and 2 are on the first, 1 and 3 on the second."""
-    state = unstacked(torchs(ONE / "iter_0000000"))
+    state = unstack_layers(load_torch_dist(ONE / "iter_0000000"))
     embedding = state["embedding.word_embeddings.weight"]
     last = {"decoder.final_layernorm.weight": state["decoder.final_layernorm.weight"], HEAD: embedding}
-    said = {"checkpoint_version": 3.0, "iteration": 10}
+    common = {"checkpoint_version": 3.0, "iteration": 10}
     files = {
-        "mp_rank_00_000": said
-        | {"model0": {"embedding.word_embeddings.weight": embedding} | local(state, 0), "model1": local(state, 2)},
-        "mp_rank_00_001": said | {"model0": local(state, 1), "model1": local(state, 3) | last},
+        "mp_rank_00_000": common
+        | {
+            "model0": {"embedding.word_embeddings.weight": embedding} | select_layer(state, 0),
+            "model1": select_layer(state, 2),
+        },
+        "mp_rank_00_001": common | {"model0": select_layer(state, 1), "model1": select_layer(state, 3) | last},
     }
-    source = open_checkpoint(legacy(tmp_path / "it", files), hf_config=HF["f32"])
-    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["f32"]))
+    source = open_checkpoint(save_legacy(tmp_path / "it", files), hf_config=HF["f32"])
+    assert bits(load_tensors(convert(source, tmp_path / "hf", "hf"))) == bits(load_tensors(HF["f32"]))
 
 
 def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):
@@ -546,4 +554,4 @@ def test_legacy_with_a_padded_vocabulary(tmp_path, megatron):
             whole = torch.cat([*(model[name] for model in models), torch.zeros(256, 64, dtype=torch.bfloat16)])
             models[0][name], models[1][name] = (part.clone() for part in whole.chunk(2))
     source = open_checkpoint(tmp_path / "it", hf_config=HF["bf16"])
-    assert bits(stored(convert(source, tmp_path / "hf", "hf"))) == bits(stored(HF["bf16"]))
+    assert bits(load_tensors(convert(source, tmp_path / "hf", "hf"))) == bits(load_tensors(HF["bf16"]))

@@ -24,14 +24,14 @@ from megatron_files import (
     PEFT,
     Tensors,
     as_numpy,
+    assert_same_parts,
     bits,
     convert,
-    grouped,
-    model_of,
-    parts,
-    stored,
-    torch_dist,
-    torchs,
+    load_tensors,
+    load_torch_dist,
+    qkv_rows,
+    save_torch_dist,
+    twin_model,
 )
 from safetensors.numpy import load_file, save_file
 
@@ -66,7 +66,7 @@ def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
 
 def dora_parts(state: Tensors) -> Tensors:
     """PEFT's tensors of a fused adapter, row by row."""
-    c, found = model_of("f32"), {}
+    c, found = twin_model("f32"), {}
     modules = {"self_attention.linear_qkv": "qkv", "mlp.linear_fc1": ("gate", "up")}
     modules |= {"self_attention.linear_proj": "o", "mlp.linear_fc2": ("down",)}
     for module, projections in modules.items():
@@ -78,7 +78,7 @@ def dora_parts(state: Tensors) -> Tensors:
                 for end in ("linear_in.weight", "linear_out.weight", "weight_magnitude")
             )
             if projection in "qkv":
-                rows = [row for row, (name, _) in enumerate(grouped(c)) if name == projection]
+                rows = [row for row, (name, _) in enumerate(qkv_rows(c)) if name == projection]
             else:
                 half = list(projections).index(projection)
                 rows = np.arange(len(b)).reshape(len(projections), -1)[half]
@@ -89,28 +89,28 @@ def dora_parts(state: Tensors) -> Tensors:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_dora_keeps_its_magnitudes_in_whatever_order(ranks, tmp_path):
-    state = torchs(DORA / "iter_0000000")
+    state = load_torch_dist(DORA / "iter_0000000")
     expected = bits(dora_parts(as_numpy(state)))
     name = "decoder.layers.mlp.linear_fc1.adapter.weight_magnitude"
     gate, up = state[name].chunk(2, 1)
     pieces = zip(gate.chunk(ranks, 1), up.chunk(ranks, 1), strict=True)
     state[name] = torch.cat([piece for pair in pieces for piece in pair], 1)
-    folder = torch_dist(tmp_path / "it", state, DORA)
-    said = folder / "iter_0000000" / "run_config.yaml"
+    folder = save_torch_dist(tmp_path / "it", state, DORA)
+    run_path = folder / "iter_0000000" / "run_config.yaml"
     before = "tensor_model_parallel_size: 1"
-    assert before in said.read_text()
-    said.write_text(said.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
+    assert before in run_path.read_text()
+    run_path.write_text(run_path.read_text().replace(before, f"tensor_model_parallel_size: {ranks}"))
     at = convert(folder, tmp_path / "peft", "peft")
     assert bits(peft_tensors(at)) == expected
-    parts(open_checkpoint(folder), open_checkpoint(at, hf_config=HF["f32"]))
+    assert_same_parts(open_checkpoint(folder), open_checkpoint(at, hf_config=HF["f32"]))
     assert peft.LoraConfig.from_pretrained(at).use_dora
     # What we write says that it is of one rank, and has that order.
     again = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "again", "megatron-adapter")
     assert bits(peft_tensors(convert(again, tmp_path / "back", "peft"))) == expected
 
 
-def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config) -> Path:
-    """PEFT's adapter to the fixture's model, changed; `only` the projections that this pattern finds."""
+def copy_adapter(folder: Path, change=lambda tensors: None, only: str = "", **config) -> Path:
+    """A changed copy of PEFT's adapter to the fixture's model, with the projections that the pattern `only` matches."""
     shutil.copytree(PEFT, folder)
     tensors = {name: x for name, x in peft_tensors(PEFT).items() if re.search(only, name)}
     change(tensors)
@@ -121,7 +121,7 @@ def of_peft(folder: Path, change=lambda tensors: None, only: str = "", **config)
     return folder
 
 
-def bump(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
+def increment_a(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
     def change(tensors: Tensors) -> None:
         (name,) = [name for name in tensors if re.search(rf"\.{layer}\..*{projection}_proj\.lora_A", name)]
         tensors[name] = tensors[name] + 1
@@ -135,8 +135,8 @@ ALONE = {"self_attention.linear_proj.adapter.", "mlp.linear_fc2.adapter."}
 EVERY_OWN = {*(f"{QKV}adapter_{x}." for x in "qkv"), f"{FC1}adapter_gate.", f"{FC1}adapter_up.", *ALONE}
 ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
     "as exported": ({}, FUSED, {QKV, FC1, *ALONE}),
-    "another k": ({"change": bump("k")}, CANONICAL, EVERY_OWN),
-    "another up": ({"change": bump("up", 0)}, CANONICAL, EVERY_OWN),
+    "another k": ({"change": increment_a("k")}, CANONICAL, EVERY_OWN),
+    "another up": ({"change": increment_a("up", 0)}, CANONICAL, EVERY_OWN),
     "q and v": ({"only": "[qv]_proj"}, CANONICAL, {f"{QKV}adapter_q.", f"{QKV}adapter_v."}),
     "gate": ({"only": "gate_proj"}, CANONICAL, {f"{FC1}adapter_gate."}),
     "o": ({"only": "o_proj"}, FUSED, {"self_attention.linear_proj.adapter."}),
@@ -148,22 +148,22 @@ ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
 
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
-    how, target, modules = ADAPTERS[case]
-    before = open_checkpoint(of_peft(tmp_path / "peft", **how), hf_config=HF["f32"])
+    options, target, modules = ADAPTERS[case]
+    before = open_checkpoint(copy_adapter(tmp_path / "peft", **options), hf_config=HF["f32"])
     job = Job(source=before, to="megatron-adapter")
-    inside = [name for name in ("attn/o", "mlp/down") if name in table.match_targets(before.adapter)]
-    assert len(job.warnings) == bool(inside)
+    before_norm = [name for name in ("attn/o", "mlp/down") if name in table.match_targets(before.adapter)]
+    assert len(job.warnings) == bool(before_norm)
     for warning in job.warnings:
-        assert f"the adapter of {' and '.join(inside)} was trained to be added before the post-norm" in warning
+        assert f"the adapter of {' and '.join(before_norm)} was trained to be added before the post-norm" in warning
     write_checkpoint(job, tmp_path / "megatron")
     names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
     ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
     assert names == {f"decoder.layers.{module}{end}" for module in modules for end in ends}
-    said = yaml.safe_load((tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text())["peft"]
-    assert said["_target_"] == target and said["dim"] == 8
-    assert said["alpha"] / 8 == pytest.approx(before.adapter.scale, rel=1e-15)
+    section = yaml.safe_load((tmp_path / "megatron" / "iter_0000000" / "run_config.yaml").read_text())["peft"]
+    assert section["_target_"] == target and section["dim"] == 8
+    assert section["alpha"] / 8 == pytest.approx(before.adapter.scale, rel=1e-15)
     after = open_checkpoint(tmp_path / "megatron")
-    assert after.adapter.after_norm == bool(inside) and after.adapter.dropout == before.adapter.dropout
+    assert after.adapter.after_norm == bool(before_norm) and after.adapter.dropout == before.adapter.dropout
     assert after.adapter.scale == pytest.approx(before.adapter.scale, rel=1e-15)
     back = convert(after, tmp_path / "back", "peft")
     assert bits(peft_tensors(back)) == bits(peft_tensors(tmp_path / "peft"))
@@ -172,7 +172,7 @@ def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
 STATES = [f"._extra_state/shard_{layer}_4" for layer in range(4)]
 
 
-def magnitudes(tensors: Tensors) -> None:
+def add_magnitudes(tensors: Tensors) -> None:
     rng = np.random.default_rng(0)
     for name in [name for name in tensors if "lora_B" in name]:
         rows = rng.random(len(tensors[name]), dtype=np.float32)
@@ -180,11 +180,13 @@ def magnitudes(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"also": bump("k")}, {"also": bump("gate", 1)}, {"only": "[qv]_proj"}], ids=itertools.count()
+    "options",
+    [{"also": increment_a("k")}, {"also": increment_a("gate", 1)}, {"only": "[qv]_proj"}],
+    ids=itertools.count(),
 )
-def test_dora_with_an_a_each_is_refused(how, tmp_path):
-    also, only = how.get("also", lambda tensors: None), how.get("only", "")
-    at = of_peft(tmp_path / "peft", lambda tensors: (also(tensors), magnitudes(tensors)), only, use_dora=True)
+def test_dora_with_an_a_each_is_refused(options, tmp_path):
+    also, only = options.get("also", lambda tensors: None), options.get("only", "")
+    at = copy_adapter(tmp_path / "peft", lambda tensors: (also(tensors), add_magnitudes(tensors)), only, use_dora=True)
     source = open_checkpoint(at, hf_config=HF["f32"])
     with pytest.raises(
         ValueError, match=r"is a DoRA with an A of its own for each of .*, and Megatron-Bridge's has one"
@@ -195,24 +197,24 @@ def test_dora_with_an_a_each_is_refused(how, tmp_path):
 
 @pytest.mark.parametrize("only", ["", "(o|down)_proj"])
 def test_dora_of_peft_s_is_megatron_s(only, tmp_path):
-    at = of_peft(tmp_path / "peft", magnitudes, only, use_dora=True)
+    at = copy_adapter(tmp_path / "peft", add_magnitudes, only, use_dora=True)
     there = convert(open_checkpoint(at, hf_config=HF["f32"]), tmp_path / "megatron", "megatron-adapter")
     assert open_checkpoint(there).adapter.kind == "dora"
     assert bits(peft_tensors(convert(there, tmp_path / "back", "peft"))) == bits(peft_tensors(at))
 
 
 def test_what_can_be_merged_merges_as_peft_s(tmp_path):
-    state = torchs(LORA / "iter_0000000")
-    some = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
-    source = open_checkpoint(torch_dist(tmp_path / "it", some, LORA), base=HF["f32"])
+    state = load_torch_dist(LORA / "iter_0000000")
+    mergeable = {name: x for name, x in state.items() if "linear_qkv" in name or "linear_fc1" in name}
+    source = open_checkpoint(save_torch_dist(tmp_path / "it", mergeable, LORA), base=HF["f32"])
     assert not source.notes and not source.adapter.unmergeable_targets
-    found = stored(convert(source, tmp_path / "hf", "hf", merge=True))
+    found = load_tensors(convert(source, tmp_path / "hf", "hf", merge=True))
     model = transformers.AutoModelForCausalLM.from_pretrained(HF["f32"])
-    adapter = of_peft(tmp_path / "peft", only="(q|k|v|gate|up)_proj")
+    adapter = copy_adapter(tmp_path / "peft", only="(q|k|v|gate|up)_proj")
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
     for name, x in found.items():
         np.testing.assert_allclose(x, merged[name].numpy(), rtol=1e-6, atol=1e-6)
-    assert bits(found) != bits(stored(HF["f32"]))
+    assert bits(found) != bits(load_tensors(HF["f32"]))
     whole = open_checkpoint(LORA, base=HF["f32"])
     with pytest.raises(ValueError, match=r"attn/o and mlp/down cannot be merged: it is added after the post-norm"):
         Job(source=whole, to="megatron", merge=True)
@@ -222,7 +224,7 @@ def test_importing_runs_it_as_it_was_trained():
     source = open_checkpoint(LORA, base=HF["f32"])
     assert source.adapter.after_norm
     other = replace(source, adapter=replace(source.adapter, after_norm=False))
-    after, before = (verify.logits(found, range(3, 27)) for found in (source, other))
+    after, before = (verify.compute_logits(found, range(3, 27)) for found in (source, other))
     assert np.abs(after - before).max() > 0.1 * np.abs(after).max()
 
 

@@ -25,11 +25,11 @@ from megatron_files import (
     Hostile,
     changed_ranks,
     convert,
-    legacy,
-    model_of,
-    padded,
-    torch_dist,
-    torchs,
+    load_torch_dist,
+    pad_embedding,
+    save_legacy,
+    save_torch_dist,
+    twin_model,
 )
 
 from gemma2_jax import config as configs
@@ -45,7 +45,7 @@ from gemma2_jax.training.checkpoint import Checkpoints
 
 @pytest.mark.parametrize("kind", ["none", "lora"])
 def test_a_run_from_megatron_lm(kind, tmp_path):
-    start, model = FIXTURES / "megatron_lm" / "A_f32_tp1pp1", replace(model_of("f32"), max_length=256)
+    start, model = FIXTURES / "megatron_lm" / "A_f32_tp1pp1", replace(twin_model("f32"), max_length=256)
     adapter = (
         AdapterConfig(kind=kind, rank=8, alpha=16, targets=tuple(table.PROJECTIONS))
         if kind == "lora"
@@ -62,28 +62,28 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
         checkpoints.save(1, load_weights(source, params), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)
     assert run.model == model
-    assert all(one.within(0) for one in verify.compare_checkpoints(run, source))
+    assert all(difference.within(0) for difference in verify.compare_checkpoints(run, source))
 
 
 # Refusals
 
 
-def gone(*ranks: str) -> Callable[[Path], object]:
+def remove_ranks(*ranks: str) -> Callable[[Path], object]:
     return lambda at: [shutil.rmtree(at / f"mp_rank_{rank}") for rank in ranks]
 
 
-def bumped(name: str) -> Callable[[dict], object]:
+def increment_tensor(name: str) -> Callable[[dict], object]:
     return lambda content: content["model"][name].add_(1)
 
 
-def zarr(at: Path) -> None:
+def declare_zarr(at: Path) -> None:
     (at / ".metadata").unlink()
     (at / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
 
 
-def refused(folder: Path, message: str, **how) -> None:
+def assert_refused(folder: Path, message: str, **options) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        open_checkpoint(folder, **how)
+        open_checkpoint(folder, **options)
     assert str(folder) in str(caught.value)
 
 
@@ -112,7 +112,7 @@ LAYER_FC1 = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
             lambda s: s.update({FINAL: torch.zeros(65)}),
             r"decoder\.final_layernorm\.weight has shape \(65,\) where its config expects \(64,\)",
         ),
-        (lambda s: s.update(padded(100)(s)), r"has shape \(612, 64\) where its config expects \(512, 64\)"),
+        (lambda s: s.update(pad_embedding(100)(s)), r"has shape \(612, 64\) where its config expects \(512, 64\)"),
         (lambda s: s.update({EMBEDDING: torch.zeros(384, 64)}), r"has shape \(384, 64\)"),
         (lambda s: s.update({"decoder.layers.x": torch.zeros(300_000)}), "300000 layers, which no model has"),
         (
@@ -123,9 +123,9 @@ LAYER_FC1 = r"decoder\.layers\.0\.mlp\.linear_fc1\.weight"
     ids=itertools.count(),
 )
 def test_wrong_tensors_are_named(change, message, tmp_path):
-    state = torchs(ONE / "iter_0000000")
+    state = load_torch_dist(ONE / "iter_0000000")
     change(state)
-    refused(torch_dist(tmp_path / "it", state, ONE), message)
+    assert_refused(save_torch_dist(tmp_path / "it", state, ONE), message)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
             lambda at: (at / "metadata.json").unlink(),
             r"json is missing: .*fsdp_dtensor, which this program does not read",
         ),
-        (zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
+        (declare_zarr, "sharded_backend is 'zarr'; this program reads 'torch_dist'"),
         (lambda at: (at / ".metadata").unlink(), r"\.metadata is missing; copy the whole checkpoint again"),
         (lambda at: (at / "metadata.json").write_text("[" * 10**6), "is not JSON .*; download it again"),
         (lambda at: os.truncate(at / "metadata.json", 1 << 40), r"is not JSON \(it is larger than 32 MiB\)"),
@@ -152,7 +152,7 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
 def test_wrong_files_are_named(change, message, tmp_path):
     folder = Path(shutil.copytree(ONE, tmp_path / "it"))
     change(folder / "iter_0000000")
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
 NORM = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
@@ -165,10 +165,10 @@ TWO = r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (gone("00_001"), r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
-        (gone("01_001"), r"lacks the file of tensor-parallel rank 1, stage 1"),
-        (gone("01_000", "01_001"), r"rank 1, stage 0"),  # which only their arguments tell
-        (gone("00_001", "01_001"), r"rank 0, stage 1"),
+        (remove_ranks("00_001"), r"lacks the file of tensor-parallel rank 0, stage 1; copy it too"),
+        (remove_ranks("01_001"), r"lacks the file of tensor-parallel rank 1, stage 1"),
+        (remove_ranks("01_000", "01_001"), r"rank 1, stage 0"),  # which only their arguments tell
+        (remove_ranks("00_001", "01_001"), r"rank 0, stage 1"),
         (lambda at: (at / "mp_rank_00_000").rename(at / "mp_rank_9999_9999"), r"rank 0, stage 0"),
         (lambda at: (at / "mp_rank_00_001" / "model_optim_rng.pt").unlink(), r"mp_rank_00_001.*is missing; copy it"),
         (lambda at: (at / "mp_rank_01_001_000").mkdir(), r"mp_rank_01_001_000 is no rank's folder"),
@@ -179,20 +179,20 @@ TWO = r"mp_rank_00 and .*mp_rank_00_000 are of one rank at two layouts"
 def test_ranks_that_are_missing_are_named(change, message, tmp_path):
     folder = Path(shutil.copytree(RANKS, tmp_path / "it"))
     change(folder / "iter_0000010")
-    refused(folder, message, hf_config=HF["bf16"])
+    assert_refused(folder, message, hf_config=HF["bf16"])
 
 
 def test_ranks_that_arguments_alone_tell_of(tmp_path):
-    said = {"args": argparse.Namespace(tensor_model_parallel_size=10**15), "checkpoint_version": 3.0, "model": {}}
+    content = {"args": argparse.Namespace(tensor_model_parallel_size=10**15), "checkpoint_version": 3.0, "model": {}}
     message = "lacks the file of tensor-parallel rank 1, stage 0"  # and finds that out at once
-    refused(legacy(tmp_path / "it", {"mp_rank_00": said}), message, hf_config=HF["f32"])
+    assert_refused(save_legacy(tmp_path / "it", {"mp_rank_00": content}), message, hf_config=HF["f32"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (bumped(NORM), rf"ranks have different {re.escape(NORM)}, of which each has all"),
-        (bumped(HEAD), r"lm_head\.weight is not the embedding"),
+        (increment_tensor(NORM), rf"ranks have different {re.escape(NORM)}, of which each has all"),
+        (increment_tensor(HEAD), r"lm_head\.weight is not the embedding"),
         (lambda c: c["model"].pop(STAGE), rf"{re.escape(STAGE)} is not a tensor of every tensor-parallel rank"),
         (lambda c: c["model"].update(x=torch.zeros(2)), "x is not a tensor of every tensor-parallel rank"),
         (lambda c: c["model"].update({STAGE: c["model"][STAGE][:8]}), "ranks have .* in different shapes or dtypes"),
@@ -209,7 +209,7 @@ def test_ranks_that_arguments_alone_tell_of(tmp_path):
 def test_wrong_ranks_are_named(change, message, tmp_path, megatron):
     with changed_ranks(tmp_path) as files:
         change(files["mp_rank_01_001"])
-    refused(tmp_path / "it", message, hf_config=HF["bf16"])
+    assert_refused(tmp_path / "it", message, hf_config=HF["bf16"])
 
 
 @pytest.mark.parametrize(
@@ -229,23 +229,25 @@ def test_wrong_configs_are_named(folder, change, message, tmp_path):
     content = json.loads((HF["f32"] / "config.json").read_text()) | (change or {})
     content.pop("layer_types")
     (tmp_path / "config.json").write_text(json.dumps(content))
-    refused(folder, message, hf_config=tmp_path if change else None)
+    assert_refused(folder, message, hf_config=tmp_path if change else None)
 
 
 @pytest.mark.parametrize("folder", [ONE, LM, RANKS], ids=lambda folder: folder.parent.name)
 def test_weights_take_no_base(folder):
-    refused(folder, "is not an adapter alone, so it takes no base model", base=HF["f32"])
+    assert_refused(folder, "is not an adapter alone, so it takes no base model", base=HF["f32"])
 
 
 def test_an_adapter_needs_its_scale(tmp_path):
     folder = Path(shutil.copytree(LORA, tmp_path / "it"))
     (folder / "iter_0000000" / "run_config.yaml").unlink()
-    refused(folder, r"holds an adapter, and no run_config\.yaml that says its scale; copy that", hf_config=HF["f32"])
+    assert_refused(
+        folder, r"holds an adapter, and no run_config\.yaml that says its scale; copy that", hf_config=HF["f32"]
+    )
 
 
 def test_a_config_that_says_the_same_is_taken(tmp_path):
     for folder in (HF["f32"], ONE, convert(HF["f32"], tmp_path / "orbax", "orbax")):
-        assert open_checkpoint(folder, hf_config=HF["f32"]).model == model_of("f32")
+        assert open_checkpoint(folder, hf_config=HF["f32"]).model == twin_model("f32")
     wrong = Path(shutil.copytree(HF["f32"], tmp_path / "wrong"))
     content = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps(content | {"sliding_window": 9}))
@@ -255,7 +257,7 @@ def test_a_config_that_says_the_same_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("options", "message"),
     [
         ({"to": "megatron-legacy", "ranks": (4, 1)}, r"kv_heads 2 do not divide into 4; \[1, 2\] do"),
         ({"to": "megatron-legacy", "ranks": (1, 3)}, r"layers 4 do not divide into 3; \[1, 2, 4\] do"),
@@ -269,24 +271,26 @@ def test_a_config_that_says_the_same_is_taken(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_written_is_said(choices, message):
+def test_what_cannot_be_written_is_said(options, message):
     with pytest.raises(ValueError, match=message):
-        Job(source=open_checkpoint(HF["f32"]), **choices)
+        Job(source=open_checkpoint(HF["f32"]), **options)
 
 
 @pytest.mark.parametrize("where", ["common.pt", ".metadata", "object", "rank"])
 def test_a_hostile_pickle_is_refused_and_not_run(where, tmp_path):
     sentinel = tmp_path / "was-run"
-    state = torchs(ONE / "iter_0000000")
-    folder = torch_dist(tmp_path / "it", state, ONE, {"iteration": Hostile(sentinel)} if where == "common.pt" else None)
+    state = load_torch_dist(ONE / "iter_0000000")
+    folder = save_torch_dist(
+        tmp_path / "it", state, ONE, {"iteration": Hostile(sentinel)} if where == "common.pt" else None
+    )
     if where == ".metadata":
         (folder / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(Hostile(sentinel)))
     if where == "object":
         shutil.rmtree(folder)
-        torch_dist(tmp_path / "it", state | {"common_state/shard_0_1": [Hostile(sentinel)]}, ONE)
+        save_torch_dist(tmp_path / "it", state | {"common_state/shard_0_1": [Hostile(sentinel)]}, ONE)
     if where == "rank":
         shutil.rmtree(folder)
-        legacy(folder, {"mp_rank_00": {"model": {}, "checkpoint_version": 3.0, "args": Hostile(sentinel)}})
+        save_legacy(folder, {"mp_rank_00": {"model": {}, "checkpoint_version": 3.0, "args": Hostile(sentinel)}})
     with pytest.raises(
         ValueError, match=r"names '(posix|os)\.system', which no Megatron checkpoint has; it was not run"
     ):

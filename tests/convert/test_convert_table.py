@@ -46,7 +46,7 @@ def test_state_dict_round_trip_is_exact(name, dtype):
     config = BITING[name]
     theirs = {key: value.astype(dtype) for key, value in state_dict(hf_model(config)).items()}
     ours = table.from_hf(theirs, config)
-    assert {path: w.shape for path, w in ours.items()} == table.our_shapes(table.MODEL, config)
+    assert {path: w.shape for path, w in ours.items()} == table.array_shapes(table.MODEL, config)
     back = table.to_hf(ours, config)
     assert back.keys() == theirs.keys()
     assert all(back[key].dtype == dtype and np.array_equal(back[key], theirs[key]) for key in theirs)
@@ -67,7 +67,7 @@ def test_parts_are_the_parts_of_the_whole(tensors):
     cuts = [slice(None), slice(1, 3), slice(0, 1)]
     for row in table.MODEL:
         for index in itertools.product(cuts, repeat=len(row.letters)):
-            part = row.join(size, np.float32, lambda name, at: tensors[name][at], index)
+            part = row.read_array(size, np.float32, lambda name, at: tensors[name][at], index)
             np.testing.assert_array_equal(part, whole[row.path][index])
 
 

@@ -15,6 +15,7 @@ import pytest
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.formats import hf_config, megatron_config as megatron, table
+from gemma2_jax.convert.formats.megatron_config import SavedAdapter
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "megatron"
 SAVED = sorted(path for path in FIXTURES.rglob("run_config.yaml"))
@@ -216,7 +217,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_survives_the_text(kind, tmp_path):
     adapter = ADAPTERS[kind]
-    run = megatron.run_config(configs.GEMMA2_2B, "bfloat16", adapter, "base", canonical=kind == "canonical")
+    run = megatron.run_config(
+        configs.GEMMA2_2B, "bfloat16", SavedAdapter(adapter, "base", canonical=kind == "canonical")
+    )
     run = _read(tmp_path, megatron.to_yaml(run))
     assert megatron.adapter_config(run, table.match_targets(adapter), "here") == adapter
     assert megatron.model_config(run) == configs.GEMMA2_2B
@@ -229,13 +232,13 @@ def test_an_adapter_as_they_write_it(kind):
     adapter = megatron.adapter_config(theirs, list(EVERY), "here")
     assert adapter == AdapterConfig(kind=kind, rank=8, alpha=16, targets=EVERY, after_norm=True)
     assert not megatron.adapter_config(theirs, ["attn/q", "mlp/up"], "here").after_norm
-    ours = megatron.run_config(megatron.model_config(theirs), "float32", adapter, "base")["peft"]
+    ours = megatron.run_config(megatron.model_config(theirs), "float32", SavedAdapter(adapter, "base"))["peft"]
     assert ours == {key: theirs["peft"][key] for key in ours}
 
 
 def test_the_scale_of_rslora_is_kept():
     adapter = AdapterConfig(kind="lora", rank=8, alpha=5, rslora=True, targets=EVERY)
-    run = megatron.run_config(configs.GEMMA2_2B, "float32", adapter)
+    run = megatron.run_config(configs.GEMMA2_2B, "float32", SavedAdapter(adapter))
     assert megatron.adapter_config(run, list(EVERY), "here").scale == pytest.approx(adapter.scale, rel=1e-15)
 
 
@@ -250,7 +253,7 @@ def test_the_scale_of_rslora_is_kept():
 def test_an_adapter_that_they_do_not_have_is_not_written(kind, targets, canonical, message):
     adapter = AdapterConfig(kind=kind, targets=targets)
     with pytest.raises(ValueError, match=message):
-        megatron.run_config(configs.GEMMA2_2B, "float32", adapter, canonical=canonical)
+        megatron.run_config(configs.GEMMA2_2B, "float32", SavedAdapter(adapter, canonical=canonical))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,8 @@ def _all_that_is_read(run: dict) -> None:
 
 
 def test_changed_bytes_give_a_config_or_a_sentence(tmp_path):
-    text = megatron.to_yaml(megatron.run_config(configs.GEMMA2_2B, "bfloat16", ADAPTERS["lora"], "base")).encode()
+    run = megatron.run_config(configs.GEMMA2_2B, "bfloat16", SavedAdapter(ADAPTERS["lora"], "base"))
+    text = megatron.to_yaml(run).encode()
     rng = random.Random(0)
     alphabet = b" \n\t:-[]{}&*!|>'\"%@`#,?<0123456789abcdefxyz_.~\x00\xff"
     for _ in range(700):

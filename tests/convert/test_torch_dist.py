@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from fuzzing import OURS, fuzz, mutated
-from megatron_files import FIXTURES, quietly, torch_bytes, torchs
+from fuzzing import OURS, fuzz, mutate
+from megatron_files import FIXTURES, load_torch_dist, torch_bytes, without_warnings
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -34,7 +34,7 @@ def id_of(folder: Path) -> str:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=id_of)
 def test_fixtures_read_as_torch_reads_them(folder):
-    ours, theirs = TorchDist(folder), torchs(folder)
+    ours, theirs = TorchDist(folder), load_torch_dist(folder)
     assert ours.shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     assert {name: f"torch.{dtype.name}" for name, dtype in ours.dtypes.items()} == {
         name: str(tensor.dtype) for name, tensor in theirs.items()
@@ -75,11 +75,11 @@ def test_what_we_write_is_to_torch_what_megatron_wrote(folder, tmp_path, monkeyp
         (x.fqn, x.offset, x.index) for x in theirs.storage_data if x.fqn in ours.shapes or x.fqn in objects
     }
     assert written.version == theirs.version and type(written.storage_meta) is type(theirs.storage_meta)
-    before, after = torchs(folder), torchs(tmp_path / "out")
+    before, after = load_torch_dist(folder), load_torch_dist(tmp_path / "out")
     assert {k: (v.shape, torch_bytes(v)) for k, v in before.items()} == {
         k: (v.shape, torch_bytes(v)) for k, v in after.items()
     }
-    quietly(format_utils.dcp_to_torch_save, str(tmp_path / "out"), str(tmp_path / "one.pt"))
+    without_warnings(format_utils.dcp_to_torch_save, str(tmp_path / "out"), str(tmp_path / "one.pt"))
     together = torch.load(tmp_path / "one.pt", weights_only=True)
     for name in objects:
         info = theirs.storage_data[dcp.metadata.MetadataIndex(name)]
@@ -95,7 +95,7 @@ def test_reads_what_torch_saves(tmp_path):
     state = {"a": torch.arange(12.0).reshape(3, 4), "scalar": torch.tensor(5), "empty": torch.zeros(0, 3), "text": "x"}
     state["payload"] = [torch.zeros(0, dtype=torch.uint8)]
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    quietly(dcp.save, state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
+    without_warnings(dcp.save, state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
     ours = TorchDist(tmp_path)
     for name in ("a", "scalar", "empty"):
         assert ours.read(name, whole(state[name].shape)).tolist() == state[name].tolist()
@@ -114,8 +114,8 @@ def test_writes_lazily_and_leaves_no_metadata_after_an_error(tmp_path):
         writer.chunk("a", (4, 3), (2, 0), Lazy())
         writer.chunk("scalar", (), (), np.array(7, np.int64))
     ours = TorchDist(tmp_path)
-    assert ours.read("a", whole((4, 3))).tolist() == torchs(tmp_path)["a"].tolist() == [[1, 1, 1]] * 4
-    assert ours.read("scalar", ()) == torchs(tmp_path)["scalar"] == 7
+    assert ours.read("a", whole((4, 3))).tolist() == load_torch_dist(tmp_path)["a"].tolist() == [[1, 1, 1]] * 4
+    assert ours.read("scalar", ()) == load_torch_dist(tmp_path)["scalar"] == 7
     (tmp_path / "other").mkdir()
     with pytest.raises(TypeError, match="no place"), TorchDistWriter(tmp_path / "other") as writer:
         writer.object("a", object())
@@ -314,4 +314,4 @@ def test_chunks_with_one_thing_changed_read_as_before_or_not_at_all(times, tmp_p
 
 def test_a_mutation_changes_something():
     data, chance = bytes(range(256)) * 4, random.Random(0)
-    assert sum(mutated(data, chance) != data for _ in range(100)) > 90
+    assert sum(mutate(data, chance) != data for _ in range(100)) > 90
