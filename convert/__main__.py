@@ -44,7 +44,7 @@ class Convert:
     to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
     adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
     merge: _Flag = False  # add the adapter into the weights, in float32
-    dtype: DType | None = None  # of what is written; None: as stored
+    dtype: DType | None = None  # dtype to write; None: as stored
     # Folder or Hub id with the config.json of a Megatron checkpoint that has none, or of the model of an adapter.
     hf_config: str | None = None
     tp: int = 1  # tensor-parallel ranks that megatron-legacy has files for
@@ -76,7 +76,7 @@ class Import:
 
     hf_model: str  # folder or Hub id
     megatron_path: Path  # folder to write
-    torch_dtype: DType | None = None  # of what is written; None: as stored
+    torch_dtype: DType | None = None  # dtype to write; None: as stored
     device_map: str | None = None  # no effect: conversions need no device
     trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
 
@@ -86,9 +86,9 @@ class Export:
     """Convert a Megatron checkpoint to Hugging Face, as Megatron-Bridge's `export` does."""
 
     hf_model: str  # folder or Hub id that has the model's config.json and tokenizer
-    megatron_path: str  # what to read
+    megatron_path: str  # folder to read
     hf_path: Path  # folder to write
-    torch_dtype: DType | None = None  # of what is written; None: as stored
+    torch_dtype: DType | None = None  # dtype to write; None: as stored
     no_progress: _Flag = False  # show no bar
     trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
 

@@ -285,9 +285,9 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     projections = table.adapted_rows(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in tensors.shapes)
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
     tokenizer = tokenizer_folder(folder)
-    alone = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, companions=(folder,))
+    adapted = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, companions=(folder,))
     open_source = partial(_TensorSource.open, folder, tensors, table.table_rows(adapter))
-    return _attach_base(alone, base, open_source, peft.get("base_model_name_or_path"))
+    return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
 
 
 def _is_orbax(folder: Path) -> bool:
@@ -307,9 +307,9 @@ def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
         return base
     peft = read_json(folder / "adapter_config.json")
     projections = table.adapted_rows(orbax.Reader(adapter).shapes)
-    alone = replace(empty, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
-    open_source = partial(_OrbaxSource.open, adapter, table.table_rows(alone.adapter))
-    return _attach_base(alone, base, open_source, peft.get("base_model_name_or_path"))
+    adapted = replace(empty, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
+    open_source = partial(_OrbaxSource.open, adapter, table.table_rows(adapted.adapter))
+    return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
 
 
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
@@ -439,8 +439,8 @@ def _open_megatron_adapter(
         )
     section = run.get("checkpoint")
     base_name = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
-    alone = replace(empty, adapter=adapter, notes=notes)
-    return _attach_base(alone, base, open_source, base_name if isinstance(base_name, str) else None)
+    adapted = replace(empty, adapter=adapter, notes=notes)
+    return _attach_base(adapted, base, open_source, base_name if isinstance(base_name, str) else None)
 
 
 # Tried in this order; a folder has the first format that its files fit.
@@ -467,7 +467,7 @@ def _open_config(folder: Path) -> Checkpoint:
 
 
 def _attach_base(
-    alone: Checkpoint,
+    adapted: Checkpoint,
     base: Checkpoint | None,
     open_source: Callable[[ModelConfig, int], Source],
     base_name: str | None,
@@ -477,19 +477,19 @@ def _attach_base(
     Without either the adapter's arrays are not opened, as their shapes follow from the model's config.
     """
     if not isinstance(base_name, str | None):
-        raise ValueError(f"{alone.path} names {reprlib.repr(base_name)} as its model, which is no folder or Hub id")
+        raise ValueError(f"{adapted.path} names {reprlib.repr(base_name)} as its model, which is no folder or Hub id")
     base = base or _open_if_folder(base_name)
     if base is None:
-        sources = (open_source(alone.model, alone.adapter.rank),) if alone.model else ()
-        return replace(alone, base=base_name or "", sources=sources)
+        sources = (open_source(adapted.model, adapted.adapter.rank),) if adapted.model else ()
+        return replace(adapted, base=base_name or "", sources=sources)
     if base.adapter.kind != "none":
-        raise ValueError(f"{base.path} has an adapter already, {alone.path} is another; merge the first one first")
+        raise ValueError(f"{base.path} has an adapter already, {adapted.path} is another; merge the first one first")
     assert base.model is not None
-    model = alone.model or base.model
+    model = adapted.model or base.model
     if replace(model, max_length=base.model.max_length) != base.model:
-        raise ValueError(f"{alone.path} is an adapter to another model than {base.path}; give its own, {base_name}")
-    sources = (*base.sources, open_source(model, alone.adapter.rank))
-    return _inherit_files(replace(alone, model=model, base=base_name or str(base.path), sources=sources), base)
+        raise ValueError(f"{adapted.path} is an adapter to another model than {base.path}; give its own, {base_name}")
+    sources = (*base.sources, open_source(model, adapted.adapter.rank))
+    return _inherit_files(replace(adapted, model=model, base=base_name or str(base.path), sources=sources), base)
 
 
 def _inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:

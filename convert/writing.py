@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be written from which source; ValueError where that cannot be, before a byte is written.
+    """A conversion: its source, its format and its options. Raises ValueError where they do not go together.
 
     The arrays are read in parts, as `array_part` in our layouts or as `tensor_part` in those of the format.
     """
@@ -63,7 +63,7 @@ class Job:
     source: Checkpoint
     to: Format
     merge: bool = False  # add the adapter into the weights
-    ranks: tuple[int, int] = (1, 1)  # of megatron-legacy: tensor-parallel ranks and pipeline stages to write files for
+    ranks: tuple[int, int] = (1, 1)  # tensor-parallel ranks and pipeline stages that megatron-legacy has files for
     dtype: DType | None = None  # None: as stored; of a full training run that of the weights it started from
 
     def __post_init__(self) -> None:
@@ -272,7 +272,7 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
         dtype = job.shapes["embedding"].dtype.name
         safetensors.write_json(folder / "config.json", hf_config(model, dtype, source.hf))
     if job.adapter.kind != "none":
-        config = peft_config(job.adapter, source.base, ours=job.to == "orbax")
+        config = peft_config(job.adapter, source.base, for_orbax=job.to == "orbax")
         safetensors.write_json(folder / "adapter_config.json", config)
     for name, rows in job.groups.items():
         if job.to == "orbax":

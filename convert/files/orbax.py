@@ -92,9 +92,9 @@ class Reader:
                 values = ts.KvStore.open(kvstore).result()
                 if not all(_is_metadata(values.read(key).result().value) for key in _ARRAY_METADATA):
                     raise ValueError("its metadata is not that of an array")
-            found = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
+            probe = ts.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
             # A missing chunk is to be an error, and not zeros. Only a driver that is named takes this option.
-            spec = {"driver": found.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
+            spec = {"driver": probe.spec().to_json()["driver"], "kvstore": kvstore, "fill_missing_data_reads": False}
             self._stores[path] = store = ts.open(spec, open=True, read=True).result()
         except ValueError as error:
             raise self._damaged(path, error) from error

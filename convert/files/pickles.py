@@ -109,7 +109,7 @@ class Persistent:
 
 
 class _Malformed(Exception):
-    """What the pickle does makes no sense; the message says what."""
+    """A pickle that makes no sense; the message says why."""
 
 
 def load_pickle(

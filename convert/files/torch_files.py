@@ -60,7 +60,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
     strides: tuple[int, ...] = field(repr=False)  # in elements, as torch counts
-    offset: int = field(repr=False)  # of the first element, in elements
+    offset: int = field(repr=False)  # elements of the storage before the first
     storage: _Storage = field(repr=False)
 
     def read(self, index: Index = ()) -> np.ndarray:

@@ -251,7 +251,7 @@ class Tensors:
 class Opened:
     """The tensors of a Megatron checkpoint, by Megatron's names with one for each layer, and its other facts."""
 
-    folder: Path  # of this iteration
+    folder: Path  # the folder of the iteration
     layout: str  # "torch_dist", or "legacy torch" with the ranks that wrote it
     iteration: int | None
     tensors: dict[str, Tensor]

@@ -269,7 +269,7 @@ def run_config(
         "_target_": _PROVIDER,
         "window_size": [model.window - 1, 0],  # the tokens before and after a token, without itself
         "should_pad_vocab": False,  # the embedding has vocab_size rows at any parallelism
-        "tensor_model_parallel_size": 1,  # as the checkpoint is laid out; loaders reshard it
+        "tensor_model_parallel_size": 1,  # the layout of the checkpoint, which loaders reshard
         "pipeline_model_parallel_size": 1,
         "bf16": dtype == "bfloat16",  # loaders read this, and not params_dtype
         "params_dtype": _torch_dtype(dtype),
@@ -321,7 +321,7 @@ def megatron_args(model: ModelConfig, dtype: DType, iteration: int = 0) -> dict[
         **{_FIELDS[field]: _shorten(getattr(model, field)) for field in _ARGS_FIELDS},
         "group_query_attention": True,
         "swiglu": True,  # fc1 has gate and up; there is no argument for Gemma 2's activation
-        "add_position_embedding": True,  # as Megatron-LM has it beside RoPE
+        "add_position_embedding": True,  # Megatron-LM sets it with RoPE too
         "untie_embeddings_and_output_weights": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

@@ -65,11 +65,11 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
         raise ValueError(f"{source}: {error}") from error
 
 
-def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dict[str, Any]:
+def peft_config(adapter: AdapterConfig, base: str, *, for_orbax: bool = False) -> dict[str, Any]:
     """The adapter_config.json of an adapter to the model `base`, a folder or Hub id.
 
     Args:
-      ours: whether it is for our own folders, which say where the adapter is added, and not for PEFT.
+      for_orbax: whether it is for our own Orbax folders, which say where the adapter is added, and not for PEFT.
     """
     return {
         "peft_type": "LORA",
@@ -86,5 +86,5 @@ def peft_config(adapter: AdapterConfig, base: str, *, ours: bool = False) -> dic
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
-        **({_AFTER_NORM: True} if ours and adapter.after_norm else {}),
+        **({_AFTER_NORM: True} if for_orbax and adapter.after_norm else {}),
     }

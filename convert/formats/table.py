@@ -175,10 +175,10 @@ def tensor_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> 
     return {name: shapes[row.name] for row in rows for name in row.names(config.layers)}
 
 
-def claim_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], source: object) -> None:
+def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], source: object) -> None:
     """Raises ValueError naming tensors (or arrays) that `source` lacks, has besides, or has in another shape."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in actual]
+    unexpected = [name for name in actual if name not in expected]
     if missing or unexpected:
         parts = [
             f"{verb} {_list_names(names)}"
@@ -187,9 +187,9 @@ def claim_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], source
         ]
         raise ValueError(f"{source} {' and '.join(parts)}; check that its config and its weights belong together")
     for name, shape in expected.items():
-        if tuple(found[name]) != shape:
+        if tuple(actual[name]) != shape:
             raise ValueError(
-                f"{source}: {name} has shape {tuple(found[name])} where its config expects {shape}; "
+                f"{source}: {name} has shape {tuple(actual[name])} where its config expects {shape}; "
                 "it is a checkpoint of another config"
             )
 
@@ -207,7 +207,7 @@ def check_tied_head(
         return
     embedding, same = MODEL[0].name, True
     rows = shapes[HEAD][0] if shapes[HEAD] == shapes[embedding] else 0
-    for row in range(0, rows, 4096):  # which bounds memory; bytes are compared, as bfloat16 compares slowly
+    for row in range(0, rows, 4096):  # bounds memory; bytes are compared, as bfloat16 is slow
         output_VD, input_VD = (read(name, (slice(row, row + 4096), slice(None))) for name in (HEAD, embedding))
         same = same and output_VD.dtype == input_VD.dtype and output_VD.tobytes() == input_VD.tobytes()
     if not rows or not same:

@@ -129,7 +129,7 @@ def test_verify_finds_what_differs(run, tmp_path):
     content["model.norm.weight"] = load_tensors(HF["f32"])["model.norm.weight"]
     save_file(content, changed / "model.safetensors")
     assert [run("verify", ONE, changed, "--atol", atol)[0] for atol in ("0.2", "0.26")] == [1, 0]
-    # dtypes alone are a difference, unless there is a tolerance
+    # A difference of dtypes alone counts, unless there is a tolerance.
     code, output, _ = run("verify", HF["f32"], HF["bf16"])
     assert code == 1 and "0 of 13 arrays" in output and "float32, bfloat16" in output
     assert run("verify", HF["f32"], HF["bf16"], "--atol", "0.1")[0] == 0

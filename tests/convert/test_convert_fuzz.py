@@ -1,7 +1,7 @@
 """Whole checkpoints of every format with one thing changed: a checkpoint, or one sentence that says what is wrong.
 
 `test_torch_files`, `test_torch_dist` and `test_megatron_config` change the bytes of single files; here it is folders,
-and the trees that their files hold. Whatever was changed, opening and reading is soon over, takes little memory,
+and the trees that their files hold. Whatever was changed, opening and reading ends soon, takes little memory,
 imports nothing, opens no file outside and writes none.
 """
 
@@ -54,21 +54,21 @@ DEEP = "\1deep"  # stands for what JSON's own writer would not write
 
 @dataclass
 class Case:
-    """A whole checkpoint, and what is changed in it at the moment."""
+    """A whole checkpoint, with the files that are changed at the moment."""
 
-    root: Path  # all that may be read
+    root: Path  # the folder of all files that may be read
     folder: Path
     options: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ("hf", "orbax", "megatron", "megatron-legacy")
 
     def __post_init__(self) -> None:
         self.files = {path: path.read_bytes() for path in sorted(self.root.rglob("*")) if path.is_file()}
-        self.trees: dict[Path, Any] = {path: tree for path in self.files if (tree := _tree(path)) is not None}
+        self.trees: dict[Path, Any] = {path: tree for path in self.files if (tree := _decode(path)) is not None}
         self.listing = _listing(self.root)
         self.changed: list[Path] = []
 
     def put(self, path: Path, content: bytes | Callable[[Path], object] | None) -> None:
-        """Replaces a file by other bytes, by what `content` makes there, or by nothing."""
+        """Replaces a file by bytes, by whatever the function `content` makes at its path, or removes it (None)."""
         self.changed.append(path)
         _clear(path)
         if isinstance(content, bytes):
@@ -95,10 +95,10 @@ def _listing(root: Path) -> list[tuple[str, list[str], list[str]]]:
     return sorted((folder, sorted(folders), sorted(files)) for folder, folders, files in os.walk(root))
 
 
-# What a file holds, and the file of what it is to hold.
+# The tree that a file holds, and the bytes of a file that holds a tree
 
 
-def _tree(path: Path) -> Any:
+def _decode(path: Path) -> Any:
     data = path.read_bytes()
     if path.suffix == ".safetensors":
         return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -115,9 +115,9 @@ def _tree(path: Path) -> Any:
     return None
 
 
-def _bytes(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes | Callable[[Path], object]:
+def _encode(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes | Callable[[Path], object]:
     if path.suffix == ".pt":
-        content = _kept(tree)
+        content = _loaded_tensors(tree)
 
         def save(path: Path) -> None:
             with path.open("wb") as file:
@@ -132,7 +132,7 @@ def _bytes(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes
     text = json.dumps(tree)
     deep = chance.choice([50, 2000, 100_000])
     text = text.replace(json.dumps(DEEP), chance.choice(["[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep]))
-    text = text.replace("\\u0001", "")  # what began with it is now there twice
+    text = text.replace("\\u0001", "")  # a key that began with it is now the same as another
     if path.suffix != ".safetensors":
         return text.encode()
     header = text.encode()
@@ -140,8 +140,8 @@ def _bytes(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes
     return size.to_bytes(8, "little") + header + before[8 + int.from_bytes(before[:8], "little") :]
 
 
-class _Kept:
-    """A tensor of a torch file that may be gone when it is written again."""
+class _LoadedTensor:
+    """A tensor of a torch file, in memory, as the file may be replaced before the tensor is written again."""
 
     def __init__(self, stored: torch_files.Stored):
         self.shape, self.dtype, self.array = stored.shape, stored.dtype, stored.read()
@@ -150,14 +150,14 @@ class _Kept:
         return self.array
 
 
-def _kept(tree: Any) -> Any:
+def _loaded_tensors(tree: Any) -> Any:
     match tree:
         case dict():
-            return {key: _kept(value) for key, value in tree.items()}
+            return {key: _loaded_tensors(value) for key, value in tree.items()}
         case list() | tuple():
-            return type(tree)(map(_kept, tree))
+            return type(tree)(map(_loaded_tensors, tree))
         case torch_files.Stored():
-            return _Kept(tree)
+            return _LoadedTensor(tree)
     return tree
 
 
@@ -175,7 +175,7 @@ def _children(tree: Any) -> list[Any]:
     return []
 
 
-def _at(tree: Any, key: Any) -> Any:
+def _child(tree: Any, key: Any) -> Any:
     return tree.state if isinstance(tree, Record) else tree[key]
 
 
@@ -183,19 +183,19 @@ def _paths(tree: Any, depth: int = 8) -> Iterator[tuple]:
     for key in _children(tree):
         yield (key,)
         if depth:
-            yield from ((key, *rest) for rest in _paths(_at(tree, key), depth - 1))
+            yield from ((key, *rest) for rest in _paths(_child(tree, key), depth - 1))
 
 
-def _with(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
-    """The tree with what is at `path` changed; `KeyError` takes it away."""
+def _replace_at(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
+    """The tree with the value at `path` changed; a `KeyError` of `change` removes the value."""
     if not path:
         return change(tree)
     key, *rest = path
     if isinstance(tree, Record):
-        state = None if not rest and change is _gone else _with(tree.state, tuple(rest), change)
+        state = None if not rest and change is _remove else _replace_at(tree.state, tuple(rest), change)
         return Record(tree.name, tree.args, state, tree.new)
     try:
-        new = _with(tree[key], tuple(rest), change)
+        new = _replace_at(tree[key], tuple(rest), change)
     except KeyError:
         if isinstance(tree, dict):
             return {k: v for k, v in tree.items() if k is not key}
@@ -205,12 +205,12 @@ def _with(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
     return type(tree)(new if at == key else value for at, value in enumerate(tree))
 
 
-def _gone(value: Any) -> Any:
+def _remove(value: Any) -> Any:
     raise KeyError
 
 
-def _near(value: Any, chance: random.Random) -> Any:
-    """Another value of that kind."""
+def _similar_value(value: Any, chance: random.Random) -> Any:
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -220,7 +220,7 @@ def _near(value: Any, chance: random.Random) -> Any:
     return chance.choice(HOSTILE)
 
 
-def edited(tree: Any, chance: random.Random) -> Any:
+def edit_tree(tree: Any, chance: random.Random) -> Any:
     """A tree with one thing changed in it."""
     top = [(key,) for key in _children(tree)]
     paths = list(_paths(tree)) if chance.random() < 0.6 else top
@@ -229,32 +229,32 @@ def edited(tree: Any, chance: random.Random) -> Any:
     path, other = chance.choice(paths), chance.choice(paths)
     at = tree
     for key in other:
-        at = _at(at, key)
+        at = _child(at, key)
     match chance.randrange(8):
         case 0:
-            return _with(tree, path, _gone)
+            return _replace_at(tree, path, _remove)
         case 1 | 2 | 3:
             value = chance.choice(HOSTILE)
-            return _with(tree, path, lambda _: value)
+            return _replace_at(tree, path, lambda _: value)
         case 4 | 5:
-            return _with(tree, path, lambda value: _near(value, chance))
+            return _replace_at(tree, path, lambda value: _similar_value(value, chance))
         case 6:
-            return _with(tree, path, lambda _: at)
+            return _replace_at(tree, path, lambda _: at)
     if isinstance(path[-1], str) and not any(isinstance(key, Record) for key in path):
         value = chance.choice([at, *HOSTILE])
         key = chance.choice(["\1" + path[-1], path[-1] + "x", chance.choice(OUTSIDE)])
-        return _with(tree, path[:-1], lambda part: {**part, key: value} if isinstance(part, dict) else value)
-    return _with(tree, path, lambda _: DEEP)
+        return _replace_at(tree, path[:-1], lambda part: {**part, key: value} if isinstance(part, dict) else value)
+    return _replace_at(tree, path, lambda _: DEEP)
 
 
 def change(case: Case, chance: random.Random) -> str:
-    """Changes one thing in the folder, and says what."""
+    """Changes one thing in the folder; gives a description of the change."""
     path = chance.choice(list(case.trees) if chance.random() < 0.5 else list(case.files))
     before, name = case.files[path], path.relative_to(case.root)
     if path in case.trees and chance.random() < 0.75:
-        tree = edited(case.trees[path], chance)
+        tree = edit_tree(case.trees[path], chance)
         try:
-            case.put(path, _bytes(path, tree, before, chance))
+            case.put(path, _encode(path, tree, before, chance))
         except (TypeError, OverflowError, ValueError, RecursionError, AttributeError, AssertionError) as error:
             case.put(path, before)  # the test's writers have no place for every tree
             return f"{name} as it was: {error}"
@@ -274,8 +274,8 @@ def _swap(case: Case, path: Path, chance: random.Random) -> None:
     case.put(other, case.files[path])
 
 
-def _beside(case: Case, path: Path, chance: random.Random) -> None:
-    """A file more, where a reader may look for one."""
+def _add_file(case: Case, path: Path, chance: random.Random) -> None:
+    """Adds a file where a reader may look for one."""
     names = ["model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"]
     names += ["config.json", "manifest.ocdbt", "_METADATA", ".zarray", "zarr.json", "common.pt", ".metadata"]
     names += [
@@ -290,15 +290,15 @@ def _beside(case: Case, path: Path, chance: random.Random) -> None:
     ]
     new = path.parent / chance.choice(names)
     if not new.exists():
-        case.put(new, chance.choice([b"", b"{}", b"x", before_or(case, chance), Path.mkdir]))
+        case.put(new, chance.choice([b"", b"{}", b"x", other_bytes(case, chance), Path.mkdir]))
 
 
-def before_or(case: Case, chance: random.Random) -> bytes:
+def other_bytes(case: Case, chance: random.Random) -> bytes:
     return case.files[chance.choice(list(case.files))]
 
 
-def _emptied(case: Case, path: Path, chance: random.Random) -> None:
-    """A whole folder of the checkpoint, without its files."""
+def _empty_folder(case: Case, path: Path, chance: random.Random) -> None:
+    """Removes the files of a folder of the checkpoint."""
     folder = chance.choice([parent for parent in path.parents if parent.is_relative_to(case.folder)] or [path.parent])
     for file in [file for file in case.files if file.is_relative_to(folder)]:
         case.put(file, None)
@@ -317,8 +317,8 @@ KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
         path, lambda new: new.symlink_to(chance.choice([new.name, "gone", "/dev/zero", ".", *list(case.files)]))
     ),
     "swapped": _swap,
-    "one more": _beside,
-    "emptied": _emptied,
+    "one more": _add_file,
+    "emptied": _empty_folder,
     "other text": lambda case, path, chance: case.put(
         path, chance.choice(["1", "-1", "release", "1e9", "9" * 5000, "[]", "null", "\ud800", "\0", "é" * 50, *OUTSIDE])
         .encode(errors="surrogatepass"),
@@ -433,7 +433,7 @@ def _fixture(name: str, config: bool = False) -> Callable[[Path], Case]:
     return build
 
 
-# Each with the cases of the normal suite.
+# Each format with the number of changes in the normal suite.
 FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "huggingface": (_huggingface, 400),
     "sharded": (_sharded, 300),
@@ -454,7 +454,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
 
 
 def read_all(checkpoint: Checkpoint, chance: random.Random) -> None:
-    """Reads every array by parts, which are what the checkpoint says of them."""
+    """Reads every array in parts, and asserts their shapes and dtypes."""
     for path, stored in checkpoint.shapes.items():
         cut = chance.randrange(stored.shape[0] + 1)
         rest = [slice(*sorted(chance.choices(range(size + 1), k=2))) for size in stored.shape[1:]]
@@ -487,7 +487,7 @@ def convert(checkpoint: Checkpoint, to: str, case: Case, chance: random.Random) 
 
 @contextmanager
 def watched(opened: list[tuple[str, str]]) -> Iterator[None]:
-    """Every file that Python opens meanwhile, and how."""
+    """Appends every file that Python opens in the `with` block, with its mode."""
     _WATCHING.append(opened)
     try:
         yield
@@ -503,7 +503,7 @@ def _audit(event: str, args: tuple) -> None:
         _WATCHING[-1].append((os.fsdecode(args[0]) if not isinstance(args[0], int) else "", str(args[1])))
 
 
-sys.addaudithook(_audit)  # for good: there is no taking it back
+sys.addaudithook(_audit)  # a hook cannot be removed
 
 
 def attempt(case: Case, chance: random.Random) -> bool:
@@ -525,9 +525,9 @@ def attempt(case: Case, chance: random.Random) -> bool:
         if not any(place in str(error) for place in (str(case.root.parent), *OUTSIDE)):
             raise
         read = False
-    assert time.process_time() - start < 5  # what goes off takes minutes
+    assert time.process_time() - start < 5  # an attack that works takes minutes
     assert _listing(case.root) == before
-    assert [file for file, how in opened if not file.startswith(str(case.root)) or "w" in how] == []
+    assert [file for file, mode in opened if not file.startswith(str(case.root)) or "w" in mode] == []
     assert set(sys.modules) - modules == set()
     return read
 
@@ -535,7 +535,7 @@ def attempt(case: Case, chance: random.Random) -> bool:
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_checkpoint_with_one_thing_changed_is_read_or_refused_in_a_sentence(name, times, tmp_path, monkeypatch):
-    case, count = made(name, tmp_path, monkeypatch), FORMATS[name][1] * times
+    case, count = make_case(name, tmp_path, monkeypatch), FORMATS[name][1] * times
     peak, read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
     for number in range(count):
         chance = random.Random(f"{name} {number}")
@@ -551,7 +551,7 @@ def test_a_checkpoint_with_one_thing_changed_is_read_or_refused_in_a_sentence(na
     assert count / 20 < read < count
 
 
-def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+def make_case(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """The checkpoint as it should be; the working directory is in the folder that all is read from."""
     (folder / "root" / "cwd").mkdir(parents=True)
     (folder / "out").mkdir()

@@ -18,7 +18,7 @@ UNNEEDED = {"README.md", "pytorch_model.bin", "tiny.gguf", "original/model.safet
 
 
 class Hub:
-    """As much of huggingface.co as a download needs, with one model, org/tiny, and what was asked of it."""
+    """The part of huggingface.co that a download needs, with one model, org/tiny. It records the requests."""
 
     def __init__(self):
         self.refusal: tuple[int, str] | None = None  # of files: a status and the Hub's code for it
@@ -80,8 +80,8 @@ class Hub:
 CODE = "import sys; from gemma2_jax.convert.files import hub; print(hub.download(sys.argv[1], weights=True))"
 
 
-def start(home: Path, environment: dict[str, str], name: str = "org/tiny", code: str = CODE) -> subprocess.Popen:
-    """A process that downloads; what the Hub's library knows of its surroundings, it reads when it is imported."""
+def download(home: Path, environment: dict[str, str], name: str = "org/tiny", code: str = CODE) -> subprocess.Popen:
+    """A process that downloads, as the Hub's library reads the environment when it is imported."""
     quiet = {"HF_HOME": str(home), "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code, name],
@@ -92,14 +92,14 @@ def start(home: Path, environment: dict[str, str], name: str = "org/tiny", code:
     )
 
 
-def downloaded(process: subprocess.Popen) -> Path:
+def wait_for_folder(process: subprocess.Popen) -> Path:
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     return Path(output.splitlines()[-1])
 
 
-def refused(process: subprocess.Popen) -> str:
-    """The sentence with which it ended."""
+def wait_for_refusal(process: subprocess.Popen) -> str:
+    """Waits for a download to fail; gives the sentence of its error."""
     output, error = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "\nValueError: " in error, error
@@ -109,10 +109,10 @@ def refused(process: subprocess.Popen) -> str:
 
 
 def test_downloaded_once_and_then_read_without_a_network(tmp_path):
-    """By two processes at once, with the token; and of all that is there, what is needed."""
+    """Two processes at once download with the token, and they download what is needed of the model."""
     hub = Hub()
     with hub.serve() as environment:
-        folders = {downloaded(process) for process in [start(tmp_path, environment) for _ in range(2)]}
+        folders = {wait_for_folder(process) for process in [download(tmp_path, environment) for _ in range(2)]}
     [folder] = folders
     assert folder == tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
     got = [path.rpartition("/")[2] for command, path in hub.requests if command == "GET" and "/resolve/" in path]
@@ -120,20 +120,20 @@ def test_downloaded_once_and_then_read_without_a_network(tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {name: hub.files[name] for name in NEEDED}
     assert hub.tokens == {"Bearer hf_secret"}
     code = "from gemma2_jax.convert import checkpoints as c; print(c.open_checkpoint('org/tiny').path)"
-    without = start(tmp_path, environment), start(tmp_path, {"HF_HUB_OFFLINE": "1"}, code=code)
-    assert {downloaded(process) for process in without} == folders
+    without = download(tmp_path, environment), download(tmp_path, {"HF_HUB_OFFLINE": "1"}, code=code)
+    assert {wait_for_folder(process) for process in without} == folders
 
 
 def test_a_config_is_had_without_the_weights(tmp_path):
     hub = Hub()
     with hub.serve() as environment:
-        folder = downloaded(start(tmp_path, environment, code=CODE.replace("weights=True", "weights=False")))
+        folder = wait_for_folder(download(tmp_path, environment, code=CODE.replace("weights=True", "weights=False")))
     assert {file.name for file in folder.iterdir()} == {name for name in NEEDED if not name.endswith(".safetensors")}
     assert {file.name for file in folder.iterdir()} < set(NEEDED)
 
 
 def test_a_cache_that_was_made_elsewhere(tmp_path):
-    """As an older library lays it out, or one copies it to a machine without a network."""
+    """The layout of an older library, or of a copy on a machine without a network."""
     at = tmp_path / "hub" / "models--org--tiny"
     for folder in ("refs", "blobs", f"snapshots/{COMMIT}"):
         (at / folder).mkdir(parents=True)
@@ -141,9 +141,9 @@ def test_a_cache_that_was_made_elsewhere(tmp_path):
     for name in NEEDED:
         (at / "blobs" / name).write_bytes((TINY / name).read_bytes())
         (at / "snapshots" / COMMIT / name).symlink_to(f"../../blobs/{name}")
-    assert downloaded(start(tmp_path, {"HF_HUB_OFFLINE": "1"})) == at / "snapshots" / COMMIT
-    assert "there is no folder org/other, it is not in the cache at" in refused(
-        start(tmp_path, {"HF_HUB_OFFLINE": "1"}, "org/other")
+    assert wait_for_folder(download(tmp_path, {"HF_HUB_OFFLINE": "1"})) == at / "snapshots" / COMMIT
+    assert "there is no folder org/other, it is not in the cache at" in wait_for_refusal(
+        download(tmp_path, {"HF_HUB_OFFLINE": "1"}, "org/other")
     )
 
 
@@ -152,20 +152,23 @@ def test_what_the_hub_does_not_give(tmp_path):
     hub.refusal = 403, "GatedRepo"
     with hub.serve() as environment:
         endpoint = environment["HF_ENDPOINT"]
-        gated, missing = start(tmp_path, environment), start(tmp_path, environment, "org/other")
-        assert refused(gated) == (
+        gated, missing = download(tmp_path, environment), download(tmp_path, environment, "org/other")
+        assert wait_for_refusal(gated) == (
             f"org/tiny is gated: accept its licence at {endpoint}/org/tiny, and run `hf auth login` or set HF_TOKEN to "
             "a token of the account that did"
         )
-        assert refused(missing).startswith(
+        assert wait_for_refusal(missing).startswith(
             f"there is no folder org/other, and {endpoint} has no model of that name for this account; check"
         )
-    offline, down = start(tmp_path / "b", environment | {"HF_HUB_OFFLINE": "1"}), start(tmp_path / "b", environment)
+    offline, down = (
+        download(tmp_path / "b", environment | {"HF_HUB_OFFLINE": "1"}),
+        download(tmp_path / "b", environment),
+    )
     nowhere = f"there is no folder org/tiny, it is not in the cache at {tmp_path / 'b' / 'hub'}, and "
-    assert refused(offline) == nowhere + "HF_HUB_OFFLINE is set; unset it to download"
-    assert refused(down) == (
+    assert wait_for_refusal(offline) == nowhere + "HF_HUB_OFFLINE is set; unset it to download"
+    assert wait_for_refusal(down) == (
         nowhere + f"{endpoint} did not give it ([Errno 111] Connection refused); mend that, or copy the model here"
     )
     # The refused download had got as far as the list of files.
-    part = refused(start(tmp_path, environment))
+    part = wait_for_refusal(download(tmp_path, environment))
     assert "in the cache at" in part and f"{endpoint} did not give it" in part

@@ -48,7 +48,7 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(base, tmp_path_factory) -> dict[str, Path]:
+def peft_adapters(base, tmp_path_factory) -> dict[str, Path]:
     """An adapter of every kind as PEFT writes it."""
     folder = tmp_path_factory.mktemp("peft")
     return {kind: _peft_adapter(base, folder / kind, adapter, kind) for kind, adapter in KINDS.items()}
@@ -76,8 +76,8 @@ def _peft_adapter(base: Path, path: Path, adapter: AdapterConfig, kind: str) -> 
     return path
 
 
-def _convert(source: Checkpoint, target: Path, to: writing.Format, **choices) -> Path:
-    write_checkpoint(Job(source=source, to=to, **choices), target)
+def _convert(source: Checkpoint, target: Path, to: writing.Format, **options) -> Path:
+    write_checkpoint(Job(source=source, to=to, **options), target)
     return target
 
 
@@ -120,42 +120,42 @@ def _gemma(adapter: AdapterConfig) -> model.Gemma2:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_peft_s_is_ours(base, theirs, kind):
-    source = open_checkpoint(theirs[kind])  # it names its base
+def test_an_adapter_of_peft_s_is_ours(base, peft_adapters, kind):
+    source = open_checkpoint(peft_adapters[kind])  # it names its base
     assert (source.format, source.model, source.adapter) == ("peft", CONFIG, KINDS[kind])
     # Caps and attention amplify the last bits of float32: 1e-4 of logits up to 30.
-    np.testing.assert_allclose(_our_logits(source), _peft_logits(base, theirs[kind]), atol=1e-4)
+    np.testing.assert_allclose(_our_logits(source), _peft_logits(base, peft_adapters[kind]), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_through_orbax_is_exact(base, theirs, tmp_path, kind):
-    orbax = _convert(open_checkpoint(theirs[kind], base=base), tmp_path / "orbax", "orbax")
+def test_round_trip_through_orbax_is_exact(base, peft_adapters, tmp_path, kind):
+    orbax = _convert(open_checkpoint(peft_adapters[kind], base=base), tmp_path / "orbax", "orbax")
     source = open_checkpoint(orbax)
     assert (source.format, source.adapter, source.base) == ("orbax", KINDS[kind], str(base))
     back = _convert(source, tmp_path / "peft", "peft")
-    written, original = (load_file(at / "adapter_model.safetensors") for at in (back, theirs[kind]))
+    written, original = (load_file(at / "adapter_model.safetensors") for at in (back, peft_adapters[kind]))
     assert written.keys() == original.keys()
     assert all(written[name].tobytes() == original[name].tobytes() for name in original)
-    config, before = (peft.LoraConfig.from_pretrained(at) for at in (back, theirs[kind]))
+    config, before = (peft.LoraConfig.from_pretrained(at) for at in (back, peft_adapters[kind]))
     for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
         assert getattr(config, field) == getattr(before, field), field
     assert config.base_model_name_or_path == str(base)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_what_is_written(base, theirs, tmp_path, kind):
-    target = _convert(open_checkpoint(theirs[kind]), tmp_path / "peft", "peft")
+def test_peft_loads_what_is_written(base, peft_adapters, tmp_path, kind):
+    target = _convert(open_checkpoint(peft_adapters[kind]), tmp_path / "peft", "peft")
     plain = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     adapted = peft.get_peft_model(plain, peft.LoraConfig.from_pretrained(target))
     result = adapted.load_adapter(target, "default")
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora" in key]
-    np.testing.assert_array_equal(_logits(adapted), _peft_logits(base, theirs[kind]))
+    np.testing.assert_array_equal(_logits(adapted), _peft_logits(base, peft_adapters[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_is_lora_s_merge_and_peft_s(base, theirs, tmp_path, kind):
-    source = open_checkpoint(theirs[kind])
+def test_merged_is_lora_s_merge_and_peft_s(base, peft_adapters, tmp_path, kind):
+    source = open_checkpoint(peft_adapters[kind])
     merged = open_checkpoint(_convert(source, tmp_path / "merged", "hf", merge=True))
     assert merged.adapter.kind == "none"
     gemma = model.rebuild_model(_program(source.adapter)[0], load_weights(source, source.shapes))
@@ -164,11 +164,11 @@ def test_merged_is_lora_s_merge_and_peft_s(base, theirs, tmp_path, kind):
     assert wanted.keys() == found.keys()
     for path in wanted:  # compiled and not, sums round differently in the last bit
         np.testing.assert_allclose(found[path], wanted[path], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(_our_logits(merged), _peft_logits(base, theirs[kind]), atol=1e-4)
+    np.testing.assert_allclose(_our_logits(merged), _peft_logits(base, peft_adapters[kind]), atol=1e-4)
 
 
-def test_merging_rounds_once(base, theirs, tmp_path):
-    source = open_checkpoint(theirs["dora"])
+def test_merging_rounds_once(base, peft_adapters, tmp_path):
+    source = open_checkpoint(peft_adapters["dora"])
     whole, rounded = (
         load_file(_convert(source, tmp_path / dtype, "hf", merge=True, dtype=dtype) / "model.safetensors")
         for dtype in ("float32", "bfloat16")
@@ -177,9 +177,9 @@ def test_merging_rounds_once(base, theirs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_run_with_an_adapter(base, theirs, tmp_path, kind):
+def test_a_run_with_an_adapter(base, peft_adapters, tmp_path, kind):
     """What training leaves: the adapter alone, in float32, and the name of its base."""
-    loaded = open_checkpoint(theirs[kind])
+    loaded = open_checkpoint(peft_adapters[kind])
     trained = {path: shape for path, shape in loaded.shapes.items() if "/adapter/" in path}
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -194,35 +194,35 @@ def test_a_run_with_an_adapter(base, theirs, tmp_path, kind):
     assert (run.format, run.adapter, run.base) == ("run", KINDS[kind], str(base))
     copy = shutil.copytree(base, tmp_path / "copy")
     assert open_checkpoint(workdir, base=copy).adapter == run.adapter
-    _change(copy, "config.json", query_pre_attn_scalar=1.0)
+    _change_json(copy, "config.json", query_pre_attn_scalar=1.0)
     with pytest.raises(ValueError, match=r"run is an adapter to another model than .*copy; give its own, .*hf"):
         open_checkpoint(workdir, base=copy)
     np.testing.assert_array_equal(_our_logits(run), _our_logits(loaded))
     target = _convert(run, tmp_path / "peft", "peft")
-    written, original = (load_file(at / "adapter_model.safetensors") for at in (target, theirs[kind]))
+    written, original = (load_file(at / "adapter_model.safetensors") for at in (target, peft_adapters[kind]))
     assert all(written[name].tobytes() == original[name].tobytes() for name in original)
 
 
-def test_choices_that_lose_the_adapter_are_refused(base, theirs, tmp_path):
-    adapted, plain = open_checkpoint(theirs["lora"]), open_checkpoint(base)
+def test_choices_that_lose_the_adapter_are_refused(base, peft_adapters, tmp_path):
+    adapted, plain = open_checkpoint(peft_adapters["lora"]), open_checkpoint(base)
     with pytest.raises(ValueError, match="choose --merge for one model, or --to peft for the adapter alone"):
         Job(source=adapted, to="hf")
     with pytest.raises(ValueError, match="choose one of the two"):
         Job(source=adapted, to="peft", merge=True)
     with pytest.raises(ValueError, match="has no adapter; leave out --merge"):
         Job(source=plain, to="hf", merge=True)
-    both = _convert(adapted, tmp_path / "both", "orbax")
+    combined = _convert(adapted, tmp_path / "both", "orbax")
     with pytest.raises(ValueError, match=r"both has an adapter already, .*dora is another; merge the first one first"):
-        open_checkpoint(theirs["dora"], base=both)
+        open_checkpoint(peft_adapters["dora"], base=combined)
     with pytest.raises(ValueError, match="is not an adapter alone, so it takes no base model"):
-        open_checkpoint(base, base=both)
+        open_checkpoint(base, base=combined)
     with pytest.raises(ValueError, match="is named as its own base model"):
         open_checkpoint(base, base=base)
 
 
-def test_an_adapter_without_its_base(base, theirs, tmp_path):
-    alone = Path(shutil.copytree(theirs["lora"], tmp_path / "alone"))
-    _change(alone, base_model_name_or_path="google/gemma-2-2b")
+def test_an_adapter_without_its_base(base, peft_adapters, tmp_path):
+    alone = Path(shutil.copytree(peft_adapters["lora"], tmp_path / "alone"))
+    _change_json(alone, base_model_name_or_path="google/gemma-2-2b")
     source = open_checkpoint(alone)
     assert (source.model, source.adapter, source.shapes) == (None, KINDS["lora"], {})
     with pytest.raises(
@@ -232,14 +232,14 @@ def test_an_adapter_without_its_base(base, theirs, tmp_path):
     assert open_checkpoint(alone, base=base).base == "google/gemma-2-2b"
 
 
-def test_an_adapter_beside_a_model_is_put_on_it(base, theirs, tmp_path):
-    both = Path(shutil.copytree(base, tmp_path / "both"))
+def test_an_adapter_beside_a_model_is_put_on_it(base, peft_adapters, tmp_path):
+    combined = Path(shutil.copytree(base, tmp_path / "both"))
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(theirs["lora"] / file, both / file)
-    assert open_checkpoint(both).adapter == KINDS["lora"]
+        shutil.copyfile(peft_adapters["lora"] / file, combined / file)
+    assert open_checkpoint(combined).adapter == KINDS["lora"]
 
 
-def _change(folder: Path, file: str = "adapter_config.json", **changes) -> None:
+def _change_json(folder: Path, file: str = "adapter_config.json", **changes) -> None:
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -264,16 +264,16 @@ def _change(folder: Path, file: str = "adapter_config.json", **changes) -> None:
         ("something_of_next_year", {"on": True}),
     ],
 )
-def test_what_peft_has_and_this_program_has_not_is_named(theirs, tmp_path, key, value):
-    changed = Path(shutil.copytree(theirs["lora"], tmp_path / "changed"))
-    _change(changed, **{key: value})
+def test_what_peft_has_and_this_program_has_not_is_named(peft_adapters, tmp_path, key, value):
+    changed = Path(shutil.copytree(peft_adapters["lora"], tmp_path / "changed"))
+    _change_json(changed, **{key: value})
     with pytest.raises(ValueError, match=key):
         open_checkpoint(changed)
 
 
-def test_patterns_that_change_nothing_are_accepted(theirs, tmp_path):
-    changed = Path(shutil.copytree(theirs["lora"], tmp_path / "changed"))
-    _change(changed, rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 7.5}, init_lora_weights="gaussian")
+def test_patterns_that_change_nothing_are_accepted(peft_adapters, tmp_path):
+    changed = Path(shutil.copytree(peft_adapters["lora"], tmp_path / "changed"))
+    _change_json(changed, rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 7.5}, init_lora_weights="gaussian")
     assert open_checkpoint(changed).adapter == KINDS["lora"]
 
 
@@ -292,8 +292,8 @@ def test_patterns_that_change_nothing_are_accepted(theirs, tmp_path):
         ),
     ],
 )
-def test_adapter_tensors_that_do_not_fit_are_named(theirs, tmp_path, change, message):
-    changed = Path(shutil.copytree(theirs["lora"], tmp_path / "changed"))
+def test_adapter_tensors_that_do_not_fit_are_named(peft_adapters, tmp_path, change, message):
+    changed = Path(shutil.copytree(peft_adapters["lora"], tmp_path / "changed"))
     stored = dict(sorted(load_file(changed / "adapter_model.safetensors").items()))
     change(stored)
     save_file(stored, changed / "adapter_model.safetensors")
@@ -307,9 +307,9 @@ def test_adapter_config_round_trip(kind):
     assert adapter_config(written, table.match_targets(KINDS[kind]), "x") == KINDS[kind]
 
 
-def test_dora_without_magnitudes_is_refused(theirs, tmp_path):
-    changed = Path(shutil.copytree(theirs["lora"], tmp_path / "changed"))
-    _change(changed, use_dora=True)
+def test_dora_without_magnitudes_is_refused(peft_adapters, tmp_path):
+    changed = Path(shutil.copytree(peft_adapters["lora"], tmp_path / "changed"))
+    _change_json(changed, use_dora=True)
     with pytest.raises(ValueError, match=r"lacks base_model.*lora_magnitude_vector"):
         open_checkpoint(changed)
 

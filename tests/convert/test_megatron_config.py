@@ -64,20 +64,20 @@ def test_it_is_the_model_that_hugging_face_has(path):
 
 @pytest.mark.parametrize("path", SAVED, ids=_name)
 def test_what_we_write_is_what_they_write(path):
-    theirs = megatron.read_yaml(path)
-    ours = megatron.run_config(_twin(path), megatron.stored_dtype(theirs))
-    assert ours["model"].pop("window_size") == [7, 0]
-    assert theirs["model"].pop("window_size") == [8, 0]  # as 0.3.1 had it
+    saved = megatron.read_yaml(path)
+    written = megatron.run_config(_twin(path), megatron.stored_dtype(saved))
+    assert written["model"].pop("window_size") == [7, 0]
+    assert saved["model"].pop("window_size") == [8, 0]  # as 0.3.1 had it
     if "tp2" in _name(path):
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            ours["model"].pop(key)
+            written["model"].pop(key)
     for key in ("save_optim", "save_rng", "pretrained_checkpoint") if "torch_dist" not in _name(path) else ():
-        ours["checkpoint"].pop(key)
-    for name, section in ours.items():
+        written["checkpoint"].pop(key)
+    for name, section in written.items():
         if isinstance(section, dict):
-            assert section == {key: theirs[name][key] for key in section}, name
+            assert section == {key: saved[name][key] for key in section}, name
         elif name not in ("peft", "logger", "optimizer"):
-            assert section == theirs[name], name
+            assert section == saved[name], name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -228,12 +228,12 @@ def test_an_adapter_survives_the_text(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_as_they_write_it(kind):
-    theirs = _fixture(f"peft-A_f32_{kind}_tp1pp1")
-    adapter = megatron.adapter_config(theirs, list(EVERY), "here")
+    saved = _fixture(f"peft-A_f32_{kind}_tp1pp1")
+    adapter = megatron.adapter_config(saved, list(EVERY), "here")
     assert adapter == AdapterConfig(kind=kind, rank=8, alpha=16, targets=EVERY, after_norm=True)
-    assert not megatron.adapter_config(theirs, ["attn/q", "mlp/up"], "here").after_norm
-    ours = megatron.run_config(megatron.model_config(theirs), "float32", SavedAdapter(adapter, "base"))["peft"]
-    assert ours == {key: theirs["peft"][key] for key in ours}
+    assert not megatron.adapter_config(saved, ["attn/q", "mlp/up"], "here").after_norm
+    written = megatron.run_config(megatron.model_config(saved), "float32", SavedAdapter(adapter, "base"))["peft"]
+    assert written == {key: saved["peft"][key] for key in written}
 
 
 def test_the_scale_of_rslora_is_kept():
@@ -432,9 +432,9 @@ ARGS = dict(
 def test_arguments_of_megatron_lm():
     model = _twin(SAVED[0])
     megatron.check_args(ARGS | {"window_size": None, "attention_dropout": 0.1}, model, "here")
-    ours = megatron.megatron_args(model, "float32")
-    assert {key: ours[key] for key in ARGS} == ARGS
-    assert ours["params_dtype"] == np.float32
+    args = megatron.megatron_args(model, "float32")
+    assert {key: args[key] for key in ARGS} == ARGS
+    assert args["params_dtype"] == np.float32
     for size in SIZES.values():
         args = megatron.megatron_args(size, "bfloat16", 7)
         megatron.check_args(args, size, "here")

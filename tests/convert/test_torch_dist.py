@@ -24,7 +24,7 @@ FOLDERS = sorted(path.parent for path in FIXTURES.glob("**/.metadata"))
 ONE = FIXTURES / "torch_dist" / "A_bf16_tp2pp2" / "iter_0000000"
 
 
-def whole(shape) -> tuple[slice, ...]:
+def whole_index(shape) -> tuple[slice, ...]:
     return (slice(None),) * len(shape)
 
 
@@ -34,58 +34,61 @@ def id_of(folder: Path) -> str:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=id_of)
 def test_fixtures_read_as_torch_reads_them(folder):
-    ours, theirs = TorchDist(folder), load_torch_dist(folder)
-    assert ours.shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
-    assert {name: f"torch.{dtype.name}" for name, dtype in ours.dtypes.items()} == {
-        name: str(tensor.dtype) for name, tensor in theirs.items()
+    checkpoint, expected = TorchDist(folder), load_torch_dist(folder)
+    assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert {name: f"torch.{dtype.name}" for name, dtype in checkpoint.dtypes.items()} == {
+        name: str(tensor.dtype) for name, tensor in expected.items()
     }
-    for name, tensor in theirs.items():
-        assert ours.read(name, whole(tensor.shape)).tobytes() == torch_bytes(tensor)
+    for name, tensor in expected.items():
+        assert checkpoint.read(name, whole_index(tensor.shape)).tobytes() == torch_bytes(tensor)
         for part in range(3):
             index = tuple(slice(size * part // 4, size - size * part // 5) for size in tensor.shape)
-            array = ours.read(name, index)
+            array = checkpoint.read(name, index)
             assert array.tobytes() == torch_bytes(tensor[index]) and array.shape == tuple(tensor[index].shape)
-    assert all(isinstance(ours.object(name), list) for name in ours.objects if "_extra_state" in name)
+    assert all(isinstance(checkpoint.object(name), list) for name in checkpoint.objects if "_extra_state" in name)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=id_of)
 def test_what_we_write_is_to_torch_what_megatron_wrote(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 100_000)
-    ours = TorchDist(folder)
+    checkpoint = TorchDist(folder)
     with open(folder / ".metadata", "rb") as file:
-        theirs = pickle.load(file)
-    objects = [name for name in ours.objects if "_extra_state" in name]
+        metadata = pickle.load(file)
+    objects = [name for name in checkpoint.objects if "_extra_state" in name]
     (tmp_path / "out").mkdir()
     with TorchDistWriter(tmp_path / "out") as writer:
-        for name, shape in ours.shapes.items():
-            for chunk in theirs.state_dict_metadata[name].chunks:
+        for name, shape in checkpoint.shapes.items():
+            for chunk in metadata.state_dict_metadata[name].chunks:
                 index = tuple(slice(a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
-                writer.chunk(name, shape, tuple(chunk.offsets), ours.read(name, index))
+                writer.chunk(name, shape, tuple(chunk.offsets), checkpoint.read(name, index))
         for name in objects:
-            content = ours.object(name)
+            content = checkpoint.object(name)
             # [None], or a list of one empty tensor, which is written as an array
             writer.object(name, [x.read() if isinstance(x, torch_files.Stored) else x for x in content])
         assert not (tmp_path / "out" / ".metadata").exists()
     with open(tmp_path / "out" / ".metadata", "rb") as file:
         written = pickle.load(file)
-    for name, entry in theirs.state_dict_metadata.items():
-        if name in ours.shapes or name in objects:
+    for name, entry in metadata.state_dict_metadata.items():
+        if name in checkpoint.shapes or name in objects:
             assert written.state_dict_metadata[name] == entry
     assert {(x.fqn, x.offset, x.index) for x in written.storage_data} == {
-        (x.fqn, x.offset, x.index) for x in theirs.storage_data if x.fqn in ours.shapes or x.fqn in objects
+        (x.fqn, x.offset, x.index) for x in metadata.storage_data if x.fqn in checkpoint.shapes or x.fqn in objects
     }
-    assert written.version == theirs.version and type(written.storage_meta) is type(theirs.storage_meta)
+    assert written.version == metadata.version and type(written.storage_meta) is type(metadata.storage_meta)
     before, after = load_torch_dist(folder), load_torch_dist(tmp_path / "out")
     assert {k: (v.shape, torch_bytes(v)) for k, v in before.items()} == {
         k: (v.shape, torch_bytes(v)) for k, v in after.items()
     }
     without_warnings(format_utils.dcp_to_torch_save, str(tmp_path / "out"), str(tmp_path / "one.pt"))
-    together = torch.load(tmp_path / "one.pt", weights_only=True)
+    converted = torch.load(tmp_path / "one.pt", weights_only=True)
     for name in objects:
-        info = theirs.storage_data[dcp.metadata.MetadataIndex(name)]
+        info = metadata.storage_data[dcp.metadata.MetadataIndex(name)]
         with open(folder / info.relative_path, "rb") as file:
             file.seek(info.offset)
-            (expected,), (found,) = torch.load(io.BytesIO(file.read(info.length)), weights_only=True), together[name]
+            (expected,), (found,) = (
+                torch.load(io.BytesIO(file.read(info.length)), weights_only=True),
+                converted[name],
+            )
         assert found is expected is None or (
             (found.shape, found.dtype) == (expected.shape, expected.dtype) == ((0,), torch.uint8)
         )
@@ -96,10 +99,10 @@ def test_reads_what_torch_saves(tmp_path):
     state["payload"] = [torch.zeros(0, dtype=torch.uint8)]
     planner = DefaultSavePlanner(flatten_state_dict=False)
     without_warnings(dcp.save, state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
-    ours = TorchDist(tmp_path)
+    checkpoint = TorchDist(tmp_path)
     for name in ("a", "scalar", "empty"):
-        assert ours.read(name, whole(state[name].shape)).tolist() == state[name].tolist()
-    assert ours.object("text") == "x" and ours.object("payload")[0].shape == (0,)
+        assert checkpoint.read(name, whole_index(state[name].shape)).tolist() == state[name].tolist()
+    assert checkpoint.object("text") == "x" and checkpoint.object("payload")[0].shape == (0,)
 
 
 def test_writes_lazily_and_leaves_no_metadata_after_an_error(tmp_path):
@@ -113,9 +116,11 @@ def test_writes_lazily_and_leaves_no_metadata_after_an_error(tmp_path):
         writer.chunk("a", (4, 3), (0, 0), Lazy())
         writer.chunk("a", (4, 3), (2, 0), Lazy())
         writer.chunk("scalar", (), (), np.array(7, np.int64))
-    ours = TorchDist(tmp_path)
-    assert ours.read("a", whole((4, 3))).tolist() == load_torch_dist(tmp_path)["a"].tolist() == [[1, 1, 1]] * 4
-    assert ours.read("scalar", ()) == load_torch_dist(tmp_path)["scalar"] == 7
+    checkpoint = TorchDist(tmp_path)
+    assert (
+        checkpoint.read("a", whole_index((4, 3))).tolist() == load_torch_dist(tmp_path)["a"].tolist() == [[1, 1, 1]] * 4
+    )
+    assert checkpoint.read("scalar", ()) == load_torch_dist(tmp_path)["scalar"] == 7
     (tmp_path / "other").mkdir()
     with pytest.raises(TypeError, match="no place"), TorchDistWriter(tmp_path / "other") as writer:
         writer.object("a", object())
@@ -126,16 +131,16 @@ def test_a_part_of_one_chunk_is_not_copied(tmp_path, monkeypatch):
     with TorchDistWriter(tmp_path) as writer:
         writer.chunk("a", (4, 3), (0, 0), np.ones((2, 3), np.float32))
         writer.chunk("a", (4, 3), (2, 0), np.ones((2, 3), np.float32))
-    ours, made, load = TorchDist(tmp_path), [], torch_files.Stored.read
-    monkeypatch.setattr(torch_files.Stored, "read", lambda *args: made.append(load(*args)) or made[-1])
-    assert ours.read("a", (slice(2, 4), slice(None))) is made[0] and len(made) == 1
+    checkpoint, read, load = TorchDist(tmp_path), [], torch_files.Stored.read
+    monkeypatch.setattr(torch_files.Stored, "read", lambda *args: read.append(load(*args)) or read[-1])
+    assert checkpoint.read("a", (slice(2, 4), slice(None))) is read[0] and len(read) == 1
 
 
 # Damage
 
 
-def copy(tmp_path: Path, change=lambda state: None) -> Path:
-    """The fixture, its metadata changed."""
+def copy_changed(tmp_path: Path, change=lambda state: None) -> Path:
+    """A copy of the fixture whose metadata is changed."""
     folder = tmp_path / "copy"
     shutil.copytree(ONE, folder)
     metadata = pickles.load_pickle((folder / ".metadata").read_bytes(), "it")
@@ -151,12 +156,12 @@ def copy(tmp_path: Path, change=lambda state: None) -> Path:
 EMBEDDING, FC1 = "embedding.word_embeddings.weight", "decoder.layers.mlp.linear_fc1.weight"
 
 
-def _twice(x):
+def _repeat_chunk(x):
     chunks = x["state_dict_metadata"][FC1].state["chunks"]
     chunks.append(chunks[0])
 
 
-def _retype(x):
+def _change_dtype(x):
     x["state_dict_metadata"][FC1].state["properties"].state = (np.dtype(np.int16),)
 
 
@@ -175,21 +180,21 @@ def _info(**state):
     return change
 
 
-def _forget(x):
+def _forget_place(x):
     x["storage_data"] = {key: info for key, info in x["storage_data"].items() if key.state["fqn"] != FC1}
 
 
 WRONG = {
     "a gap": (lambda x: x["state_dict_metadata"][FC1].state["chunks"].pop(), "leave gaps or overlap"),
     "no chunks": (_entry(chunks=[]), "leave gaps or overlap"),
-    "twice": (_twice, "leave gaps or overlap"),
+    "twice": (_repeat_chunk, "leave gaps or overlap"),
     "overlap": (_chunk(1, offsets=(0, 0, 0)), "leave gaps or overlap"),
     "outside": (_chunk(0, offsets=(9, 0, 0)), "leave gaps or overlap"),
     "larger": (_entry(size=(4, 256, 65)), "leave gaps or overlap"),
     "dims": (_chunk(0, offsets=(0, 0), sizes=(1, 64)), "leave gaps or overlap"),
     "negative": (_chunk(0, offsets=(0, -1, 0)), "entry of an unknown kind"),
     "absurd": (_entry(size=(1 << 60, 1 << 60)), "entry of an unknown kind"),
-    "not placed": (_forget, "does not say where"),
+    "not placed": (_forget_place, "does not say where"),
     "no such file": (_info(relative_path="__9_9.distcp"), "is missing"),
     "another folder": (_info(relative_path="../__0_0.distcp"), "may only name files in its own folder"),
     "an absolute path": (_info(relative_path="/etc/passwd"), "may only name files in its own folder"),
@@ -199,7 +204,7 @@ WRONG = {
     "negative offset": (_info(offset=-1), "entry of an unknown kind"),
     "overlapping": (_info(length=10_000), "entries that overlap"),
     "compressed": (_info(transform_descriptors=["zstd"]), "compressed by an extension; save the checkpoint without"),
-    "other dtype": (_retype, "does not hold what"),
+    "other dtype": (_change_dtype, "does not hold what"),
     "no storage": (lambda x: x.pop("storage_data"), "is not a checkpoint's metadata"),
 }  # fmt: skip
 
@@ -207,21 +212,21 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_with_a_checkpoint_is_said(name, tmp_path):
     change, message = WRONG[name]
-    folder = copy(tmp_path, change)
+    folder = copy_changed(tmp_path, change)
     with pytest.raises(ValueError, match=message) as caught:
-        (lambda ours: ours.read(FC1, whole(ours.shapes[FC1])))(TorchDist(folder))
+        (lambda checkpoint: checkpoint.read(FC1, whole_index(checkpoint.shapes[FC1])))(TorchDist(folder))
     assert str(folder) in str(caught.value)
 
 
 def test_only_what_is_read_must_be_right(tmp_path):
     for name in ("a gap", "dims", "not placed", "no such file", "compressed", "other dtype"):
-        ours = TorchDist(copy(tmp_path, WRONG[name][0]))
-        ours.read(EMBEDDING, whole((512, 64)))
+        checkpoint = TorchDist(copy_changed(tmp_path, WRONG[name][0]))
+        checkpoint.read(EMBEDDING, whole_index((512, 64)))
         shutil.rmtree(tmp_path / "copy")
 
 
 def test_the_classes_of_older_megatron(tmp_path):
-    folder = copy(tmp_path)
+    folder = copy_changed(tmp_path)
     metadata = pickles.load_pickle((folder / ".metadata").read_bytes(), "it")
     metadata.name = "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"
     plan = Record("megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan", new=True, state={"items": []})
@@ -231,19 +236,19 @@ def test_the_classes_of_older_megatron(tmp_path):
 
 
 def test_files_cut_short_or_missing(tmp_path):
-    folder = copy(tmp_path)
+    folder = copy_changed(tmp_path)
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:-100])
-    ours = TorchDist(folder)
+    checkpoint = TorchDist(folder)
     with pytest.raises(ValueError, match=r"\.distcp is cut short: it lacks .*; copy it again"):
-        [ours.check(name) for name in ours.shapes]
+        [checkpoint.check(name) for name in checkpoint.shapes]
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"\.metadata is missing; copy the whole checkpoint again"):
         TorchDist(folder)
 
 
-def boxes(shape, chance: random.Random, cuts: int):
-    """A random way to cut a shape."""
+def cut_randomly(shape, chance: random.Random, cuts: int):
+    """A shape cut at random into boxes."""
     found = [[(0, size) for size in shape]]
     for _ in range(cuts):
         box = found.pop(chance.randrange(len(found)))
@@ -259,12 +264,12 @@ def test_tiles():
     chance = random.Random(0)
     for _ in range(300):
         shape = tuple(chance.randrange(1, 8) for _ in range(chance.randrange(1, 4)))
-        whole, found = [(0, size) for size in shape], boxes(shape, chance, chance.randrange(5))
-        assert torch_dist._tiles(whole, found)
-        at, dim = chance.randrange(len(found)), chance.randrange(len(shape))
-        changed = [list(box) for box in found]
+        whole, boxes = [(0, size) for size in shape], cut_randomly(shape, chance, chance.randrange(5))
+        assert torch_dist._tiles(whole, boxes)
+        number, dim = chance.randrange(len(boxes)), chance.randrange(len(shape))
+        changed = [list(box) for box in boxes]
         span = tuple(sorted(chance.randrange(-1, shape[dim] + 2) for _ in range(2)))
-        changed[at][dim] = span
+        changed[number][dim] = span
         seen = np.zeros(shape, int)
         inside = all(0 <= a < b <= size for box in changed for (a, b), size in zip(box, shape, strict=True))
         for box in changed if inside else []:
@@ -274,7 +279,7 @@ def test_tiles():
     assert torch_dist._tiles([(0, 300), (0, 1000)], grid)
     assert not torch_dist._tiles([(0, 300), (0, 1000)], grid[:-1])
     nested = [[(i, i + 1), (i, 5000)] for i in range(5000)] + [[(i + 1, 5000), (i, i + 1)] for i in range(4999)]
-    assert not torch_dist._tiles([(0, 5000)] * 2, nested)  # it is one, of a kind that would take a step per box
+    assert not torch_dist._tiles([(0, 5000)] * 2, nested)  # it tiles, but would take a step for every box
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.exhaustive)])
@@ -284,15 +289,15 @@ def test_metadata_with_one_thing_changed(times, tmp_path):
 
     def attempt(data: bytes) -> None:
         (tmp_path / ".metadata").write_bytes(data)
-        ours = TorchDist(tmp_path)
-        for name in ours.shapes:
+        checkpoint = TorchDist(tmp_path)
+        for name in checkpoint.shapes:
             try:
-                assert ours.read(name, whole(ours.shapes[name])).shape == ours.shapes[name]
-            except ValueError as error:  # and on to the next one
+                assert checkpoint.read(name, whole_index(checkpoint.shapes[name])).shape == checkpoint.shapes[name]
+            except ValueError as error:  # the next tensor may be right
                 if not re.search(OURS, str(error)):
                     raise
-        for name in ours.objects:
-            ours.object(name)
+        for name in checkpoint.objects:
+            checkpoint.object(name)
 
     assert fuzz(attempt, (ONE / ".metadata").read_bytes(), 100 * times)
 
@@ -300,14 +305,14 @@ def test_metadata_with_one_thing_changed(times, tmp_path):
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_chunks_with_one_thing_changed_read_as_before_or_not_at_all(times, tmp_path):
     with TorchDistWriter(tmp_path) as writer:
-        for at in range(0, 8, 2):
-            writer.chunk("a", (8, 5), (at, 0), np.arange(10, dtype=np.float32).reshape(2, 5) + at)
-    expected = TorchDist(tmp_path).read("a", whole((8, 5))).tolist()
+        for start in range(0, 8, 2):
+            writer.chunk("a", (8, 5), (start, 0), np.arange(10, dtype=np.float32).reshape(2, 5) + start)
+    expected = TorchDist(tmp_path).read("a", whole_index((8, 5))).tolist()
     file = tmp_path / "__0_0.distcp"
 
     def attempt(data: bytes) -> None:
         file.write_bytes(data)
-        assert TorchDist(tmp_path).read("a", whole((8, 5))).tolist() == expected
+        assert TorchDist(tmp_path).read("a", whole_index((8, 5))).tolist() == expected
 
     fuzz(attempt, file.read_bytes(), 1500 * times)
 
