@@ -5,7 +5,6 @@ import sys
 
 PROBE = """
 import logging, os, pkgutil, signal, sys, warnings
-import gemma2_jax  # which sets flags of XLA, see its __init__
 
 
 def process_state():
@@ -32,7 +31,8 @@ assert "jax" not in sys.modules
 # These libraries change the environment and the warnings' filters when they are imported.
 import jax, flax.nnx, numpy, tensorstore
 before = process_state()
-names = [name for _, name, _ in pkgutil.walk_packages(gemma2_jax.convert.__path__, "gemma2_jax.convert.")]
+paths = sys.modules["gemma2_jax.convert"].__path__
+names = [name for _, name, _ in pkgutil.walk_packages(paths, "gemma2_jax.convert.")]
 for name in names:
     __import__(name)
 after = process_state()
