@@ -106,7 +106,7 @@ def _program(adapter: AdapterConfig):
     @jax.jit
     def logits(weights):
         gemma = model.rebuild_model(graph, weights)
-        return gemma.logits(gemma(TOKENS, TOKENS, np.zeros_like(TOKENS)))
+        return gemma(TOKENS)
 
     shapes = {path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for path, w in model.flatten_state(state).items()}
     return graph, shapes, logits
