@@ -6,24 +6,24 @@ from gemma2_jax.config import OptimConfig
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by steps already taken: linear to the peak at the last warmup step, then a cosine to `min_lr`.
+    """The learning rate by steps already taken: linear up to `lr` at the last warmup step, then a cosine to `min_lr`.
 
     The first step takes lr / warmup_steps, not 0, and the last takes min_lr.
     """
-    last = config.decay_steps or steps
-    warmup = min(config.warmup_steps, last - 1)
+    decay_steps = config.decay_steps or steps
+    warmup = min(config.warmup_steps, decay_steps - 1)
     curve = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.lr,
         peak_value=config.lr,
         warmup_steps=warmup,
-        decay_steps=last,
+        decay_steps=decay_steps,
         end_value=config.min_lr,
     )
     return lambda taken: curve(taken + 1)
 
 
 def make_optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:
-    """The chain for weights of these dims (by path). Vectors (norms, magnitudes) are not decayed."""
+    """The chain for weights of these dims, by path. Vectors, which are norms and DoRA's magnitudes, do not decay."""
     decayed = {path: not path.endswith(("norm/w", "adapter/m")) for path in letters}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -6,7 +6,7 @@ shardings of its arrays (no memory), and the functions to compile. The loop call
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from gemma2_jax.training import optim
 from gemma2_jax.training.pipeline import Batch, Pipeline
 
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
-# Options of XLA's GPU compiler by `compute.gpu_flags`. Overlap: collectives start early and end late, up to four at a
-# time, and a layer's weights are gathered while the layer before is computed (loops run two bodies a trip).
+# Options of XLA's GPU compiler by `compute.gpu_flags`. With "overlap", collectives start early and end late, up to four
+# at a time, and a layer's weights are gathered while the layer before is computed (a trip of a loop runs two layers).
 GPU_FLAGS: dict[str, dict[str, bool | int]] = {
     "none": {},
     "overlap": {
@@ -38,17 +38,20 @@ GPU_FLAGS: dict[str, dict[str, bool | int]] = {
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer"], meta_fields=[])
 @dataclass(frozen=True, kw_only=True)
-class State:
-    """Everything a step reads and replaces; of arrays, or of their shapes alone."""
+class State[Leaf: (jax.Array, jax.ShapeDtypeStruct)]:
+    """Everything a step reads and replaces: arrays, or their shapes, dtypes and shardings alone."""
 
-    step: Any  # int32 scalar: steps taken
-    params: Any  # Weights: what is trained
-    frozen: Any  # Weights: the rest
-    optimizer: Any  # optax state of `params`
+    step: Leaf  # int32 scalar: steps taken
+    params: dict[str, Leaf]  # the weights that are trained, by path
+    frozen: dict[str, Leaf]  # the other weights
+    optimizer: optax.OptState  # the optimizer's state for `params`
 
 
 class Program:
-    """The run of `config` on `mesh`, before anything is allocated."""
+    """The run of `config` on `mesh`, before anything is allocated.
+
+    Raises ValueError where the mesh or the implementation of attention does not fit the model.
+    """
 
     def __init__(self, config: Config, mesh: Mesh):
         meshes.check_mesh(config, mesh)
@@ -67,7 +70,7 @@ class Program:
         self.schedule = optim.make_schedule(config.optim, config.steps)
 
     @cached_property
-    def state(self) -> State:
+    def state(self) -> State[jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of the whole state."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         scalar = partial(jax.ShapeDtypeStruct, sharding=replicated)
@@ -78,28 +81,28 @@ class Program:
             self.params,
             transform_non_params=lambda leaf: scalar(leaf.shape, leaf.dtype),
         )
-        return State(step=scalar((), jnp.int32), params=self.params, frozen=self.frozen, optimizer=optimizer)
+        return State(step=scalar((), "int32"), params=self.params, frozen=self.frozen, optimizer=optimizer)
 
     @property
     def base(self) -> Abstract:
-        """Abstract weights of the model itself, whichever are trained."""
+        """Shapes, dtypes and shardings of the model's own weights, trained or not: those without adapters."""
         return {path: w for path, w in {**self.params, **self.frozen}.items() if "/adapter/" not in path}
 
     @property
     def batch(self) -> Abstract:
-        """Abstract global batch."""
+        """Shapes, dtypes and shardings of a global batch, [B, T] each."""
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
         sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used, "context"))
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
 
     @property
     def compiler_options(self) -> dict[str, bool | int]:
-        """What XLA is told when the steps are compiled."""
+        """Options of XLA for compiling the steps."""
         return GPU_FLAGS[self.config.compute.gpu_flags] if self.device.platform == "gpu" else {}
 
     @cached_property
     def process_rows(self) -> range:
-        """Rows of the global batch that this process's devices take: the same for those that share a data shard."""
+        """The rows of the global batch that this process's devices take; processes of one data shard take the same."""
         shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
         indices = sharding.addressable_devices_indices_map(shape).values()
         spans = {index[0].indices(shape[0])[:2] for index in indices if index}
@@ -108,7 +111,7 @@ class Program:
         return range(first, last)
 
     def random_base(self) -> Weights:
-        """Base weights drawn from `train.seed`, made where they are kept."""
+        """Base weights drawn from `train.seed`; each device makes the part that it stores."""
 
         def draw() -> Weights:
             drawn = model.flatten_state(nnx.state(self._create_model(adapters=False)))
@@ -116,25 +119,30 @@ class Program:
 
         return jax.jit(draw, out_shardings=_shardings(self.base))()
 
-    def initial_state(self, base: Weights) -> State:
-        """The state of step 0 around given base weights, with new adapters if the run has them."""
+    def initial_state(self, base: Weights) -> State[jax.Array]:
+        """The state of step 0 with these base weights, which are donated, and new adapters if the run has adapters."""
 
-        def start(base: Weights) -> State:
-            whole = self._create_model(adapters=False)
-            layers = {path: w[: self.config.model.layers] if self._is_stacked(path) else w for path, w in base.items()}
-            nnx.update(whole, nnx.state(model.rebuild_model(nnx.graphdef(whole), layers)))
-            lora.attach_adapters(whole, self.config.adapter, rngs=self._rngs(1))
-            weights = model.flatten_state(nnx.state(whole))
+        def create_state(base: Weights) -> State[jax.Array]:
+            gemma = self._create_model(adapters=False)
+            unpadded = {
+                path: w[: self.config.model.layers] if self._is_stacked(path) else w for path, w in base.items()
+            }
+            nnx.update(gemma, nnx.state(model.rebuild_model(nnx.graphdef(gemma), unpadded)))
+            lora.attach_adapters(gemma, self.config.adapter, rngs=self._rngs(1))
+            weights = model.flatten_state(nnx.state(gemma))
             params = {
                 path: self._pad_layers(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()
             }
             frozen = {path: base[path] for path in self.frozen}
             return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=self.optimizer.init(params))
 
-        return jax.jit(start, out_shardings=_shardings(self.state), donate_argnums=0)(base)
+        return jax.jit(create_state, out_shardings=_shardings(self.state), donate_argnums=0)(base)
 
-    def train_step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """One optimizer step over the global batch; the loss is a mean over its target tokens (nats)."""
+    def train_step(self, state: State[jax.Array], batch: Batch) -> tuple[State[jax.Array], dict[str, jax.Array]]:
+        """One optimizer step on the global batch: the new state, and metrics as float32 scalars.
+
+        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), lr and target_tokens.
+        """
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
         loss, gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
         targets = jnp.sum(batch["weights"])
@@ -142,7 +150,7 @@ class Program:
         gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), gradients, state.params)
         with jax.named_scope("optimizer"):
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = cast(Weights, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": loss * share,
             "grad_norm": optax.tree.norm(gradients),
@@ -151,7 +159,7 @@ class Program:
         }
         return State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer), metrics
 
-    def eval_step(self, state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(self, state: State[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss (nats) and number of target tokens of a batch."""
         return self.pipeline.loss(state.params, state.frozen, self._passes(batch)), jnp.sum(batch["weights"])
 
@@ -160,40 +168,39 @@ class Program:
         return self.config.adapter.kind != "none" and self.config.adapter.dropout > 0
 
     def _passes(self, batch: Batch) -> Batch:
-        """[B, T] as [passes, rows, T], each device's own rows dealt out over the passes."""
+        """A batch of [B, T] as [passes, rows, T], in which every pass has an equal part of each device's rows."""
         passes = self.pipeline.passes
         return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create_model(self, adapters: bool = True) -> Gemma2:
         dtype = self.config.compute.dtype
-        whole = Gemma2(self.config.model, attention=self.attention, dtype=dtype, rngs=self._rngs(0))
+        gemma = Gemma2(self.config.model, attention=self.attention, dtype=dtype, rngs=self._rngs(0))
         if adapters:
-            lora.attach_adapters(whole, self.config.adapter, rngs=self._rngs(1))
-        return whole
+            lora.attach_adapters(gemma, self.config.adapter, rngs=self._rngs(1))
+        return gemma
 
     def _rngs(self, stream: int) -> nnx.Rngs:
         return nnx.Rngs(jax.random.fold_in(jax.random.key(self.config.train.seed), stream))
 
     def _abstract(self, weights: Weights, dtype: str) -> Abstract:
-        def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        def stored_shape(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             shape = (self._stored_layers, *shape[1:]) if self._is_stacked(path) else shape
-            return jax.ShapeDtypeStruct(
-                shape, dtype, sharding=meshes.stored_sharding(self.mesh, self.letters[path], shape)
-            )
+            sharding = meshes.stored_sharding(self.mesh, self.letters[path], shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        return {path: leaf(path, w.shape) for path, w in weights.items()}
+        return {path: stored_shape(path, w.shape) for path, w in weights.items()}
 
     @property
     def _stored_layers(self) -> int:
-        """Layers as stored: each stage has room for as many, and what is over, at the end, is zero and never used."""
+        """Layers as stored: an equal number for each stage. Those after the model's last are zero and never used."""
         return meshes.layers_per_stage(self.config.model, self.mesh) * self.mesh.shape["stage"]
 
     def _is_stacked(self, path: str) -> bool:
         return self.letters[path].startswith("L")
 
     def _pad_layers(self, path: str, w: jax.Array) -> jax.Array:
-        over = self._stored_layers - w.shape[0] if self._is_stacked(path) else 0
-        return jnp.pad(w, ((0, over), *((0, 0),) * (w.ndim - 1)))
+        padding = self._stored_layers - w.shape[0] if self._is_stacked(path) else 0
+        return jnp.pad(w, ((0, padding), *((0, 0),) * (w.ndim - 1)))
 
 
 def _shardings(tree: Any) -> Any:

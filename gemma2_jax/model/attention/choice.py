@@ -1,7 +1,7 @@
-"""Which implementation of attention a run has: what each can do, and the choice between them.
+"""The implementations of attention, what each can do, and the choice between them.
 
-All mean the same (`kernels.reference`). One that is named and cannot do what is asked raises, saying what it lacks;
-"auto" takes the first that can, and says why not an earlier one.
+All compute the same (`kernels.reference`). An implementation that is asked for by name and cannot do what the model
+needs raises an error that says what it lacks; "auto" takes the fastest that can, and says what the faster ones lack.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class Implementation:
     """A way to compute attention.
 
     Attributes:
-      attend: of a sequence to itself, as `attention_xla.attend`.
-      attend_cached: of one token of each row to a cache, as `attention_xla.attend_cached`.
+      attend: attention of a sequence to itself, with the signature of `attention.xla.attend`.
+      attend_cached: attention of one token of each row to a cache, with that of `attention.xla.attend_cached`.
       limits: what it can do.
     """
 
@@ -28,7 +28,7 @@ class Implementation:
     limits: Limits = field(default_factory=Limits)
 
 
-# The fastest first.
+# In the order of their speed, the fastest at the top.
 IMPLEMENTATIONS = {
     "mosaic": Implementation(
         attend=attention_mosaic.attend, attend_cached=attention_mosaic.attend_cached, limits=MOSAIC
@@ -38,13 +38,13 @@ IMPLEMENTATIONS = {
 
 
 def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implementation, str]:
-    """The implementation for a model on such devices, and in words which it is and why.
+    """The implementation for a model on devices like this one, and a description: "xla (as asked)".
 
     Raises ValueError where `compute.attention` names one that lacks what the model or the device needs.
     """
     lacking: dict[str, str] = {}
-    for name, way in IMPLEMENTATIONS.items():
-        lack = way.limits.find_lack(
+    for name, implementation in IMPLEMENTATIONS.items():
+        lack = implementation.limits.find_lack(
             architecture=device_architecture(device),
             dtype=compute.dtype,
             width=model.head_width,
@@ -55,19 +55,20 @@ def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tupl
     name = compute.attention
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
-        reason = "; ".join(["the fastest here", *(f"{other} lacks {lack}" for other, lack in lacking.items())])
+        reason = "; ".join(["the fastest here", *(f"{name} lacks {lack}" for name, lack in lacking.items())])
     elif name in lacking:
-        able = " or ".join(other for other in ("auto", *IMPLEMENTATIONS) if other not in lacking)
+        able = " or ".join(choice for choice in ("auto", *IMPLEMENTATIONS) if choice not in lacking)
         raise ValueError(f"compute.attention {name} lacks {lacking[name]}; use {able}")
     else:
         reason = "as asked"
-    way = IMPLEMENTATIONS[name]
+    implementation = IMPLEMENTATIONS[name]
     if name == "xla":
-        way = replace(way, attend=partial(way.attend, block=attention_xla.BLOCKS.get(device.platform, 512)))
-    return way, f"{name} ({reason})"
+        block = attention_xla.BLOCKS.get(device.platform, 512)
+        implementation = replace(implementation, attend=partial(implementation.attend, block=block))
+    return implementation, f"{name} ({reason})"
 
 
 def device_architecture(device) -> str:
-    """What a program is compiled for: sm_90 and the like of a GPU, or the platform."""
+    """What a program is compiled for: the architecture of a GPU, such as "sm_90", or else the platform."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else device.platform

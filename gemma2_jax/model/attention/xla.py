@@ -1,6 +1,6 @@
 """Gemma 2 attention in jnp: causal, per-layer window, soft-capped scores, grouped queries, packed segments.
 
-This is the definition, and the implementation wherever no kernel is faster (`attention`). Sequences are taken in blocks
+This is the implementation wherever no kernel is faster (`attention.choice`). Sequences are taken in blocks
 of queries against blocks of keys (FlashAttention-2, arXiv:2307.08691): no [T, T] array of scores exists, forward or
 backward, and blocks beyond the window or in the future are not visited.
 """
@@ -15,15 +15,17 @@ from jax.sharding import PartitionSpec
 from gemma2_jax.mesh import axis_size
 
 MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
-# Queries, and keys, taken at a time: on CPU a block's scores stay in the cache of one core.
+# How many queries, and how many keys, are taken at a time. On CPU a block's scores fit in the cache of one core.
 BLOCKS = {"cpu": 64, "gpu": 512}
+
+Settings = tuple[float, float | None, int]  # scale, softcap and block of `attend`
 
 
 def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap: float | None, block: int = 64):
     """Causal attention of a sequence to itself.
 
-    On a mesh with context shards, positions are in the order of `mesh.balance_context`, for which each shard gathers
-    the keys and values of all.
+    On a mesh with context shards, positions are in the order of `mesh.balance_context`, and each shard gathers the keys
+    and values of all shards.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values after RoPE, in the compute dtype; N is a multiple of K.
@@ -31,7 +33,7 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
       window: int32 scalar, may be traced: query i sees keys j of its segment with 0 <= i - j < window.
       scale: multiplies q.k before the cap.
       softcap: scores become cap * tanh(score / cap); None leaves them.
-      block: queries, and keys, taken at a time.
+      block: how many queries, and how many keys, are taken at a time.
 
     Returns:
       [B, T, N, H] in the dtype of v. Scores and softmax are float32 (Gemma 2, arXiv:2408.00118, section 2).
@@ -52,32 +54,33 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
     order = jnp.arange(q.shape[1] // block)
-    return _blocked_attention((scale, softcap, block), q, k, v, segments_BT, segments_BT, order, jnp.int32(window))[
-        :, :T
-    ]
+    settings = scale, softcap, block
+    out_BTNH = _blocked_attention(settings, q, k, v, segments_BT, segments_BT, order, jnp.int32(window))
+    return out_BTNH[:, :T]
 
 
-def _attend_shard(settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    """`attend` of one context shard: its own queries, an early and a late piece of the row, to the keys of all."""
+def _attend_shard(settings: Settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    """`attend` of a context shard: its own queries, an early and a late piece of the row, to the keys of all shards."""
     scale, softcap, block = settings
     piece = q_BTNH.shape[1] // 2
     block = max(size for size in range(1, min(block, piece) + 1) if piece % size == 0)
     k, v, all_segments = (gather_context(x, shards) for x in (k_BTKH, v_BTKH, segments_BT))
     shard = jax.lax.axis_index("context")
-    within = jnp.arange(piece // block)
-    order = jnp.concatenate([within + at * (piece // block) for at in (shard, 2 * shards - 1 - shard)])
+    blocks_of_piece = jnp.arange(piece // block)
+    pieces = shard, 2 * shards - 1 - shard
+    order = jnp.concatenate([blocks_of_piece + index * (piece // block) for index in pieces])
     return _blocked_attention((scale, softcap, block), q_BTNH, k, v, segments_BT, all_segments, order, window)
 
 
 def gather_context(x_BT, shards: int):
-    """The whole of what context shards hold in the order of `mesh.balance_context`, as it was before."""
+    """All positions of what context shards have in the order of `mesh.balance_context`, in their own order again."""
     x_BCPT = jax.lax.all_gather(x_BT.reshape(x_BT.shape[0], 2, -1, *x_BT.shape[2:]), "context", axis=1)
     x_BPT = jnp.concatenate([x_BCPT[:, :, 0], x_BCPT[:, ::-1, 1]], axis=1)
     return x_BPT.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
 
 
 def _blocked_attention_value(settings, *inputs):
-    """`attend` for whole blocks; query block i of those given is block order[i] of the sequence."""
+    """`attend` of a multiple of `block` queries; query block i is block order[i] of the sequence."""
     return _blocked_attention_forward(settings, *inputs)[0]
 
 
@@ -85,13 +88,13 @@ def _blocked_attention_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, 
     block, K = settings[2], k_BTKH.shape[2]
 
     def query_block(inputs):
-        i, at = inputs
+        i, block_index = inputs
         q, segments = _group_heads(_slice_block(q_BTNH, i, block), K), _slice_block(q_segments_BT, i, block)
 
         def key_block(j, carry):
             top, total, out = carry
-            k, other = _slice_block(k_BTKH, j, block), _slice_block(k_segments_BT, j, block)
-            scores, _ = _scores(q, k, _mask(at, j, segments, other, window), settings)
+            k, k_segments = _slice_block(k_BTKH, j, block), _slice_block(k_segments_BT, j, block)
+            scores, _ = _scores(q, k, _mask(block_index, j, segments, k_segments, window), settings)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -101,7 +104,8 @@ def _blocked_attention_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, 
 
         B, T, K_, G, H = q.shape
         start = jnp.full((B, K_, G, T), MASKED), jnp.zeros((B, K_, G, T)), jnp.zeros((B, K_, G, T, H))
-        top, total, out = jax.lax.fori_loop(_first_key_block(at, block, window), at + 1, key_block, start)
+        start_block = _first_key_block(block_index, block, window)
+        top, total, out = jax.lax.fori_loop(start_block, block_index + 1, key_block, start)
         return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
 
     out, log_z = jax.lax.map(query_block, (jnp.arange(len(order)), order))
@@ -115,7 +119,7 @@ def _blocked_attention_backward(settings, residuals, cotangent_BTNH):
     K = k_BTKH.shape[2]
 
     def query_block(carry, inputs):
-        i, at = inputs
+        i, block_index = inputs
         segments = _slice_block(q_segments_BT, i, block)
         q, out, cotangent = (_group_heads(_slice_block(x, i, block), K) for x in (q_BTNH, out_BTNH, cotangent_BTNH))
         delta = jnp.einsum("BTKGH,BTKGH->BKGT", out, cotangent, preferred_element_type=jnp.float32)
@@ -123,7 +127,7 @@ def _blocked_attention_backward(settings, residuals, cotangent_BTNH):
         def key_block(j, carry):
             dq, dk_BTKH, dv_BTKH = carry
             k, v = _slice_block(k_BTKH, j, block), _slice_block(v_BTKH, j, block)
-            mask_BTS = _mask(at, j, segments, _slice_block(k_segments_BT, j, block), window)
+            mask_BTS = _mask(block_index, j, segments, _slice_block(k_segments_BT, j, block), window)
             scores, slope = _scores(q, k, mask_BTS, settings)
             weights = jnp.exp(scores - log_z[i][..., None])
             d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", cotangent, v, preferred_element_type=jnp.float32)
@@ -134,7 +138,8 @@ def _blocked_attention_backward(settings, residuals, cotangent_BTNH):
             return dq + product("BKGTS,BSKH->BTKGH", d_scores, k), dk_BTKH, dv_BTKH
 
         start = jnp.zeros(q.shape, jnp.float32), *carry
-        dq, *carry = jax.lax.fori_loop(_first_key_block(at, block, window), at + 1, key_block, start)
+        start_block = _first_key_block(block_index, block, window)
+        dq, *carry = jax.lax.fori_loop(start_block, block_index + 1, key_block, start)
         return tuple(carry), dq.astype(q.dtype)
 
     start = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
@@ -159,7 +164,7 @@ def _scores(q_BTKGH, k_BSKH, mask_BTS, settings):
 
 
 def _mask(i, j, q_segments_BT, k_segments_BS, window):
-    """[B, T, S]: which keys of block j the queries of block i see. This is the one place that says so."""
+    """[B, T, S]: which keys of block j the queries of block i see. Causality, window and segments are decided here."""
     T, S = q_segments_BT.shape[1], k_segments_BS.shape[1]
     distance_TS = (i * T + jnp.arange(T))[:, None] - (j * S + jnp.arange(S))
     return (distance_TS >= 0) & (distance_TS < window) & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
@@ -190,14 +195,14 @@ def _ungroup_heads(x_BITKGH):
 
 
 def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None):
-    """Attention of one query a row, at `position_B`, to a cache of the last S tokens up to and including it.
+    """Attention of one query in each row, at `position_B`, to a cache of the last S tokens, itself the newest.
 
-    The token at position p is in slot p mod S. Heads come before slots, so that a step reads the cache as it lies;
-    dtypes and the rest are as in `attend`, [B, N, H] is returned.
+    The token at position p is in slot p mod S. Heads come before slots, so that a step reads the cache as it lies in
+    memory. The result is [B, N, H]; dtypes, scale and softcap are as in `attend`.
     """
     K, S = k_BKSH.shape[1:3]
     age_BS = (position_B[:, None] - jnp.arange(S)) % S
-    mask_BS = age_BS <= position_B[:, None]  # older than the first token: an empty slot
+    mask_BS = age_BS <= position_B[:, None]  # a slot whose age is more is still empty
     q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
@@ -205,7 +210,7 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: f
 
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
-    """Soft-capped attention under an explicit mask (True: attend); the cap comes before the mask."""
+    """Soft-capped attention with an explicit mask, True where a query sees a key; the cap comes before the mask."""
     q_BTKGH = _group_heads(q_BTNH, k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
