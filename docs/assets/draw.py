@@ -20,6 +20,8 @@ USABLE_GIB = 75.15
 # Rooms from the commands down to the config, with what stands under the name.
 ROOMS = (
     (("commands", "train  generate  plan"),),
+    (("megatron_bridge", "Megatron-Bridge's names for ours"),),
+    (("api", "the front door: load, train, ..."),),
     (("planning", "steps for GPUs that are not there"),),
     (("training", "step, pipeline, optimizer, loop"), ("inference", "prefill, decode, sample")),
     (("convert", "formats, files, checkpoints"),),
@@ -93,7 +95,7 @@ def draw_visible_keys() -> None:
 
 
 def draw_rooms() -> None:
-    figure, axes = plt.subplots(figsize=(7, 6.2))
+    figure, axes = plt.subplots(figsize=(7, 7.4))
     height, gap = 0.72, 1.0
     for floor, rooms in enumerate(reversed(ROOMS)):
         width = (8 - 0.3 * (len(rooms) - 1)) / len(rooms)
