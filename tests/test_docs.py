@@ -252,6 +252,15 @@ def test_site_has_every_page():
     assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
 
 
+def test_documented_names_exist():
+    """What the API page has generated from docstrings is there, and has one."""
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"gemma2_jax.api.{verb}" for verb in ("load", "generate", "save", "train", "convert")} <= set(names)
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
 def test_workflow_runs_what_the_project_runs():
     workflow = yaml.load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
