@@ -143,7 +143,7 @@ GEMMA2_TINY = ModelConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Low-rank adapters: LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353), rank-stabilised (arXiv:2312.03732)."""
+    """Low-rank adapters: LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353), rank-stabilized (arXiv:2312.03732)."""
 
     kind: Literal["none", "lora", "dora"] = "none"  # none trains the model's own weights
     rank: int = 32  # columns of A, rows of B

@@ -103,10 +103,10 @@ def test_adapters_without_what_they_are_for():
 
 def test_config_text_of_another_version():
     text = configs.to_text(configs.load_recipe("2b_lora"))
-    with pytest.raises(ValueError, match=r"another version of this program: .*'colour'"):
-        configs.from_text(text + "optim.colour = 'red'\n")
+    with pytest.raises(ValueError, match=r"another version of this program: .*'hue'"):
+        configs.from_text(text + "optim.hue = 'red'\n")
     with pytest.raises(ValueError, match=r"another version of this program: unknown groups \['paint'\]"):
-        configs.from_text(text + "paint.colour = 'red'\n")
+        configs.from_text(text + "paint.hue = 'red'\n")
     with pytest.raises(ValueError, match=r"config.txt:2: .model.layers = __import__"):
         configs.from_text("steps = 1\nmodel.layers = __import__('os').getcwd()\n")
 

@@ -29,7 +29,7 @@ def download(name: str, *, weights: bool) -> Path:
         raise ValueError(f"there is no folder {name}") from error
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{name} is gated: accept its licence at {constants.ENDPOINT}/{name}, and run `hf auth login` or set "
+            f"{name} is gated: accept its license at {constants.ENDPOINT}/{name}, and run `hf auth login` or set "
             "HF_TOKEN to a token of the account that did"
         ) from error
     except errors.RepositoryNotFoundError as error:

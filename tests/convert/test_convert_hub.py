@@ -154,7 +154,7 @@ def test_what_the_hub_does_not_give(tmp_path):
         endpoint = environment["HF_ENDPOINT"]
         gated, missing = download(tmp_path, environment), download(tmp_path, environment, "org/other")
         assert wait_for_refusal(gated) == (
-            f"org/tiny is gated: accept its licence at {endpoint}/org/tiny, and run `hf auth login` or set HF_TOKEN to "
+            f"org/tiny is gated: accept its license at {endpoint}/org/tiny, and run `hf auth login` or set HF_TOKEN to "
             "a token of the account that did"
         )
         assert wait_for_refusal(missing).startswith(
