@@ -345,7 +345,7 @@ def _write_chunks(writer: TorchDistWriter, job: Job, fusings: tuple[megatron.Fus
     stream = read_ahead(lambda item: [job.tensor_part(part) for part in item[1]], fused_parts)
     for (fused, parts), tensors in zip(fused_parts, stream, strict=True):
         # Gate and up are chunks of their own, as Megatron has them; a shared matrix is one chunk.
-        separate = fused.rows == "halves" and not fused.gathered
+        separate = fused.rows == "halves" and not fused.rank_halves
         chunks = tensors if separate else [fused.fuse(tensors, model.kv_heads)]
         first, row = parts[0].index[0], 0
         for chunk in chunks:
@@ -396,8 +396,8 @@ class _RankShare:
     def shape(self) -> tuple[int, ...]:
         shapes = [self.job.tensor_shape(part.row).shape for part in self.parts]
         shape = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-        if self.fused.split is not None:
-            shape[self.fused.split] //= self.job.ranks[0]
+        if self.fused.rank_dim is not None:
+            shape[self.fused.rank_dim] //= self.job.ranks[0]
         return tuple(shape)
 
     @property
@@ -406,7 +406,7 @@ class _RankShare:
 
     def load(self) -> np.ndarray:
         """Reads the share: an array of this shape and dtype in C order."""
-        model, split = self.job.source.model, self.fused.split
+        model, split = self.job.source.model, self.fused.rank_dim
         assert model is not None
         ranks = self.job.ranks[0]
         tensors = [self.job.tensor_part(part) for part in self.parts]
@@ -467,7 +467,7 @@ def _rank_parts(job: Job, fused: megatron.Fused, layer: int, rank: int) -> tuple
         size, *rest = job.shapes[rows[name].path].shape
         if fused.stacked:
             span = slice(layer, layer + 1)
-        elif fused.split == 0:
+        elif fused.rank_dim == 0:
             span = slice(rank * size // job.ranks[0], (rank + 1) * size // job.ranks[0])
         else:
             span = slice(0, size)

@@ -43,11 +43,12 @@ class Dim:
         return self.used if axes is None else axes
 
 
-# A stored matrix is also split over these axes, and gathered when it is used: ZeRO-3 (arXiv:1910.02054). Context shards
-# work on other tokens with the same weights, as fsdp shards do. The first dim that an axis divides takes it: when a
-# weight is gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather
-# costs more than they do. The embedding takes stages in the same way where they do not divide the vocabulary: each
-# stage then makes all the logits.
+# A stored matrix is also split over these axes, and gathered when it is used: ZeRO-3 (arXiv:1910.02054). Its gradient
+# is summed over fsdp and context where the pipeline reduces it (`Pipeline._reduce_gradient`). Context shards work on
+# other tokens with the same weights, as fsdp shards do. The first dim that an axis divides takes it: when a weight is
+# gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather costs more
+# than they do. The embedding takes stages in the same way where they do not divide the vocabulary: each stage then
+# makes all the logits.
 GATHERED = ("fsdp", "context")
 
 DIMS = {

@@ -49,8 +49,8 @@ class Fused:
     # The order of the parts' rows: of "one" part; by kv "heads", each with its q, k and v; in "halves", one after the
     # other; "shared" by all parts, each of which is the tensor itself.
     rows: Rows = "one"
-    split: Literal[0, 1, None] = None  # the dim that is divided among tensor-parallel ranks
-    gathered: bool = False  # whether the halves alternate, rank by rank, even in a tensor of all ranks
+    rank_dim: Literal[0, 1, None] = None  # the dim that is divided among tensor-parallel ranks
+    rank_halves: bool = False  # whether a tensor of all ranks has the halves of one rank after those of another
 
     @property
     def stacked(self) -> bool:
@@ -89,15 +89,15 @@ class Fused:
 _L = "decoder.layers.{L}"
 _H = "model.layers.{L}"
 MODEL = (
-    Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split=0),
+    Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rank_dim=0),
     Fused(f"{_L}.self_attention.linear_qkv.layer_norm_weight", (f"{_H}.input_layernorm.weight",)),
     Fused(
         f"{_L}.self_attention.linear_qkv.weight",
         tuple(f"{_H}.self_attn.{x}_proj.weight" for x in "qkv"),
         rows="heads",
-        split=0,
+        rank_dim=0,
     ),
-    Fused(f"{_L}.self_attention.linear_proj.weight", (f"{_H}.self_attn.o_proj.weight",), split=1),
+    Fused(f"{_L}.self_attention.linear_proj.weight", (f"{_H}.self_attn.o_proj.weight",), rank_dim=1),
     Fused(
         f"{_L}.self_attention.linear_proj.post_layernorm.weight",
         (f"{_H}.post_attention_layernorm.weight",),
@@ -107,14 +107,14 @@ MODEL = (
         f"{_L}.mlp.linear_fc1.weight",
         tuple(f"{_H}.mlp.{x}_proj.weight" for x in ("gate", "up")),
         rows="halves",
-        split=0,
+        rank_dim=0,
     ),
-    Fused(f"{_L}.mlp.linear_fc2.weight", (f"{_H}.mlp.down_proj.weight",), split=1),
+    Fused(f"{_L}.mlp.linear_fc2.weight", (f"{_H}.mlp.down_proj.weight",), rank_dim=1),
     Fused(f"{_L}.mlp.linear_fc2.post_layernorm.weight", (f"{_H}.post_feedforward_layernorm.weight",)),
     Fused("decoder.final_layernorm.weight", ("model.norm.weight",)),
 )
 # The last pipeline stage has a copy of the embedding, which is the output matrix too.
-_HEAD = Fused("output_layer.weight", (table.HEAD,), split=0)
+_HEAD = Fused("output_layer.weight", (table.HEAD,), rank_dim=0)
 # TransformerEngine keeps state for FP8 of each of these modules. Megatron-Bridge loads no checkpoint without it.
 _EXTRA_STATES = [
     f"{_L}.{module}._extra_state"
@@ -334,7 +334,7 @@ def _model_state(folder: Path, store: TorchDist) -> tuple[dict[str, Tensor], dic
         if not name.removeprefix(prefix).split("/")[0].endswith("_extra_state"):
             kind = name.split("/")[0].split(".")[0]
             ignored[kind] = ignored.get(kind, 0) + 1
-    for name in [name for name in tensors if name.endswith(".weight_w")]:  # gate and up are two tensors
+    for name in [name for name in tensors if name.endswith(".weight_w")]:  # weight_w is gate and weight_v is up
         stem = name.removesuffix("_w")
         if f"{stem}_v" in tensors:
             tensors[stem] = _ConcatenatedTensor((tensors.pop(name), tensors.pop(f"{stem}_v")), 0)
@@ -461,7 +461,7 @@ def _combine_shares(name: str, shares: list[dict[str, Any]], folder: Path) -> Te
         raise ValueError(
             f"{folder}: ranks have {name} in different shapes or dtypes; they are of different checkpoints"
         )
-    split = next((fused.split for fused in (*MODEL, _HEAD) if fused.name == _without_layer(name)), None)
+    split = next((fused.rank_dim for fused in (*MODEL, _HEAD) if fused.name == _without_layer(name)), None)
     if split is not None and len(stored[0].shape) > split:
         return _ConcatenatedTensor(stored, split)
     if any(part.read().tobytes() != stored[0].read().tobytes() for part in stored[1:]):
@@ -531,7 +531,7 @@ def fuse_adapter(module: str, projections: list[str], *, dora: bool, canonical: 
         Fused(f"{module}.adapter.linear_out.weight", names["b"], rows=rows),
     ]
     # Megatron-Core reorders the halves of matrices alone, so that a vector keeps the order of the ranks that saved it.
-    return fusings + [Fused(f"{module}.adapter.weight_magnitude", names["m"], rows=rows, gathered=True)] * dora
+    return fusings + [Fused(f"{module}.adapter.weight_magnitude", names["m"], rows=rows, rank_halves=True)] * dora
 
 
 def _split_fused(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, model: ModelConfig) -> Tensors:
@@ -553,7 +553,7 @@ def _split_fused(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, mod
             tensors |= dict.fromkeys(parts, tensor)
             continue
         # A whole tensor has all of gate before all of up; concatenated shares of ranks alternate between the two.
-        ranks = opened.ranks if fused.gathered or opened.layout != "torch_dist" else 1
+        ranks = opened.ranks if fused.rank_halves or opened.layout != "torch_dist" else 1
         groups, spans = fused.row_groups(sizes, model.kv_heads, ranks)
         for part, (start, stop) in zip(parts, spans, strict=True):
             tensors[part] = tensor if (start, stop) == (0, rows) else _FusedPart(tensor, groups, start, stop)

@@ -51,7 +51,7 @@ def attention(
     S, K = k_BSKH.shape[1:3]
     for dtype in (q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
         if lack := MOSAIC.find_lack(dtype=dtype.name, width=H, softcap=softcap):
-            raise ValueError(f"the Mosaic attention kernel lacks {lack}; use another implementation")
+            raise ValueError(f"the Mosaic attention kernel {lack}; use another implementation")
     if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or N % K or first_BT.shape != (B, T):
         raise ValueError(
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape}, values {v_BSKH.shape} and intervals {first_BT.shape} do not "

@@ -107,7 +107,7 @@ def _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap: float | None) -> None:
         )
     for dtype in (q_BTNH.dtype, k_BKSH.dtype, v_BKSH.dtype):
         if lack := MOSAIC.find_lack(dtype=dtype.name, width=H, softcap=softcap):
-            raise ValueError(f"the Mosaic decoding kernel lacks {lack}; use another implementation")
+            raise ValueError(f"the Mosaic decoding kernel {lack}; use another implementation")
     if not 1 <= T * N // K <= MAX_ROWS:
         raise ValueError(
             f"the Mosaic decoding kernel lacks {T} tokens of {N // K} queries for each key head, {T * N // K} rows: it "

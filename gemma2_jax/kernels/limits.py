@@ -25,16 +25,16 @@ class Limits:
     def find_lack(
         self, *, dtype: str, width: int, softcap: float | None, architecture: str | None = None
     ) -> str | None:
-        """Says in words what is missing for what is asked; None where nothing is."""
+        """Says in words, as a verb and its object, why this cannot do what is asked; None where it can."""
         if architecture and self.architectures and architecture not in self.architectures:
-            return f"{architecture}: it is for {' and '.join(self.architectures)}"
+            return f"is for {' and '.join(self.architectures)} GPUs, and this is {architecture}"
         if self.dtypes and dtype not in self.dtypes:
-            return f"{dtype}: it takes {' and '.join(self.dtypes)}"
+            return f"takes {' and '.join(self.dtypes)}, and not {dtype}"
         if self.widths and width not in self.widths:
-            return f"heads of width {width}: it has {', '.join(map(str, self.widths))}"
+            return f"has heads of width {', '.join(map(str, self.widths))}, and not {width}"
         if self.softcap and (softcap is None or not 0 < softcap <= self.softcap):
-            asked = "scores without a soft cap" if softcap is None else f"a soft cap of {softcap:g}"
-            return f"{asked}: having no running maximum, it needs one, up to {self.softcap:g}"
+            asked = "there is none" if softcap is None else f"not one of {softcap:g}"
+            return f"has no running maximum and so needs a soft cap of at most {self.softcap:g}; {asked}"
         return None
 
 

@@ -18,7 +18,8 @@ The backward pass over layers is written out here rather than left to `jax.grad`
 their sums layer by layer, so that no second copy of them exists.
 
 Embedding and logits belong to no stage: each stage has a share of the vocabulary (`dims.DIMS`), so none waits for a
-last stage with more work, and none holds a copy. The rows of different data shards meet once a step, at the end.
+last stage with more work, and none holds a copy. Loss and gradients are summed over data shards once, at the end of a
+step.
 
 Beside the letters of `dims`, Z in a name is the stage.
 """
@@ -288,7 +289,11 @@ class Pipeline:
         return jnp.where(busy, x, idle_value)
 
     def _reduce_gradient(self, path: str, gradients: Weights) -> jax.Array:
-        """The gradient of one weight, float32: the sum of all shards' parts, split as the weight is stored."""
+        """The gradient of one weight, float32, summed over the shards of the batch and split as the weight is stored.
+
+        The constraint is what sums it: each fsdp and context shard has the part of its own tokens, and XLA reduces and
+        scatters these parts into the stored sharding. Data shards are summed at the end of the step.
+        """
         return constrain_stored(gradients[path].astype(jnp.float32), self.letters[path])
 
     def _zero_state(self, inputs: TickInputs, outer: Weights, gemma: Gemma2) -> TickState:

@@ -344,10 +344,10 @@ def test_a_missing_wait_is_noticed(ring, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "lack"),
     [
-        (dict(dtype=jnp.float32), "lacks float32: it takes bfloat16"),
-        (dict(width=96), "lacks heads of width 96: it has 64, 128, 256"),
-        (dict(softcap=None), "lacks scores without a soft cap: having no running maximum, it needs one, up to 60"),
-        (dict(softcap=61.0), "lacks a soft cap of 61"),
+        (dict(dtype=jnp.float32), "takes bfloat16, and not float32"),
+        (dict(width=96), "has heads of width 64, 128, 256, and not 96"),
+        (dict(softcap=None), "has no running maximum and so needs a soft cap of at most 60; there is none"),
+        (dict(softcap=61.0), "a soft cap of at most 60; not one of 61"),
         (dict(kv_heads=3), "do not go together"),
     ],
 )

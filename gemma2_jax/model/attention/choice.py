@@ -55,10 +55,10 @@ def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tupl
     name = compute.attention
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
-        reason = "; ".join(["the fastest here", *(f"{name} lacks {lack}" for name, lack in lacking.items())])
+        reason = "; ".join(["the fastest here", *(f"{name} {lack}" for name, lack in lacking.items())])
     elif name in lacking:
         able = " or ".join(choice for choice in ("auto", *IMPLEMENTATIONS) if choice not in lacking)
-        raise ValueError(f"compute.attention {name} lacks {lacking[name]}; use {able}")
+        raise ValueError(f"compute.attention {name} {lacking[name]}; use {able}")
     else:
         reason = "as asked"
     implementation = IMPLEMENTATIONS[name]
