@@ -182,21 +182,26 @@ class DataConfig:
 
     kind: Literal["text", "instructions"] = "instructions"  # loss on every token, or on completions only
     train: str = "python-docs"  # built-in python-docs, or JSONL/Parquet: a file, a directory or a glob
-    eval: str = ""  # held-out data, likewise; empty: a share of the training data, set apart by hash
-    eval_fraction: float = 0.02  # share of documents set apart when eval is empty
+    eval: str = ""  # held-out data, likewise; empty: a share of the training data, chosen by hash
+    eval_fraction: float = 0.02  # share of the documents, at least one, held out when eval is empty; 0: none
     tokenizer: str = ""  # a directory or hub id; empty: the one beside the initial weights
     text_key: str = "text"  # column of plain text (kind text)
     prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
     completion_key: str = "completion"  # column of completions, likewise
     prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
-    packing: bool = True  # several documents in a row, kept apart by segment ids
+    packing: bool = True  # several documents share a row, and attend only to themselves
     seed: int = 1234  # of the order of documents
 
     def __post_init__(self) -> None:
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are held-out documents."""
+        return bool(self.eval) or self.eval_fraction > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +241,7 @@ class TrainConfig:
     micro_batch_size: int = 1  # rows per forward pass on each of the data x fsdp shards
     seed: int = 5678  # of initial weights, adapters and dropout
     log_every: int = 1  # steps between lines of metrics.jsonl
-    eval_every: int = 50  # steps between evaluations; one precedes the first step, one follows the last
+    eval_every: int = 50  # steps between evaluations; one precedes the first step, one follows the last; 0: none
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
@@ -245,8 +250,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            if f.type is int and f.name != "seed" and getattr(self, f.name) < 1:
-                raise ValueError(f"train.{f.name} is {getattr(self, f.name)}; it must be at least 1")
+            lowest = 0 if f.name == "eval_every" else 1
+            if f.type is int and f.name != "seed" and getattr(self, f.name) < lowest:
+                raise ValueError(f"train.{f.name} is {getattr(self, f.name)}; it must be at least {lowest}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,19 @@ def test_impossible_models(change, message):
         dataclasses.replace(GEMMA2_2B, **change)
 
 
+def test_no_evaluation_may_be_asked():
+    assert not configs.DataConfig(eval_fraction=0.0).has_eval
+    assert configs.DataConfig(eval_fraction=0.0, eval="here").has_eval
+    assert configs.TrainConfig(eval_every=0).eval_every == 0
+    for group, fields, message in (
+        (configs.DataConfig, {"eval_fraction": 1.0}, "data.eval_fraction is 1.0; it must be at least 0 and below 1"),
+        (configs.TrainConfig, {"eval_every": -1}, "train.eval_every is -1; it must be at least 0"),
+        (configs.TrainConfig, {"log_every": 0}, "train.log_every is 0; it must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group(**fields)
+
+
 def test_adapters_without_what_they_are_for():
     recipe = configs.load_recipe("2b_lora")
     with pytest.raises(ValueError, match="init_adapter is here, and init is empty; set init to the model it is for"):

@@ -1,4 +1,4 @@
-"""From documents to batches: `python_docs` and `sources` read, `encoding` tokenises, `packing` lays out rows.
+"""From documents to batches: `python_docs` and `sources` read, `encoding` tokenizes, `packing` lays out rows.
 
-`pipeline` puts them together and is what a training loop uses. Nothing in here puts arrays on devices.
+`batches` puts them together and is what a training loop uses. Nothing in here puts arrays on devices.
 """

@@ -1,9 +1,9 @@
 """What a training loop reads from: one share of each batch as NumPy arrays, whose position is saved and restored.
 
-A process reads the share that its devices take; processes whose devices differ only along axes other than data have one
-in common. Global batch n holds the same rows into however many shares it is divided, each an equal part in their order,
-so a run may go on with another number of them. `encoding` and `packing` say what a row is. Putting a batch on devices
-is the loop's business.
+A process reads the share that its devices take; processes whose devices differ only along axes other than data read the
+same share. Global batch n holds the same rows into however many shares it is divided, each an equal part in their
+order, so a run may go on with another number of them. `encoding` and `packing` say what a row is. The loop puts batches
+on devices.
 """
 
 from dataclasses import dataclass
@@ -20,22 +20,43 @@ from gemma2_jax.data.encoding import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Batches", "EvalBatches", "eval_batches", "load_tokenizer", "train_batches"]
+__all__ = ["Batches", "EvalBatches", "Layout", "eval_batches", "load_tokenizer", "train_batches"]
 
 Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share
-_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # a row is a few copies; batches may be large
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # rows are cheap to make, batches may be large
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes of a batch, and the share of it that is read here. Raises ValueError where it does not divide."""
+
+    sequence_length: int  # tokens in a row, T
+    batch_size: int  # rows of a batch, over all shares
+    share_index: int = 0
+    share_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.share_count:
+            raise ValueError(
+                f"a batch of {self.batch_size} rows does not divide into {self.share_count} shares; "
+                f"use {-(-self.batch_size // self.share_count) * self.share_count}"
+            )
+
+    @property
+    def share_rows(self) -> int:
+        """Rows of a batch in each share, B."""
+        return self.batch_size // self.share_count
 
 
 class Batches:
-    """Training batches without end: the rows shuffled anew each epoch, every epoch following the last at once."""
+    """Training batches without end: the rows in another order each epoch, one epoch after another without a gap."""
 
-    def __init__(self, rows: packing.Rows, *, batch_size: int, share_index: int, share_count: int, seed: int) -> None:
-        share = _share(batch_size, share_count)
+    def __init__(self, rows: packing.Rows, layout: Layout, *, seed: int) -> None:
         self.rows = rows
-        self.batch_size = batch_size
+        self.layout = layout
         # Batches of one share, of which each reader takes every share_count-th.
-        shares = grain.MapDataset.source(rows).shuffle(seed).repeat().batch(share, drop_remainder=True)
-        self._batches = iter(shares[share_index::share_count].to_iter_dataset(_AHEAD))
+        shares = grain.MapDataset.source(rows).shuffle(seed).repeat().batch(layout.share_rows, drop_remainder=True)
+        self._batches = iter(shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
 
     def __iter__(self) -> "Batches":
         return self
@@ -51,117 +72,96 @@ class Batches:
         """Goes on where `get_state` was called; ValueError when these are not the same rows and batches."""
         if state["of"] != self._identity():
             raise ValueError(
-                f"the saved position is in {state['of']}, but the data is now {self._identity()}; give back the "
-                "data and the sizes of that run, or start a new run from its weights"
+                f"its position is one in {_describe_identity(state['of'])}, and the data is now "
+                f"{_describe_identity(self._identity())}"
             )
         self._batches.set_state(state["batches"])
 
     def _identity(self) -> dict:
-        rows = self.rows
-        return {"rows": len(rows), "length": rows.length, "tokens": rows.tokens, "batch_size": self.batch_size}
+        rows, batch_size = self.rows, self.layout.batch_size
+        return {"rows": len(rows), "length": rows.length, "tokens": rows.tokens, "batch_size": batch_size}
 
     @property
     def summary(self) -> str:
         """The rows in a line, and how long an epoch is."""
-        return f"{_summary(self.rows)}; an epoch is {len(self.rows) / self.batch_size:,.1f} steps"
+        return f"{_describe_rows(self.rows)}; an epoch is {len(self.rows) / self.layout.batch_size:,.1f} steps"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
-    """The batches of an evaluation, the same each time; rows that are missing in the last are padding."""
+    """The batches of an evaluation, the same each time; the last is filled up with padding."""
 
     rows: packing.Rows
-    batch_size: int
-    share_index: int
-    share_count: int
+    layout: Layout
     max_batches: int
 
     def __len__(self) -> int:
-        return min(self.max_batches, -(-len(self.rows) // self.batch_size))
+        return min(self.max_batches, -(-len(self.rows) // self.layout.batch_size))
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        share = _share(self.batch_size, self.share_count)
-        first = index * self.batch_size + self.share_index * share
-        blank = packing.empty_batch(self.rows.length)
-        rows = [self.rows[row] if row < len(self.rows) else blank for row in range(first, first + share)]
-        return {name: np.stack([row[name] for row in rows]) for name in blank}
+        share_rows = self.layout.share_rows
+        start = index * self.layout.batch_size + self.layout.share_index * share_rows
+        padding = packing.empty_batch(self.rows.length)
+        rows = [self.rows[row] if row < len(self.rows) else padding for row in range(start, start + share_rows)]
+        return {name: np.stack([row[name] for row in rows]) for name in padding}
 
     @property
     def summary(self) -> str:
         """The rows in a line, and how many batches of them are read."""
-        return f"{_summary(self.rows)}; {len(self)} batches are read"
+        return f"{_describe_rows(self.rows)}; {_count(len(self), 'batch', 'batches')} of them evaluated"
 
 
-def train_batches(
-    data: DataConfig,
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    sequence_length: int,
-    batch_size: int,
-    cache: Path,
-    share_index: int = 0,
-    share_count: int = 1,
-) -> Batches:
-    """Batches of the training data, tokenised into `cache` first unless they are there.
+def train_batches(data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path) -> Batches:
+    """Batches of the training data, whose tokens are kept in `cache`: arrays [B, T] with the rows of one share.
 
-    `batch_size` counts rows over all shares: each is of [batch_size / share_count, T] arrays. Raises ValueError
-    when that does not divide, and for data that is missing, malformed or of no use.
+    Raises ValueError for data that is missing, malformed or of no use.
     """
-    _share(batch_size, share_count)  # before the long work
-    rows = _rows(data, "train", tokenizer, sequence_length, cache, share_index)
-    return Batches(rows, batch_size=batch_size, share_index=share_index, share_count=share_count, seed=data.seed)
+    return Batches(_pack_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
 
 
 def eval_batches(
-    data: DataConfig,
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    sequence_length: int,
-    batch_size: int,
-    max_batches: int,
-    cache: Path,
-    share_index: int = 0,
-    share_count: int = 1,
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path, max_batches: int
 ) -> EvalBatches:
     """The first `max_batches` batches of the held-out data; otherwise as `train_batches`."""
-    _share(batch_size, share_count)
-    return EvalBatches(
-        rows=_rows(data, "eval", tokenizer, sequence_length, cache, share_index),
-        batch_size=batch_size,
-        share_index=share_index,
-        share_count=share_count,
-        max_batches=max_batches,
-    )
+    rows = _pack_rows(data, "eval", tokenizer, layout, cache)
+    return EvalBatches(rows=rows, layout=layout, max_batches=max_batches)
 
 
-def _share(batch_size: int, share_count: int) -> int:
-    """Rows of a batch in each share."""
-    if batch_size % share_count:
-        raise ValueError(
-            f"a batch of {batch_size} rows does not divide into {share_count} shares; "
-            f"use {-(-batch_size // share_count) * share_count}"
-        )
-    return batch_size // share_count
-
-
-def _rows(
-    data: DataConfig,
-    split: sources.Split,
-    tokenizer: "PreTrainedTokenizerFast",
-    length: int,
-    cache: Path,
-    share_index: int,
+def _pack_rows(
+    data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", layout: Layout, cache: Path
 ) -> packing.Rows:
-    store = encoding.build_store(data, split, tokenizer, cache, show=share_index == 0)
-    return packing.pack_documents(store, length=length, packing=data.packing, cut=data.kind == "text", seed=data.seed)
+    store = encoding.build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
+    try:
+        return packing.pack_documents(
+            store,
+            length=layout.sequence_length,
+            packing=data.packing,
+            concatenate=data.kind == "text",
+            seed=data.seed,
+        )
+    except ValueError as error:
+        purpose = "training" if split == "train" else "held-out"
+        raise ValueError(f"no {purpose} document of {sources.open_source(data, split)} is of use: {error}") from error
 
 
-def _summary(rows: packing.Rows) -> str:
+def _describe_rows(rows: packing.Rows) -> str:
     full = rows.tokens / (len(rows) * rows.length)
     return (
-        f"{rows.documents:,} documents ({rows.truncated:,} truncated, {rows.dropped:,} more dropped for length), "
-        f"{rows.tokens:,} tokens ({rows.targets / rows.tokens:.0%} count in the loss), "
-        f"{len(rows):,} rows of {rows.length:,} ({full:.1%} full)"
+        f"{_count(rows.documents, 'document')} ({rows.truncated:,} truncated, {rows.dropped:,} more dropped for "
+        f"length), {rows.tokens:,} tokens ({rows.targets / rows.tokens:.0%} count in the loss), "
+        f"{_count(len(rows), 'row')} of {rows.length:,} ({full:.1%} full)"
     )
+
+
+def _describe_identity(identity: dict) -> str:
+    """What `Batches.get_state` keeps to know its rows by, in words."""
+    return (
+        f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens, "
+        f"{identity['batch_size']:,} to a batch"
+    )
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

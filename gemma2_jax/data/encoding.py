@@ -1,8 +1,8 @@
 """From documents to tokens: each document encoded once, into files that are memory-mapped ever after.
 
-A store holds whole documents, whatever the length of a row: `packing` cuts them. Which tokens are learnt is decided
+A store holds whole documents, whatever the length of a row: `packing` cuts them. Which tokens are learned is decided
 here: all of a plain text, the completion after a prompt, what the assistant says in a conversation; and the <eos>
-at the end. Memory does not grow with the documents.
+at the end. Memory does not grow with the number of documents.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURNS = ["<start_of_turn>", "<end_of_turn>"]
-_FORMAT = 1  # raise it when other tokens or other files are written for the same documents
-_TOGETHER = 256  # documents encoded in one call; memory is a few hundred bytes for each of their tokens
+_FORMAT = 2  # raise it when other tokens or other files are written for the same documents
+_DOCUMENTS_PER_CALL = 256  # to the tokenizer; memory is a few hundred bytes for each of their tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Store:
     """Encoded documents one after another, memory-mapped."""
 
     tokens: np.ndarray  # int32 [tokens]
-    learnt: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
+    learned: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
     offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
 
 
@@ -76,37 +76,37 @@ def gemma_chat_template() -> str:
     return (Path(__file__).parent / "gemma_chat_template.jinja").read_text(encoding="utf-8")
 
 
-def encode_example(
+def encode_examples(
     examples: Sequence[sources.Example], tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Of each document, its tokens from <bos> to <eos>, and which of them count in the loss when predicted.
+    """Yields each document's tokens from <bos> to <eos>, and which of them count in the loss when predicted.
 
-    A prompt and its completion are encoded apart and put together as they are, with no space between and no chat
+    A prompt and its completion are encoded separately and put together as they are, with no space between and no chat
     format; so are the turns of a conversation, which the tokenizer's chat template writes. Raises ValueError naming
     the document when the template does not take it.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(bos, int) and isinstance(eos, int)  # load_tokenizer made sure
-    documents = [_example_pieces(example, tokenizer) for example in examples]
+    documents = [_split_example(example, tokenizer) for example in examples]
     texts = [text for pieces in documents for text, _ in pieces]
-    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
     for example, pieces in zip(examples, documents, strict=True):
         tokens: list[int] = []
-        learnt: list[bool] = []
-        for _, learn in pieces:
-            piece = next(ids)
-            tokens += piece
-            learnt += [learn] * len(piece)
+        learned: list[bool] = []
+        for _, is_learned in pieces:
+            piece_tokens = next(encoded)
+            tokens += piece_tokens
+            learned += [is_learned] * len(piece_tokens)
         if tokens[:1] != [bos]:  # chat templates write it, and so may prompts
             tokens.insert(0, bos)
-            learnt.insert(0, False)
-        learnt[0] = False  # nothing comes before it to predict it from
-        ends_learnt = not example.messages or example.messages[-1]["role"] == "assistant"
-        yield [*tokens, eos], [*learnt, ends_learnt]
+            learned.insert(0, False)
+        learned[0] = False  # nothing comes before it to predict it from
+        eos_is_learned = not example.messages or example.messages[-1]["role"] == "assistant"
+        yield [*tokens, eos], [*learned, eos_is_learned]
 
 
-def _example_pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """The document as texts to be encoded apart, and whether each is learnt."""
+def _split_example(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+    """The document as texts to be encoded separately, and whether each is learned."""
     if not example.messages:
         return [(example.prompt, False), (example.completion, True)]
     if tokenizer.chat_template is None:
@@ -115,28 +115,28 @@ def _example_pieces(example: sources.Example, tokenizer: "PreTrainedTokenizerFas
             "set data.tokenizer to one that has, such as google/gemma-2-2b-it"
         )
     try:
-        return _message_pieces(list(example.messages), tokenizer)
+        return _split_conversation(list(example.messages), tokenizer)
     except (TemplateError, ValueError) as error:
         raise ValueError(f"{example.where}: the chat template does not take these messages: {error}") from error
 
 
-def _message_pieces(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
+def _split_conversation(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
     """A conversation as the chat template writes it, divided around what the assistant says.
 
-    Learnt is what follows the model's cue, up to the end-of-turn token but not the newline after it, which the
-    template adds. That is what the model says when it is cued with `add_generation_prompt`.
+    The model learns what follows its cue, up to the end-of-turn token but not the newline after it, which the template
+    adds. That is what the model says when it is cued with `add_generation_prompt`.
     """
 
-    def written(messages: list[dict[str, str]], cue: bool = False) -> str:
+    def format_messages(messages: list[dict[str, str]], cue: bool = False) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
 
-    whole, done = written(messages), ""
+    whole, done = format_messages(messages), ""
     pieces = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = written(messages[:turn], cue=True)
-        after = (written(messages[: turn + 1]) if turn + 1 < len(messages) else whole).rstrip()
+        before = format_messages(messages[:turn], cue=True)
+        after = (format_messages(messages[: turn + 1]) if turn + 1 < len(messages) else whole).rstrip()
         if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
             raise ValueError(f"it writes what leads up to message {turn + 1} in another way when more follows")
         pieces += [(before.removeprefix(done), False), (after.removeprefix(before), True)]
@@ -149,33 +149,34 @@ def build_store(
 ) -> Store:
     """The store of one split: the one in `cache` when nothing that it depends on has changed, else a new one.
 
-    A store is written beside its place and then renamed, so that one in its place is whole. Processes that share
-    `cache` wait for the first; on a file system without locks each writes, and the first to end wins. `show` tells
-    of the progress. Raises ValueError when the split has no documents, or one that is malformed.
+    A store is written to a temporary folder and then renamed, so that a store of that name is always whole. Processes
+    that share `cache` wait for the first; on a file system without locks each writes, and the first to end wins. `show`
+    prints the progress. Raises ValueError when the split has no documents, or one that is malformed.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    place = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
+    folder = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
     with (cache / "lock").open("w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{split}-") as folder:
-                written = Path(folder) / "store"
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{split}-") as temporary:
+                partial_store = Path(temporary) / "store"
                 try:
-                    _write_store(written, data, split, tokenizer, show=show)
+                    _write_store(partial_store, data, split, tokenizer, show=show)
                 except OSError as error:
                     raise OSError(
-                        f"tokenised data could not be written to {cache} ({error}); make room there, or run elsewhere"
+                        f"tokenized data could not be written to {cache} ({error}); make room there, or give a "
+                        "--workdir on another disk"
                     ) from error
                 try:
-                    written.rename(place)
+                    partial_store.rename(folder)
                 except OSError:
-                    if not place.exists():  # it does when another process was first
+                    if not folder.exists():  # it does when another process was first
                         raise
     return Store(
-        tokens=np.memmap(place / "tokens", np.int32, "r"),
-        learnt=np.memmap(place / "learnt", np.bool_, "r"),
-        offsets=np.load(place / "offsets.npy", mmap_mode="r"),
+        tokens=np.memmap(folder / "tokens", np.int32, "r"),
+        learned=np.memmap(folder / "learned", np.bool_, "r"),
+        offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
     )
 
 
@@ -186,33 +187,35 @@ def _write_store(
     offsets = array("q", [0])
     columns = (TextColumn("documents"), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True, quiet=not show)
-    console.print(f"tokenising {split} data from {sources.open_source(data, split)}")
+    purpose = "training" if split == "train" else "held-out"
+    message = f"tokenizing {purpose} data from {sources.open_source(data, split)}"
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with (folder / "tokens").open("wb") as tokens_file, (folder / "learnt").open("wb") as learnt_file, progress:
+    with (folder / "tokens").open("wb") as tokens_file, (folder / "learned").open("wb") as learned_file, progress:
         task = progress.add_task("", total=None)
-        for examples in itertools.batched(sources.read_examples(data, split), _TOGETHER):
-            tokens, learnt = zip(*encode_example(examples, tokenizer), strict=True)
+        for examples in itertools.batched(sources.read_examples(data, split), _DOCUMENTS_PER_CALL):
+            tokens, learned = zip(*encode_examples(examples, tokenizer), strict=True)
             np.fromiter(itertools.chain(*tokens), np.int32).tofile(tokens_file)
-            np.fromiter(itertools.chain(*learnt), np.bool_).tofile(learnt_file)
+            np.fromiter(itertools.chain(*learned), np.bool_).tofile(learned_file)
             offsets.extend(itertools.islice(itertools.accumulate(map(len, tokens), initial=offsets[-1]), 1, None))
             progress.advance(task, len(examples))
     if len(offsets) == 1:
         raise ValueError(
-            f"data.eval_fraction {data.eval_fraction} leaves no documents for {split} in {data.train}; "
-            "change it, or set data.eval"
+            f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on; give a smaller "
+            "one, or 0 to hold out none, or other data as --data.eval"
         )
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
 
 
 def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast") -> str:
     """A digest of everything that the tokens of a split depend on."""
-    where = sources.open_source(data, split)
-    if where == sources.PYTHON_DOCS:
-        read: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
+    source = sources.open_source(data, split)
+    if source == sources.PYTHON_DOCS:
+        contents: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
     else:
-        read = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.find_files(where)]
+        contents = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.find_files(source)]
     choices = [data.kind, data.text_key, data.prompt_key, data.completion_key, data.prompt_template]
     share = None if data.eval else data.eval_fraction
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
-    everything = json.dumps([_FORMAT, split, choices, share, read, ids, tokenizer.backend_tokenizer.to_str()])
+    everything = json.dumps([_FORMAT, split, choices, share, contents, ids, tokenizer.backend_tokenizer.to_str()])
     return hashlib.blake2b(everything.encode(), digest_size=8).hexdigest()

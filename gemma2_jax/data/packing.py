@@ -2,7 +2,7 @@
 
 Plain texts are put end to end and cut; other documents are kept whole, several to a row where they fit, or one to a
 row. A plan of pieces is made from the lengths alone; rows are read from the store when asked for, in any order.
-Batches, epochs and processes are the business of `pipeline`.
+`batches` knows of batches, epochs and processes.
 """
 
 from bisect import bisect_left, insort
@@ -26,8 +26,8 @@ class Rows:
     ends: np.ndarray  # int64 [pieces]: where in the store its document ends
     starts: np.ndarray  # int64 [rows + 1]: the first piece of each row, and the number of pieces
     documents: int  # documents in the rows, whole or cut
-    truncated: int  # documents of them that lost their end
-    dropped: int  # documents left out, because all that would be learnt was in the end they lost
+    truncated: int  # how many of those lost their end
+    dropped: int  # documents left out, because all that would be learned was in the end they lost
     targets: int  # tokens that count in the loss, over all rows
 
     @property
@@ -46,17 +46,17 @@ class Rows:
         row's documents apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
         """
         arrays = empty_batch(self.length)
-        at = 0
+        start = 0  # of the piece in the row
         for segment, piece in enumerate(range(self.starts[index], self.starts[index + 1]), start=1):
             begin, length = int(self.begins[piece]), int(self.lengths[piece])
             known = min(length, int(self.ends[piece]) - begin - 1)  # tokens whose next is in the document
-            here, after = slice(at, at + length), slice(begin + 1, begin + 1 + known)
-            arrays["tokens"][here] = self.store.tokens[begin : begin + length]
-            arrays["segments"][here] = segment
-            arrays["positions"][here] = np.arange(length)
-            arrays["targets"][at : at + known] = self.store.tokens[after]
-            arrays["weights"][at : at + known] = self.store.learnt[after]
-            at += length
+            columns, next_tokens = slice(start, start + length), slice(begin + 1, begin + 1 + known)
+            arrays["tokens"][columns] = self.store.tokens[begin : begin + length]
+            arrays["segments"][columns] = segment
+            arrays["positions"][columns] = np.arange(length)
+            arrays["targets"][start : start + known] = self.store.tokens[next_tokens]
+            arrays["weights"][start : start + known] = self.store.learned[next_tokens]
+            start += length
         return arrays
 
 
@@ -68,47 +68,47 @@ def empty_batch(length: int) -> dict[str, np.ndarray]:
     return arrays | {"weights": np.zeros(length, np.float32)}
 
 
-def pack_documents(store: Store, *, length: int, packing: bool, cut: bool, seed: int) -> Rows:
+def pack_documents(store: Store, *, length: int, packing: bool, concatenate: bool, seed: int) -> Rows:
     """The rows of a store's documents, whose order is shuffled by `seed`.
 
-    With `packing`, documents are cut where a row ends (`cut`) or kept whole; without, each has its own row. A whole
-    document that is longer than a row loses its end, and one whose learnt tokens are all there is dropped: both are
-    counted. Raises ValueError when none is left.
+    With `packing`, documents are put end to end and cut where a row ends (`concatenate`), or kept whole; without, each
+    has its own row. A whole document that is longer than a row loses its end, and is dropped if all its learned tokens
+    are there: both are counted. Raises ValueError when none is left.
     """
     # RandomState's stream never changes; default_rng's may with NumPy, and a resumed run would see other rows.
     order = np.random.RandomState(seed).permutation(len(store.offsets) - 1)
     begins, ends = store.offsets[order], store.offsets[order + 1]
-    learnt = int(np.count_nonzero(store.learnt))
-    if packing and cut:
-        return _split_documents(store, begins, ends, length=length, targets=learnt)
+    targets = int(np.count_nonzero(store.learned))
+    if packing and concatenate:
+        return _concatenate_documents(store, begins, ends, length=length, targets=targets)
     long = np.flatnonzero(ends - begins > length)
-    keeps = [store.learnt[begins[i] + 1 : begins[i] + length + 1].any() for i in long]
-    lost = sum(int(np.count_nonzero(store.learnt[begins[i] + length + 1 : ends[i]])) for i in long)
-    dropped = long[~np.array(keeps, bool)]
+    has_targets = [store.learned[begins[i] + 1 : begins[i] + length + 1].any() for i in long]
+    lost_targets = sum(int(np.count_nonzero(store.learned[begins[i] + length + 1 : ends[i]])) for i in long)
+    dropped = long[~np.array(has_targets, bool)]
     begins, ends = np.delete(begins, dropped), np.delete(ends, dropped)
     if not len(begins):
-        raise ValueError(f"every document's learnt tokens begin after the first {length}; raise train.sequence_length")
+        raise ValueError(f"every document's learned tokens begin after the first {length}; raise train.sequence_length")
     lengths = np.minimum(ends - begins, length)
     row = plan_rows(lengths, length) if packing else np.arange(len(lengths))
-    place = np.argsort(row, kind="stable")
+    by_row = np.argsort(row, kind="stable")
     return Rows(
         store=store,
         length=length,
-        begins=begins[place],
-        lengths=lengths[place],
-        ends=ends[place],
+        begins=begins[by_row],
+        lengths=lengths[by_row],
+        ends=ends[by_row],
         starts=np.concatenate([[0], np.cumsum(np.bincount(row))]),
         documents=len(begins),
         truncated=len(long) - len(dropped),
         dropped=len(dropped),
-        targets=learnt - lost,
+        targets=targets - lost_targets,
     )
 
 
-def _split_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
+def _concatenate_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
     """Documents end to end, a row every `length` tokens: its last target is the next row's first token."""
     lengths = ends - begins
-    document_ends = np.cumsum(lengths)  # in the line of documents, as all below until it is said otherwise
+    document_ends = np.cumsum(lengths)  # in the documents end to end, as every position below without a comment
     document_starts = document_ends - lengths
     rows = -(-(document_ends[-1] - 1) // length)  # a last token alone in a row would have no target
     stop = min(document_ends[-1], rows * length)

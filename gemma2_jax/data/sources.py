@@ -1,13 +1,14 @@
 """Where documents come from: the built-in python_docs, or JSONL and Parquet files, read one by one.
 
 A document comes out as an `Example`, whatever it was stored as; a malformed one is an error that names its file and
-line. What is held out of a source is decided here, by a hash of the document, so that it does not depend on order.
-Tokens come later, in `encoding`.
+line. Which documents of a source are held out is decided here, by a hash of the document, so that it does not depend on
+their order. Tokens come later, in `encoding`.
 """
 
 import glob
 import hashlib
 import json
+import math
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,18 +24,19 @@ PYTHON_DOCS = "python-docs"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One document: `prompt` and then `completion`, which is learnt; or the messages of a conversation."""
+    """One document: a prompt and its completion, which is learned; or the messages of a conversation."""
 
     where: str  # file:line, for errors
     prompt: str = ""  # empty for plain text
     completion: str = ""
     messages: tuple[dict[str, str], ...] = ()  # each with "role" and "content"; if any, they are the document
+    name: str = ""  # of the document, where its source has names
 
-    def held_out(self, share: float, name: str = "") -> bool:
-        """Whether this document is among the `share` held out, decided by its name or else by what it says."""
-        key = name or json.dumps([self.prompt, self.completion, self.messages])
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return int.from_bytes(digest) < share * 2**64
+    @property
+    def digest(self) -> int:
+        """A hash of the document's name, or else of what it says: evenly distributed below 2**64."""
+        key = self.name or json.dumps([self.prompt, self.completion, self.messages])
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
 def open_source(data: DataConfig, split: Split) -> str:
@@ -45,17 +47,30 @@ def open_source(data: DataConfig, split: Split) -> str:
 def read_examples(data: DataConfig, split: Split) -> Iterator[Example]:
     """The documents of one split, read lazily and in a fixed order.
 
+    Where the held-out ones are a share of the training data they are those with the lowest digests, at least one.
     Raises ValueError naming file and line (JSONL) or file and row (Parquet), both counted from 1, for a document
     that is not as `data` says; and for a source with no files.
     """
-    named = (
-        _python_docs(data)
-        if open_source(data, split) == PYTHON_DOCS
-        else _stored_examples(data, open_source(data, split))
-    )
-    for name, example in named:
-        if data.eval or example.held_out(data.eval_fraction, name) == (split == "eval"):
+    examples = _read_source(data, open_source(data, split))
+    if data.eval:
+        yield from examples
+        return
+    bound = _digest_bound(data)
+    for example in examples:
+        if (example.digest < bound) == (split == "eval"):
             yield example
+
+
+def _digest_bound(data: DataConfig) -> float:
+    """The digest below which documents of the training data are held out: a few documents are read to find it."""
+    if not data.eval_fraction:
+        return 0
+    bound, lowest = data.eval_fraction * 2**64, math.inf
+    for example in _read_source(data, data.train):
+        if example.digest < bound:
+            return bound
+        lowest = min(lowest, example.digest)
+    return lowest + 1
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -74,25 +89,30 @@ def find_files(pattern: str) -> list[Path]:
     return [Path(path) for path in sorted(paths)]
 
 
-def _python_docs(data: DataConfig) -> Iterator[tuple[str, Example]]:
+def _read_source(data: DataConfig, source: str) -> Iterator[Example]:
+    """All documents of a source."""
+    return _read_python_docs(data) if source == PYTHON_DOCS else _read_files(data, source)
+
+
+def _read_python_docs(data: DataConfig) -> Iterator[Example]:
     if data.kind == "text":
         for name, text in python_docs.python_documents().items():
-            yield name, Example(where=f"{PYTHON_DOCS}: {name}", completion=text)
+            yield Example(where=f"{PYTHON_DOCS}: {name}", name=name, completion=text)
     else:
         for name, record in python_docs.python_instructions().items():
-            yield name, Example(where=f"{PYTHON_DOCS}: {name}", messages=tuple(record["messages"]))
+            yield Example(where=f"{PYTHON_DOCS}: {name}", name=name, messages=tuple(record["messages"]))
 
 
-def _stored_examples(data: DataConfig, pattern: str) -> Iterator[tuple[str, Example]]:
+def _read_files(data: DataConfig, pattern: str) -> Iterator[Example]:
     for path in find_files(pattern):
         where = ""
-        for where, record in _jsonl(path) if path.suffix == ".jsonl" else _parquet(path):
-            yield "", _example(data, where, record)
+        for where, record in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+            yield _make_example(data, where, record)
         if not where:
             raise ValueError(f"{path} is empty; remove it, or write one document per line or row")
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
@@ -107,7 +127,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             yield where, record
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -124,52 +144,59 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
                 yield f"{path} row {number}", record
 
 
-def _example(data: DataConfig, where: str, record: dict) -> Example:
+def _make_example(data: DataConfig, where: str, record: dict) -> Example:
     if data.kind == "text":
-        return Example(where=where, completion=_fill_template(record, data.text_key, "text_key", where))
+        if data.text_key not in record and (record.keys() & {"messages", data.prompt_key}):
+            raise ValueError(
+                f"{where}: has no {data.text_key!r} (data.text_key); it has {_list_columns(record)}; to train on "
+                "prompts and their answers, give --data.kind instructions"
+            )
+        return Example(where=where, completion=_read_nonempty_text(record, data.text_key, "text_key", where))
     if data.prompt_template:
         return Example(
             where=where,
-            prompt=_template_example(data.prompt_template, record, where),
-            completion=_fill_template(record, data.completion_key, "completion_key", where),
+            prompt=_fill_template(data.prompt_template, record, where),
+            completion=_read_nonempty_text(record, data.completion_key, "completion_key", where),
         )
     if record.get("messages") is not None:
-        return Example(where=where, messages=_messages(record["messages"], where))
+        return Example(where=where, messages=_check_messages(record["messages"], where))
     if data.prompt_key not in record:
+        has_text = isinstance(record.get(data.text_key), str)
         raise ValueError(
-            f"{where}: has neither 'messages' nor {data.prompt_key!r} (data.prompt_key); it has {_columns(record)}"
+            f"{where}: has neither 'messages' nor {data.prompt_key!r} (data.prompt_key); it has {_list_columns(record)}"
+            + (f"; to train on its {data.text_key!r} as plain text, give --data.kind text" if has_text else "")
         )
     return Example(
         where=where,
-        prompt=_text(record, data.prompt_key, "prompt_key", where),
-        completion=_fill_template(record, data.completion_key, "completion_key", where),
+        prompt=_read_text(record, data.prompt_key, "prompt_key", where),
+        completion=_read_nonempty_text(record, data.completion_key, "completion_key", where),
     )
 
 
-def _text(record: dict, key: str, setting: str, where: str) -> str:
+def _read_text(record: dict, key: str, setting: str, where: str) -> str:
     if key not in record:
-        raise ValueError(f"{where}: has no {key!r} (data.{setting}); it has {_columns(record)}")
+        raise ValueError(f"{where}: has no {key!r} (data.{setting}); it has {_list_columns(record)}")
     if not isinstance(record[key], str):
         raise ValueError(f"{where}: {key!r} is of type {type(record[key]).__name__}; it must be a string")
     return record[key]
 
 
-def _fill_template(record: dict, key: str, setting: str, where: str) -> str:
-    text = _text(record, key, setting, where)
+def _read_nonempty_text(record: dict, key: str, setting: str, where: str) -> str:
+    text = _read_text(record, key, setting, where)
     if not text.strip():
         raise ValueError(f"{where}: {key!r} is empty, which leaves nothing to learn; remove the document")
     return text
 
 
-def _template_example(template: str, record: dict, where: str) -> str:
+def _fill_template(template: str, record: dict, where: str) -> str:
     try:
         keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
     except ValueError as error:
         raise ValueError(f"data.prompt_template {template!r}: {error}; write a brace itself twice") from error
-    return template.format_map({key: _text(record, key, "prompt_template", where) for key in keys})
+    return template.format_map({key: _read_text(record, key, "prompt_template", where) for key in keys})
 
 
-def _messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
+def _check_messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(messages, list):
         raise ValueError(f"{where}: 'messages' is of type {type(messages).__name__}; it must be a list")
     for number, message in enumerate(messages, start=1):
@@ -178,9 +205,11 @@ def _messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
         if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"{where}: message {number} is an empty answer; remove the document")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: no message has the role 'assistant', which leaves nothing to learn")
+        roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
+        remedy = f"its roles are {roles}; name the one to learn from 'assistant'" if roles else "it has no messages"
+        raise ValueError(f"{where}: no message has the role 'assistant', which leaves nothing to learn: {remedy}")
     return tuple(messages)
 
 
-def _columns(record: dict) -> str:
+def _list_columns(record: dict) -> str:
     return ", ".join(map(repr, record)) or "no columns"

@@ -1,7 +1,7 @@
 """The adapter of each checkpoint as PEFT reads it, in WORKDIR/adapters/STEP, where `train.export_adapter` asks for it.
 
-Beside Orbax's checkpoints, which training resumes from, these are for others to load while it goes on. A folder appears
-whole or not at all, and is what `python -m gemma2_jax.convert WORKDIR/checkpoints/STEP DST --to peft` writes.
+Training resumes from Orbax's checkpoints; these folders are for other programs to load while it goes on. A folder
+appears whole or not at all, and is what `python -m gemma2_jax.convert WORKDIR/checkpoints/STEP DST --to peft` writes.
 """
 
 import shutil
@@ -26,9 +26,9 @@ class AdapterExports:
         self.folder = config.output / "adapters"
 
     def save(self, step: int, params: Weights) -> None:
-        """Writes those of a step in place of what was there. Every process calls it, and process 0 writes.
+        """Writes the adapter of a step, in place of what was there. Every process calls it, and process 0 writes.
 
-        Raises ValueError or OSError where the disk does not take it.
+        Raises ValueError or OSError where it cannot be written.
         """
         config = self._config
         if not config.train.export_adapter:
@@ -46,28 +46,28 @@ class AdapterExports:
             companions=(config.output / "tokenizer",),
             sources=(_HostArrays(arrays),),
         )
-        # That of a run which ended before its checkpoint was whole.
+        # A run that ended before its checkpoint was whole may have left this folder.
         shutil.rmtree(self.folder / str(step), ignore_errors=True)
         write_checkpoint(Job(source=source, to="peft"), self.folder / str(step))
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Keeps as many as there are checkpoints, none of them later, and nothing that a killed run began."""
-        whole = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-        kept = [other for other in whole if other <= step][-self._config.train.keep_checkpoints :]
+        """Keeps as many folders as there are checkpoints, none of a later step, and none that a killed run began."""
+        steps = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        kept_steps = [exported for exported in steps if exported <= step][-self._config.train.keep_checkpoints :]
         for path in self.folder.iterdir():
-            if path.name.endswith(".partial") or (path.name.isdigit() and int(path.name) not in kept):
+            if path.name.endswith(".partial") or (path.name.isdigit() and int(path.name) not in kept_steps):
                 shutil.rmtree(path)
 
 
 def _gather_array(w: jax.Array) -> np.ndarray:
-    """All of an array, of which this process may hold a part."""
+    """The whole of an array of which this process may hold only a part."""
     return np.asarray(w if w.is_fully_addressable else multihost_utils.process_allgather(w, tiled=True))
 
 
 @dataclass(frozen=True)
 class _HostArrays:
-    """Arrays in the host's memory as a source of `convert`."""
+    """Arrays in the host's memory, for `convert` to read as it reads a file."""
 
     arrays: dict[str, np.ndarray]
 

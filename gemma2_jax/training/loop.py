@@ -1,11 +1,11 @@
 """A run from its first step to its last: `train`, which reads like the list of what it does.
 
 Everything that can be decided beforehand is decided before the loop, as values; the loop itself has no modes. It
-waits for the device only to log a step whose successor is already under way, to evaluate, and to save.
+waits for the devices only to log a step when the step after it is already under way, to evaluate, and to save.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from rich.console import Console
 
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
-from gemma2_jax.data import batches as pipeline
+from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
 from gemma2_jax.mesh import balance_context, make_mesh
-from gemma2_jax.training import metrics, resume, startup as report
+from gemma2_jax.training import metrics, resume, startup
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.profiling import Trace
@@ -45,8 +45,6 @@ def train(config: Config) -> Result:
     """
     metrics.check_wandb(config)
     console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a log file has no width of its own
     mesh = make_mesh(config.mesh)
     program = Program(config, mesh)
     with hosts.process_zero_first("open_source"):  # which may download it
@@ -54,48 +52,82 @@ def train(config: Config) -> Result:
     with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
         changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
-        with hosts.process_zero_first("tokenise"):
-            batches, held_out = open_data(program, tokenizer)
-        compile_started = time.perf_counter()
-        arguments, options = (program.state, program.batch), program.compiler_options
-        train_step = jax.jit(program.train_step, donate_argnums=0).lower(*arguments).compile(options)
-        eval_step = jax.jit(program.eval_step).lower(*arguments).compile(options)
-        compile_seconds = time.perf_counter() - compile_started
-        state, loop = resume.start_state(program, source, checkpoints)
         adapters = AdapterExports(config)
-        if loop is not None:
-            batches.set_state(loop["data"])
-            adapters.save(loop["step"], state.params)  # which the run may have ended before
-        first = 0 if loop is None else loop["step"]
-        report.print_startup(console, program, source, batches, held_out, train_step, compile_seconds, first, changes)
-
-        def evaluate(state: State) -> float:
-            return mean_loss(eval_step, state, (place_batch(program, batch) for batch in held_out))
-
-        with metrics.Metrics(config, console, first_step=first) as log, Trace(config, first) as trace:
-            if loop is None:
-                log.evaluation(0, evaluate(state))
-            for step in range(first + 1, config.steps + 1):
+        if checkpoints.latest is not None and checkpoints.latest >= config.steps:
+            state, _ = resume.start_state(program, source, checkpoints)
+            adapters.save(checkpoints.latest, state.params)  # the run may have ended before it was written
+            return report_finished(console, program, checkpoints.latest, state)
+        with hosts.process_zero_first("tokenize"):
+            batches, held_out_batches = open_data(program, tokenizer)
+        compile_started = time.perf_counter()
+        train_step = compile_step(program, program.train_step, donate_argnums=0)
+        evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
+        compile_seconds = time.perf_counter() - compile_started
+        state, position = resume.start_state(program, source, checkpoints)
+        start_step = 0
+        if position is not None:
+            start_step = position["step"]
+            resume.restore_position(config, batches, position)
+            adapters.save(start_step, state.params)  # the run may have ended before it was written
+        startup.print_startup(
+            console,
+            startup.Startup(
+                program=program,
+                source=source,
+                batches=batches,
+                eval_batches=held_out_batches,
+                train_step=train_step,
+                compile_seconds=compile_seconds,
+                start_step=start_step,
+                changes=changes,
+            ),
+        )
+        log = metrics.Metrics(config, console, start_step=start_step)
+        with log, Trace(config, start_step, log.pause) as trace:
+            if evaluate and start_step == 0:
+                with log.pause():
+                    log.log_evaluation(0, evaluate(state))
+            for step in range(start_step + 1, config.steps + 1):
                 trace.before_step(step)
                 state, values = train_step(state, place_batch(program, next(batches)))
                 log.step(step, values)
-                if is_due(step, config.train.eval_every, config.steps):
-                    log.flush()
-                    log.evaluation(step, evaluate(state))
+                trace.after_step(step)
+                if evaluate and is_due(step, config.train.eval_every, config.steps):
+                    with log.pause():
+                        log.log_evaluation(step, evaluate(state))
                 if is_due(step, config.train.checkpoint_every, config.steps):
-                    log.flush()  # which ends the run before weights that are not finite are saved
-                    loop = {"step": step, "data": batches.get_state()}
-                    checkpoints.save(step, state.params, state.optimizer, loop)
-                    adapters.save(step, state.params)
-    report.print_ending(console, config)
+                    with log.pause():  # which ends the run before weights that are not finite are saved
+                        position = {"step": step, "data": batches.get_state()}
+                        checkpoints.save(step, state.params, state.optimizer, position)
+                        adapters.save(step, state.params)
+    startup.print_ending(console, config, config.steps, trace.folder)
     return Result(
         folder=config.output,
-        step=max(first, config.steps),
+        step=config.steps,
         losses=log.losses,
         eval_losses=log.eval_losses,
         program=program,
         state=state,
     )
+
+
+def report_finished(console: Console, program: Program, step: int, state: State) -> Result:
+    """Says that the run had taken all its steps before, and where its result is."""
+    config = program.config
+    startup.print_nothing_to_do(console, config, step)
+    startup.print_ending(console, config, step)
+    return Result(folder=config.output, step=step, losses={}, eval_losses={}, program=program, state=state)
+
+
+def compile_step(program: Program, step: Callable, **options: Any) -> jax.stages.Compiled:
+    """A step of the program, compiled for its state and batch."""
+    return jax.jit(step, **options).lower(program.state, program.batch).compile(program.compiler_options)
+
+
+def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[State], float]:
+    """A function from a state to its loss per target token (nats) over all these batches."""
+    eval_step = compile_step(program, program.eval_step)
+    return lambda state: mean_loss(eval_step, state, (place_batch(program, batch) for batch in batches))
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -105,35 +137,39 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 def place_batch(program: Program, batch: dict[str, np.ndarray]) -> Batch:
     """This process's rows as its part of the global arrays."""
-    first = program.process_rows.start
+    first_row = program.process_rows.start
 
-    def array(like: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
+    def make_array(abstract: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
         rows = balance_context(rows, program.mesh.shape["context"])
 
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(like.shape[0])
-            return rows[start - first : stop - first, index[1]]
+        def read_shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(abstract.shape[0])
+            return rows[start - first_row : stop - first_row, index[1]]
 
-        return jax.make_array_from_callback(like.shape, like.sharding, part)
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, read_shard)
 
-    return {name: array(program.batch[name], rows) for name, rows in batch.items()}
+    return {name: make_array(program.batch[name], rows) for name, rows in batch.items()}
 
 
-def mean_loss(eval_step: Callable, state: State, batches) -> float:
+def mean_loss(eval_step: Callable, state: State, batches: Iterable[Batch]) -> float:
     """Loss per target token (nats) over batches, which are all dispatched before the first is waited for."""
     sums = [eval_step(state, batch) for batch in batches]
     losses, targets = zip(*jax.device_get(sums), strict=True)
     return float(sum(losses) / max(sum(targets), 1))
 
 
-def open_data(program: Program, tokenizer) -> tuple[pipeline.Batches, pipeline.EvalBatches]:
+def open_data(program: Program, tokenizer) -> tuple[Batches, EvalBatches | None]:
+    """The batches to train on and, unless the run evaluates nothing, to evaluate."""
     config = program.config
-    sizes: dict[str, Any] = dict(
+    rows, batch_size = program.process_rows, config.train.global_batch_size
+    layout = Layout(
         sequence_length=config.train.sequence_length,
-        batch_size=config.train.global_batch_size,
-        cache=config.output / "data",
-        share_index=program.process_rows.start // len(program.process_rows),
-        share_count=config.train.global_batch_size // len(program.process_rows),
+        batch_size=batch_size,
+        share_index=rows.start // len(rows),
+        share_count=batch_size // len(rows),
     )
-    batches = pipeline.train_batches(config.data, tokenizer, **sizes)
-    return batches, pipeline.eval_batches(config.data, tokenizer, max_batches=config.train.eval_batches, **sizes)
+    cache = config.output / "data"
+    batches = train_batches(config.data, tokenizer, layout, cache=cache)
+    if not (config.data.has_eval and config.train.eval_every):
+        return batches, None
+    return batches, eval_batches(config.data, tokenizer, layout, cache=cache, max_batches=config.train.eval_batches)

@@ -1,24 +1,69 @@
-"""What a run says: the start-up block, metrics.jsonl, the progress bar, and the step clock.
+"""What a run says while it trains: metrics.jsonl, lines or a progress bar, and how fast it is.
 
-The loop hands over a step's device arrays and goes on; they are read when the next step has been dispatched, so
-that the device is never waited for with nothing to do.
+The loop hands over each step's metrics as arrays on the devices and goes on. They are read when a step is to be logged
+and the step after it is under way, so that no device waits for the host; and before an evaluation or a save.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from gemma2_jax.config import Config, to_text
 
 PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a bar on
+
+
+class Throughput:
+    """Tokens trained on, padding not counted, by the time in which steps were under way.
+
+    The clock runs between `start` and `stop`. `measure` brings `tokens_per_second` and `padding` up to date, which are
+    those of the steps that have ended since it was last called.
+    """
+
+    def __init__(self, positions: int):
+        self._positions = positions  # of one step's batch, padding included
+        self._tokens, self._steps = 0, 0
+        self._seconds, self._started = 0.0, math.nan
+        self.tokens_per_second, self.padding = 0.0, 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds += time.perf_counter() - self._started
+
+    def add_step(self, tokens: int) -> None:
+        """Counts a step that has ended, with this many tokens in its batch."""
+        self._tokens, self._steps = self._tokens + tokens, self._steps + 1
+
+    def measure(self) -> None:
+        if not self._steps:
+            return  # all that has ended was measured before, and the time since belongs to the steps to come
+        self.stop()
+        self.tokens_per_second = self._tokens / max(self._seconds, 1e-9)
+        self.padding = 1 - self._tokens / (self._steps * self._positions)
+        self._tokens, self._steps, self._seconds = 0, 0, 0.0
+        self.start()
 
 
 class Metrics:
@@ -27,25 +72,22 @@ class Metrics:
     `losses` and `eval_losses` hold what has been logged, by step, in nats per target token.
     """
 
-    def __init__(self, config: Config, console: Console, *, first_step: int):
-        self._config, self._console = config, console
+    def __init__(self, config: Config, console: Console, *, start_step: int):
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
+        self._config, self._console = config, console
         self._wandb = open_wandb_run(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
-        self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
-        self._tokens = config.train.global_batch_size * config.train.sequence_length
-        self._clock, self._clock_step = time.perf_counter(), first_step
-        self._last_line, self._eval_text = 0.0, ""
-        columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False),
-        )  # fmt: skip
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal or self._file is None)
-        self._task = self._bar.add_task("train", total=config.steps, completed=first_step, text="")
+        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []  # steps whose metrics have not been read
+        self._counted_step = start_step  # the last whose tokens count in the throughput
+        self._throughput = Throughput(config.train.global_batch_size * config.train.sequence_length)
+        self._last_line_time = -math.inf
+        self._bar = progress_bar(console, hidden=not console.is_terminal or self._file is None)
+        self._task = self._bar.add_task("train", total=config.steps, completed=start_step, text="")
 
     def __enter__(self) -> "Metrics":
         self._bar.start()
+        self._throughput.start()
         return self
 
     def __exit__(self, failed, *_) -> None:
@@ -58,43 +100,72 @@ class Metrics:
             self._wandb.finish(exit_code=0 if failed is None else 1)
 
     def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of `step` (steps taken) and logs those of the step before it."""
-        self.flush()
-        self._pending = step, values, self._tokens
+        """Takes the metrics of `step` (steps taken), just dispatched, and logs the step before if that is due."""
+        if self._pending and self._is_logged(self._pending[-1][0]):
+            self._pending.append((step, values))
+            self._read(step - 1)
+        else:
+            self._pending.append((step, values))
 
     def flush(self) -> None:
-        """Logs what is pending, waiting for it. Raises FloatingPointError where loss or gradient is not finite."""
-        if self._pending is None:
-            return
-        (step, values, tokens), self._pending = self._pending, None
-        read = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
-        now = time.perf_counter()
-        speed = tokens * (step - self._clock_step) / max(now - self._clock, 1e-9)
-        if not (math.isfinite(read["loss"]) and math.isfinite(read["grad_norm"])):
-            raise FloatingPointError(
-                f"step {step} has loss {read['loss']} and gradient norm {read['grad_norm']}; it was not saved. "
-                "Start again in another --workdir with a lower optim.lr, a lower optim.clip_norm or more "
-                "optim.warmup_steps"
-            )
-        if step % self._config.train.log_every and step != self._config.steps:
-            return
-        self._clock, self._clock_step = now, step
-        self.losses[step] = read["loss"]
-        tflops = speed * self._config.training_flops / jax.device_count() / 1e12
-        self._write({"step": step, **read, "tokens_per_s": round(speed, 1), "tflops_per_device": round(tflops, 4)})
-        text = f"loss {read['loss']:.4f}  {speed:,.0f} tokens/s{self._eval_text}"
-        self._bar.update(self._task, completed=step, text=text)
-        if self._bar.disable and (now - self._last_line > PLAIN_LINE_SECONDS or step == self._config.steps):
-            self._last_line = now
-            self._print(f"step {step}/{self._config.steps}  {text}")
+        """Waits for every step, and logs the last if that is due. Raises FloatingPointError as `step` does."""
+        if self._pending:
+            self._read(self._pending[-1][0])
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Logs a held-out loss (nats per target token), whose time is left out of the speed of training."""
-        self._clock = time.perf_counter()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Waits for every step before the block, whose time is left out of the speed of training."""
+        self.flush()
+        self._throughput.stop()
+        yield
+        self._throughput.start()
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        """Logs a held-out loss (nats per target token)."""
         self.eval_losses[step] = loss
         self._write({"step": step, "eval_loss": loss})
-        self._eval_text = f"  held-out {loss:.4f}"
         self._print(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self._config.train.log_every == 0 or step == self._config.steps
+
+    def _read(self, step: int) -> None:
+        """Waits for the steps up to this one, checks them, and logs this one if that is due.
+
+        Raises FloatingPointError naming the first whose loss or gradient is not finite.
+        """
+        count = sum(number <= step for number, _ in self._pending)
+        ended, self._pending = self._pending[:count], self._pending[count:]
+        read = jax.device_get([dict(values) for _, values in ended])
+        for (number, _), values in zip(ended, read, strict=True):
+            _check_finite(number, float(values["loss"]), float(values["grad_norm"]))
+            self._count_tokens(number, int(values["tokens"]))
+        for number, values in self._pending:
+            if _is_ready(values["tokens"]):  # dispatching a step takes as long as the step on some platforms
+                self._count_tokens(number, int(values["tokens"]))
+        if self._is_logged(step):
+            self._log(step, {name: float(value) for name, value in read[-1].items() if name != "tokens"})
+
+    def _count_tokens(self, step: int, tokens: int) -> None:
+        if step > self._counted_step:
+            self._throughput.add_step(tokens)
+            self._counted_step = step
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self._throughput.measure()
+        speed, padding = self._throughput.tokens_per_second, self._throughput.padding
+        tflops = speed * self._config.training_flops / jax.device_count() / 1e12
+        self.losses[step] = values["loss"]
+        self._write(
+            {"step": step, **values, "tokens_per_s": round(speed, 1), "padding": round(padding, 4)}
+            | {"tflops_per_device": round(tflops, 4)}
+        )
+        text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, text=text)
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._last_line_time > PLAIN_LINE_SECONDS or step == self._config.steps):
+            self._last_line_time = now
+            self._print(f"step {step}/{self._config.steps}  {text}  {padding:.1%} padding")
 
     def _write(self, line: dict) -> None:
         if self._file is not None:
@@ -104,13 +175,49 @@ class Metrics:
 
     def _print(self, text: str) -> None:
         if self._file is not None:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(console: Console, *, hidden: bool) -> Progress:
+    """The bar of a run, whose tasks have a field `text`. Where a line is narrow it is the bar that gives way."""
+    text = TextColumn("{task.fields[text]}")
+    columns = TextColumn("step"), MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=None), text
+    return Progress(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True)
+
+
+class _Elapsed(TimeElapsedColumn):
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) + Text(" elapsed")
+
+
+class _Remaining(TimeRemainingColumn):
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) + Text(" left")
+
+
+def _check_finite(step: int, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(
+            f"step {step} has loss {loss} and gradient norm {grad_norm}; it was not saved. Start again in another "
+            "--workdir with a lower optim.lr, a lower optim.clip_norm or more optim.warmup_steps"
+        )
+
+
+def _is_ready(x: Any) -> bool:
+    """Whether reading this array would not wait; its type does not declare that it has this method."""
+    return x.is_ready()
 
 
 def check_wandb(config: Config) -> None:
-    """Raises ValueError where metrics are to go to what is not installed."""
+    """Raises ValueError where metrics are to go to wandb, which is not installed."""
     try:
-        if config.train.wandb and jax.process_index() == 0:  # which alone has a page there
+        if config.train.wandb and jax.process_index() == 0:  # the only process that sends them there
             importlib.import_module("wandb")
     except ImportError as error:
         raise ValueError(
@@ -130,15 +237,15 @@ def open_wandb_run(config: Config):
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl beyond `step`: those of steps that are about to be taken again."""
+    """Drops the lines of metrics.jsonl beyond `step`, since those steps are about to be taken again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines()
-    kept = [line for line in lines if _line_step(line) <= step]
-    if len(kept) < len(lines):
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(path)
+    kept_lines = [line for line in lines if _line_step(line) <= step]
+    if len(kept_lines) < len(lines):
+        shorter = path.with_suffix(".tmp")
+        shorter.write_text("".join(f"{line}\n" for line in kept_lines))
+        shorter.replace(path)
 
 
 def _line_step(line: str) -> float:

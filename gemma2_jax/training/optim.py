@@ -11,7 +11,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     The first step takes lr / warmup_steps, not 0, and the last takes min_lr.
     """
     decay_steps = config.decay_steps or steps
-    warmup = min(config.warmup_steps, decay_steps - 1)
+    warmup = warmup_length(config, steps)
     curve = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.lr,
         peak_value=config.lr,
@@ -20,6 +20,11 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         end_value=config.min_lr,
     )
     return lambda taken: curve(taken + 1)
+
+
+def warmup_length(config: OptimConfig, steps: int) -> int:
+    """Steps of the warmup in a run of so many: fewer than `warmup_steps` where the decay would have ended by then."""
+    return min(config.warmup_steps, (config.decay_steps or steps) - 1)
 
 
 def make_optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -14,16 +15,16 @@ from gemma2_jax.convert import checkpoints as formats
 from gemma2_jax.convert.files.folder import copy_tokenizer
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
-from gemma2_jax.data.batches import load_tokenizer
+from gemma2_jax.data.batches import Batches, load_tokenizer
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.metrics import truncate_metrics
 from gemma2_jax.training.step import Program, State
 
-# A run may go on with other values of these; a change of anything else would make it another run.
-FREE = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.", "mesh.")
-FREE += ("train.keep_checkpoints", "train.micro_batch_size", "steps", "workdir", "compute.attention", "compute.remat")
-FREE += ("compute.loss_chunk", "compute.gpu_flags", "train.wandb", "train.export_adapter")
+# A run may go on with other values of the fields that begin like this; any other change would make it another run.
+FREE_FIELDS = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.")
+FREE_FIELDS += ("train.keep_checkpoints", "train.micro_batch_size", "train.wandb", "train.export_adapter", "mesh.")
+FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
 
 
 def open_source(config: Config) -> formats.Checkpoint | None:
@@ -42,15 +43,15 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     if source.adapter.kind != "none":
         model = f"its model, {source.base}," if source.base else "its model"
         remedy = f"give {model} as --init and the adapter alone as --adapter to go on training it"
-        if not source.adapter.unmergeable_targets:  # else nothing can
+        if not source.adapter.unmergeable_targets:
             remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
         raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
-        ours, theirs = getattr(config.model, field.name), getattr(source.model, field.name)
-        if ours != theirs and field.name != "max_length":
+        configured, stored = getattr(config.model, field.name), getattr(source.model, field.name)
+        if configured != stored and field.name != "max_length":
             raise ValueError(
-                f"init {config.init} is a checkpoint of another model: its {field.name} is {theirs}, and "
-                f"model.{field.name} is {ours}; choose the recipe of that model, or set model.{field.name}"
+                f"init {config.init} is a checkpoint of another model: its {field.name} is {stored}, and "
+                f"model.{field.name} is {configured}; choose the recipe of that model, or set model.{field.name}"
             )
     if config.init_adapter:
         source = formats.open_checkpoint(config.init_adapter, base=source)
@@ -58,55 +59,78 @@ def open_source(config: Config) -> formats.Checkpoint | None:
     return source
 
 
-def _check_adapter(config: Config, theirs: AdapterConfig) -> None:
+def _check_adapter(config: Config, adapter: AdapterConfig) -> None:
     """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
 
-    def fields(adapter: AdapterConfig) -> dict:
-        projections = table.match_targets(dataclasses.replace(adapter, kind=theirs.kind))
-        return dataclasses.asdict(adapter) | {"targets": " ".join(projections)}
+    def comparable_fields(config: AdapterConfig) -> dict:
+        projections = table.match_targets(dataclasses.replace(config, kind=adapter.kind))
+        return dataclasses.asdict(config) | {"targets": " ".join(projections)}
 
-    ours, have = fields(config.adapter), fields(theirs)
-    others = [name for name in have if name != "dropout" and ours[name] != have[name]]
-    if others:
+    configured, stored = comparable_fields(config.adapter), comparable_fields(adapter)
+    different = [name for name in stored if name != "dropout" and configured[name] != stored[name]]
+    if different:
         raise ValueError(
-            f"the adapter {config.init_adapter} is not such as this run trains: "
-            + "; ".join(f"it has {name} {have[name]}, and adapter.{name} is {ours[name]}" for name in others)
-            + f"; give {' '.join(f'--adapter.{name} {have[name]}' for name in others)}"
+            f"the adapter {config.init_adapter} is not of the kind that this run trains: "
+            + "; ".join(f"it has {name} {stored[name]}, and adapter.{name} is {configured[name]}" for name in different)
+            + f"; give {' '.join(f'--adapter.{name} {stored[name]}' for name in different)}"
         )
 
 
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
-    """Writes config.txt, or holds the config against the one there; ValueError where it is another run's.
+    """Writes config.txt, after comparing it with the one there; ValueError where the folder holds another run.
 
-    Returns what has changed and may, as sentences. Process 0 does it, and the others find what it wrote.
+    Returns the changes that a run may make, as sentences. Process 0 does it, and the others check what it wrote. The
+    config of a run that has taken more steps than are asked is kept.
     """
     path = config.output / "config.txt"
     with hosts.process_zero_first("claim_workdir"):
         if jax.process_index() == 0:
-            return _claim_as_process_zero(config, path, latest)
-        _check_same_run(config, path)
+            changes = _check_changes(config, path) if latest is not None and path.exists() else []
+            if latest is None or latest <= config.steps:
+                _write_config(config, path)
+                truncate_metrics(config.output / "metrics.jsonl", -1 if latest is None else latest)
+            return changes
+        if latest is None or latest <= config.steps:
+            _check_same_options(config, path)
         return []
 
 
-def _claim_as_process_zero(config: Config, path: Path, latest: int | None) -> list[str]:
-    changes = {}
-    if latest is not None and path.exists():
-        changes = config_differences(config, path)
-        others = "; ".join(text for key, text in changes.items() if not key.startswith(FREE))
-        if others:
-            raise ValueError(
-                f"{config.output} holds another run: {others}. Give another --workdir, or that run's values"
-            )
-        if "steps" in changes and config.optim.decay_steps is None:
-            changes["steps"] += ", which the learning rate follows from here on (optim.decay_steps would fix it)"
-    truncate_metrics(config.output / "metrics.jsonl", -1 if latest is None else latest)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(configs.to_text(config))
-    beside.replace(path)
+def _check_changes(config: Config, path: Path) -> list[str]:
+    """How the config differs from that of the run in the folder, where a run may change it; else ValueError."""
+    changes = config_differences(config, path)
+    forbidden = {key: text for key, text in changes.items() if not key.startswith(FREE_FIELDS)}
+    if forbidden:
+        saved = configs.from_text(path.read_text(), str(path))
+        remedy = "Give that run's values, or another --workdir"
+        if not any(key.startswith(("model.", "adapter.", "init")) for key in forbidden):
+            remedy += describe_new_start(dataclasses.replace(saved, workdir=config.workdir))
+        raise ValueError(f"{config.output} holds another run: {'; '.join(forbidden.values())}. {remedy}")
+    if "steps" in changes and config.optim.decay_steps is None:
+        changes["steps"] += ", which the learning rate follows from here on (optim.decay_steps would fix it)"
     return list(changes.values())
 
 
-def _check_same_run(config: Config, path: Path) -> None:
+def describe_new_start(config: Config) -> str:
+    """How to start a new run from the weights of this one, as the last of a list of remedies.
+
+    Nothing where they are an adapter on random weights, which only the run itself has.
+    """
+    if config.adapter.kind == "none":
+        options = ["--init", config.workdir]
+    elif config.init:
+        options = ["--init", config.init, "--adapter", config.workdir]
+    else:
+        return ""
+    return f", or start a new run from this one's weights: {shlex.join(options)} --workdir NEW"
+
+
+def _write_config(config: Config, path: Path) -> None:
+    complete = path.with_suffix(".tmp")
+    complete.write_text(configs.to_text(config))
+    complete.replace(path)
+
+
+def _check_same_options(config: Config, path: Path) -> None:
     if not path.exists():
         raise ValueError(
             f"{config.output.absolute()} is not the folder that process 0 writes to; "
@@ -120,10 +144,10 @@ def _check_same_run(config: Config, path: Path) -> None:
 
 
 def config_differences(config: Config, path: Path) -> dict[str, str]:
-    """How the config differs from the one in a file, by field; where the run is carried out is left out."""
-    # Through a config, so that a field that the program had not got then has its default.
-    then = configs.from_text(path.read_text(), str(path))
-    before, now = (_lines(configs.to_text(config)) for config in (then, config))
+    """How the config differs from the one in a file, by field; the hosts that carry out the run may differ."""
+    # Parsed and written again, so that a field that the program did not have then has its default.
+    saved = configs.from_text(path.read_text(), str(path))
+    before, now = (_config_lines(config) for config in (saved, config))
     return {
         key: f"{key} was {before[key]} and is {now[key]}"
         for key in now
@@ -131,8 +155,8 @@ def config_differences(config: Config, path: Path) -> dict[str, str]:
     }
 
 
-def _lines(text: str) -> dict[str, str]:
-    return dict(line.split(" = ", 1) for line in text.splitlines())
+def _config_lines(config: Config) -> dict[str, str]:
+    return dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
 
 
 def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
@@ -148,22 +172,24 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
         )
     if jax.process_index() != 0:
         return tokenizer
-    kept = config.output / "tokenizer"
+    copy = config.output / "tokenizer"
     dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
     original = source.hf if source else None
-    kept.mkdir(exist_ok=True)
+    copy.mkdir(exist_ok=True)
     if source and source.tokenizer:
-        copy_tokenizer(source.tokenizer, kept)
-    tokenizer.save_pretrained(kept)
-    (kept / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
+        copy_tokenizer(source.tokenizer, copy)
+    tokenizer.save_pretrained(copy)
+    (copy / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
     return tokenizer
 
 
 def start_state(
     program: Program, source: formats.Checkpoint | None, checkpoints: Checkpoints
 ) -> tuple[State, dict | None]:
-    """The state to go on from, and what the loop saved with it if it is the run's own."""
-    # This run's own checkpoint comes first, then the weights given, then random ones.
+    """The state to go on from, and the position that the loop saved with it; None where the run starts.
+
+    It is this run's newest checkpoint if there is one, else the weights given, else random ones.
+    """
     latest = checkpoints.latest
     if latest is None:
         state = program.initial_state(load_base(program, source))
@@ -171,12 +197,23 @@ def start_state(
             assert source is not None
             state = dataclasses.replace(state, params=formats.load_weights(source, program.params))
         return state, None
-    params, optimizer, loop = checkpoints.restore(latest, program.params, program.state.optimizer)
+    params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
     frozen = load_base(program, source) if program.frozen else {}
     step = jax.device_put(np.int32(latest), program.state.step.sharding)
-    return State(step=step, params=params, frozen=frozen, optimizer=optimizer), loop
+    return State(step=step, params=params, frozen=frozen, optimizer=optimizer), position
 
 
 def load_base(program: Program, source: formats.Checkpoint | None) -> Weights:
     """The model's weights, trained or frozen, before any step."""
     return formats.load_weights(source, program.base) if source else program.random_base()
+
+
+def restore_position(config: Config, batches: Batches, position: dict) -> None:
+    """Has the batches go on where the run was. Raises ValueError where the data is not what it was then."""
+    try:
+        batches.set_state(position["data"])
+    except ValueError as error:
+        raise ValueError(
+            f"the run in {config.output} cannot go on with this data: {error}. Give back the data and the sizes of "
+            f"that run{describe_new_start(config)}"
+        ) from error

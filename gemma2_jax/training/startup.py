@@ -2,110 +2,198 @@
 
 import os
 import shlex
+import textwrap
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from gemma2_jax.cluster import hosts, platforms
-from gemma2_jax.config import Config
+from gemma2_jax.config import Config, DataConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.data import sources
 from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.mesh import describe_mesh
+from gemma2_jax.training import optim
 from gemma2_jax.training.step import Program
 
+_PROMPT_WIDTH = 60  # characters of the suggested prompt, at most
 
-def print_startup(
-    console: Console,
-    program: Program,
-    source: Checkpoint | None,
-    batches: Batches,
-    held_out: EvalBatches,
-    compiled: jax.stages.Compiled,
-    seconds: float,
-    first: int,
-    changes: list[str],
-) -> None:
-    """Prints the block.
 
-    `compiled` is the compiled step, which took `seconds`; `first` is the step the run goes on from, and `changes` says
-    how its config differs from what it was before.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Startup:
+    """What is known of a run before its first step."""
+
+    program: Program
+    source: Checkpoint | None  # the weights given; None: random ones
+    batches: Batches
+    eval_batches: EvalBatches | None  # None: no evaluation
+    train_step: jax.stages.Compiled
+    compile_seconds: float  # of both steps
+    start_step: int  # steps taken before
+    changes: list[str]  # how the config differs from what it was then
+
+
+def print_startup(console: Console, startup: Startup) -> None:
+    """Prints the block, a line for each subject, folded where a terminal is narrow."""
     if jax.process_index() != 0:
         return
+    lines = [*_describe_weights(startup), *_describe_work(startup), *_describe_execution(startup)]
+    width = max(len(name) for name, _ in lines) + 2
+    for name, text in lines:
+        folded = textwrap.wrap(text, max(console.width - width, 20)) if console.is_terminal else [text]
+        console.print(Text.assemble((name.ljust(width), "bold"), f"\n{' ' * width}".join(folded)), soft_wrap=True)
+
+
+def _describe_weights(startup: Startup) -> Iterator[tuple[str, str]]:
+    program, source, start_step = startup.program, startup.source, startup.start_step
     config = program.config
-    train, optim, mesh = config.train, config.optim, program.mesh
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows_per_pass = train.micro_batch_size * shards
-    tokens = train.global_batch_size * train.sequence_length
-    resumed = f"resumes after step {first}" if first else "starts"
-    given = f"{source.format} {source.path}" if source else f"random (train.seed {train.seed})"
-    adapter = {"adapter": f"{'started' if first else 'starts'} from {given}"} if config.init_adapter else {}
-    device = jax.devices()[0]
-    lines = {
-        "run": f"{config.output}, {resumed}, to step {config.steps}",
-        "weights": config.init if adapter else given,
-        **adapter,
-        "parameters": describe_parameters(program),
-        "precision": f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained"
-        + (f", {config.compute.frozen_dtype} frozen" if program.frozen else ""),
-        "devices": f"{jax.device_count()} x {device.device_kind}, {hosts.find_place(config.hosts, os.environ)}; mesh "
-        f"{describe_mesh(mesh)}",
-        "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens = {tokens:,} tokens, in "
-        f"{train.global_batch_size // rows_per_pass} pass(es) of {train.micro_batch_size} rows x {shards} shard(s)",
-        "model FLOPs": f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, backward by inputs"
-        f"{'' if program.frozen else ' and by weights'}; attention causal and windowed, as if unpacked)",
-        **({"pipeline": describe_pipeline(program)} if mesh.shape["stage"] > 1 else {}),
-        "optimizer": f"AdamW, lr {optim.lr:g} -> {optim.min_lr:g} cosine after {optim.warmup_steps} warmup steps, "
-        f"decay {optim.weight_decay:g}, clip {optim.clip_norm:g}",
-        "training data": f"{config.data.train}: {batches.summary}",
-        "held-out data": f"{config.data.eval or config.data.train}: {held_out.summary}",
-        "attention": program.attention_reason,
-        "memory": describe_memory(compiled) + f"; compiled in {seconds:.1f} s",
-        "compiled programs": platforms.describe_cache(),
-    }
+    origin = f"{source.format} {source.path}" if source else f"random (train.seed {config.train.seed})"
+    start = f"resumes after step {start_step}" if start_step else "starts"
+    yield "run", f"{config.output}, {start}, to step {config.steps}"
+    yield "weights", config.init if config.init_adapter else origin
+    if config.init_adapter:
+        yield "adapter", f"{'started' if start_step else 'starts'} from {origin}"
+    yield "parameters", describe_parameters(program)
+    frozen = f", {config.compute.frozen_dtype} frozen" if program.frozen else ""
+    yield "precision", f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained{frozen}"
+
+
+def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
+    program = startup.program
+    config, train = program.config, program.config.train
+    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    passes = train.global_batch_size // (train.micro_batch_size * shards)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    place = hosts.find_place(config.hosts, os.environ)
+    yield "devices", f"{devices}, {place}; mesh {describe_mesh(program.mesh)}"
+    yield (
+        "step",
+        f"{train.global_batch_size} rows x {train.sequence_length} tokens = "
+        f"{train.global_batch_size * train.sequence_length:,} tokens, in {passes} pass(es) of {train.micro_batch_size} "
+        f"rows x {shards} shard(s)",
+    )
+    products = "backward by inputs" if program.frozen else "backward by inputs and by weights"
+    yield (
+        "model FLOPs",
+        f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, {products}; attention causal and windowed, as if "
+        "unpacked)",
+    )
+    if program.mesh.shape["stage"] > 1:
+        yield "pipeline", describe_pipeline(program)
+    yield "optimizer", describe_optimizer(config)
+    yield "training data", f"{config.data.train}: {startup.batches.summary}"
+    yield "held-out data", describe_eval(config, startup.eval_batches)
+
+
+def _describe_execution(startup: Startup) -> Iterator[tuple[str, str]]:
+    program = startup.program
+    config = program.config
+    yield "attention", program.attention_reason
+    yield "memory", f"{describe_memory(startup.train_step)}; compiled in {startup.compile_seconds:.1f} s"
+    yield "compiled programs", platforms.describe_cache()
     if program.device.platform == "gpu":
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
-        lines["GPU flags"] = f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
-    if os.environ.get("WANDB_API_KEY") and not train.wandb:
-        lines["W&B"] = "not used, though WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there as well"
-    if changes:
-        lines["changed"] = "; ".join(changes)
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines.items():
-        grid.add_row(f"[bold]{name}[/bold]", text)
-    console.print(grid, highlight=False)
+        yield "GPU flags", f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
+    if os.environ.get("WANDB_API_KEY") and not config.train.wandb:
+        yield "W&B", "not used, though WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there as well"
+    if startup.changes:
+        yield "changed", "; ".join(startup.changes)
 
 
-def describe_pipeline(program: Program) -> str:
-    """How layers and passes are dealt out over stages, and the share of a step that stages wait for each other."""
-    stages = program.pipeline
-    layers = [int(stages.stage_layers(stage)) for stage in range(stages.stages)]
-    vocabulary = program.config.model.vocab_size
-    twice = f"; all make all logits, as they do not divide {vocabulary:,}" if vocabulary % stages.stages else ""
+def describe_optimizer(config: Config) -> str:
+    """The optimizer in a line, with its warmup, which a short run cuts."""
+    settings = config.optim
+    warmup = optim.warmup_length(settings, config.steps)
+    cut = ""
+    if warmup < settings.warmup_steps:
+        last = settings.decay_steps or config.steps
+        cut = f" ({settings.warmup_steps} were asked, but the decay ends with step {last})"
     return (
-        f"{stages.stages} stages of {' + '.join(map(str, layers))} layers; {stages.passes} passes, of which at most "
-        f"{stages.slots} are live; bubble {stages.bubble:.1%} = (stages - 1) / (passes + stages - 1){twice}"
+        f"AdamW, lr {settings.lr:g} -> {settings.min_lr:g} cosine after {warmup} warmup steps{cut}, decay "
+        f"{settings.weight_decay:g}, clip {settings.clip_norm:g}"
     )
 
 
-def print_ending(console: Console, config: Config) -> None:
-    """Says where the result is, and what one would do with it next."""
+def describe_eval(config: Config, eval_batches: EvalBatches | None) -> str:
+    """The held-out data, or why nothing is evaluated."""
+    if eval_batches is not None:
+        return f"{config.data.eval or config.data.train}: {eval_batches.summary}"
+    if not config.data.has_eval:
+        return "none, and no evaluation (data.eval is empty, and data.eval_fraction is 0)"
+    share = config.data.eval or f"{config.data.eval_fraction:.3g} of {config.data.train}, which is not trained on"
+    return f"{share}; no evaluation (train.eval_every is 0)"
+
+
+def describe_pipeline(program: Program) -> str:
+    """How layers and passes are distributed over stages, and the share of a step that stages wait for each other."""
+    stages = program.pipeline
+    layers = [int(stages.stage_layers(stage)) for stage in range(stages.stages)]
+    vocabulary = program.config.model.vocab_size
+    repeated = f"; all make all logits, as they do not divide {vocabulary:,}" if vocabulary % stages.stages else ""
+    return (
+        f"{stages.stages} stages of {' + '.join(map(str, layers))} layers; {stages.passes} passes, of which at most "
+        f"{stages.slots} are live; bubble {stages.bubble:.1%} = (stages - 1) / (passes + stages - 1){repeated}"
+    )
+
+
+def print_nothing_to_do(console: Console, config: Config, step: int) -> None:
+    """Says that the run had taken its steps before."""
+    if jax.process_index() == 0:
+        line = f"nothing is to do: this run has already taken {step} steps, of {config.steps} asked"
+        remedy = "" if step > config.steps else "; to go on, give more --steps"
+        console.print(line + remedy, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_ending(console: Console, config: Config, step: int, trace_folder: Path | None = None) -> None:
+    """Says where the result of the last step is, what else was written, and what one would do with it next."""
     if jax.process_index() != 0:
         return
-    what, form = ("weights", "hf") if config.adapter.kind == "none" else ("adapter", "peft")
+    product, form = ("weights", "hf") if config.adapter.kind == "none" else ("adapter", "peft")
     if config.adapter.unmergeable_targets:
         form = "orbax"  # PEFT would add it elsewhere
-    chat = '--chat --prompt "What does json.dumps do?"' if config.data.kind == "instructions" else '--prompt "The"'
     workdir = shlex.quote(str(config.output))
     exported = shlex.quote(f"{config.output}-{form}")
-    for line in (
-        f"\nThe {what} of step {config.steps}: {config.output}/checkpoints/{config.steps}/params",
-        f"Generate:  python -m gemma2_jax.generate --checkpoint {workdir} {chat}",
+    lines = [f"\nThe {product} of step {step}: {config.output}/checkpoints/{step}/params"]
+    if config.train.export_adapter:
+        lines.append(f"For PEFT:  {config.output}/adapters/{step}")
+    if trace_folder is not None:
+        lines.append(f"Trace:     {trace_folder} (XProf and TensorBoard open it)")
+    elif config.profile.steps:
+        lines.append(f"Trace:     none, as the run ended before profile.start {config.profile.start}")
+    lines += [
+        f"Generate:  python -m gemma2_jax.generate --checkpoint {workdir} {suggest_prompt(config.data)}",
         f"Export:    python -m gemma2_jax.convert {workdir} {exported} --to {form}",
-    ):
+    ]
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def suggest_prompt(data: DataConfig) -> str:
+    """Options of `generate` with a prompt like those of the data: its first one, held-out if there is any."""
+    if data.train == sources.PYTHON_DOCS and not data.eval:  # reading it takes seconds
+        return '--chat --prompt "What does json.dumps do?"' if data.kind == "instructions" else '--prompt "The"'
+    try:
+        example = next(sources.read_examples(data, "eval" if data.has_eval else "train"))
+    except (ValueError, OSError, StopIteration):
+        return "--prompt TEXT"  # the data has moved since it was tokenized
+    if example.messages:
+        text = next((message["content"] for message in example.messages if message["role"] != "assistant"), "")
+        return f"--chat --prompt {shlex.quote(_shorten(text))}"
+    return f"--prompt {shlex.quote(_shorten(example.prompt or example.completion))}"
+
+
+def _shorten(text: str) -> str:
+    """The beginning of a text, up to a word's end in one line."""
+    line = text.strip().partition("\n")[0].strip()
+    if len(line) <= _PROMPT_WIDTH:
+        return line
+    words = line[: _PROMPT_WIDTH + 1].rpartition(" ")[0].rstrip()
+    return words or line[:_PROMPT_WIDTH]
 
 
 def describe_parameters(program: Program) -> str:
@@ -118,14 +206,17 @@ def describe_parameters(program: Program) -> str:
     return f"{parts} = {total:,}; trained {trained:,} ({trained / total:.2%})"
 
 
-def describe_memory(compiled) -> str:
+def describe_memory(compiled: jax.stages.Compiled) -> str:
     """Memory of the compiled step on each device."""
     stats = compiled.memory_analysis()
-    kept, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    return f"{kept / 2**20:,.0f} MiB state and batch + {temporary / 2**20:,.0f} MiB temporaries a device"
+    if stats is None:
+        return "not known"
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    return f"{arguments / 2**20:,.0f} MiB state and batch + {temporaries / 2**20:,.0f} MiB temporaries a device"
 
 
 def parameter_group(path: str) -> str:
+    """The part of the model that a weight is counted under."""
     if "/adapter/" in path:
         return "adapters"
     if path.endswith("norm/w"):

@@ -156,6 +156,7 @@ class Program:
             "grad_norm": optax.tree.norm(gradients),
             "lr": self.schedule(state.step),
             "target_tokens": targets,
+            "tokens": jnp.sum(batch["segments"] > 0),
         }
         return State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer), metrics
 

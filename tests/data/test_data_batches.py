@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data.batches import eval_batches, train_batches
+from gemma2_jax.data.batches import Layout, eval_batches, train_batches
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 DOCS = DataConfig()
@@ -26,9 +26,10 @@ def cache(tmp_path_factory):
 def made(tokenizer, cache):
     """A function that makes batches of python_docs' instructions."""
 
-    def make(make=train_batches, data=DOCS, **choices):
-        sizes = {"sequence_length": 256, "batch_size": 4} | choices
-        return make(data, tokenizer, cache=cache, **sizes)
+    def make(function=train_batches, data=DOCS, max_batches=9, **sizes):
+        layout = Layout(**{"sequence_length": 256, "batch_size": 4} | sizes)
+        limit = {"max_batches": max_batches} if function is eval_batches else {}
+        return function(data, tokenizer, layout, cache=cache, **limit)
 
     return make
 
@@ -61,17 +62,15 @@ def test_batches_are_of_the_promised_shapes(made):
 @pytest.mark.parametrize("make", [train_batches, eval_batches])
 @pytest.mark.parametrize("count", [2, 4])
 def test_shares_are_of_each_batch_in_order(made, make, count):
-    choices = {"max_batches": 3} if make is eval_batches else {}
-    whole = made(make, **choices)
-    parts = [made(make, share_index=index, share_count=count, **choices) for index in range(count)]
+    whole = made(make, max_batches=3)
+    parts = [made(make, max_batches=3, share_index=index, share_count=count) for index in range(count)]
     for _, batch, *shares in zip(range(3), whole, *parts, strict=False):
         same(batch, {name: np.concatenate([share[name] for share in shares]) for name in batch})
 
 
-def test_a_batch_that_does_not_divide_is_an_error(made):
-    for make, choices in ((train_batches, {}), (eval_batches, {"max_batches": 1})):
-        with pytest.raises(ValueError, match=r"a batch of 4 rows does not divide into 3 shares; use 6"):
-            made(make, share_count=3, **choices)
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"a batch of 4 rows does not divide into 3 shares; use 6"):
+        Layout(sequence_length=256, batch_size=4, share_count=3)
 
 
 def test_every_epoch_has_every_row_in_another_order(made):
@@ -106,11 +105,17 @@ def test_position_is_restored_in_any_number_of_shares(made):
 
 
 def test_position_in_other_data_is_an_error(made):
-    apart = DataConfig(packing=False)  # as many rows, however long
-    state = made(data=apart).get_state()
-    for choices in ({"batch_size": 8}, {"sequence_length": 128}, {"data": DOCS}):
-        with pytest.raises(ValueError, match=r"the saved position is in .*'batch_size': 4.*give back the data"):
-            made(**{"data": apart} | choices).set_state(state)
+    unpacked = DataConfig(packing=False)  # as many rows, however long
+    state = made(data=unpacked).get_state()
+    position = r"5,\d{3} rows of 256 with \d{3},\d{3} tokens, 4 to a batch"
+    for choices, change in (
+        ({"batch_size": 8}, "256 with .*, 8 to a batch"),
+        ({"sequence_length": 128}, "128 with .*, 4 to a batch"),
+        ({"data": DOCS}, "256 with .*, 4 to a batch"),
+    ):
+        message = rf"its position is one in {position}, and the data is now [\d,]+ rows of {change}"
+        with pytest.raises(ValueError, match=message):
+            made(**{"data": unpacked} | choices).set_state(state)
 
 
 def test_another_python_process_sees_the_same(made, tmp_path):
@@ -121,12 +126,14 @@ def test_another_python_process_sees_the_same(made, tmp_path):
         "import sys\n"
         "from test_data_batches import *\n"
         "from gemma2_jax.data.batches import load_tokenizer\n"
-        "batches = train_batches(DOCS, load_tokenizer(str(TINY)), sequence_length=256, batch_size=4, cache=Path('.'))\n"
+        "layout = Layout(sequence_length=256, batch_size=4)\n"
+        "batches = train_batches(DOCS, load_tokenizer(str(TINY)), layout, cache=Path('.'))\n"
         "assert not {'this', 'turtle', 'tkinter'} & sys.modules.keys()  # read, not imported\n"
         f"batches.set_state({state!r})\n"
         "print(digest(batches, 5))\n"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = os.pathsep.join([str(Path(__file__).parent), str(TINY.parents[1])])
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Documents as tokens: which of them are learnt, and the store that keeps them."""
+"""Documents as tokens: which of them are learned, and the store that keeps them."""
 
 import copy
 from dataclasses import replace
@@ -12,55 +12,55 @@ from gemma2_jax.data.sources import Example
 
 
 def encoded(tokenizer, **document):
-    """The tokens as strings, and those of them that are learnt, by position."""
-    ((ids, learnt),) = encoding.encode_example([Example(where="a:1", **document)], tokenizer)
+    """The tokens as strings, and those of them that are learned, by position."""
+    ((ids, learned),) = encoding.encode_examples([Example(where="a:1", **document)], tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert len(tokens) == len(learnt)
-    return tokens, {at: tokens[at] for at in range(len(tokens)) if learnt[at]}
+    assert len(tokens) == len(learned)
+    return tokens, {at: tokens[at] for at in range(len(tokens)) if learned[at]}
 
 
 def talk(*contents):
     return tuple({"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents))
 
 
-def test_text_is_learnt_whole(tokenizer):
-    tokens, learnt = encoded(tokenizer, completion="if x")
+def test_text_is_learned_whole(tokenizer):
+    tokens, learned = encoded(tokenizer, completion="if x")
     assert tokens == ["<bos>", "if", "Ġx", "<eos>"]
-    assert learnt == {1: "if", 2: "Ġx", 3: "<eos>"}
+    assert learned == {1: "if", 2: "Ġx", 3: "<eos>"}
 
 
-def test_completion_is_learnt_and_the_prompt_is_not(tokenizer):
-    tokens, learnt = encoded(tokenizer, prompt="if x", completion=": y")
+def test_completion_is_learned_and_the_prompt_is_not(tokenizer):
+    tokens, learned = encoded(tokenizer, prompt="if x", completion=": y")
     assert tokens == ["<bos>", "if", "Ġx", ":", "Ġy", "<eos>"]
-    assert learnt == {3: ":", 4: "Ġy", 5: "<eos>"}
+    assert learned == {3: ":", 4: "Ġy", 5: "<eos>"}
 
 
-def test_answers_are_learnt_in_every_turn(tokenizer):
-    tokens, learnt = encoded(tokenizer, messages=talk("if", "or ", "in", "is"))
+def test_answers_are_learned_in_every_turn(tokenizer):
+    tokens, learned = encoded(tokenizer, messages=talk("if", "or ", "in", "is"))
     assert tokens == [
         *("<bos>", "<start_of_turn>", "user", "Ċ", "if", "<end_of_turn>", "Ċ"),
         *("<start_of_turn>", "mode", "l", "Ċ", "or", "<end_of_turn>", "Ċ"),
         *("<start_of_turn>", "user", "Ċ", "in", "<end_of_turn>", "Ċ"),
         *("<start_of_turn>", "mode", "l", "Ċ", "is", "<end_of_turn>", "Ċ", "<eos>"),
     ]
-    assert learnt == {11: "or", 12: "<end_of_turn>", 24: "is", 25: "<end_of_turn>", 27: "<eos>"}
+    assert learned == {11: "or", 12: "<end_of_turn>", 24: "is", 25: "<end_of_turn>", 27: "<eos>"}
 
 
 def test_a_conversation_is_what_the_template_writes(tokenizer):
     messages = talk("a\n\n b", "  c\n", "d", "<e>\n\n")
-    ((ids, _),) = encoding.encode_example([Example(where="a:1", messages=messages)], tokenizer)
+    ((ids, _),) = encoding.encode_examples([Example(where="a:1", messages=messages)], tokenizer)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False) + "<eos>"
 
 
-def test_what_follows_the_last_answer_is_not_learnt(tokenizer):
-    _, learnt = encoded(tokenizer, messages=talk("if", "or", "in"))
-    assert learnt == {11: "or", 12: "<end_of_turn>"}
+def test_what_follows_the_last_answer_is_not_learned(tokenizer):
+    _, learned = encoded(tokenizer, messages=talk("if", "or", "in"))
+    assert learned == {11: "or", 12: "<end_of_turn>"}
 
 
 def test_bos_comes_once(tokenizer):
-    tokens, learnt = encoded(tokenizer, prompt="<bos>if", completion="x")
+    tokens, learned = encoded(tokenizer, prompt="<bos>if", completion="x")
     assert tokens == ["<bos>", "if", "x", "<eos>"]
-    assert learnt == {2: "x", 3: "<eos>"}
+    assert learned == {2: "x", 3: "<eos>"}
     assert encoded(tokenizer, completion="<bos>x") == (["<bos>", "x", "<eos>"], {1: "x", 2: "<eos>"})
     tokens, _ = encoded(tokenizer, messages=talk("if", "or"))
     assert tokens.count("<bos>") == 1
@@ -72,8 +72,8 @@ def test_batches_of_documents_do_not_mix(tokenizer):
         Example(where="a:2", messages=talk("if", "or", "in", "is")),
         Example(where="a:3", prompt="if", completion="x"),
     ]
-    apart = [next(encoding.encode_example([document], tokenizer)) for document in documents]
-    assert list(encoding.encode_example(documents, tokenizer)) == apart
+    apart = [next(encoding.encode_examples([document], tokenizer)) for document in documents]
+    assert list(encoding.encode_examples(documents, tokenizer)) == apart
 
 
 def test_messages_that_the_template_does_not_take_are_named(tokenizer):
@@ -97,9 +97,9 @@ def test_tokenizers_that_will_not_do_are_errors(tmp_path):
 
 def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path, tokenizer, monkeypatch):
     calls = []
-    encode = encoding.encode_example
-    monkeypatch.setattr(encoding, "encode_example", lambda *given: calls.append(1) or encode(*given))
-    monkeypatch.setattr(encoding, "_TOGETHER", 2)
+    encode = encoding.encode_examples
+    monkeypatch.setattr(encoding, "encode_examples", lambda *given: calls.append(1) or encode(*given))
+    monkeypatch.setattr(encoding, "_DOCUMENTS_PER_CALL", 2)
     path = jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"})
     data = DataConfig(kind="text", train=path, eval=path)
 
@@ -110,7 +110,7 @@ def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path,
             ["<bos>", "if", "Ġx", "<eos>", "<bos>", "or", "<eos>", "<bos>", "in", "<eos>"]
         )
         np.testing.assert_array_equal(store.tokens[:10], ids)
-        np.testing.assert_array_equal(store.learnt[:10], [0, 1, 1, 1, 0, 1, 1, 0, 1, 1])
+        np.testing.assert_array_equal(store.learned[:10], [0, 1, 1, 1, 0, 1, 1, 0, 1, 1])
         np.testing.assert_array_equal(store.offsets[:4], [0, 4, 7, 10])
         return len(calls)
 
@@ -132,14 +132,17 @@ def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
 
 
 def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "_TOGETHER", 1)
+    monkeypatch.setattr(encoding, "_DOCUMENTS_PER_CALL", 1)
     path = jsonl({"text": "a"}, {"text": "b"}, "{")
     with pytest.raises(ValueError, match=r"data.jsonl:3: not JSON"):
         encoding.build_store(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
-def test_a_split_without_documents_is_an_error(jsonl, tmp_path, tokenizer):
+def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
     data = DataConfig(kind="text", train=jsonl({"text": "a"}))
-    with pytest.raises(ValueError, match=r"data.eval_fraction 0.02 leaves no documents for eval in .*set data.eval"):
-        encoding.build_store(data, "eval", tokenizer, tmp_path / "cache")
+    message = r"data.eval_fraction 0.02 leaves no document of .* to train on; give a smaller one, or 0 to hold out none"
+    with pytest.raises(ValueError, match=message):
+        encoding.build_store(data, "train", tokenizer, tmp_path / "cache")
+    whole = encoding.build_store(replace(data, eval_fraction=0.0), "train", tokenizer, tmp_path / "cache")
+    assert len(whole.offsets) == 2

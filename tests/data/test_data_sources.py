@@ -82,8 +82,12 @@ GOOD = {"prompt": "Q", "completion": "A"}
         ({"prompt": "Q", "completion": " \n"}, "'completion' is empty"),
         ({"messages": "Q"}, "'messages' is of type str; it must be a list"),
         ({"messages": [*TALK, {"role": "user"}]}, "message 3 must have a 'role' and a 'content', both strings"),
-        ({"messages": TALK[:1]}, "no message has the role 'assistant'"),
-        ({"messages": []}, "no message has the role 'assistant'"),
+        (
+            {"messages": TALK[:1]},
+            "no message has the role 'assistant', .*: its roles are 'user'; name the one to learn",
+        ),
+        ({"messages": []}, "no message has the role 'assistant', .*: it has no messages"),
+        ({"text": "a"}, r"has neither .*it has 'text'; to train on its 'text' as plain text, give --data.kind text"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
     ],
 )
@@ -101,6 +105,8 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 def test_malformed_text_and_templates_are_named(jsonl):
     with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'text' \(data.text_key\); it has 'body'"):
         read(jsonl({"body": "a"}), kind="text")
+    with pytest.raises(ValueError, match=r"it has 'prompt', 'completion'; .*, give --data.kind instructions"):
+        read(jsonl(GOOD), kind="text")
     with pytest.raises(ValueError, match=r"data.jsonl:1: 'text' is empty"):
         read(jsonl({"text": ""}), kind="text")
     with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'x' \(data.prompt_template\); it has 'prompt', "):
@@ -130,3 +136,18 @@ def test_held_out_documents_depend_on_what_they_say_alone(jsonl):
     assert 30 < len(held_out) < 70
     jsonl(*records[250:], *records[:250])
     assert {e.completion for e in sources.read_examples(data, "eval")} == held_out
+
+
+def test_of_few_documents_one_is_held_out(jsonl):
+    """That with the lowest digest, whatever their order, where none is below the share; none where none is asked."""
+    records = [{"text": str(number)} for number in range(60)]
+    data = DataConfig(kind="text", train=jsonl(*records), eval_fraction=1e-9)
+    (held_out,) = sources.read_examples(data, "eval")
+    trained_on = list(sources.read_examples(data, "train"))
+    assert len(trained_on) == 59 and held_out not in trained_on
+    assert held_out.digest < min(example.digest for example in trained_on)
+    jsonl(*reversed(records))
+    assert [example.completion for example in sources.read_examples(data, "eval")] == [held_out.completion]
+    nothing = DataConfig(kind="text", train=data.train, eval_fraction=0.0)
+    assert not list(sources.read_examples(nothing, "eval"))
+    assert len(list(sources.read_examples(nothing, "train"))) == 60

@@ -187,6 +187,7 @@ def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
     assert f"weights {TINY} adapter starts from peft {adapter} parameters" in said
     assert evaluations(tmp_path / "run")[0] == pytest.approx(evaluations(run)[4], rel=1e-6)
     folder = tmp_path / "run" / "adapters"
+    assert f"For PEFT: {folder}/1 " in said
     first = contents(folder / "1")
     assert first["adapter_config.json"] == (adapter / "adapter_config.json").read_bytes()
     assert first[tensors.ADAPTER] != (adapter / tensors.ADAPTER).read_bytes()
@@ -208,9 +209,9 @@ def test_adapters_that_do_not_fit_are_refused(run, adapter, tmp_path):
     fix = f"give {'--adapter.kind dora ' if kind else ''}--adapter.rank 8 --adapter.alpha 16"
     every = "attn/q attn/k attn/v attn/o mlp/gate mlp/up mlp/down"
     message = (
-        f"the adapter {adapter} is not such as this run trains: {kind}it has rank 8, and adapter.rank is 4; it has "
-        f"alpha 16, and adapter.alpha is 8; it has rslora False, and adapter.rslora is True; it has targets {every}, "
-        f"and adapter.targets is attn/q attn/v; {fix} --adapter.rslora False --adapter.targets {every}"
+        f"the adapter {adapter} is not of the kind that this run trains: {kind}it has rank 8, and adapter.rank is 4; "
+        f"it has alpha 16, and adapter.alpha is 8; it has rslora False, and adapter.rslora is True; it has targets "
+        f"{every}, and adapter.targets is attn/q attn/v; {fix} --adapter.rslora False --adapter.targets {every}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         resume.open_source(replace(config, adapter=other))

@@ -66,6 +66,8 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
     assert process.returncode == -signal.SIGKILL, output
     assert complete.exists(), output
     assert not (complete.parent / "10").exists(), "it was over before it was killed"
+    assert "training data  tests/fixtures/sums.jsonl: 14" in output
+    assert not [line for line in output.splitlines() if line != line.rstrip() or "\x1b" in line or "━" in line]
     loop.train(broken)
     expected, got = saved(tmp_path / "straight", 10), saved(tmp_path / "broken", 10)
     assert expected.keys() == got.keys()
@@ -160,9 +162,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         assert checkpoints.latest == 1
 
 
-def test_profile_writes_a_trace(tmp_path):
+def test_profile_writes_a_trace(tmp_path, capsys):
     config = small("tiny_lora", tmp_path, steps=3)
     loop.train(replace(config, profile=configs.ProfileConfig(start=1, steps=1)))
+    assert f"Trace:     {tmp_path}/profile (XProf" in capsys.readouterr().out
     traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     text = traces[0].read_bytes()
@@ -309,6 +312,7 @@ def test_data_that_cannot_be_used(tmp_path):
         (f"{good}\n{good[:-3]}\n", r"data.jsonl:2: .*JSON"),
         (f"{good}\n\n{good}\n", r"data.jsonl:2: the line is blank; remove it"),
         (f'{good}\n{good}\n{{"question": "a"}}\n', r"data.jsonl:3: .*question"),
+        ('{"text": "a"}\n', r"data.jsonl:1: .* plain text, give --data.kind text"),
         ("", r"data.jsonl.*(empty|no documents)"),
     ):
         path.write_text(bad)

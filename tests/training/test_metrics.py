@@ -1,0 +1,104 @@
+"""What a run says of its speed and progress: tokens by the time of steps, and lines that fit where they are read."""
+
+import io
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from runs import ROOT, lines_of, small
+
+from gemma2_jax.training import loop, metrics
+from gemma2_jax.training.export import AdapterExports
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Recipes of the tiny model name assets/ relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
+    """On a clock by which a step takes a second, an evaluation 100 and a save 1000; evaluations off the logging grid.
+
+    Steps run as they are dispatched here, so that the line of step 4, written when step 5 is, counts both.
+    """
+    now, tokens, reads = [0.0], [], []
+    place_batch, read = loop.place_batch, metrics.Metrics._read
+
+    def place(program, batch):
+        now[0] += 1
+        tokens.append(int(np.count_nonzero(batch["segments"])))
+        return place_batch(program, batch)
+
+    def pass_time(seconds, result=None):
+        def function(*_):
+            now[0] += seconds
+            return result
+
+        return function
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "place_batch", place)
+    monkeypatch.setattr(loop, "mean_loss", pass_time(100, 1.0))
+    monkeypatch.setattr(AdapterExports, "save", pass_time(1000))
+    monkeypatch.setattr(metrics.Metrics, "_read", lambda self, step: reads.append(step) or read(self, step))
+    config = small("tiny_lora", tmp_path, steps=12)
+    result = loop.train(
+        replace(config, train=replace(config.train, log_every=4, eval_every=5, checkpoint_every=3, keep_checkpoints=1))
+    )
+    lines = [line for line in lines_of(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12] == list(result.losses)
+    assert list(result.eval_losses) == [0, 5, 10, 12]
+    for line, measured in zip(lines, (range(5), range(5, 9), range(9, 12)), strict=True):
+        count = sum(tokens[step] for step in measured)
+        assert line["tokens_per_s"] == pytest.approx(count / len(measured), abs=0.05)
+        assert line["padding"] == pytest.approx(1 - count / (len(measured) * 8 * 64), abs=1e-4)
+        assert line["padding"] > 0.05
+    # Logged, or saved or evaluated after: the metrics of the other steps stay on the devices until then.
+    assert reads == [3, 4, 5, 6, 8, 9, 10, 12]
+
+
+def test_a_loss_that_is_not_finite_between_logged_steps_is_not_saved(tmp_path):
+    config = small("tiny_sft", tmp_path, steps=9)
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    config = replace(config, train=replace(config.train, log_every=100, eval_every=100, checkpoint_every=3))
+    with pytest.raises(FloatingPointError, match=r"step 2 has loss .*(nan|inf).*; it was not saved"):
+        loop.train(config)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def log_steps(tmp_path, console: Console) -> None:
+    """Has a long run log two steps around an evaluation."""
+    config = replace(small("tiny_lora", tmp_path, steps=300_000))
+    with metrics.Metrics(config, console, start_step=0) as log:
+        for step in (1, 2):
+            values = {"loss": 2.0, "grad_norm": 1.0, "tokens": 400}
+            log.step(step, {name: jnp.asarray(value) for name, value in values.items()})
+            with log.pause():
+                log.log_evaluation(step, 3.0 + step)
+        log._bar.update(log._task, completed=150_000, text="loss 2.9616  123,456 tokens/s", refresh=True)
+
+
+def test_the_bar_keeps_its_times_in_80_columns(tmp_path):
+    written = io.StringIO()
+    log_steps(tmp_path, Console(file=written, width=80, force_terminal=True, color_system=None, legacy_windows=False))
+    bars = [line for line in written.getvalue().replace("\r", "\n").split("\n") if "elapsed" in line]
+    assert "150000/300000" in bars[-1] and "123,456 tokens/s" in bars[-1]
+    assert bars[-1].rstrip().endswith(" left") and " elapsed " in bars[-1]
+    assert all(len(line.rstrip()) <= 80 and "held-out" not in line for line in bars)
+
+
+def test_lines_without_a_terminal_are_plain(tmp_path):
+    written = io.StringIO()
+    log_steps(tmp_path, Console(file=written, width=20))
+    said = written.getvalue().splitlines()
+    assert said[0].startswith("step 1/300000  loss 2.0000  ") and said[0].endswith(" tokens/s  21.9% padding")
+    assert said[1:] == [f"step {step}: held-out loss {3 + step}.0000 (perplexity {text})" for step, text in
+                        ((1, "54.60"), (2, "148.41"))]  # fmt: skip
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 2, "eval_loss": 5.0}
