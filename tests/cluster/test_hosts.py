@@ -364,7 +364,7 @@ def test_process_1_killed(tmp_path):
     processes[1].send_signal(signal.SIGKILL)
     ended = ends(processes)
     assert ended[0][0] == 1
-    assert named(ended[0][2].removeprefix("tokenising train data from python-docs\n"), processes[1], 1), ended[0][2]
+    assert named(ended[0][2].removeprefix("tokenizing training data from python-docs\n"), processes[1], 1), ended[0][2]
 
 
 @pytest.mark.parametrize(
