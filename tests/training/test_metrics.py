@@ -27,7 +27,8 @@ def in_the_repository(monkeypatch):
 def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
     """On a clock by which a step takes a second, an evaluation 100 and a save 1000; evaluations off the logging grid.
 
-    Steps run as they are dispatched here, so that the line of step 4, written when step 5 is, counts both.
+    Each step has ended when the clock has passed its second, so that the line of step 4, written when step 5 is
+    dispatched, counts both.
     """
     now, tokens, reads = [0.0], [], []
     place_batch, read = loop.place_batch, metrics.Metrics._read
@@ -45,6 +46,7 @@ def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
         return function
 
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(metrics, "_is_ready", lambda x: True)
     monkeypatch.setattr(loop, "place_batch", place)
     monkeypatch.setattr(loop, "mean_loss", pass_time(100, 1.0))
     monkeypatch.setattr(AdapterExports, "save", pass_time(1000))
