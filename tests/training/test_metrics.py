@@ -60,7 +60,7 @@ def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
     assert list(result.eval_losses) == [0, 5, 10, 12]
     for line, measured in zip(lines, (range(5), range(5, 9), range(9, 12)), strict=True):
         count = sum(tokens[step] for step in measured)
-        assert line["tokens_per_s"] == pytest.approx(count / len(measured), abs=0.05)
+        assert line["tokens_per_s"] == pytest.approx(count / len(measured), abs=0.06)
         assert line["padding"] == pytest.approx(1 - count / (len(measured) * 8 * 64), abs=1e-4)
         assert line["padding"] > 0.05
     # Logged, or saved or evaluated after: the metrics of the other steps stay on the devices until then.

@@ -66,7 +66,7 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
     assert process.returncode == -signal.SIGKILL, output
     assert complete.exists(), output
     assert not (complete.parent / "10").exists(), "it was over before it was killed"
-    assert "training data  tests/fixtures/sums.jsonl: 14" in output
+    assert "training data      tests/fixtures/sums.jsonl: 144 documents" in output
     assert not [line for line in output.splitlines() if line != line.rstrip() or "\x1b" in line or "━" in line]
     loop.train(broken)
     expected, got = saved(tmp_path / "straight", 10), saved(tmp_path / "broken", 10)
@@ -186,13 +186,14 @@ def refused(*arguments: str) -> str:
 
 def test_mistakes_on_the_command_line():
     assert "did you mean 27b_lora?" in refused("--config", "27_lora")
-    assert "--optim.lr FLOAT" in refused("--optm.lr", "1")
-    assert "Expected one of ('none', 'lora', 'dora')" in refused("adapter.kind=qlora")
-    assert "could not convert string to float: 'fast'" in refused("optim.lr=fast")
+    assert "--optim.lr FLOAT" in refused("--config", "tiny_lora", "--optm.lr", "1")
+    assert "Expected one of ('none', 'lora', 'dora')" in refused("--config", "tiny_lora", "adapter.kind=qlora")
+    assert "could not convert string to float: 'fast'" in refused("--config", "tiny_lora", "optim.lr=fast")
 
 
 def test_a_batch_that_does_not_divide(tmp_path):
-    message = refused("--workdir", str(tmp_path / "w"), "train.global_batch_size=60", "train.micro_batch_size=16")
+    sizes = "train.global_batch_size=60", "train.micro_batch_size=16"
+    message = refused("--config", "tiny_lora", "--workdir", str(tmp_path / "w"), *sizes)
     assert "train.global_batch_size 60 does not divide over micro batch 16 x data 1 x fsdp 1 = 16" in message
     assert "use 64" in message
     assert not (tmp_path / "w").exists()
