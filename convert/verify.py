@@ -14,7 +14,7 @@ from flax import nnx
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
 from gemma2_jax.convert.files import orbax
-from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
 
@@ -103,11 +103,11 @@ def compute_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> np.ndarray:
         return gemma
 
     graph, shapes = nnx.split(nnx.eval_shape(create))
-    wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in model.flatten_state(shapes).items()}
+    wanted = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in gemma2.flatten_state(shapes).items()}
     tokens_1T = jnp.asarray(tokens, jnp.int32)[None]
 
     @jax.jit
     def run(weights):
-        return model.rebuild_model(graph, weights)(tokens_1T)[0]
+        return gemma2.rebuild_model(graph, weights)(tokens_1T)[0]
 
     return np.asarray(run(load_weights(checkpoint, wanted)))

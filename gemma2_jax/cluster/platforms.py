@@ -75,6 +75,8 @@ def describe_cache() -> str:
     if not jax.config.jax_enable_compilation_cache:
         return f"not kept: {_explain_unshared_cache() or f'{_CACHE_SWITCH} is off'}"
     folder = jax.config.jax_compilation_cache_dir
+    if folder and Path(folder).is_relative_to(Path.home()):
+        folder = f"~/{Path(folder).relative_to(Path.home())}"
     return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)" if folder else f"not kept: {_CACHE_FOLDER} is empty"
 
 

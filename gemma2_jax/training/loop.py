@@ -96,7 +96,7 @@ def train(config: Config) -> Result:
                     with log.pause():
                         log.log_evaluation(step, evaluate(state))
                 if is_due(step, config.train.checkpoint_every, config.steps):
-                    with log.pause():  # which ends the run before weights that are not finite are saved
+                    with log.pause():  # It raises where the loss is not finite, so that such weights are not saved.
                         position = {"step": step, "data": batches.get_state()}
                         checkpoints.save(step, state.params, state.optimizer, position)
                         adapters.save(step, state.params)
@@ -131,7 +131,7 @@ def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[Stat
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and after the last, is done after this one."""
+    """True if `step` is a multiple of `every`, or the last step."""
     return step % every == 0 or step == last
 
 

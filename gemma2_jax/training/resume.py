@@ -11,7 +11,7 @@ import numpy as np
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config
-from gemma2_jax.convert import checkpoints as formats
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.files.folder import copy_tokenizer
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
@@ -27,14 +27,14 @@ FREE_FIELDS += ("train.keep_checkpoints", "train.micro_batch_size", "train.wandb
 FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
 
 
-def open_source(config: Config) -> formats.Checkpoint | None:
+def open_source(config: Config) -> Checkpoint | None:
     """What `init` and `init_adapter` name as one checkpoint, or None for random weights.
 
     Raises ValueError where it is of another model, or has another adapter than the run trains.
     """
     if not config.init:
         return None
-    source = formats.open_checkpoint(config.init, model=config.model)
+    source = open_checkpoint(config.init, model=config.model)
     if source.model is None or not source.sources or "embedding" not in source.shapes:
         raise ValueError(
             f"init {config.init} is an adapter without a model; give the model it belongs to as --init, and to go on "
@@ -54,7 +54,7 @@ def open_source(config: Config) -> formats.Checkpoint | None:
                 f"model.{field.name} is {configured}; choose the recipe of that model, or set model.{field.name}"
             )
     if config.init_adapter:
-        source = formats.open_checkpoint(config.init_adapter, base=source)
+        source = open_checkpoint(config.init_adapter, base=source)
         _check_adapter(config, source.adapter)
     return source
 
@@ -159,7 +159,7 @@ def _config_lines(config: Config) -> dict[str, str]:
     return dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
 
 
-def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
+def keep_tokenizer(config: Config, source: Checkpoint | None):
     """The run's tokenizer, kept with a config.json under WORKDIR/tokenizer so that the run stands on its own."""
     folder = config.data.tokenizer or (source and source.tokenizer)
     if not folder:
@@ -183,9 +183,7 @@ def keep_tokenizer(config: Config, source: formats.Checkpoint | None):
     return tokenizer
 
 
-def start_state(
-    program: Program, source: formats.Checkpoint | None, checkpoints: Checkpoints
-) -> tuple[State, dict | None]:
+def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:
     """The state to go on from, and the position that the loop saved with it; None where the run starts.
 
     It is this run's newest checkpoint if there is one, else the weights given, else random ones.
@@ -195,7 +193,7 @@ def start_state(
         state = program.initial_state(load_base(program, source))
         if program.config.init_adapter:
             assert source is not None
-            state = dataclasses.replace(state, params=formats.load_weights(source, program.params))
+            state = dataclasses.replace(state, params=load_weights(source, program.params))
         return state, None
     params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
     frozen = load_base(program, source) if program.frozen else {}
@@ -203,9 +201,9 @@ def start_state(
     return State(step=step, params=params, frozen=frozen, optimizer=optimizer), position
 
 
-def load_base(program: Program, source: formats.Checkpoint | None) -> Weights:
+def load_base(program: Program, source: Checkpoint | None) -> Weights:
     """The model's weights, trained or frozen, before any step."""
-    return formats.load_weights(source, program.base) if source else program.random_base()
+    return load_weights(source, program.base) if source else program.random_base()
 
 
 def restore_position(config: Config, batches: Batches, position: dict) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
 from gemma2_jax.config import Config
-from gemma2_jax.model import gemma2 as model, lora
+from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights
 from gemma2_jax.training import optim
@@ -60,10 +60,10 @@ class Program:
         self.attention, self.attention_reason = choose_attention(config.model, config.compute, self.device)
         skeleton = nnx.eval_shape(self._create_model)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
-        self.letters = model.weight_dims(skeleton)
+        self.letters = gemma2.weight_dims(skeleton)
         self.pipeline = Pipeline(skeleton, config, mesh)
-        self.params = self._abstract(model.flatten_state(params), config.compute.trained_dtype)
-        self.frozen = self._abstract(model.flatten_state(frozen), config.compute.frozen_dtype)
+        self.params = self._abstract(gemma2.flatten_state(params), config.compute.trained_dtype)
+        self.frozen = self._abstract(gemma2.flatten_state(frozen), config.compute.frozen_dtype)
         self.optimizer = optim.make_optimizer(
             config.optim, config.steps, {path: self.letters[path] for path in self.params}
         )
@@ -114,7 +114,7 @@ class Program:
         """Base weights drawn from `train.seed`; each device makes the part that it stores."""
 
         def draw() -> Weights:
-            drawn = model.flatten_state(nnx.state(self._create_model(adapters=False)))
+            drawn = gemma2.flatten_state(nnx.state(self._create_model(adapters=False)))
             return {path: self._pad_layers(path, w.astype(self.base[path].dtype)) for path, w in drawn.items()}
 
         return jax.jit(draw, out_shardings=_shardings(self.base))()
@@ -127,9 +127,9 @@ class Program:
             unpadded = {
                 path: w[: self.config.model.layers] if self._is_stacked(path) else w for path, w in base.items()
             }
-            nnx.update(gemma, nnx.state(model.rebuild_model(nnx.graphdef(gemma), unpadded)))
+            nnx.update(gemma, nnx.state(gemma2.rebuild_model(nnx.graphdef(gemma), unpadded)))
             lora.attach_adapters(gemma, self.config.adapter, rngs=self._rngs(1))
-            weights = model.flatten_state(nnx.state(gemma))
+            weights = gemma2.flatten_state(nnx.state(gemma))
             params = {
                 path: self._pad_layers(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()
             }

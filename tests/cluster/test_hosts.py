@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from runs import ROOT, command, lines_of, small
 from safetensors.numpy import load_file
+from small_runs import ROOT, command, lines_of, small
 
 from gemma2_jax import config as configs, train
 from gemma2_jax.cluster import hosts

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from small_runs import ROOT
 
 # What these commands and JAX read. Each test says what its process has of them.
 VARIABLES = (

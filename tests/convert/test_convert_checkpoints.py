@@ -23,9 +23,9 @@ import transformers
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from peers import BITING, hf_model
-from runs import saved_run
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from small_runs import saved_run
 
 from gemma2_jax import mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig

@@ -16,8 +16,8 @@ import torch
 import yaml
 from megatron_files import DORA, FIXTURES, HF, LORA, ONE, PEFT, TINY, Hostile, bits, convert, load_tensors
 from peers import hf_config
-from runs import saved_run
 from safetensors.numpy import save_file
+from small_runs import saved_run
 
 from gemma2_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from gemma2_jax.convert.__main__ import main

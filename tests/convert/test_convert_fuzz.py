@@ -26,7 +26,7 @@ import yaml
 from fuzzing import mutate
 from megatron_files import FIXTURES
 from peers import BITING
-from runs import saved_run
+from small_runs import saved_run
 
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from runs import ROOT, lines_of, small
+from small_runs import ROOT, lines_of, small
 
 from gemma2_jax.training import loop, metrics
 from gemma2_jax.training.export import AdapterExports

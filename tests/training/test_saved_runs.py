@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import lines_of
+from small_runs import lines_of
 
 from gemma2_jax import config as configs
 from gemma2_jax.convert.checkpoints import open_checkpoint

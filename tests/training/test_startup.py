@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from runs import ROOT, lines_of, small
+from small_runs import ROOT, lines_of, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig

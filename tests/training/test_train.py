@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, command, lines_of, small
+from small_runs import ROOT, command, lines_of, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import Config, MeshConfig

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import ROOT, command, lines_of, small
+from small_runs import ROOT, command, lines_of, small
 
 from gemma2_jax import train
 
