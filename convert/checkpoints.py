@@ -134,6 +134,8 @@ def _open_folder(
     for has_format, open_format in _FORMATS:
         if has_format(folder):
             return open_format(folder, base)
+    if (folder / "config.txt").is_file() and (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is a training run that has no whole checkpoint yet; resume it, and try again then")
     files = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {files}. Known are Hugging Face folders "

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import platforms
@@ -125,6 +125,7 @@ def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: b
     """
     from gemma2_jax.inference.loaded import save_model
 
+    _check_format(format)
     save_model(model, Path(path), format, merge=merge)
     return Path(path)
 
@@ -141,22 +142,57 @@ def recipe(name: str, **changes: Any) -> Config:
     Traceback (most recent call last):
     ValueError: there is no train.batch_size; did you mean train.micro_batch_size or train.global_batch_size?
     """
-    return _change_fields(configs.load_recipe(name), changes, "")
+    return _change_fields(configs.load_recipe(str(name)), changes, "")
 
 
 def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
-    """The dataclass with these fields changed, dicts in place of dataclasses field by field."""
-    names = [field.name for field in dataclasses.fields(node)]
+    """The dataclass with these fields changed, dicts in place of dataclasses field by field.
+
+    Paths become strings and lists tuples, as a run's config.txt has them.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(node)}
     values = {}
     for name, value in changes.items():
-        if name not in names:
-            near = [prefix + match for match in difflib.get_close_matches(name, names, n=2)]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(prefix + n for n in names)}"
+        if name not in types:
+            group, dot, field = name.partition(".")
+            near = [prefix + match for match in difflib.get_close_matches(name, types, n=2)]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(prefix + n for n in types)}"
+            hint = f"give {group}=dict({field}=...)" if dot and group in types else hint
             raise ValueError(f"there is no {prefix}{name}; {hint}")
-        group = getattr(node, name)
-        nested = dataclasses.is_dataclass(group) and isinstance(value, dict)
-        values[name] = _change_fields(group, value, f"{prefix}{name}.") if nested else value
+        if dataclasses.is_dataclass(getattr(node, name)):
+            values[name] = _change_group(getattr(node, name), value, f"{prefix}{name}")
+            continue
+        value = str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
+        if not configs.matches_type(value, types[name]):
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be {configs.describe_type(types[name])}")
+        values[name] = value
     return dataclasses.replace(node, **values)
+
+
+def _change_group(group: Any, value: Any, name: str) -> Any:
+    """A group of fields with the changes of a dict, or another group in its place."""
+    if isinstance(value, dict):
+        return _change_fields(group, value, f"{name}.")
+    if not isinstance(value, type(group)):
+        raise ValueError(f"{name} is {value!r}; give a dict of its fields, or a {type(group).__name__}")
+    return value
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, Config):
+        given = f"recipe({config!r})" if isinstance(config, str) else "recipe('tiny_lora')"
+        raise ValueError(f"config is {config!r}; give a Config, such as gemma2_jax.{given}")
+
+
+def _check_format(name: str) -> None:
+    """Raises ValueError for a format that no checkpoint can be written in."""
+    from gemma2_jax.convert.writing import Format
+
+    formats = get_args(Format)
+    if name not in formats:
+        near = difflib.get_close_matches(str(name).lower(), formats, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no format {name!r}; {hint}There are {', '.join(formats)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +203,8 @@ class Result:
     step: int  # the last step taken
     losses: dict[int, float]  # training loss (nats per target token) by logged step, of the steps of this call
     eval_losses: dict[int, float]  # held-out loss by step, likewise
-    program: "Program"
-    state: "State"  # after the last step, on the devices
+    program: "Program" = dataclasses.field(repr=False)
+    state: "State" = dataclasses.field(repr=False)  # after the last step, on the devices
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -197,6 +233,7 @@ def train(config: Config) -> Result:
     >>> save(result.model, "out/adapter", format="peft")
     PosixPath('out/adapter')
     """
+    _check_config(config)
     platforms.prepare_process()
     from gemma2_jax.cluster import hosts
     from gemma2_jax.training import loop
@@ -238,6 +275,7 @@ def convert(
     from gemma2_jax.convert.checkpoints import open_checkpoint
     from gemma2_jax.convert.writing import Job, write_checkpoint
 
+    _check_format(to)
     source = open_checkpoint(src, hf_config=hf_config)
     if adapter is not None:
         source = open_checkpoint(adapter, base=source)
@@ -259,4 +297,5 @@ def plan(config: Config, *, gpus: int = 8) -> "Plan":
     """
     from gemma2_jax.planning.report import plan_in_subprocess
 
+    _check_config(config)
     return plan_in_subprocess(config, gpus)

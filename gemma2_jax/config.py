@@ -457,21 +457,35 @@ def from_text(text: str, source: str = "config.txt") -> Config:
         raise ValueError(f"{source} is of another version of this program: unknown groups {sorted(groups)}")
     for node in (config, *(getattr(config, name) for name in types)):
         for f in dataclasses.fields(node):
-            if f.name not in types and not _matches_type(getattr(node, f.name), f.type):
-                raise ValueError(f"{source}: {f.name} is {reprlib.repr(getattr(node, f.name))}; it must be a {f.type}")
+            if f.name not in types and not matches_type(getattr(node, f.name), f.type):
+                value = reprlib.repr(getattr(node, f.name))
+                raise ValueError(f"{source}: {f.name} is {value}; it must be {describe_type(f.type)}")
     return config
 
 
-def _matches_type(value: Any, kind: Any) -> bool:
+def matches_type(value: Any, kind: Any) -> bool:
     """Whether a field of that type can have this value."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_matches_type(item, inner[0]) for item in value)
+        return isinstance(value, tuple) and all(matches_type(item, inner[0]) for item in value)
     if isinstance(kind, UnionType):
-        return any(_matches_type(value, one) for one in inner)
+        return any(matches_type(value, one) for one in inner)
     return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def describe_type(kind: Any) -> str:
+    """What a field of that type may be, in words."""
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if get_origin(kind) is tuple:
+        return "a tuple of strings"
+    if isinstance(kind, UnionType):
+        return " or ".join(map(describe_type, inner))
+    return names[kind]
 
 
 def _flatten_fields(node, prefix: str = ""):

@@ -117,6 +117,9 @@ def _make_recipe(function: str) -> Callable[..., Config]:
     accepted = [*_OWN_ARGUMENTS[: 3 if finetunes else 2], *_ARGUMENTS]
 
     def config(**arguments: Any) -> Config:
+        arguments = {name: value for name, value in arguments.items() if value is not None or name == "peft"}
+        if not arguments.pop("sequence_parallel", True):
+            raise ValueError("sequence_parallel is False; here it is part of tensor parallelism, always on")
         for name in arguments:
             if name not in accepted:
                 near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.6)
@@ -126,8 +129,8 @@ def _make_recipe(function: str) -> Callable[..., Config]:
         fields = {_ARGUMENTS[name]: value for name, value in arguments.items() if name in _ARGUMENTS}
         if "data.train" in fields:
             fields["data.train"] = _data_path(fields["data.train"])
-        if "name" in arguments:
-            folder, name = arguments.get("dir"), arguments["name"]
+        if "name" in arguments or "dir" in arguments:
+            folder, name = arguments.get("dir"), arguments.get("name", recipe)
             fields["workdir"] = f"{folder}/{name}" if folder else configs.default_workdir(name)
         changes = "".join(f", {name}={value!r}" for name, value in fields.items())
         _say(function, f"recipe({recipe!r}{changes})")
@@ -157,7 +160,7 @@ gemma2_9b_finetune_config = _make_recipe("gemma2_9b_finetune_config")
 gemma2_27b_finetune_config = _make_recipe("gemma2_27b_finetune_config")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)  # a field that it does not have is an error
 class Provider:
     """How a checkpoint is to be spread over devices, set field by field before it is loaded."""
 
@@ -214,6 +217,9 @@ def translate_arguments(arguments: list[str]) -> list[str]:
     arguments, function = _take_option(arguments, "recipe")
     if function is None:
         return arguments
+    _, config = _take_option(arguments, "config")
+    if config is not None:
+        raise ValueError(f"--recipe {function} and --config {config} both name a recipe; give one of them")
     arguments, peft = _take_option(arguments, "peft")
     if peft is None and function.endswith("_finetune_config"):
         peft = "lora"

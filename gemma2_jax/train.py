@@ -6,6 +6,7 @@ Nothing here imports JAX before the arguments are understood, so that `--help`, 
 import itertools
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,12 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str
 
 
 def main() -> None:
-    """Parses, trains; ends with status 0, 1 after an error that it names, 2 for arguments, or 130 after Ctrl-C."""
+    """Parses, trains; ends with 0, 1 after an error that it names, 2 for arguments, or 130 after Ctrl-C or SIGTERM."""
     command = parse(sys.argv[1:])
     if command.print:
         print(configs.to_text(command.run), end="")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         platforms.prepare_process()
         from gemma2_jax.cluster import hosts

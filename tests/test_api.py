@@ -259,3 +259,52 @@ def test_commands_are_listed_and_found():
     assert wrong.returncode == 1 and "did you mean train?" in wrong.stderr
     helped = subprocess.run([*run, "plan", "--help"], check=True, cwd=ROOT, capture_output=True, text=True)
     assert "--gpus" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps="two"), "steps is 'two'; it must be a whole number"),
+        (dict(steps=True), "steps is True; it must be a whole number"),
+        (dict(adapter=dict(kind="qlora")), "adapter.kind is 'qlora'; it must be one of 'none', 'lora', 'dora'"),
+        (dict(adapter=dict(rslora="False")), "adapter.rslora is 'False'; it must be True or False"),
+        (dict(optim=dict(decay_steps=0.5)), "optim.decay_steps is 0.5; it must be a whole number or None"),
+        (dict(train=5), "train is 5; give a dict of its fields, or a TrainConfig"),
+        ({"train.seed": 3}, r"there is no train.seed; give train=dict\(seed=...\)"),
+    ],
+)
+def test_a_recipe_takes_values_of_the_right_type(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        g2.recipe("tiny_lora", **changes)
+
+
+def test_paths_and_lists_become_what_config_txt_holds():
+    config = g2.recipe("tiny_lora", workdir=Path("out/run"), adapter=dict(targets=["attn/q"]))
+    assert configs.from_text(configs.to_text(config)) == config
+
+
+def test_a_format_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no format 'pfet'; did you mean peft"):
+        g2.convert(TINY, tmp_path / "out", to="pfet")
+    with pytest.raises(ValueError, match="there is no format 'gguf'; There are orbax, hf"):
+        g2.convert(TINY, tmp_path / "out", to="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_is_no_config():
+    with pytest.raises(ValueError, match=r"give a Config, such as gemma2_jax.recipe\('tiny_lora'\)"):
+        g2.train("tiny_lora")
+
+
+def test_tokens_that_the_model_cannot_take_are_refused():
+    model = g2.load(TINY)
+    for tokens, message in (
+        ([[2, 999_999]], "tokens are 2 to 999999, and the model's are 0 to 4095"),
+        ([[2, -1]], "tokens are -1 to 2"),
+        ([2, 651], r"of shape \(2,\); give whole numbers"),
+        ([[]], "give whole numbers"),
+        ([[1, 2], [3]], "rows of unequal length"),
+        ([[2] * 513], "a row has 513 tokens, and the model's context is 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens)

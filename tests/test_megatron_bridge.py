@@ -270,3 +270,15 @@ def test_other_commands_are_left_alone(capsys):
     assert megatron_bridge.translate_arguments(words) == words
     assert megatron_bridge.translate_generate_arguments(["--checkpoint", "x"]) == ["--checkpoint", "x"]
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_given_in_another_way(capsys):
+    """None is not given, a folder alone is taken, and sequence parallelism is said to be always on."""
+    config = megatron_bridge.gemma2_9b_finetune_config(dir="/d", finetune_lr=None, sequence_parallel=True)
+    assert config == replace(configs.load_recipe("9b_lora"), workdir="/d/9b_lora")
+    with pytest.raises(ValueError, match="sequence_parallel is False; here it is part of tensor parallelism"):
+        megatron_bridge.gemma2_9b_finetune_config(sequence_parallel=False)
+    with pytest.raises(AttributeError, match="tensor_paralel"):
+        megatron_bridge.AutoBridge.from_hf_pretrained("x").to_megatron_provider().tensor_paralel = 3
+    with pytest.raises(ValueError, match="both name a recipe; give one of them"):
+        megatron_bridge.translate_arguments(["--config", "tiny_lora", "--recipe", "gemma2_2b_finetune_config"])

@@ -63,7 +63,7 @@ class LoadedModel(Gemma2):
         """
         if isinstance(self.embedding[...], Tracer):
             return super().__call__(tokens_BT, positions_BT, segments_BT)
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        tokens_BT = self._check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions_BT is None else positions_BT
         segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
@@ -71,6 +71,24 @@ class LoadedModel(Gemma2):
         graph, weights = nnx.split(self)
         with jax.set_mesh(self.mesh):
             return _logits(graph, weights, *inputs)[:B]
+
+    def _check_tokens(self, tokens_BT) -> jax.Array:
+        """The tokens as an array, int32 [B, T]. Raises ValueError where they are none of this model's."""
+        try:
+            tokens = np.asarray(tokens_BT)
+        except ValueError as error:
+            raise ValueError("tokens are rows of unequal length; pad them, or call the model for each") from error
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens are {tokens.dtype} of shape {tokens.shape}; give whole numbers, [B, T]")
+        config = self.config
+        if not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+            raise ValueError(
+                f"tokens are {tokens.min()} to {tokens.max()}, and the model's are 0 to {config.vocab_size - 1}; use "
+                "the model's own tokenizer"
+            )
+        if tokens.shape[1] > config.max_length:
+            raise ValueError(f"a row has {tokens.shape[1]} tokens, and the model's context is {config.max_length}")
+        return jnp.asarray(tokens, jnp.int32)
 
     @property
     def mesh(self) -> Mesh:
