@@ -17,7 +17,7 @@ import gemma2_jax as g2
 from gemma2_jax import api, config as configs
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.files.folder import copy_tokenizer
-from gemma2_jax.convert.verify import compare_checkpoints, logits
+from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
 from gemma2_jax.model.gemma2 import flatten_state
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_loads_sharded(eight_heads, sizes):
             continue
         whole = sizes["tensor"] == 8 and path in ("blocks/attn/k/w", "blocks/attn/v/w")  # four heads stay as they are
         assert len({shard.index for shard in w.addressable_shards}) == (1 if whole else shards), path
-    expected = logits(open_checkpoint(eight_heads), TOKENS)
+    expected = compute_logits(open_checkpoint(eight_heads), TOKENS)
     found = model([TOKENS])
     assert found.shape == (1, len(TOKENS), 384) and found.dtype == jnp.float32
     np.testing.assert_allclose(found[0], expected, atol=5e-5, rtol=0)  # as in test_generate
@@ -205,8 +205,8 @@ def test_trained_model_is_the_run(tmp_path):
     result = g2.train(config)
     assert (result.step, [*result.losses], result.folder) == (2, [1, 2], tmp_path / "run")
     found = result.model([TOKENS])[0]
-    np.testing.assert_allclose(found, logits(open_checkpoint(result.folder), TOKENS), atol=1e-4, rtol=0)
-    assert not np.allclose(found, logits(open_checkpoint(TINY), TOKENS), atol=1e-2)
+    np.testing.assert_allclose(found, compute_logits(open_checkpoint(result.folder), TOKENS), atol=1e-4, rtol=0)
+    assert not np.allclose(found, compute_logits(open_checkpoint(TINY), TOKENS), atol=1e-2)
     g2.save(result.model, tmp_path / "merged", merge=True)
     merged = g2.load(tmp_path / "merged")
     np.testing.assert_allclose(merged([TOKENS])[0], found, atol=0.1, rtol=0)  # its weights are rounded to bfloat16

@@ -36,7 +36,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "assets/tiny-gemma
 LANGUAGES = {"sh", "python", "text", "json", "yaml", "toml"}
 MARKS = ("run", "parsed", "not run", "printed")
 SHORT = (
-    "--steps 2 --train.eval_batches 1 --train.sequence_length 64 --train.global_batch_size 4 --train.micro_batch_size 4"
+    "--steps 2 --optim.warmup_steps 1 --train.eval_batches 2 --train.sequence_length 64 --train.global_batch_size 4 "
+    "--train.micro_batch_size 4"
 )
 OPERATORS = {"&&", "||", "|", ";", "&", ">", "<", ">>"}
 FENCE = re.compile(
@@ -145,7 +146,7 @@ def run_shell(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loose(line: str) -> str:
     """A printed line without its numbers, absolute paths and spaces, which differ from run to run."""
-    line = re.sub(r"(?<!\S)/\S+", "#", line)
+    line = re.sub(r"(?<!\S)~?/\S+", "#", line)
     line = re.sub(r"\d[\d,]*(\.\d+)?(e-?\d+)?", "#", line)
     return re.sub(r"[\s━╸╺]+", "", line)
 
