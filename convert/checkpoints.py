@@ -361,7 +361,20 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
     open_source = partial(_OrbaxSource.open, params, table.table_rows(config.adapter), of_run=True)
-    return _attach_base(run, base or open_checkpoint(config.init, model=config.model), open_source, config.init)
+    return _attach_base(run, base or _open_start(folder, config), open_source, config.init)
+
+
+def _open_start(run: Path, config: configs.Config) -> Checkpoint:
+    """The model on which a run trained its adapter, which may be named relative to where training was started."""
+    try:
+        return open_checkpoint(config.init, model=config.model)
+    except (ValueError, OSError) as error:
+        if Path(config.init).expanduser().exists() or Path(config.init).is_absolute():
+            raise
+        raise ValueError(
+            f"{run} trained an adapter on init {config.init}, which was not found from {Path.cwd()}: {error}. If "
+            "that is a folder, run this where training was started, or name the model, and give the run as --adapter"
+        ) from error
 
 
 def _is_megatron(folder: Path) -> bool:

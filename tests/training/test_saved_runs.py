@@ -31,6 +31,14 @@ def test_a_run_of_version_0_1_goes_on(saved):
     assert {step: losses[step] for step in LOSSES} == pytest.approx(LOSSES, rel=1e-5)
 
 
+def test_a_run_says_that_its_model_was_named_from_another_folder(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"trained an adapter on init assets/tiny-gemma2, which was not found from .*run"
+    ):
+        open_checkpoint(str(saved))
+
+
 def test_an_adapter_of_version_0_1_opens(saved):
     """Its folder is known for what it is, with the adapter's config from config.txt."""
     checkpoint = open_checkpoint(str(saved))
