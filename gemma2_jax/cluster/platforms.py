@@ -141,7 +141,7 @@ def _warn_of_late_call() -> None:
     warnings.warn(
         f"JAX had started before gemma2_jax could prepare it, so that {loss}; call gemma2_jax first, or "
         "gemma2_jax.cluster.platforms.prepare_process() before the first use of JAX",
-        stacklevel=3,
+        stacklevel=2,  # one place, whichever function is called first, so that Python shows it once
     )
 
 
