@@ -55,17 +55,29 @@ def has_begun(workdir: Path, moment: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("moment", "message"),
+    ("moment", "number", "message"),
     [
-        ("compilation", "interrupted before the first step; no checkpoint is kept in {}, and the same command starts "
-         "from the beginning"),
-        ("evaluation", "interrupted after step {}; no checkpoint is kept in {}, and the same command starts from the "
-         "beginning"),
-        ("save", "interrupted after step 5; the checkpoint of step 5 is kept in {}/checkpoints, and the same command "
-         "resumes after it"),
+        (
+            "compilation",
+            signal.SIGINT,
+            "interrupted before the first step; no checkpoint is kept in {}, and the same command starts from the "
+            "beginning",
+        ),
+        (
+            "evaluation",
+            signal.SIGTERM,
+            "interrupted after step {}; no checkpoint is kept in {}, and the same command starts from the beginning",
+        ),
+        (
+            "save",
+            signal.SIGINT,
+            "interrupted after step 5; the checkpoint of step 5 is kept in {}/checkpoints, and the same command "
+            "resumes after it",
+        ),
     ],
-)  # fmt: skip
-def test_an_interrupt_ends_the_run_cleanly(moment, message, tmp_path):
+)
+def test_an_interrupt_ends_the_run_cleanly(moment, number, message, tmp_path):
+    """A scheduler's SIGTERM is as good as Ctrl-C."""
     config = small("tiny_lora", tmp_path, steps=2000)
     if moment == "evaluation":  # most of the time goes into it
         config = replace(config, train=replace(config.train, eval_every=1, eval_batches=9, checkpoint_every=2000))
@@ -80,7 +92,7 @@ def test_an_interrupt_ends_the_run_cleanly(moment, message, tmp_path):
     )
     while not has_begun(tmp_path, moment) and process.poll() is None:
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "Traceback" not in error and "Error" not in error and "terminate called" not in error
