@@ -18,16 +18,14 @@ import reprlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
-from gemma2_jax import config as configs, dims
+from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
 from gemma2_jax.convert.files.folder import tokenizer_folder
@@ -36,21 +34,8 @@ from gemma2_jax.convert.files.safetensors import Tensors, read_json
 from gemma2_jax.convert.formats import megatron, megatron_config, table
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import adapter_config
-from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, load_array
 from gemma2_jax.model.gemma2 import Abstract
-
-
-class Source(Protocol):
-    """A store of arrays by our paths, such as blocks/attn/q/w, in our layouts."""
-
-    @property
-    def shapes(self) -> Abstract:
-        """The shape and the stored dtype of every array."""
-        ...
-
-    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
-        """The slices `index` of an array, cast to `dtype`, on the host; the order of its dims in memory is any."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +148,7 @@ def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Arra
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape {stored}, and "
                 f"{want.shape} is wanted"
             )
-    return {path: _load_array(_find_source(checkpoint, path), path, want) for path, want in wanted.items()}
+    return {path: load_array(_find_source(checkpoint, path), path, want) for path, want in wanted.items()}
 
 
 def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
@@ -177,75 +162,6 @@ def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
 
 def _find_source(checkpoint: Checkpoint, path: str) -> Source:
     return next(source for source in checkpoint.sources if path in source.shapes)
-
-
-def _load_array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
-    @cache  # devices that hold copies of a slice ask for it once each
-    def read_slice(index: Index):
-        stored = [range(size)[span] for size, span in zip(source.shapes[path].shape, index, strict=True)]
-        shape = [len(range(size)[span]) for size, span in zip(want.shape, index, strict=True)]
-        if not stored[0]:
-            return np.zeros(shape, want.dtype)
-        part = source.read(path, tuple(slice(span.start, span.stop) for span in stored), want.dtype)
-        missing = shape[0] - len(part)
-        return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
-
-    sharding = want.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(want.shape, sharding, read_slice)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TensorSource:
-    """Tensors by Hugging Face's or PEFT's names, stacked and laid out as our arrays while they are read."""
-
-    rows: dict[str, Row]
-    dim_sizes: dict[str, int]
-    tensors: Tensors | megatron.Tensors
-    shapes: Abstract
-
-    @classmethod
-    def open(
-        cls, folder: Path, tensors: Tensors | megatron.Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0
-    ):
-        named = {name: shape for name, shape in tensors.shapes.items() if name != table.HEAD}
-        table.claim_tensors(table.tensor_shapes(rows, model, rank), named, folder)
-        for name in named:
-            safetensors.check_dtype(tensors.dtypes[name], f"{folder}: {name}")
-        shapes: Abstract = {}
-        for row in rows:
-            dtype = jnp.result_type(*(tensors.dtypes[name] for name in row.names(model.layers)))
-            shapes[row.path] = jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, rank), dtype)
-        by_path = {row.path: row for row in rows}
-        return cls(rows=by_path, dim_sizes=dims.dim_sizes(model, rank), tensors=tensors, shapes=shapes)
-
-    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
-        return self.rows[path].read_array(self.dim_sizes, dtype, self.tensors.read, index)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OrbaxSource:
-    """An Orbax checkpoint of a nested dict of our arrays."""
-
-    reader: orbax.Reader
-    shapes: Abstract
-
-    @classmethod
-    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0, *, of_run: bool = False):
-        reader, expected = orbax.Reader(folder), table.array_shapes(rows, model, rank)
-        shapes = dict(reader.shapes)
-        if of_run:  # pipeline stages may have filled up a run's stacks with zeros: see `training.step.Program`
-            for path, shape in expected.items():
-                if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
-                    shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
-        table.claim_tensors(expected, {path: stored.shape for path, stored in shapes.items()}, folder)
-        for path, stored in shapes.items():
-            safetensors.check_dtype(stored.dtype, f"{folder}: {path}")
-        return cls(reader=reader, shapes=shapes)
-
-    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
-        # Slices are counted in the shape given here, as the stored stack of a run may be longer.
-        spans = tuple(range(size)[span] for size, span in zip(self.shapes[path].shape, index, strict=True))
-        return self.reader.read(path, tuple(slice(span.start, span.stop) for span in spans)).astype(dtype, copy=False)
 
 
 def _orbax_root(folder: Path) -> Path | None:
@@ -262,7 +178,7 @@ def _open_huggingface(folder: Path, base: Checkpoint | None) -> Checkpoint:
     model = model_config(hf, folder / "config.json")
     _refuse_base(folder, model, base)
     tensors = Tensors(folder, safetensors.MODEL)
-    source = _TensorSource.open(folder, tensors, table.MODEL, model)
+    source = TensorSource.open(folder, tensors, table.MODEL, model)
     table.check_tied_head(tensors.shapes, tensors.read, folder)
     whole = Checkpoint(
         format="huggingface",
@@ -288,7 +204,7 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
     tokenizer = tokenizer_folder(folder)
     adapted = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, companions=(folder,))
-    open_source = partial(_TensorSource.open, folder, tensors, table.table_rows(adapter))
+    open_source = partial(TensorSource.open, folder, tensors, table.table_rows(adapter))
     return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
 
 
@@ -303,14 +219,14 @@ def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
         hf = read_json(folder / "config.json")
         model = model_config(hf, folder / "config.json")
         _refuse_base(folder, model, base)
-        base = replace(empty, model=model, hf=hf, sources=(_OrbaxSource.open(weights, table.MODEL, model),))
+        base = replace(empty, model=model, hf=hf, sources=(OrbaxSource.open(weights, table.MODEL, model),))
     if not adapter:
         assert base is not None
         return base
     peft = read_json(folder / "adapter_config.json")
     projections = table.adapted_rows(orbax.Reader(adapter).shapes)
     adapted = replace(empty, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
-    open_source = partial(_OrbaxSource.open, adapter, table.table_rows(adapted.adapter))
+    open_source = partial(OrbaxSource.open, adapter, table.table_rows(adapted.adapter))
     return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
 
 
@@ -355,12 +271,12 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
     )
     if config.adapter.kind == "none":
         _refuse_base(folder, config.model, base)
-        whole = replace(run, sources=(_OrbaxSource.open(params, table.MODEL, config.model, of_run=True),))
+        whole = replace(run, sources=(OrbaxSource.open(params, table.MODEL, config.model, of_run=True),))
         start = _open_if_folder(config.init, config.model)
         return _inherit_files(whole, start) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
-    open_source = partial(_OrbaxSource.open, params, table.table_rows(config.adapter), of_run=True)
+    open_source = partial(OrbaxSource.open, params, table.table_rows(config.adapter), of_run=True)
     return _attach_base(run, base or _open_start(folder, config), open_source, config.init)
 
 
@@ -404,7 +320,7 @@ def _open_megatron(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if megatron.is_adapter(opened):
         return _open_megatron_adapter(empty, opened, run, base)
     tensors = megatron.model_tensors(opened, model)
-    source = _TensorSource.open(iteration, tensors, table.MODEL, model)
+    source = TensorSource.open(iteration, tensors, table.MODEL, model)
     table.check_tied_head(tensors.shapes, tensors.read, iteration)
     whole = replace(empty, sources=(source,))
     return _inherit_files(whole, base) if base else whole
@@ -444,7 +360,7 @@ def _open_megatron_adapter(
 
     def open_source(model: ModelConfig, rank: int) -> Source:
         tensors = megatron.adapter_tensors(replace(opened, ranks=tensor_ranks), fusings, adapter, model)
-        return _TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model, rank)
+        return TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model, rank)
 
     notes = empty.notes
     if adapter.unmergeable_targets:

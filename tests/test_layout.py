@@ -34,7 +34,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within these rooms too, a file may import only those on earlier lines.
 ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
-    "convert": (("files",), ("formats",), ("checkpoints",), ("describe", "writing"), ("verify",), ("__main__",)),
+    "convert": (
+        ("files",), ("formats",), ("sources",), ("checkpoints",), ("describe", "writing"), ("verify",), ("__main__",),
+    ),
     "training": (
         ("optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
         ("startup", "resume", "export"), ("loop",),

@@ -1,0 +1,102 @@
+"""Arrays by our paths, read in slices from tensors by other names, or from an Orbax checkpoint of our arrays.
+
+`checkpoints` decides which of the two a folder is, and with which rows of `formats.table`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from gemma2_jax import dims
+from gemma2_jax.config import ModelConfig
+from gemma2_jax.convert.files import orbax, safetensors
+from gemma2_jax.convert.files.memory import Index, TensorReader
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model.gemma2 import Abstract
+
+
+class Source(Protocol):
+    """A store of arrays by our paths, such as blocks/attn/q/w, in our layouts."""
+
+    @property
+    def shapes(self) -> Abstract:
+        """The shape and the stored dtype of every array."""
+        ...
+
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The slices `index` of an array, cast to `dtype`, on the host; the order of its dims in memory is any."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource:
+    """Tensors by Hugging Face's or PEFT's names, stacked and laid out as our arrays while they are read."""
+
+    rows: dict[str, Row]
+    dim_sizes: dict[str, int]
+    tensors: TensorReader
+    shapes: Abstract
+
+    @classmethod
+    def open(cls, folder: Path, tensors: TensorReader, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+        named = {name: shape for name, shape in tensors.shapes.items() if name != table.HEAD}
+        table.claim_tensors(table.tensor_shapes(rows, model, rank), named, folder)
+        for name in named:
+            safetensors.check_dtype(tensors.dtypes[name], f"{folder}: {name}")
+        shapes: Abstract = {}
+        for row in rows:
+            dtype = jnp.result_type(*(tensors.dtypes[name] for name in row.names(model.layers)))
+            shapes[row.path] = jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, rank), dtype)
+        by_path = {row.path: row for row in rows}
+        return cls(rows=by_path, dim_sizes=dims.dim_sizes(model, rank), tensors=tensors, shapes=shapes)
+
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        return self.rows[path].read_array(self.dim_sizes, dtype, self.tensors.read, index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrbaxSource:
+    """An Orbax checkpoint of a nested dict of our arrays."""
+
+    reader: orbax.Reader
+    shapes: Abstract
+
+    @classmethod
+    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0, *, of_run: bool = False):
+        reader, expected = orbax.Reader(folder), table.array_shapes(rows, model, rank)
+        shapes = dict(reader.shapes)
+        if of_run:  # pipeline stages may have filled up a run's stacks with zeros: see `training.step.Program`
+            for path, shape in expected.items():
+                if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
+                    shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))
+        table.claim_tensors(expected, {path: stored.shape for path, stored in shapes.items()}, folder)
+        for path, stored in shapes.items():
+            safetensors.check_dtype(stored.dtype, f"{folder}: {path}")
+        return cls(reader=reader, shapes=shapes)
+
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        # Slices are counted in the shape given here, as the stored stack of a run may be longer.
+        spans = tuple(range(size)[span] for size, span in zip(self.shapes[path].shape, index, strict=True))
+        return self.reader.read(path, tuple(slice(span.start, span.stop) for span in spans)).astype(dtype, copy=False)
+
+
+def load_array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+    @cache  # devices that hold copies of a slice ask for it once each
+    def read_slice(index: Index):
+        stored = [range(size)[span] for size, span in zip(source.shapes[path].shape, index, strict=True)]
+        shape = [len(range(size)[span]) for size, span in zip(want.shape, index, strict=True)]
+        if not stored[0]:
+            return np.zeros(shape, want.dtype)
+        part = source.read(path, tuple(slice(span.start, span.stop) for span in stored), want.dtype)
+        missing = shape[0] - len(part)
+        return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
+
+    sharding = want.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(want.shape, sharding, read_slice)
