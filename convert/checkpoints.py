@@ -30,7 +30,8 @@ from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
 from gemma2_jax.convert.files.folder import tokenizer_folder
 from gemma2_jax.convert.files.memory import Index
-from gemma2_jax.convert.files.safetensors import Tensors, read_json
+from gemma2_jax.convert.files.safetensors import read_json
+from gemma2_jax.convert.files.tensors import open_tensors
 from gemma2_jax.convert.formats import megatron, megatron_config, table
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import adapter_config
@@ -177,7 +178,7 @@ def _open_huggingface(folder: Path, base: Checkpoint | None) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
     _refuse_base(folder, model, base)
-    tensors = Tensors(folder, safetensors.MODEL)
+    tensors = open_tensors(folder, safetensors.MODEL)
     source = TensorSource.open(folder, tensors, table.MODEL, model)
     table.check_tied_head(tensors.shapes, tensors.read, folder)
     whole = Checkpoint(
@@ -199,7 +200,7 @@ def _is_peft(folder: Path) -> bool:
 
 def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     peft = read_json(folder / "adapter_config.json")
-    tensors = Tensors(folder, safetensors.ADAPTER)
+    tensors = open_tensors(folder, safetensors.ADAPTER)
     projections = table.adapted_rows(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in tensors.shapes)
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
     tokenizer = tokenizer_folder(folder)

@@ -16,7 +16,8 @@ from jax.sharding import SingleDeviceSharding
 from gemma2_jax import dims
 from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files import orbax, safetensors
-from gemma2_jax.convert.files.memory import Index, TensorReader
+from gemma2_jax.convert.files.memory import Index
+from gemma2_jax.convert.files.tensors import Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.model.gemma2 import Abstract
@@ -41,11 +42,11 @@ class TensorSource:
 
     rows: dict[str, Row]
     dim_sizes: dict[str, int]
-    tensors: TensorReader
+    tensors: Tensors
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, tensors: TensorReader, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+    def open(cls, folder: Path, tensors: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
         named = {name: shape for name, shape in tensors.shapes.items() if name != table.HEAD}
         table.claim_tensors(table.tensor_shapes(rows, model, rank), named, folder)
         for name in named:

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: one, or several with an index, read and written in parts of tensors.
+"""Safetensors files, read in parts of tensors; written as one, or as several with an index.
 
 This module knows bytes only; `formats.table` has the names and the layouts. Opening reads headers, which the
 safetensors library checks. The bytes are read and written here, as the library's memory map of a file counts towards
@@ -25,72 +25,61 @@ ADAPTER = "adapter_model.safetensors"
 SHARD_BYTES = 5_000_000_000  # the size at which Hugging Face's own writer begins another file
 
 _DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+# Dtypes of buffers, heads and quantized weights, which may lie beside what is read.
+_OTHER_DTYPES = {
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    **{"F64": np.float64, "BOOL": np.bool_, "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
+}
 _JSON_BYTES = 32 << 20  # the index of a 27B model has 50 kB
 
 
 def check_dtype(dtype: np.dtype, source: object) -> None:
     """Raises ValueError, naming `source`, unless weights may be stored in `dtype`."""
     if dtype not in [np.dtype(known) for known in _DTYPES.values()]:
-        raise ValueError(
-            f"{source} is stored as {dtype}; this program reads {', '.join(_DTYPES)}, so save the checkpoint as one"
-        )
+        fix = "use the checkpoint before it was quantized" if dtype.itemsize == 1 else "save the checkpoint as one"
+        raise ValueError(f"{source} is stored as {dtype}; this program reads {', '.join(_DTYPES)}, so {fix}")
 
 
-class Tensors:
-    """The tensors of a folder, by name: their `shapes`, their stored `dtypes`, and parts of them."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, whose rows `read` reads."""
 
-    def __init__(self, folder: Path, stem: str):
-        """Opens `stem` (model.safetensors) or the files of its index, and reads their headers.
+    path: Path
+    start: int  # of its bytes in the file
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
-        Raises ValueError naming a file that is missing or damaged, or a tensor of a dtype that is not read.
-        """
-        self.folder, self.shapes, self.dtypes = folder, Shapes(), dict[str, np.dtype]()
-        self._places: dict[str, tuple[Path, int]] = {}
-        index = folder / f"{stem}.index.json"
-        listed = _weight_map(index) if index.exists() else None
-        if listed and (folder / stem).exists():
-            raise ValueError(f"{folder} has both {stem} and {index.name}; delete the one that is out of date")
-        for name in sorted(set(listed.values())) if listed else [stem]:
-            self._open(folder / name)
-        for name, file in (listed or {}).items():
-            if name not in self.shapes:
-                raise ValueError(f"{index} says that {file} holds {name}, which it does not; download both again")
-        for name in self.shapes:
-            if listed and name not in listed:
-                raise ValueError(f"{folder} holds {name}, which {index.name} does not list; download both again")
+    def read(self, index: Index) -> np.ndarray:
+        """The slices `index`, as stored. Reads the rows that they are in, and no others."""
+        rows = range(self.shape[0])[index[0]]
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = memory.read_bytes(self.path, self.start + rows.start * row_bytes, len(rows) * row_bytes)
+        return data.view(self.dtype).reshape(len(rows), *self.shape[1:])[(slice(None), *index[1:])]
 
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """The slices `index` of a tensor, as stored. Reads the rows that they are in, and no others."""
-        path, start = self._places[name]
-        shape, dtype = self.shapes[name], self.dtypes[name]
-        rows = range(shape[0])[index[0]]
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        data = memory.read_bytes(path, start + rows.start * row_bytes, len(rows) * row_bytes)
-        return data.view(dtype).reshape(len(rows), *shape[1:])[(slice(None), *index[1:])]
 
-    def _open(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; download it, or the whole checkpoint, again")
-        try:
-            with safe_open(path, framework="np") as file:
-                slices = {name: file.get_slice(name) for name in file.offset_keys()}
-                dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
-                shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
-        header_bytes, starts = _tensor_starts(path, dtypes, shapes)
-        for name, shape in shapes.items():
-            if name in self._places:
-                raise ValueError(f"{path} holds {name}, which another file of {self.folder} holds too; delete one")
-            if dtypes[name] not in _DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is stored as {dtypes[name]}; this program reads {', '.join(_DTYPES)}, "
-                    "so use the checkpoint before it was quantized"
-                )
-            if not shape:
-                raise ValueError(f"{path}: {name} is a single number, which no tensor of Gemma 2 is")
-            self._places[name] = path, 8 + header_bytes + starts[name]
-            self.shapes[name], self.dtypes[name] = shape, np.dtype(_DTYPES[dtypes[name]])
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name, from its header.
+
+    Raises ValueError where the file is damaged, or a tensor is of a dtype that has no name here.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+    header_bytes, starts = _tensor_starts(path, dtypes, shapes)
+    tensors = {}
+    for name, shape in shapes.items():
+        dtype = (_DTYPES | _OTHER_DTYPES).get(dtypes[name])
+        if dtype is None:
+            raise ValueError(
+                f"{path}: {name} is stored as {dtypes[name]}; this program reads {', '.join(_DTYPES)}, "
+                "so use the checkpoint before it was quantized"
+            )
+        tensors[name] = StoredTensor(path, 8 + header_bytes + starts[name], shape, np.dtype(dtype))
+    return tensors
 
 
 def _tensor_starts(path: Path, dtypes: dict[str, str], shapes: Shapes) -> tuple[int, dict[str, int]]:
@@ -117,16 +106,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
     return entries
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map; download it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} lists {file!r}; an index may only name safetensors files in its own folder")
-    return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ with the file before memory is taken. This module does not know what the tensors
 """
 
 import math
+import reprlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -113,6 +114,23 @@ def load_torch(path: Path, offset: int = 0, length: int | None = None) -> Any:
             )
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} is missing; copy it, or the whole checkpoint, again") from error
+
+
+def open_state_dict(path: Path) -> dict[str, Stored]:
+    """The tensors of a file that holds a state dict, as pytorch_model.bin does, by name.
+
+    Raises ValueError as `load_torch` does, and where the file holds something else.
+    """
+    content = load_torch(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no state dict, but {type(content).__name__}; save model.state_dict()")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Stored):
+            raise ValueError(
+                f"{path} holds {reprlib.repr(name)}, which is no tensor, so that it is no state dict of a model; "
+                "save model.state_dict()"
+            )
+    return content
 
 
 @dataclass(frozen=True)

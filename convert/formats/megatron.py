@@ -10,10 +10,10 @@ each of its parts has the same rows of every group. `files.torch_dist` and `file
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from gemma2_jax.convert.files import torch_files
 from gemma2_jax.convert.files.memory import Index, Shapes, reuse_memory
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.safetensors import read_json
+from gemma2_jax.convert.files.tensors import Tensor, Tensors
 from gemma2_jax.convert.files.torch_dist import METADATA, TorchDist
 from gemma2_jax.convert.formats import table
 
@@ -146,16 +147,6 @@ _STATE_PREFIXES = (
 )
 
 
-class Tensor(Protocol):
-    """A tensor that can be read in parts."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    def read(self, index: Index) -> np.ndarray: ...
-
-
 @dataclass(frozen=True, eq=False)
 class _StoredTensor:
     """A tensor of a torch_dist checkpoint, or one layer of a stack."""
@@ -232,19 +223,6 @@ class _FusedPart:
         groups = self.fused.read((slice(first * width, last * width), *index[1:]))
         rows = groups.reshape(last - first, width, *groups.shape[1:])[:, self.start : self.stop]
         return rows.reshape(-1, *groups.shape[1:])[span.start - first * size : span.stop - first * size]
-
-
-class Tensors:
-    """A checkpoint's tensors by Hugging Face's or PEFT's names, with the interface of `files.safetensors.Tensors`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-        self.shapes: Shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """The slices `index` of a tensor, as stored."""
-        return self._tensors[name].read(index)
 
 
 @dataclass(frozen=True, kw_only=True)
