@@ -38,7 +38,7 @@ ORDER_WITHIN = {
         ("files",), ("formats",), ("sources",), ("checkpoints",), ("describe", "writing"), ("verify",), ("__main__",),
     ),
     "training": (
-        ("optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
+        ("lock", "optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock"), ("generator",), ("loaded",)),

@@ -3,6 +3,7 @@
 This module does not know what the files of a checkpoint mean.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +14,36 @@ _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "ch
 
 
 @contextmanager
+def explain_write_failure(folder: Path, remedy: str) -> Iterator[None]:
+    """Turns the operating system's refusal to make or fill a folder into a sentence that ends with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
+        reason = f"{file} is a file" if file else f"{error.filename}: {error.strerror}"
+        raise OSError(f"{folder} cannot be written to ({reason}); {remedy}") from error
+
+
+@contextmanager
 def atomic_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder to write about `size` bytes into, which becomes `path` when the block ends without an error.
 
-    Raises ValueError where `path` holds something already, or the disk has no room.
+    Raises ValueError where `path` holds something already or the disk has no room, and OSError where it cannot be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already; delete it, or write somewhere else")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the rename stays within one disk. A killed run leaves it behind, and the next run deletes it.
     partial = path.parent / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise ValueError(
-            f"{path} needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free; write to another disk"
-        )
-    partial.mkdir()
+    with explain_write_failure(path, "write somewhere else"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} exists already; delete it, or write somewhere else")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise ValueError(
+                f"{path} needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free; write to another "
+                "disk"
+            )
+        partial.mkdir()
     try:
         yield partial
         partial.rename(path)

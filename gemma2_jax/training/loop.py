@@ -21,6 +21,7 @@ from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import metrics, resume, startup
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.export import AdapterExports
+from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.step import Batch, Program, State
 
@@ -49,7 +50,11 @@ def train(config: Config) -> Result:
     program = Program(config, mesh)
     with hosts.process_zero_first("open_source"):  # which may download it
         source = resume.open_source(config)
-    with jax.set_mesh(mesh), Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        lock_workdir(config.output),
+        Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints,
+    ):
         changes = resume.claim_workdir(config, checkpoints.latest)
         tokenizer = resume.keep_tokenizer(config, source)
         adapters = AdapterExports(config)

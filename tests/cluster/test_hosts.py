@@ -25,6 +25,7 @@ from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.export import AdapterExports
+from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.step import Program
 
 TINY = ROOT / "assets" / "tiny-gemma2"
@@ -386,6 +387,16 @@ def test_a_process_that_fails_is_named(option, reason, tmp_path):
     for _, _, error in ended:
         assert "Traceback" not in error
         assert "stack trace" not in error
+
+
+def test_a_workdir_in_use_ends_every_process(tmp_path):
+    with lock_workdir(tmp_path):
+        ended = ends(two(fsdp(tmp_path), options()))
+    for status, _, error in ended:
+        assert status == 1
+        assert f"another run writes to {tmp_path} (pid {os.getpid()} on {socket.gethostname()}); give another" in error
+        assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def trained(text: str) -> Config:

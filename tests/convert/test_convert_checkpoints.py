@@ -337,6 +337,10 @@ def test_existing_folders_are_refused_and_kept(hf, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already; delete it, or write somewhere else"):
         _convert(hf["2b", "float32"], tmp_path, "hf")
+    with pytest.raises(
+        OSError, match=rf"out cannot be written to \({tmp_path}/note.txt is a file\); write somewhere else"
+    ):
+        _convert(hf["2b", "float32"], tmp_path / "note.txt" / "out", "hf")
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
 
 
