@@ -9,6 +9,7 @@ This is the command line only: it parses its arguments before it imports slow li
 what it wrote. JAX runs on the CPU here whatever the machine has, as there is nothing to compute but casts and merges.
 """
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from gemma2_jax.config import DType
 
 if TYPE_CHECKING:
     from gemma2_jax.convert.checkpoints import Checkpoint
-    from gemma2_jax.convert.writing import Job
+    from gemma2_jax.convert.job import Job
 
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -47,7 +48,9 @@ class Convert:
     dtype: DType | None = None  # dtype to write; None: as stored
     # Folder or Hub id with the config.json of a Megatron checkpoint that has none, or of the model of an adapter.
     hf_config: str | None = None
-    tp: int = 1  # tensor-parallel ranks that megatron-legacy has files for
+    # Tensor-parallel ranks that megatron-legacy has files for, or that load a megatron-adapter whose gate and up have
+    # an A each; what else is written is loaded at any.
+    tp: int = 1
     pp: int = 1  # pipeline stages that megatron-legacy has files for
 
 
@@ -179,7 +182,8 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 
 
 def _convert(command: Convert, show_progress: bool = True) -> None:
-    from gemma2_jax.convert.writing import Job, write_checkpoint
+    from gemma2_jax.convert.job import Job
+    from gemma2_jax.convert.writing import write_checkpoint
 
     source = _open(command.src, command.adapter, command.hf_config)
     job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
@@ -230,22 +234,32 @@ def _summarize(job: "Job") -> str:
 
 
 def _suggest_use(job: "Job", target: Path) -> str:
-    base = job.source.base or "its base model"
+    base = job.source.base
     if job.to == "hf":
         return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     if job.to == "peft":
-        return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {base}"
+        model = base or "its base model"
+        return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}"
     if job.to == "megatron":
         return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={target}"
     if job.to == "megatron-adapter":
-        return (
-            f"go on with it in Megatron-Bridge: checkpoint.load={target}, with checkpoint.pretrained_checkpoint {base}"
-        )
-    if job.to == "megatron-legacy":
-        return f"load it with Megatron-LM: --load {target} --ckpt-format torch"
+        return _suggest_adapter_use(base, target)
+    if job.to == "megatron-legacy":  # without --finetune it looks for the state of the optimizer and of the RNG
+        return f"load it with Megatron-LM: --load {target} --ckpt-format torch --finetune"
     if "adapter" in job.groups:
         return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
     return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"
+
+
+def _suggest_adapter_use(base: str, target: Path) -> str:
+    from gemma2_jax.convert.writing_megatron import pretrained_checkpoint
+
+    pretrained = pretrained_checkpoint(base, target)
+    fields = f"checkpoint.load={target} checkpoint.pretrained_checkpoint={pretrained}"
+    if Path(base).expanduser() == pretrained:
+        return f"go on with it in Megatron-Bridge: {fields}"
+    command = shlex.join(["python", "-m", "gemma2_jax.convert", base or "MODEL", str(pretrained), "--to", "megatron"])
+    return f"convert its model for Megatron-Bridge: {command}\ngo on with it there: {fields}"
 
 
 if __name__ == "__main__":

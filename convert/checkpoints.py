@@ -32,7 +32,7 @@ from gemma2_jax.convert.files.folder import tokenizer_folder
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import open_tensors
-from gemma2_jax.convert.formats import megatron, megatron_config, table
+from gemma2_jax.convert.formats import megatron, megatron_adapters, megatron_config, table
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import adapter_config
 from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, load_array
@@ -318,7 +318,7 @@ def _open_megatron(folder: Path, base: Checkpoint | None) -> Checkpoint:
         + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel_sizes(run, run_path))),
         notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
     )
-    if megatron.is_adapter(opened):
+    if megatron_adapters.is_adapter(opened):
         return _open_megatron_adapter(empty, opened, run, base)
     tensors = megatron.model_tensors(opened, model)
     source = TensorSource.open(iteration, tensors, table.MODEL, model)
@@ -336,7 +336,7 @@ def _megatron_model(
     stated = megatron_config.model_config(run, run_path) if run else given
     if stated:
         # The base of an adapter has weights, and only its config is compared.
-        compared = replace(base, sources=()) if base and megatron.is_adapter(opened) else base
+        compared = replace(base, sources=()) if base and megatron_adapters.is_adapter(opened) else base
         _refuse_base(run_path if run else opened.folder, stated, compared)
     model = given or stated
     if model is None:
@@ -356,11 +356,11 @@ def _open_megatron_adapter(
             f"{opened.folder} holds an adapter, and no {run_path.name} that says its scale; copy that file too"
         )
     tensor_ranks, _ = megatron_config.parallel_sizes(run, run_path)
-    fusings, projections = megatron.adapter_fusings(opened)
+    fusings, projections = megatron_adapters.adapter_fusings(opened)
     adapter = megatron_config.adapter_config(run, projections, run_path)
 
     def open_source(model: ModelConfig, rank: int) -> Source:
-        tensors = megatron.adapter_tensors(replace(opened, ranks=tensor_ranks), fusings, adapter, model)
+        tensors = megatron_adapters.adapter_tensors(replace(opened, ranks=tensor_ranks), fusings, adapter, model)
         return TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model, rank)
 
     notes = empty.notes
@@ -369,10 +369,9 @@ def _open_megatron_adapter(
             f"its {' and '.join(adapter.unmergeable_targets)} act after the post-norm, as Megatron-Bridge trains "
             "them and PEFT does not (adapter.after_norm)",
         )
-    section = run.get("checkpoint")
-    base_name = section.get("pretrained_checkpoint") if isinstance(section, dict) else None
     adapted = replace(empty, adapter=adapter, notes=notes)
-    return _attach_base(adapted, base, open_source, base_name if isinstance(base_name, str) else None)
+    names = megatron_config.base_names(run)
+    return _attach_base(adapted, base, open_source, next(filter(_is_folder, names), names[-1] if names else None))
 
 
 # Tried in this order; a folder has the first format that its files fit.
@@ -435,7 +434,11 @@ def _inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 
 def _open_if_folder(name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:
-    return open_checkpoint(name, model=model) if name and Path(name).is_dir() else None
+    return open_checkpoint(name, model=model) if name and _is_folder(name) else None
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).is_dir()
 
 
 def _refuse_base(path: Path, model: ModelConfig, base: Checkpoint | None) -> None:

@@ -18,7 +18,7 @@ from gemma2_jax.config import Config, DType, MeshConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from gemma2_jax.convert.writing import Format
+    from gemma2_jax.convert.job import Format
     from gemma2_jax.inference.loaded import LoadedModel
     from gemma2_jax.model.gemma2 import Gemma2
     from gemma2_jax.planning.report import Plan
@@ -186,7 +186,7 @@ def _check_config(config: Any) -> None:
 
 def _check_format(name: str) -> None:
     """Raises ValueError for a format that no checkpoint can be written in."""
-    from gemma2_jax.convert.writing import Format
+    from gemma2_jax.convert.job import Format
 
     formats = get_args(Format)
     if name not in formats:
@@ -264,7 +264,8 @@ def convert(
       merge: add the adapter into the weights, in float32.
       dtype: of what is written. None: as stored.
       hf_config: folder or Hub id with the config.json of a Megatron checkpoint that has none.
-      ranks: of "megatron-legacy": tensor-parallel ranks and pipeline stages to write files for.
+      ranks: tensor-parallel ranks and pipeline stages that "megatron-legacy" is to have files for, or that are to load
+        a "megatron-adapter" whose gate and up have an A each.
 
     Raises ValueError where `dst` cannot hold what `src` has, and says what to do instead.
 
@@ -273,7 +274,8 @@ def convert(
     """
     platforms.prepare_process()
     from gemma2_jax.convert.checkpoints import open_checkpoint
-    from gemma2_jax.convert.writing import Job, write_checkpoint
+    from gemma2_jax.convert.job import Job
+    from gemma2_jax.convert.writing import write_checkpoint
 
     _check_format(to)
     source = open_checkpoint(src, hf_config=hf_config)

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import ModelConfig
-from gemma2_jax.convert import writing
 from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read_array
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.writing import write_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "megatron"
 HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
@@ -49,7 +49,7 @@ def twin_model(name: str) -> ModelConfig:
     return model
 
 
-def convert(source: Checkpoint | Path, target: Path, to: writing.Format, **options) -> Path:
+def convert(source: Checkpoint | Path, target: Path, to: Format, **options) -> Path:
     write_checkpoint(
         Job(source=source if isinstance(source, Checkpoint) else open_checkpoint(source), to=to, **options), target
     )

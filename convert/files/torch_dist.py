@@ -93,6 +93,10 @@ class TorchDist:
         """Raises ValueError unless a tensor's chunks make up the whole tensor and their places lie within files."""
         self._chunks(name)
 
+    def chunk_starts(self, name: str, dim: int) -> list[int]:
+        """The places along a dim of a tensor at which chunks start, in order. Raises ValueError as `check` does."""
+        return np.unique(self._chunks(name).starts[:, dim]).tolist()
+
     def read(self, name: str, index: Index) -> np.ndarray:
         """The slices `index` (of step 1) of a tensor as stored. Raises ValueError where chunks are damaged or gone."""
         chunks, dtype = self._chunks(name), self.dtypes[name]

@@ -1,30 +1,30 @@
-"""Megatron's tensors of Gemma 2 as Hugging Face's and PEFT's tensors, both ways; `table` has these as our arrays.
+"""Opens Megatron's checkpoints of Gemma 2, and has their weights by Hugging Face's names.
 
-Megatron fuses q, k and v into one matrix and gate and up into another. A `torch_dist` checkpoint stacks the layers, or
-has a tensor for each layer. Megatron's legacy format, `torch`, has a file for each rank, with that rank's share of each
-tensor. Projections that are fused share one A of an adapter. The rows of a fused tensor are groups of equal size, and
-each of its parts has the same rows of every group. `files.torch_dist` and `files.torch_files` read and write the files;
-`megatron_config` has the configs.
+A `torch_dist` checkpoint stacks the layers, or has a tensor for each layer. Megatron's legacy format, `torch`, has a
+file for each rank, with that rank's share of each tensor. `megatron_tensors` has the table of the tensors,
+`megatron_adapters` the adapters, `megatron_config` the configs; `files.torch_dist` and `files.torch_files` read and
+write the files.
 """
 
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files import torch_files
-from gemma2_jax.convert.files.memory import Index, Shapes, reuse_memory
+from gemma2_jax.convert.files.memory import Index, Shapes
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import Tensor, Tensors
 from gemma2_jax.convert.files.torch_dist import METADATA, TorchDist
 from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.megatron_tensors import HEAD, MODEL, ConcatenatedTensor, Fused
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BACKEND = {
@@ -37,105 +37,6 @@ BACKEND = {
 BACKEND_FILE = "metadata.json"
 RANK_FILE = "model_optim_rng.pt"
 _MOST_TENSORS = 200_000  # counting each layer's tensors; a 27B model with LoRA has 1,000
-
-Rows = Literal["one", "heads", "halves", "shared"]
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A tensor of Megatron's and the tensors of Hugging Face's or PEFT's that are fused into it."""
-
-    name: str  # Megatron's name; {L} stands for the layer
-    parts: tuple[str, ...]  # Hugging Face's or PEFT's names
-    # The order of the parts' rows: of "one" part; by kv "heads", each with its q, k and v; in "halves", one after the
-    # other; "shared" by all parts, each of which is the tensor itself.
-    rows: Rows = "one"
-    rank_dim: Literal[0, 1, None] = None  # the dim that is divided among tensor-parallel ranks
-    rank_halves: bool = False  # whether a tensor of all ranks has the halves of one rank after those of another
-
-    @property
-    def stacked(self) -> bool:
-        """Whether there is such a tensor for each layer."""
-        return "{L}" in self.name
-
-    @property
-    def key(self) -> str:
-        """The name that torch_dist has for the stack of all layers."""
-        return self.name.replace(".{L}", "")
-
-    def row_groups(self, sizes: list[int], kv_heads: int, ranks: int) -> tuple[int, list[tuple[int, int]]]:
-        """The number of groups of rows, and the first row and the end of each part within every group.
-
-        Args:
-          sizes: the rows of each part in all groups.
-          ranks: tensor-parallel ranks whose shares of the rows follow one another, each with its own halves.
-        """
-        groups = {"heads": kv_heads, "halves": ranks}.get(self.rows, 1)
-        ends = list(itertools.accumulate(size // groups for size in sizes))
-        return groups, [(end - size // groups, end) for end, size in zip(ends, sizes, strict=True)]
-
-    def fuse(self, parts: list[np.ndarray], kv_heads: int) -> np.ndarray:
-        """The fused tensor of whole parts, or of one rank's share of each, which then has `kv_heads` heads."""
-        if len(parts) == 1 or self.rows == "shared":
-            return parts[0]
-        sizes = [len(part) for part in parts]
-        groups, spans = self.row_groups(sizes, kv_heads, 1)
-        inner = parts[0].shape[1:]
-        fused = reuse_memory((sum(sizes), *inner), parts[0].dtype)
-        for part, (start, stop) in zip(parts, spans, strict=True):
-            fused.reshape(groups, -1, *inner)[:, start:stop] = part.reshape(groups, stop - start, *inner)
-        return fused
-
-
-_L = "decoder.layers.{L}"
-_H = "model.layers.{L}"
-MODEL = (
-    Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rank_dim=0),
-    Fused(f"{_L}.self_attention.linear_qkv.layer_norm_weight", (f"{_H}.input_layernorm.weight",)),
-    Fused(
-        f"{_L}.self_attention.linear_qkv.weight",
-        tuple(f"{_H}.self_attn.{x}_proj.weight" for x in "qkv"),
-        rows="heads",
-        rank_dim=0,
-    ),
-    Fused(f"{_L}.self_attention.linear_proj.weight", (f"{_H}.self_attn.o_proj.weight",), rank_dim=1),
-    Fused(
-        f"{_L}.self_attention.linear_proj.post_layernorm.weight",
-        (f"{_H}.post_attention_layernorm.weight",),
-    ),
-    Fused(f"{_L}.mlp.linear_fc1.layer_norm_weight", (f"{_H}.pre_feedforward_layernorm.weight",)),
-    Fused(
-        f"{_L}.mlp.linear_fc1.weight",
-        tuple(f"{_H}.mlp.{x}_proj.weight" for x in ("gate", "up")),
-        rows="halves",
-        rank_dim=0,
-    ),
-    Fused(f"{_L}.mlp.linear_fc2.weight", (f"{_H}.mlp.down_proj.weight",), rank_dim=1),
-    Fused(f"{_L}.mlp.linear_fc2.post_layernorm.weight", (f"{_H}.post_feedforward_layernorm.weight",)),
-    Fused("decoder.final_layernorm.weight", ("model.norm.weight",)),
-)
-# The last pipeline stage has a copy of the embedding, which is the output matrix too.
-_HEAD = Fused("output_layer.weight", (table.HEAD,), rank_dim=0)
-# TransformerEngine keeps state for FP8 of each of these modules. Megatron-Bridge loads no checkpoint without it.
-_EXTRA_STATES = [
-    f"{_L}.{module}._extra_state"
-    for module in (
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "self_attention.linear_proj.post_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-        "mlp.linear_fc2.post_layernorm",
-    )
-] + ["decoder.final_layernorm._extra_state"]
-_NO_STATE = np.empty(0, np.uint8)
-# For each fused module its projections, each with its name in a canonical adapter, and the rows of its matrix.
-_MODULES: dict[str, tuple[dict[str, str], Rows]] = {
-    f"{_L}.self_attention.linear_qkv": ({"attn/q": "q", "attn/k": "k", "attn/v": "v"}, "heads"),
-    f"{_L}.self_attention.linear_proj": ({"attn/o": ""}, "one"),
-    f"{_L}.mlp.linear_fc1": ({"mlp/gate": "gate", "mlp/up": "up"}, "halves"),
-    f"{_L}.mlp.linear_fc2": ({"mlp/down": ""}, "one"),
-}
 # Names that begin like this are no weights of the model, and are not read.
 _STATE_PREFIXES = (
     "optimizer.",
@@ -148,12 +49,17 @@ _STATE_PREFIXES = (
 
 
 @dataclass(frozen=True, eq=False)
-class _StoredTensor:
+class StoredTensor:
     """A tensor of a torch_dist checkpoint, or one layer of a stack."""
 
     store: TorchDist
     name: str
     layer: int | None  # None: the whole tensor
+
+    @property
+    def row_starts(self) -> list[int]:
+        """The rows at which chunks start, whatever their layer."""
+        return self.store.chunk_starts(self.name, 0 if self.layer is None else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,62 +73,6 @@ class _StoredTensor:
         if self.layer is None:
             return self.store.read(self.name, index)
         return self.store.read(self.name, (slice(self.layer, self.layer + 1), *index))[0]
-
-
-@dataclass(frozen=True, eq=False)
-class _ConcatenatedTensor:
-    """The shares that ranks have of a tensor, concatenated along a dim."""
-
-    parts: tuple[Tensor, ...]
-    dim: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.parts[0].shape)
-        shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
-        return tuple(shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
-
-    def read(self, index: Index) -> np.ndarray:
-        span, pieces, offset = range(self.shape[self.dim])[index[self.dim]], [], 0
-        for part in self.parts:
-            size = part.shape[self.dim]
-            start, stop = max(span.start - offset, 0), min(span.stop - offset, size)
-            if start < stop:
-                pieces.append(part.read((*index[: self.dim], slice(start, stop), *index[self.dim + 1 :])))
-            offset += size
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.dim)
-
-
-@dataclass(frozen=True, eq=False)
-class _FusedPart:
-    """A part of a fused tensor: the rows from `start` to `stop` of each of its groups."""
-
-    fused: Tensor
-    groups: int
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.groups * (self.stop - self.start), *self.fused.shape[1:])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.fused.dtype
-
-    def read(self, index: Index) -> np.ndarray:
-        span, size = range(self.shape[0])[index[0]], self.stop - self.start
-        if self.groups == 1:
-            return self.fused.read((slice(self.start + span.start, self.start + span.stop), *index[1:]))
-        first, last = span.start // size, -(-span.stop // size)
-        width = self.fused.shape[0] // self.groups
-        groups = self.fused.read((slice(first * width, last * width), *index[1:]))
-        rows = groups.reshape(last - first, width, *groups.shape[1:])[:, self.start : self.stop]
-        return rows.reshape(-1, *groups.shape[1:])[span.start - first * size : span.stop - first * size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,9 +155,9 @@ def _model_state(folder: Path, store: TorchDist) -> tuple[dict[str, Tensor], dic
             if len(tensors) + shape[0] > _MOST_TENSORS:
                 raise ValueError(f"{folder} says that {name[:200]} has {shape[0]} layers, which no model has")
             for layer in range(shape[0]):
-                tensors[model_name.replace(".layers.", f".layers.{layer}.", 1)] = _StoredTensor(store, name, layer)
+                tensors[model_name.replace(".layers.", f".layers.{layer}.", 1)] = StoredTensor(store, name, layer)
         else:
-            tensors[model_name] = _StoredTensor(store, name, None)
+            tensors[model_name] = StoredTensor(store, name, None)
     for name in store.objects:
         if not name.removeprefix(prefix).split("/")[0].endswith("_extra_state"):
             kind = name.split("/")[0].split(".")[0]
@@ -315,7 +165,7 @@ def _model_state(folder: Path, store: TorchDist) -> tuple[dict[str, Tensor], dic
     for name in [name for name in tensors if name.endswith(".weight_w")]:  # weight_w is gate and weight_v is up
         stem = name.removesuffix("_w")
         if f"{stem}_v" in tensors:
-            tensors[stem] = _ConcatenatedTensor((tensors.pop(name), tensors.pop(f"{stem}_v")), 0)
+            tensors[stem] = ConcatenatedTensor((tensors.pop(name), tensors.pop(f"{stem}_v")), 0)
     return tensors, ignored
 
 
@@ -439,15 +289,15 @@ def _combine_shares(name: str, shares: list[dict[str, Any]], folder: Path) -> Te
         raise ValueError(
             f"{folder}: ranks have {name} in different shapes or dtypes; they are of different checkpoints"
         )
-    split = next((fused.rank_dim for fused in (*MODEL, _HEAD) if fused.name == _without_layer(name)), None)
+    split = next((fused.rank_dim for fused in (*MODEL, HEAD) if fused.name == layer_free_name(name)), None)
     if split is not None and len(stored[0].shape) > split:
-        return _ConcatenatedTensor(stored, split)
+        return ConcatenatedTensor(stored, split)
     if any(part.read().tobytes() != stored[0].read().tobytes() for part in stored[1:]):
         raise ValueError(f"{folder}: ranks have different {name}, of which each has all; they are of different steps")
     return stored[0]
 
 
-def _without_layer(name: str) -> str:
+def layer_free_name(name: str) -> str:
     """A tensor's name with {L} in place of its layer."""
     return re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{L}", name)
 
@@ -459,60 +309,11 @@ def model_tensors(opened: Opened, model: ModelConfig) -> Tensors:
     """
     shapes = table.tensor_shapes(table.MODEL, model)
     shapes |= {table.HEAD: shapes[table.MODEL[0].name]}
-    head = (_HEAD,) if _HEAD.name in opened.tensors else ()
-    return _split_fused(opened, (*MODEL, *head), shapes, model)
+    head = (HEAD,) if HEAD.name in opened.tensors else ()
+    return split_fused(opened, (*MODEL, *head), shapes, model)
 
 
-def adapter_fusings(opened: Opened) -> tuple[tuple[Fused, ...], list[str]]:
-    """The fused tensors of this checkpoint's adapters, and the projections that have an adapter."""
-    names = {_without_layer(name) for name in opened.tensors}
-    dora = any(name.endswith("weight_magnitude") for name in names)
-    fusings, projections = list[Fused](), list[str]()
-    for module, (parts, _) in _MODULES.items():
-        if f"{module}.adapter.linear_in.weight" in names:
-            fusings += fuse_adapter(module, list(parts), dora=dora, canonical=False)
-            projections += parts
-        canonical = [
-            projection
-            for projection, name in parts.items()
-            if f"{module}.adapter.adapter_{name}.linear_in.weight" in names
-        ]
-        if canonical:
-            fusings += fuse_adapter(module, canonical, dora=False, canonical=True)
-            projections += canonical
-    return tuple(fusings), projections
-
-
-def is_adapter(opened: Opened) -> bool:
-    """Whether a checkpoint holds adapters alone."""
-    return bool(opened.tensors) and all(".adapter." in name for name in opened.tensors)
-
-
-def adapter_tensors(opened: Opened, fusings: tuple[Fused, ...], adapter: AdapterConfig, model: ModelConfig) -> Tensors:
-    """The adapter's tensors by PEFT's names. Raises ValueError as `model_tensors` does."""
-    return _split_fused(opened, fusings, table.tensor_shapes(table.table_rows(adapter), model, adapter.rank), model)
-
-
-def fuse_adapter(module: str, projections: list[str], *, dora: bool, canonical: bool) -> list[Fused]:
-    """The tensors of a module's adapter. In a canonical adapter each projection has an A of its own."""
-    canonical_names, rows = _MODULES[module]
-    adapter_rows = {projection: table.adapter_rows(projection) for projection in projections}
-    if canonical and any(canonical_names.values()):
-        return [
-            Fused(f"{module}.adapter.adapter_{canonical_names[projection]}.{end}.weight", (row[variable].name,))
-            for projection, row in adapter_rows.items()
-            for end, variable in (("linear_in", "a"), ("linear_out", "b"))
-        ]
-    names = {variable: tuple(row[variable].name for row in adapter_rows.values()) for variable in "abm"}
-    fusings = [
-        Fused(f"{module}.adapter.linear_in.weight", names["a"], rows="shared"),
-        Fused(f"{module}.adapter.linear_out.weight", names["b"], rows=rows),
-    ]
-    # Megatron-Core reorders the halves of matrices alone, so that a vector keeps the order of the ranks that saved it.
-    return fusings + [Fused(f"{module}.adapter.weight_magnitude", names["m"], rows=rows, rank_halves=True)] * dora
-
-
-def _split_fused(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, model: ModelConfig) -> Tensors:
+def split_fused(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, model: ModelConfig) -> Tensors:
     """The parts of fused tensors by Hugging Face's or PEFT's names, whose shapes are `shapes`."""
     expected, tensors = Shapes(), dict[str, Tensor]()
     for fused, layer in ((f, n) for f in fusings for n in (range(model.layers) if f.stacked else (0,))):
@@ -527,62 +328,9 @@ def _split_fused(opened: Opened, fusings: tuple[Fused, ...], shapes: Shapes, mod
         expected[name] = (rows, *shapes[parts[0]][1:])
         if tensor is None:
             continue
-        if fused.rows == "shared":
-            tensors |= dict.fromkeys(parts, tensor)
-            continue
         # A whole tensor has all of gate before all of up; concatenated shares of ranks alternate between the two.
-        ranks = opened.ranks if fused.rank_halves or opened.layout != "torch_dist" else 1
-        groups, spans = fused.row_groups(sizes, model.kv_heads, ranks)
-        for part, (start, stop) in zip(parts, spans, strict=True):
-            tensors[part] = tensor if (start, stop) == (0, rows) else _FusedPart(tensor, groups, start, stop)
+        together = fused.rows == "halves" and opened.layout == "torch_dist"
+        split = fused.split(tensor, sizes, model.kv_heads, 1 if together else opened.ranks)
+        tensors |= dict(zip(parts, split, strict=True))
     table.claim_tensors(expected, {name: tensor.shape for name, tensor in opened.tensors.items()}, opened.folder)
     return Tensors(tensors)
-
-
-def written_adapter(adapter: AdapterConfig, *, canonical: bool) -> tuple[Fused, ...]:
-    """The fused tensors of a checkpoint that is written of an adapter."""
-    targets, dora = table.match_targets(adapter), adapter.kind == "dora"
-    modules = {module: [name for name in parts if name in targets] for module, (parts, _) in _MODULES.items()}
-    fusings = (
-        fuse_adapter(module, names, dora=dora, canonical=canonical) for module, names in modules.items() if names
-    )
-    return tuple(itertools.chain.from_iterable(fusings))
-
-
-def shared_tensors(adapter: AdapterConfig) -> list[list[str]]:
-    """Groups of projections that share one A in a fused adapter, which then must have all projections of a group."""
-    targets = table.match_targets(adapter)
-    return [list(parts) for parts, _ in _MODULES.values() if len(parts) > 1 and not set(targets).isdisjoint(parts)]
-
-
-def rank_tensors(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[Fused, int, str]]:
-    """The weights of a pipeline stage: each with its layer and its name in the stage, which counts layers from 0."""
-    depth = model.layers // stages
-    for fused in MODEL:
-        for layer in range(depth) if fused.stacked else (0,):
-            first, last = fused is MODEL[0] and stage == 0, fused is MODEL[-1] and stage == stages - 1
-            if fused.stacked or first or last:
-                yield fused, stage * depth + layer if fused.stacked else 0, fused.name.format(L=layer)
-    if stage and stage == stages - 1:
-        yield MODEL[0], 0, _HEAD.name
-
-
-def rank_extra_states(model: ModelConfig, stages: int, stage: int) -> Iterator[tuple[str, Any]]:
-    """The state for FP8 in the file of a rank, by name."""
-    for name in _EXTRA_STATES:
-        if "{L}" in name:
-            yield from ((name.format(L=layer), _NO_STATE) for layer in range(model.layers // stages))
-        elif stage == stages - 1:
-            yield name, _NO_STATE
-    if stage == stages - 1:
-        yield "output_layer._extra_state", None  # Megatron-Core's own modules have none
-
-
-def extra_states(layers: int, adapter: Iterable[Fused] = ()) -> Iterator[tuple[str, Any]]:
-    """The objects, with their content, that Megatron-Bridge expects beside the weights or beside an adapter's."""
-    matrices = [f.name.removesuffix("weight") + "_extra_state" for f in adapter if f.name.endswith(".weight")]
-    for name in matrices or _EXTRA_STATES:
-        key = name.replace(".{L}", "")
-        shards = [f"{layer}_{layers}" for layer in range(layers)] if "{L}" in name else ["0_1"]
-        for shard in shards:
-            yield f"{key}/shard_{shard}", [None if matrices else _NO_STATE]

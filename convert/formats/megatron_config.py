@@ -243,13 +243,22 @@ def adapter_config(run: dict[str, Any], projections: list[str], source: object) 
         raise ValueError(f"{source}: {error}") from error
 
 
+def base_names(run: dict[str, Any]) -> list[str]:
+    """What an adapter's run_config.yaml calls its model: the Megatron checkpoint, then the Hugging Face model."""
+    sections = (("checkpoint", "pretrained_checkpoint"), ("model", "hf_model_id"))
+    names = (section.get(key) for name, key in sections if isinstance(section := run.get(name), dict))
+    return [name for name in names if name and isinstance(name, str)]
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """An adapter as Megatron-Bridge saves it."""
 
     config: AdapterConfig
-    pretrained: str | None = None  # the checkpoint of its model
+    pretrained: str | None = None  # the Megatron checkpoint of its model
+    hf_model: str | None = None  # the Hugging Face folder or Hub id that this checkpoint is made of
     canonical: bool = False  # whether each projection has an A of its own, as in PEFT's adapters
+    ranks: int = 1  # the tensor-parallel ranks whose order the rows have
 
 
 def run_config(
@@ -269,8 +278,10 @@ def run_config(
         "_target_": _PROVIDER,
         "window_size": [model.window - 1, 0],  # the tokens before and after a token, without itself
         "should_pad_vocab": False,  # the embedding has vocab_size rows at any parallelism
-        "tensor_model_parallel_size": 1,  # the layout of the checkpoint, which loaders reshard
+        # The layout of the checkpoint, which loaders reshard.
+        "tensor_model_parallel_size": adapter.ranks if adapter else 1,
         "pipeline_model_parallel_size": 1,
+        **({"hf_model_id": adapter.hf_model} if adapter and adapter.hf_model else {}),
         "bf16": dtype == "bfloat16",  # loaders read this, and not params_dtype
         "params_dtype": _torch_dtype(dtype),
         "pipeline_dtype": _torch_dtype(dtype),  # loading with pipeline parallelism requires it

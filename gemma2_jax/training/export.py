@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files.memory import Index
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.model.gemma2 import Abstract, Weights
 
 

@@ -29,13 +29,13 @@ from small_runs import saved_run
 
 from gemma2_jax import config as configs, mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
-from gemma2_jax.convert import writing
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
 from gemma2_jax.convert.files import folder, orbax, safetensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.writing import write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +60,7 @@ def copy(hf, tmp_path) -> Path:
     return Path(shutil.copytree(hf["2b", "float32"], tmp_path / "copy"))
 
 
-def _convert(source: Path, target: Path, to: writing.Format, **options) -> Path:
+def _convert(source: Path, target: Path, to: Format, **options) -> Path:
     write_checkpoint(Job(source=open_checkpoint(source), to=to, **options), target)
     return target
 

@@ -72,7 +72,7 @@ INSPECTED = {
     "lora": (
         LORA,
         (),
-        ["LoRA of rank 8, alpha 16 on attn/q, .*after the post-norm", "mg/torch_dist", "attn/o/adapter/b"],
+        ["LoRA of rank 8, alpha 16 on attn/q, .*after the post-norm", "base +hf/A_f32", "attn/o/adapter/b"],
     ),
     "dora": (DORA, (), ["DoRA of rank 8", "blocks/mlp/gate/adapter/m.*L F"]),
     "peft": (PEFT, (), ["a PEFT adapter", "LoRA of rank 8", "hf/A_f32", "not read: no base model"]),
@@ -191,9 +191,15 @@ def test_convert_warns_notes_and_refuses(run, tmp_path):
         tmp_path / "peft", tmp_path / "again", "--to", "megatron-adapter", "--hf-config", HF["f32"]
     )
     assert code == 0 and "was trained to be added before the post-norm" in warned
-    assert "go on with it in Megatron-Bridge: checkpoint.load=" in output
+    base = tmp_path / "again-base"
+    hint, fields = output.splitlines()[-2:]
+    assert fields.endswith(f"there: checkpoint.load={tmp_path / 'again'} checkpoint.pretrained_checkpoint={base}")
+    model = json.loads((PEFT / "adapter_config.json").read_text())["base_model_name_or_path"]
+    command = f"python -m gemma2_jax.convert {model} {base} --to megatron"
+    assert hint == f"convert its model for Megatron-Bridge: {command}"
     code, output, _ = run(HF["f32"], tmp_path / "ranks", "--to", "megatron-legacy", "--tp", 2, "--pp", 4)
     assert code == 0 and len(list((tmp_path / "ranks" / "iter_0000000").glob("mp_rank_0[01]_00[0-3]"))) == 8
+    assert f"load it with Megatron-LM: --load {tmp_path / 'ranks'} --ckpt-format torch --finetune" in output
     code, _, _ = run(HF["f32"], tmp_path / "x", "--to", "megatron", "--tp", 2)
     assert "leave out --tp and --pp" in str(code)
     code, _, _ = run(LM, tmp_path / "x", "--to", "hf")
@@ -327,7 +333,8 @@ from pathlib import Path
 from gemma2_jax.cluster import platforms
 platforms.prepare_process(cpu=True, cache=False)
 from gemma2_jax.convert.checkpoints import open_checkpoint
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.writing import write_checkpoint
 for source, target, to in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
     opened = open_checkpoint(source, hf_config=HF if "legacy" in source else None)
     write_checkpoint(Job(source=opened, to=to), Path(target))

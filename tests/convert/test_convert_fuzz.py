@@ -36,7 +36,8 @@ from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.writing import write_checkpoint
 
 TINY = replace(
     BITING["2b"], layers=2, width=8, mlp_width=12, heads=4, kv_heads=2, head_width=4, vocab_size=16, max_length=32

@@ -39,7 +39,8 @@ from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.writing import write_checkpoint
 
 
 def peft_tensors(folder: Path) -> Tensors:
@@ -132,16 +133,19 @@ def increment_a(projection: str, layer: int = 3) -> Callable[[Tensors], None]:
 FUSED, CANONICAL = "megatron.bridge.peft.lora.LoRA", "megatron.bridge.peft.canonical_lora.CanonicalLoRA"
 QKV, FC1 = "self_attention.linear_qkv.adapter.", "mlp.linear_fc1.adapter."
 ALONE = {"self_attention.linear_proj.adapter.", "mlp.linear_fc2.adapter."}
-EVERY_OWN = {*(f"{QKV}adapter_{x}." for x in "qkv"), f"{FC1}adapter_gate.", f"{FC1}adapter_up.", *ALONE}
+OWN_QKV, OWN_FC1 = {f"{QKV}adapter_{x}." for x in "qkv"}, {f"{FC1}adapter_gate.", f"{FC1}adapter_up."}
+EVERY_OWN = OWN_QKV | OWN_FC1 | ALONE
+# Megatron-Bridge loads no adapter on a part of what it fuses, so that these get zeros.
+ZEROS = {"q and v": ["attn/k"], "gate": ["mlp/up"], "v, o and down": ["attn/q", "attn/k"]}
 ADAPTERS: dict[str, tuple[dict, str, set[str]]] = {
     "as exported": ({}, FUSED, {QKV, FC1, *ALONE}),
     "another k": ({"change": increment_a("k")}, CANONICAL, EVERY_OWN),
     "another up": ({"change": increment_a("up", 0)}, CANONICAL, EVERY_OWN),
-    "q and v": ({"only": "[qv]_proj"}, CANONICAL, {f"{QKV}adapter_q.", f"{QKV}adapter_v."}),
-    "gate": ({"only": "gate_proj"}, CANONICAL, {f"{FC1}adapter_gate."}),
+    "q and v": ({"only": "[qv]_proj"}, CANONICAL, OWN_QKV),
+    "gate": ({"only": "gate_proj"}, CANONICAL, OWN_FC1),
     "o": ({"only": "o_proj"}, FUSED, {"self_attention.linear_proj.adapter."}),
     "attention": ({"only": "[qkvo]_proj"}, FUSED, {QKV, "self_attention.linear_proj.adapter."}),
-    "v, o and down": ({"only": "(v|o|down)_proj"}, CANONICAL, {f"{QKV}adapter_v.", *ALONE}),
+    "v, o and down": ({"only": "(v|o|down)_proj"}, CANONICAL, OWN_QKV | ALONE),
     "rslora": ({"use_rslora": True, "lora_dropout": 0.25}, FUSED, {QKV, FC1, *ALONE}),
 }
 
@@ -152,9 +156,12 @@ def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
     before = open_checkpoint(copy_adapter(tmp_path / "peft", **options), hf_config=HF["f32"])
     job = Job(source=before, to="megatron-adapter")
     before_norm = [name for name in ("attn/o", "mlp/down") if name in table.match_targets(before.adapter)]
-    assert len(job.warnings) == bool(before_norm)
-    for warning in job.warnings:
-        assert f"the adapter of {' and '.join(before_norm)} was trained to be added before the post-norm" in warning
+    zeros, alone = ZEROS.get(case, []), modules >= OWN_FC1
+    adapted = " and ".join(before_norm)
+    expected = [f"adapter of {adapted} was trained to be added before the post-norm"] * bool(before_norm)
+    expected += [f"{' and '.join(zeros)} had no adapter"] * bool(zeros) + ["these are for TP 1 alone"] * alone
+    assert len(job.warnings) == len(expected)
+    assert all(part in warning for part, warning in zip(expected, job.warnings, strict=True))
     write_checkpoint(job, tmp_path / "megatron")
     names = set(dcp.FileSystemReader(str(tmp_path / "megatron" / "iter_0000000")).read_metadata().state_dict_metadata)
     ends = [end + rest for end, rest in product(("linear_in", "linear_out"), (".weight", *STATES))]
@@ -165,11 +172,98 @@ def test_an_adapter_of_peft_s_is_megatron_s(case, tmp_path):
     after = open_checkpoint(tmp_path / "megatron")
     assert after.adapter.after_norm == bool(before_norm) and after.adapter.dropout == before.adapter.dropout
     assert after.adapter.scale == pytest.approx(before.adapter.scale, rel=1e-15)
-    back = convert(after, tmp_path / "back", "peft")
-    assert bits(peft_tensors(back)) == bits(peft_tensors(tmp_path / "peft"))
+    back, original = peft_tensors(convert(after, tmp_path / "back", "peft")), peft_tensors(tmp_path / "peft")
+    assert bits({name: back[name] for name in original}) == bits(original)
+    added = back.keys() - original.keys()
+    assert {name.split(".")[-3][0] for name in added} == {name.split("/")[1][0] for name in zeros}
+    assert len(added) == 8 * len(zeros) and not any(back[name].any() for name in added)
 
 
 STATES = [f"._extra_state/shard_{layer}_4" for layer in range(4)]
+
+
+def half_ranks(rows: np.ndarray, ranks: int) -> np.ndarray:
+    """Rows [..., F, R] as Megatron-Bridge saves those of gate, or of up, alone: it takes each rank's for both."""
+    halves = [np.split(share, 2, -2) for share in np.split(rows, ranks, -2)]
+    return np.concatenate([first for first, _ in halves] + [second for _, second in halves], -2)
+
+
+def save_canonical(folder: Path, ranks: int) -> Path:
+    """The fixture as it would be if `ranks` ranks had saved it, with one chunk for each tensor."""
+    state, expected = load_torch_dist(CANONICAL_TP2 / "iter_0000000"), peft_tensors(EXPECTED)
+    for part in ("gate", "up"):
+        b = [expected[f"base_model.model.model.layers.{n}.mlp.{part}_proj.lora_B.weight"] for n in range(4)]
+        saved = torch.tensor(half_ranks(np.stack(b), ranks))
+        name = f"decoder.layers.{FC1}adapter_{part}.linear_out.weight"
+        assert ranks != 2 or torch.equal(saved, state[name])  # the rule is that of the fixture
+        state[name] = saved
+    save_torch_dist(folder, state, CANONICAL_TP2)
+    change_yaml(folder, lambda run: run["model"].update(tensor_model_parallel_size=ranks))
+    return folder
+
+
+CANONICAL_TP2, EXPECTED = (FIXTURES / "peft" / f"A_f32_canonical_{end}" for end in ("tp2pp1", "hfpeft"))
+
+
+def test_gate_and_up_of_a_canonical_adapter_that_two_ranks_saved(tmp_path):
+    found = peft_tensors(convert(CANONICAL_TP2, tmp_path / "peft", "peft"))
+    assert bits(found) == bits(peft_tensors(EXPECTED))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gate_and_up_of_a_canonical_adapter_in_the_order_of_its_ranks(ranks, tmp_path):
+    folder = save_canonical(tmp_path / "it", ranks)
+    back = convert(folder, tmp_path / "peft", "peft")
+    assert bits(peft_tensors(back)) == bits(peft_tensors(EXPECTED))
+    assert_same_parts(open_checkpoint(folder), open_checkpoint(CANONICAL_TP2))
+
+
+def test_an_order_of_ranks_that_is_not_certain_is_refused(tmp_path):
+    folder = Path(shutil.copytree(CANONICAL_TP2, tmp_path / "it"))
+    change_yaml(folder, lambda run: run["model"].update(tensor_model_parallel_size=1))
+    with pytest.raises(ValueError, match=r"was saved at TP 1, and .*adapter_gate\S* has the 4 chunks of TP 2"):
+        open_checkpoint(folder)
+    change_yaml(folder, lambda run: run["model"].update(tensor_model_parallel_size=3))
+    with pytest.raises(ValueError, match=r"at TP 3, and .* has 128 rows, of which each rank cannot have two halves"):
+        open_checkpoint(folder)
+    change_yaml(folder, lambda run: run["model"].pop("tensor_model_parallel_size"))
+    with pytest.raises(ValueError, match=r"lacks model\.tensor_model_parallel_size"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_canonical_adapter_is_written_for_the_ranks_that_load_it(ranks, tmp_path):
+    at = copy_adapter(tmp_path / "peft", increment_a("up"), "(gate|up)_proj")
+    config = json.loads((HF["f32"] / "config.json").read_text()) | {"num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job = Job(source=open_checkpoint(at, hf_config=tmp_path), to="megatron-adapter", ranks=(ranks, 1))
+    assert any(f"these are for TP {ranks} alone" in warning for warning in job.warnings)
+    write_checkpoint(job, tmp_path / "out")
+    state, tensors = as_numpy(load_torch_dist(tmp_path / "out" / "iter_0000000")), peft_tensors(at)
+    for part in ("gate", "up"):
+        b = [tensors[f"base_model.model.model.layers.{n}.mlp.{part}_proj.lora_B.weight"] for n in range(4)]
+        saved = state[f"decoder.layers.{FC1}adapter_{part}.linear_out.weight"]
+        np.testing.assert_array_equal(saved, half_ranks(np.stack(b), ranks))
+    back = convert(open_checkpoint(tmp_path / "out"), tmp_path / "back", "peft")
+    assert bits(peft_tensors(back)) == bits(tensors)
+    # The chunks tell the ranks too.
+    change_yaml(tmp_path / "out", lambda run: run["model"].update(tensor_model_parallel_size=8))
+    with pytest.raises(ValueError, match=f"has the {2 * ranks} chunks of TP {ranks}"):
+        open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    [
+        ((), (2, 1), "is read at any parallelism; leave out --tp and --pp"),
+        (("up",), (2, 2), "is read at any pipeline parallelism; leave out --pp"),
+        (("k",), (4, 1), "kv_heads 2 do not divide into 4"),
+    ],
+)
+def test_ranks_of_an_adapter_that_makes_no_use_of_them_are_refused(change, ranks, message, tmp_path):
+    at = copy_adapter(tmp_path / "peft", lambda tensors: [increment_a(name)(tensors) for name in change])
+    with pytest.raises(ValueError, match=message):
+        Job(source=open_checkpoint(at, hf_config=HF["f32"]), to="megatron-adapter", ranks=ranks)
 
 
 def add_magnitudes(tensors: Tensors) -> None:
@@ -231,7 +325,17 @@ def test_importing_runs_it_as_it_was_trained():
 def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
     base = convert(HF["f32"], tmp_path / "base", "megatron")
     source = open_checkpoint(convert(open_checkpoint(PEFT, base=base), tmp_path / "adapter", "megatron-adapter"))
-    assert "embedding" not in source.shapes  # PEFT's own config names another
+    # PEFT's own config names a Hugging Face model, which Megatron-Bridge takes once it is a Megatron checkpoint.
+    run = yaml.safe_load((tmp_path / "adapter" / "iter_0000000" / "run_config.yaml").read_text())
+    assert run["checkpoint"]["pretrained_checkpoint"] == str(tmp_path / "adapter-base")
+    assert (
+        source.base
+        == run["model"]["hf_model_id"]
+        == json.loads((PEFT / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
+    assert "embedding" not in source.shapes
+    convert(HF["f32"], tmp_path / "adapter-base", "megatron")
+    assert "embedding" in open_checkpoint(tmp_path / "adapter").shapes
     shutil.copytree(LORA, tmp_path / "lora")
     (tmp_path / "mg" / "torch_dist").mkdir(parents=True)
     base.rename(tmp_path / "mg" / "torch_dist" / "A_f32_tp1pp1")
@@ -248,6 +352,8 @@ def test_an_adapter_finds_its_base_where_its_config_says(tmp_path, monkeypatch):
 def test_a_base_that_is_no_path_is_none(checkpoint, tmp_path):
     folder = Path(shutil.copytree(LORA, tmp_path / "it"))
     change_yaml(folder, lambda run: run.update(checkpoint=checkpoint))
+    assert open_checkpoint(folder).base == "hf/A_f32"
+    change_yaml(folder, lambda run: run["model"].update(hf_model_id=checkpoint))
     assert open_checkpoint(folder).base == ""
 
 

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
-from gemma2_jax.convert import writing
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.peft_config import adapter_config, peft_config
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -76,7 +76,7 @@ def _peft_adapter(base: Path, path: Path, adapter: AdapterConfig, kind: str) -> 
     return path
 
 
-def _convert(source: Checkpoint, target: Path, to: writing.Format, **options) -> Path:
+def _convert(source: Checkpoint, target: Path, to: Format, **options) -> Path:
     write_checkpoint(Job(source=source, to=to, **options), target)
     return target
 

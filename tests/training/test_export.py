@@ -23,7 +23,8 @@ from gemma2_jax.config import AdapterConfig, Config, MeshConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.files import safetensors as tensors
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.writing import Job, write_checkpoint
+from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS

@@ -1,0 +1,339 @@
+"""A conversion as a value: its source, its format, its options, and the arrays that are written, read part by part.
+
+`checkpoints` opens the source and reads its arrays; `model.lora` has the arithmetic of merging; `writing` writes. While
+a part is written the next ones are read, so that a few parts are in memory at a time. The largest part is a matrix of a
+layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma2_jax import dims
+from gemma2_jax.config import AdapterConfig, DType, ModelConfig
+from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
+from gemma2_jax.convert.files import orbax
+from gemma2_jax.convert.files.memory import Index, contiguous_copy
+from gemma2_jax.convert.formats import megatron_adapters, megatron_tensors, table
+from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model import lora
+from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
+from gemma2_jax.model.gemma2 import Gemma2
+
+Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
+_ADAPTER_FORMATS = ("peft", "megatron-adapter")  # they hold an adapter and no weights
+_MODEL_FORMATS = ("hf", "megatron", "megatron-legacy")  # they hold weights and no adapter
+_READ_AHEAD = 2  # parts that are read before they are written
+
+Progress = Callable[[float], None]  # is told how many more bytes have been written
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an array that is read and written at a time: a layer of a stack, or some rows of another array."""
+
+    row: Row
+    index: Index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A conversion: its source, its format and its options. Raises ValueError where they do not go together.
+
+    The arrays are read in parts, as `array_part` in our layouts or as `tensor_part` in those of the format.
+    """
+
+    source: Checkpoint
+    to: Format
+    merge: bool = False  # add the adapter into the weights
+    # Tensor-parallel ranks and pipeline stages: those that megatron-legacy has files for, or a megatron-adapter is for.
+    ranks: tuple[int, int] = (1, 1)
+    dtype: DType | None = None  # None: as stored; of a full training run that of the weights it started from
+
+    def __post_init__(self) -> None:
+        self._check_base()
+        adapted = self.source.adapter.kind != "none"
+        if self.to in _ADAPTER_FORMATS and not adapted:
+            model_format = "hf" if self.to == "peft" else "megatron"
+            reason = (
+                "trained the whole weights, so there is no adapter to write"
+                if self.source.format == "run"
+                else f"has no adapter, and --to {self.to} writes nothing else"
+            )
+            raise ValueError(f"{self.source.path} {reason}; write its weights with --to {model_format}")
+        if self.merge and not adapted:
+            raise ValueError(f"{self.source.path} has no adapter; leave out --merge")
+        if self.to in _ADAPTER_FORMATS and self.merge:
+            raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
+        if self.merge or self.to in _MODEL_FORMATS:
+            lora.check_mergeable(self.source.adapter.unmergeable_targets)
+        if self.to in _MODEL_FORMATS and adapted and not self.merge:
+            adapter_format = "peft" if self.to == "hf" else "megatron-adapter"
+            raise ValueError(
+                f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
+                f"choose --merge for one model, or --to {adapter_format} for the adapter alone"
+            )
+        assert self.source.model is not None
+        self._check_ranks(self.source.model)
+
+    def _check_base(self) -> None:
+        """Raises ValueError where the source is an adapter alone and the format needs its model, or its model's config.
+
+        This comes before anything else is said of the adapter.
+        """
+        source = self.source
+        if self.to not in _ADAPTER_FORMATS and source.lacks_base:
+            raise ValueError(
+                f"{source.describe_missing_base()}, and --to {self.to} writes them too; give that model as SRC and "
+                f"this adapter as --adapter {source.path}"
+            )
+        if source.model is None:
+            raise ValueError(
+                f"{source.describe_missing_base()}; give that model as SRC and this adapter as --adapter "
+                f"{source.path}, or the folder of the model's config.json as --hf-config"
+            )
+
+    def _check_ranks(self, model: ModelConfig) -> None:
+        tensor, stages = self.ranks
+        if self.ranks != (1, 1) and self.to != "megatron-legacy":
+            if not self.depends_on_ranks:
+                raise ValueError(f"--to {self.to} is read at any parallelism; leave out --tp and --pp")
+            if stages != 1:
+                raise ValueError(f"--to {self.to} is read at any pipeline parallelism; leave out --pp")
+        sizes = {"kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab_size": model.vocab_size}
+        if self.to == "megatron-adapter":
+            sizes |= {"adapter's rank": self.adapter.rank, "mlp_width / 2": model.mlp_width // 2}
+        for name, size, shards in (
+            *((name, size, tensor) for name, size in sizes.items()),
+            ("layers", model.layers, stages),
+        ):
+            if shards < 1 or size % shards:
+                fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
+                raise ValueError(f"the model's {name} {size} do not divide into {shards}; {fitting} do")
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about what the format cannot hold as it is, and what its readers compute otherwise than this."""
+        if self.to == "peft":
+            return self._peft_warnings()
+        return self._megatron_adapter_warnings() if self.to == "megatron-adapter" else []
+
+    def _peft_warnings(self) -> list[str]:
+        after_norm = self.adapter.unmergeable_targets
+        if not after_norm:
+            return []
+        return [
+            f"the adapter of {' and '.join(after_norm)} was trained to be added after the post-norm "
+            "(adapter.after_norm), and PEFT adds it before: the tensors are the same, the logits are not. Run it "
+            "with python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+        ]
+
+    def _megatron_adapter_warnings(self) -> list[str]:
+        targets, found = table.match_targets(self.adapter), list[str]()
+        before_norm = [name for name in ("attn/o", "mlp/down") if name in targets and not self.adapter.after_norm]
+        if before_norm:
+            found.append(
+                f"the adapter of {' and '.join(before_norm)} was trained to be added before the post-norm, and "
+                "Megatron-Bridge adds it after: the tensors are the same, the logits are not. Merge it (--merge --to "
+                "megatron), or train one with adapter.after_norm for Megatron-Bridge"
+            )
+        if self.zero_projections:
+            found.append(
+                f"{' and '.join(self.zero_projections)} had no adapter, without which Megatron-Bridge loads none for "
+                "the projections that it fuses with it; an adapter of zeros, which adds nothing, was written for each"
+            )
+        if self.depends_on_ranks:
+            found.append(
+                "mlp/gate and mlp/up have an A each, and Megatron-Bridge then reads the rows of their B in an order "
+                f"that depends on its TP; these are for TP {self.ranks[0]} alone, and --tp says another"
+            )
+        return found
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The adapter that is written as one, which a merged adapter is not."""
+        if self.merge:
+            return AdapterConfig()
+        source = self.source.adapter
+        return replace(source, targets=(*source.targets, *self.zero_projections)) if self.zero_projections else source
+
+    @cached_property
+    def zero_projections(self) -> list[str]:
+        """Projections that get an adapter of zeros, as Megatron-Bridge loads no LoRA on a part of what it fuses."""
+        is_lora = self.to == "megatron-adapter" and self.source.adapter.kind == "lora"
+        return megatron_adapters.unadapted_projections(self.source.adapter) if is_lora else []
+
+    @cached_property
+    def canonical(self) -> bool:
+        """Whether a Megatron adapter has an A for each projection, as those of fused projections differ.
+
+        Raises ValueError where those of a DoRA differ.
+        """
+        return self.to == "megatron-adapter" and not self._is_fusable()
+
+    @property
+    def depends_on_ranks(self) -> bool:
+        """Whether a Megatron adapter has rows in the order of one tensor parallelism."""
+        return self.canonical and "mlp/gate" in table.match_targets(self.adapter)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[Row, ...]]:
+        """The rows of the weights and those of the adapter, as far as they are written; Orbax has a folder for each."""
+        adapter_rows = table.table_rows(self.adapter)
+        adapter = {"adapter": adapter_rows} if adapter_rows else {}
+        return adapter if self.to in _ADAPTER_FORMATS else {"weights": table.MODEL} | adapter
+
+    @cached_property
+    def shapes(self) -> Abstract:
+        """The shape of every array, and the dtype that it is written in."""
+        stored = self._stored_shapes
+        hf = self.source.hf or {}
+        start_dtype = hf.get("dtype") or hf.get("torch_dtype")
+        fully_trained = self.source.format == "run" and self.source.adapter.kind == "none"
+        dtype = self.dtype or (start_dtype if fully_trained else None)
+        paths = {row.name: row.path for rows in self.groups.values() for row in rows}
+        shapes = {
+            path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
+        }
+        if self.to.startswith("megatron"):  # a fused tensor has one dtype, which holds the values of all its parts
+            for fused in (*megatron_tensors.MODEL, *megatron_adapters.written_adapter(self.adapter, canonical=False)):
+                parts = [shapes[paths[name]] for name in fused.parts if name in paths]
+                for name in fused.parts if len(parts) > 1 else ():
+                    shapes[paths[name]] = shapes[paths[name]].update(dtype=jnp.result_type(*parts))
+        return shapes
+
+    @cached_property
+    def _stored_shapes(self) -> Abstract:
+        """The shape and the stored dtype of every array of the source, and of the zeros that are added to it."""
+        stored, model = self.source.shapes, self.source.model
+        assert model is not None
+        added = [row for name in self.zero_projections for row in table.adapter_rows(name).values()]
+        dtypes = [x.dtype for path, x in stored.items() if "/adapter/" in path]
+        return stored | {
+            row.path: jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, self.adapter.rank), dtypes[0])
+            for row in added
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        copies = ["embedding"] if self.ranks[1] > 1 else []  # the last pipeline stage has it too
+        return sum(_byte_count(self.shapes[path]) for path in [*self.shapes, *copies])
+
+    def parts(self, rows: tuple[Row, ...]) -> Iterator[Part]:
+        """The parts of the arrays of these rows, in order."""
+        for row in rows:
+            want = self.shapes[row.path]
+            step = 1 if row.stacked else orbax.rows_at_once(want, stacked=False)
+            for start in range(0, want.shape[0], step):
+                stop = min(start + step, want.shape[0])
+                yield Part(row, (slice(start, stop), *[slice(None)] * (len(want.shape) - 1)))
+
+    def array_part(self, part: Part) -> np.ndarray:
+        """A part in our layout and in the dtype that is written, merged if asked for; its order in memory is any."""
+        row = part.row
+        projection = row.path.removeprefix("blocks/").removesuffix("/w")
+        if self.merge and projection in table.match_targets(self.source.adapter):
+            return self._merged_part(projection, part)
+        want = self.shapes[row.path]
+        if row.path not in self.source.shapes:  # an adapter of zeros
+            shape = [len(range(size)[span]) for size, span in zip(want.shape, part.index, strict=True)]
+            return np.zeros(shape, want.dtype)
+        return read_array(self.source, row.path, part.index).astype(want.dtype, copy=False)
+
+    def tensor_part(self, part: Part) -> np.ndarray:
+        """A part as Hugging Face's or PEFT's tensor of one layer, or as some rows of the tensor, in C order."""
+        array = self.array_part(part)
+        return contiguous_copy(part.row.to_tensor(array[0] if part.row.stacked else array))
+
+    def tensor_shape(self, row: Row) -> jax.ShapeDtypeStruct:
+        """The shape and the dtype of a row's tensor, which of a stacked row is that of one layer."""
+        assert self.source.model is not None
+        size = dims.dim_sizes(self.source.model, self.adapter.rank)
+        shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
+        return jax.ShapeDtypeStruct(shape, self.shapes[row.path].dtype)
+
+    def _is_fusable(self) -> bool:
+        """Whether projections that Megatron-Bridge fuses have one A. Raises ValueError where a DoRA's do not."""
+        rows = {row.path: row for row in self.groups["adapter"]}
+
+        def read_parts(path: str) -> Iterator[bytes]:
+            return (self.array_part(part).tobytes() for part in self.parts((rows[path],)))
+
+        for projections in megatron_adapters.shared_tensors(self.adapter):
+            first, *others = (table.adapter_rows(name)["a"].path for name in projections)
+            if rows.keys() >= {first, *others} and all(
+                expected == part
+                for path in others
+                for expected, part in zip(read_parts(first), read_parts(path), strict=True)
+            ):
+                continue
+            if self.adapter.kind == "dora":
+                raise ValueError(
+                    f"{self.source.path} is a DoRA with an A of its own for each of {', '.join(projections)}, and "
+                    "Megatron-Bridge's has one for all of them; merge it (--merge --to megatron), or train a LoRA"
+                )
+            return False
+        return True
+
+    def _merged_part(self, projection: str, part: Part) -> np.ndarray:
+        stored = self.source.shapes
+        adapter_paths = {variable: row.path for variable, row in table.adapter_rows(projection).items()}
+        paths = {variable: path for variable, path in {"w": part.row.path, **adapter_paths}.items() if path in stored}
+        layers, *rest = part.index
+        variables = {
+            variable: contiguous_copy(
+                read_array(self.source, path, (layers, *[slice(None)] * (len(stored[path].shape) - 1)))
+            )
+            for variable, path in paths.items()
+        }
+        merged = self._merge(projection, self.shapes[part.row.path].dtype, **variables)
+        return np.asarray(merged)[(slice(None), *rest)]
+
+    @cached_property
+    def _merge(self) -> Callable:
+        """`model.lora`'s merging of one projection, as a function of arrays: `merge(name, dtype, w=, a=, b=, m=)`."""
+        assert self.source.model is not None
+        skeleton = nnx.eval_shape(partial(_create_adapted, self.source.model, self.source.adapter))
+        adapters = {name: projection.adapter for name, projection in lora.projections(skeleton).items()}
+
+        @partial(jax.jit, static_argnums=(0, 1))
+        def merge(name: str, dtype: np.dtype, w: jax.Array, **variables: jax.Array) -> jax.Array:
+            adapter = adapters[name]
+            assert isinstance(adapter, lora.Adapter)
+            graph, _ = nnx.split(adapter)
+            return nnx.merge(graph, nnx.State(variables)).merged_weight(w, dtype)
+
+        return merge
+
+
+def _create_adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
+    rngs = nnx.Rngs(0)
+    gemma = Gemma2(model, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=rngs)
+    lora.attach_adapters(gemma, adapter, rngs=rngs)
+    return gemma
+
+
+def read_ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
+    """Yields `function` of each item in order, and runs ahead in another thread by a few items."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Y]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _byte_count(shape: jax.ShapeDtypeStruct) -> int:
+    return math.prod(shape.shape) * shape.dtype.itemsize
