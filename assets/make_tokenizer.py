@@ -44,7 +44,7 @@ def main() -> None:
         "eos_token": "<eos>",
         "bos_token": "<bos>",
         "unk_token": "<unk>",
-        "extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
+        "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],  # transformers 4 and 5 both read this key
         "clean_up_tokenization_spaces": False,
     }
     _OUTPUT.mkdir(exist_ok=True)

@@ -154,7 +154,7 @@ def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     folder = pair[0].tokenizer or pair[1].tokenizer
     if folder is None:
         raise ValueError("neither checkpoint has a tokenizer for the prompt; copy its model's tokenizer.json there")
-    tokens = load_tokenizer(str(folder))(prompt)["input_ids"]
+    tokens = load_tokenizer(folder)(prompt)["input_ids"]
     logits_TV, other_TV = (verify.compute_logits(checkpoint, tokens) for checkpoint in pair)
     same = int(np.sum(logits_TV.argmax(-1) == other_TV.argmax(-1)))
     print(

@@ -28,7 +28,7 @@ import numpy as np
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
-from gemma2_jax.convert.files.folder import tokenizer_folder
+from gemma2_jax.convert.files.folder import generation_file, tokenizer_folder
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import open_tensors
@@ -50,9 +50,7 @@ class Checkpoint:
     base: str = ""  # the folder or Hub id of the adapter's model, as the adapter's maker named it
     hf: dict[str, Any] | None = None  # the config.json that came with the weights
     tokenizer: Path | None = None  # the folder with the tokenizer
-    # Folders whose tokenizer, chat template and generation config are copied to wherever the weights are written. Where
-    # two folders have a file of the same name, that of the later folder is taken.
-    companions: tuple[Path, ...] = ()
+    generation: Path | None = None  # the file with the defaults of generation
     sources: tuple[Source, ...] = ()
     layout: str = ""  # which of the format's layouts the files have, where there are several
     notes: tuple[str, ...] = ()  # sentences about what a user should know
@@ -91,7 +89,7 @@ def open_checkpoint(
     Raises ValueError where the format is none of the known ones, or the checkpoint is damaged or has what this program
     does not implement.
     """
-    folder = _locate_folder(path)
+    folder = locate_folder(path)
     opening = _OPENING.get()
     if folder.resolve() in opening:
         raise ValueError(f"{folder} is named as its own base model, directly or by what it names; name the real one")
@@ -114,7 +112,7 @@ def _open_folder(
 ) -> Checkpoint:
     base = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
-        base = _open_config(_locate_folder(hf_config, weights=False))
+        base = _open_config(locate_folder(hf_config, weights=False))
     if model is not None and megatron.iteration_folder(folder):
         base = Checkpoint(format="megatron", path=folder, model=model)
     for has_format, open_format in _FORMATS:
@@ -187,7 +185,7 @@ def _open_huggingface(folder: Path, base: Checkpoint | None) -> Checkpoint:
         model=model,
         hf=hf,
         tokenizer=tokenizer_folder(folder),
-        companions=(folder,),
+        generation=generation_file(folder),
         sources=(source,),
     )
     # Transformers loads an adapter that lies beside the model too.
@@ -203,8 +201,13 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     tensors = open_tensors(folder, safetensors.ADAPTER)
     projections = table.adapted_rows(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in tensors.shapes)
     adapter = adapter_config(peft, projections, folder / "adapter_config.json")
-    tokenizer = tokenizer_folder(folder)
-    adapted = Checkpoint(format="peft", path=folder, adapter=adapter, tokenizer=tokenizer, companions=(folder,))
+    adapted = Checkpoint(
+        format="peft",
+        path=folder,
+        adapter=adapter,
+        tokenizer=tokenizer_folder(folder),
+        generation=generation_file(folder),
+    )
     open_source = partial(TensorSource.open, folder, tensors, table.table_rows(adapter))
     return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
 
@@ -215,7 +218,9 @@ def _is_orbax(folder: Path) -> bool:
 
 def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
     weights, adapter = _orbax_root(folder / "weights"), _orbax_root(folder / "adapter")
-    empty = Checkpoint(format="orbax", path=folder, tokenizer=tokenizer_folder(folder), companions=(folder,))
+    empty = Checkpoint(
+        format="orbax", path=folder, tokenizer=tokenizer_folder(folder), generation=generation_file(folder)
+    )
     if weights:
         hf = read_json(folder / "config.json")
         model = model_config(hf, folder / "config.json")
@@ -268,7 +273,7 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
         adapter=config.adapter,
         hf=hf,
         tokenizer=tokenizer_folder(tokenizer),
-        companions=(tokenizer,),
+        generation=generation_file(tokenizer),
     )
     if config.adapter.kind == "none":
         _refuse_base(folder, config.model, base)
@@ -313,7 +318,7 @@ def _open_megatron(folder: Path, base: Checkpoint | None) -> Checkpoint:
         path=folder,
         model=model,
         tokenizer=tokenizer_folder(tokenizer),
-        companions=(tokenizer,) if tokenizer.is_dir() else (),
+        generation=generation_file(tokenizer),
         layout=opened.layout
         + ("" if not run else " at TP {} and PP {}".format(*megatron_config.parallel_sizes(run, run_path))),
         notes=(f"not read, as it is no weight: {', '.join(opened.ignored)}",) if opened.ignored else (),
@@ -393,7 +398,7 @@ def _open_config(folder: Path) -> Checkpoint:
         model=model_config(hf, folder / "config.json"),
         hf=hf,
         tokenizer=tokenizer_folder(folder),
-        companions=(folder,),
+        generation=generation_file(folder),
     )
 
 
@@ -424,12 +429,12 @@ def _attach_base(
 
 
 def _inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The checkpoint with the config.json, the tokenizer and the companions of its base where it has none."""
+    """The checkpoint with the config.json, the tokenizer and the generation config of its base where it has none."""
     return replace(
         checkpoint,
         hf=checkpoint.hf or base.hf,
         tokenizer=checkpoint.tokenizer or base.tokenizer,
-        companions=(*base.companions, *checkpoint.companions),
+        generation=checkpoint.generation or base.generation,
     )
 
 
@@ -462,8 +467,11 @@ def _describe_sources(checkpoint: Checkpoint) -> str:
     return " and ".join(parts) or f"an adapter whose model is not at hand ({checkpoint.base or 'not named'})"
 
 
-def _locate_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """The folder that `path` means. A Hub id's files are downloaded, with the weights or without."""
+def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """The folder that `path` means. A Hub id's files are downloaded, with the weights or without.
+
+    Raises ValueError where there is no such folder and no such model.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

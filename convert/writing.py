@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma2_jax.convert import writing_megatron
 from gemma2_jax.convert.files import orbax, safetensors
-from gemma2_jax.convert.files.folder import atomic_folder, copy_tokenizer
+from gemma2_jax.convert.files.folder import atomic_folder, copy_companions
 from gemma2_jax.convert.files.memory import contiguous_copy
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
@@ -49,8 +49,7 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
             _write_orbax(folder / name, job, rows, progress)
         else:
             _write_safetensors(folder, job, rows, progress)
-    for companion in source.companions:
-        copy_tokenizer(companion, folder)
+    copy_companions(source.tokenizer, source.generation, folder)
 
 
 def _write_safetensors(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma2_jax.config import DType
 from gemma2_jax.convert.files import safetensors, torch_files
-from gemma2_jax.convert.files.folder import copy_tokenizer
+from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.files.memory import reserve_disk
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.torch_dist import TorchDistWriter
@@ -61,9 +61,9 @@ def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> 
             with path.open("wb") as file:
                 torch_files.save_torch(file, content)
     (folder / megatron.TRACKER).write_text("0")
-    for companion in source.companions:
-        (iteration / "tokenizer").mkdir(exist_ok=True)
-        copy_tokenizer(companion, iteration / "tokenizer")
+    if source.tokenizer or source.generation:
+        (iteration / "tokenizer").mkdir()
+        copy_companions(source.tokenizer, source.generation, iteration / "tokenizer")
 
 
 def pretrained_checkpoint(base: str, target: Path) -> Path:

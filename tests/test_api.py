@@ -17,7 +17,7 @@ from peers import BITING, hf_model
 import gemma2_jax as g2
 from gemma2_jax import api, config as configs
 from gemma2_jax.convert.checkpoints import open_checkpoint
-from gemma2_jax.convert.files.folder import copy_tokenizer
+from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
 from gemma2_jax.data import python_docs
 from gemma2_jax.model.gemma2 import flatten_state
@@ -32,7 +32,7 @@ def eight_heads(tmp_path_factory) -> Path:
     """A Hugging Face folder in float32 whose heads divide into eight."""
     folder = tmp_path_factory.mktemp("hf")
     hf_model(BITING["27b"]).save_pretrained(folder)
-    copy_tokenizer(TINY, folder)
+    copy_companions(TINY, None, folder)
     return folder
 
 

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Files that transformers, PEFT or a server reads beside the weights and their config.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
+# What transformers and servers read as one tokenizer. Each of its main files is one without the other.
+_TOKENIZER_MAIN = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_TOKENIZER += ("additional_chat_templates/*.jinja",)
+_GENERATION = "generation_config.json"
 
 
 @contextmanager
@@ -52,14 +55,25 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
         raise
 
 
-def tokenizer_folder(*folders: Path) -> Path | None:
-    """The first of these folders that holds a tokenizer."""
-    return next((folder for folder in folders if any(file.is_file() for file in folder.glob("tokenizer*"))), None)
+def tokenizer_folder(folder: Path) -> Path | None:
+    """This folder if it holds a tokenizer."""
+    return folder if any((folder / name).is_file() for name in _TOKENIZER_MAIN) else None
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer, the chat template and the generation config that `source` has into `target`."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+def generation_file(folder: Path) -> Path | None:
+    """The defaults of generation that this folder holds."""
+    return folder / _GENERATION if (folder / _GENERATION).is_file() else None
+
+
+def copy_companions(tokenizer: Path | None, generation: Path | None, target: Path) -> None:
+    """Copies the tokenizer of a folder, with its chat templates, and defaults of generation, byte for byte.
+
+    All files of the tokenizer are from the one folder: those of two tokenizers would contradict each other.
+    """
+    if tokenizer:
+        for file in (file for pattern in _TOKENIZER for file in tokenizer.glob(pattern) if file.is_file()):
+            copy = target / file.relative_to(tokenizer)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    if generation:
+        shutil.copyfile(generation, target / _GENERATION)

@@ -47,28 +47,42 @@ class Store:
     offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a directory, or of a Hugging Face hub id; ValueError when there is none that will do."""
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a folder, with Gemma's chat template where it has Gemma's tokens of turns and no template.
+
+    Raises ValueError where there is none that will do.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
-        raise ValueError(f"{path} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json")
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(describe_missing_tokenizer(Path(folder)))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer at {path!r}: it is neither a directory nor a hub id that can be reached ({error})"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the libraries raise KeyError, TypeError and Exception itself for damaged files
+        raise ValueError(f"the tokenizer of {folder} is damaged ({error!r}); copy its files again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"the tokenizer of {path} has no tokenizer.json; convert it to a fast one")
+        raise ValueError(f"{folder}/tokenizer_config.json asks for a tokenizer that does not read tokenizer.json")
     if tokenizer.chat_template is None and tokenizer.convert_tokens_to_ids(_TURNS) != [tokenizer.unk_token_id] * 2:
         # Tokenizers of the models that are not instruction-tuned know the tokens, but not the format.
         tokenizer.chat_template = gemma_chat_template()
-        logger.warning("%s has no chat template; conversations are written in Gemma's format", path)
+        logger.warning("%s has no chat template; conversations are written in Gemma's format", folder)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no bos_token or no eos_token; a document needs both")
+        raise ValueError(f"the tokenizer of {folder} has no bos_token or no eos_token; a document needs both")
     return tokenizer
+
+
+def describe_missing_tokenizer(folder: Path) -> str:
+    """Why a folder has no tokenizer that can be read, and how to make one of what it has."""
+    if not (folder / "tokenizer.model").is_file():
+        return f"{folder} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json"
+    # transformers 5.24 splits runs of spaces, and symbols such as <table>, otherwise than SentencePiece and version 4.
+    return (
+        f"{folder} has tokenizer.model and no tokenizer.json; copy that file of its model there, or make it in an "
+        "environment of its own: pip install 'transformers>=4.57,<5' sentencepiece protobuf, and then python -c "
+        f"\"import transformers; transformers.AutoTokenizer.from_pretrained('{folder}').backend_tokenizer.save("
+        f"'{folder}/tokenizer.json')\" (transformers 5 would make other tokens of it than SentencePiece does)"
+    )
 
 
 def gemma_chat_template() -> str:

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.convert.files.folder import generation_file
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.writing import write_checkpoint
@@ -44,7 +45,8 @@ class AdapterExports:
             model=config.model,
             adapter=config.adapter,
             base=config.init,
-            companions=(config.output / "tokenizer",),
+            tokenizer=config.output / "tokenizer",
+            generation=generation_file(config.output / "tokenizer"),
             sources=(_HostArrays(arrays),),
         )
         # A run that ended before its checkpoint was whole may have left this folder.

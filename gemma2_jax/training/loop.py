@@ -56,7 +56,7 @@ def train(config: Config) -> Result:
         Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints,
     ):
         changes = resume.claim_workdir(config, checkpoints.latest)
-        tokenizer = resume.keep_tokenizer(config, source)
+        tokenizer = resume.keep_tokenizer(config, source, resumes=checkpoints.latest is not None)
         adapters = AdapterExports(config)
         if checkpoints.latest is not None and checkpoints.latest >= config.steps:
             state, _ = resume.start_state(program, source, checkpoints)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config
-from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
-from gemma2_jax.convert.files.folder import copy_tokenizer
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, locate_folder, open_checkpoint
+from gemma2_jax.convert.files.folder import atomic_folder, copy_companions, tokenizer_folder
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.data.batches import Batches, load_tokenizer
+from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.metrics import truncate_metrics
@@ -159,28 +161,48 @@ def _config_lines(config: Config) -> dict[str, str]:
     return dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
 
 
-def keep_tokenizer(config: Config, source: Checkpoint | None):
-    """The run's tokenizer, kept with a config.json under WORKDIR/tokenizer so that the run stands on its own."""
-    folder = config.data.tokenizer or (source and source.tokenizer)
-    if not folder:
-        raise ValueError("no tokenizer: init has none beside its weights, so set data.tokenizer to a folder or hub id")
-    tokenizer = load_tokenizer(str(folder))
-    if len(tokenizer) > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
-            "use the model's own tokenizer"
-        )
-    if jax.process_index() != 0:
-        return tokenizer
+def keep_tokenizer(config: Config, source: Checkpoint | None, *, resumes: bool):
+    """The run's tokenizer. Its files are kept under WORKDIR/tokenizer as they came, so that the run stands on its own.
+
+    A run that goes on has the one that it kept. Raises ValueError where there is none, or it is not the model's.
+    """
     copy = config.output / "tokenizer"
+    with hosts.process_zero_first("keep_tokenizer"):
+        folder = (resumes and tokenizer_folder(copy)) or _find_tokenizer(config, source)
+        tokenizer = load_tokenizer(folder)
+        if len(tokenizer) > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
+                "use the model's own tokenizer"
+            )
+        if folder != copy and jax.process_index() == 0:
+            shutil.rmtree(copy, ignore_errors=True)
+            with atomic_folder(copy, 0) as partial_copy:
+                _write_tokenizer(partial_copy, config, source, tokenizer)
+    return tokenizer
+
+
+def _find_tokenizer(config: Config, source: Checkpoint | None) -> Path:
+    if config.data.tokenizer:
+        return locate_folder(config.data.tokenizer, weights=False)
+    if source and source.tokenizer:
+        return source.tokenizer
+    raise ValueError("no tokenizer: init has none beside its weights, so set data.tokenizer to a folder or hub id")
+
+
+def _write_tokenizer(copy: Path, config: Config, source: Checkpoint | None, tokenizer) -> None:
+    """The files of a tokenizer, the chat template that it was given where they have none, and the model's config."""
+    copy_companions(Path(tokenizer.name_or_path), source.generation if source else None, copy)
+    template = copy / "chat_template.jinja"
+    if (
+        config.data.kind == "instructions"
+        and tokenizer.chat_template == gemma_chat_template()
+        and not template.exists()
+    ):
+        template.write_text(gemma_chat_template(), encoding="utf-8")
     dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
     original = source.hf if source else None
-    copy.mkdir(exist_ok=True)
-    if source and source.tokenizer:
-        copy_tokenizer(source.tokenizer, copy)
-    tokenizer.save_pretrained(copy)
     (copy / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
-    return tokenizer
 
 
 def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:

@@ -90,9 +90,15 @@ def test_messages_that_the_template_does_not_take_are_named(tokenizer):
 
 def test_tokenizers_that_will_not_do_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"holds no tokenizer; it needs tokenizer.json"):
-        encoding.load_tokenizer(str(tmp_path))
-    with pytest.raises(ValueError, match=r"no tokenizer at '/no/such': it is neither a directory nor a hub id"):
-        encoding.load_tokenizer("/no/such")
+        encoding.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"of SentencePiece")
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model and no tokenizer.json; .*pip install 'transformers>=4.57,<5'"
+    ):
+        encoding.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is damaged"):
+        encoding.load_tokenizer(tmp_path)
 
 
 def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path, tokenizer, monkeypatch):

@@ -140,6 +140,8 @@ def test_adapters_that_a_run_exports_are_those_of_its_checkpoints(run, adapter):
     assert kept == [{"3", "4"}, {"3", "4"}]
     assert contents(run / "adapters" / "4") == contents(adapter)
     assert contents(run / "adapters" / "3") != contents(adapter)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (run / "tokenizer" / file).read_bytes() == contents(adapter)[file] == (TINY / file).read_bytes()
     exported = checkpoints.open_checkpoint(run / "adapters" / "4")
     assert (exported.format, exported.base) == ("peft", str(TINY))
 
