@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import DType
 
@@ -96,18 +97,25 @@ class Export:
     trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
 
 
-def main() -> None:
+def main(program: str = "python -m gemma2_jax.convert") -> None:
     """Parses the command line and runs the command; exits with a sentence where that cannot be done."""
-    arguments = sys.argv[1:]
-    name = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
-    kind, run = _COMMANDS.get(name, (Convert, _convert))
-    command = tyro.cli(kind, prog=f"python -m gemma2_jax.convert {name}".rstrip(), args=arguments[bool(name) :])
+    name, *arguments = sys.argv[1:] or [""]
+    if name in _COMMANDS:
+        kind, run = _COMMANDS[name]
+        program = f"{program} {name}"
+    else:
+        kind, run = Convert, _convert
+        arguments = sys.argv[1:]
+        near = command_line.suggest(name, _COMMANDS, cutoff=0.75)
+        if near and not Path(name).exists():
+            command_line.exit_usage(f"there is no command {name}, nor a folder of that name{near}", program)
+    command = command_line.parse(kind, arguments, program)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit removes a folder that is half written
     platforms.prepare_process(cpu=True, cache=False)
     try:
         run(command)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(command_line.fold(f"error: {error}"))
 
 
 def _inspect(command: Inspect) -> None:

@@ -3,9 +3,11 @@
 gemma2-jax train --config 9b_lora       is       python -m gemma2_jax.train --config 9b_lora
 """
 
-import difflib
 import importlib
 import sys
+from pathlib import Path
+
+from gemma2_jax import command_line
 
 COMMANDS = {
     "train": "pretrain or fine-tune; the same command on the same --workdir resumes",
@@ -18,17 +20,18 @@ MODULES = {"convert": "gemma2_jax.convert.__main__"}  # the others are gemma2_ja
 
 def main() -> None:
     """Runs the command that the first argument names, with the others; without one, lists the commands."""
+    program = "gemma2-jax" if Path(sys.argv[0]).name == "gemma2-jax" else "python -m gemma2_jax"
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:10} {summary}" for command, summary in COMMANDS.items()]
-        print("usage: gemma2-jax COMMAND [OPTIONS]\n", *lines, "\nEach command has a --help.", sep="\n")
+        print(f"usage: {program} COMMAND [OPTIONS]\n", *lines, "\nEach command has a --help.", sep="\n")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        sys.exit(f"error: there is no command {name}; {hint}There are {', '.join(COMMANDS)}")
-    sys.argv = [f"gemma2-jax {name}", *arguments]
-    importlib.import_module(MODULES.get(name, f"gemma2_jax.{name}")).main()
+        near = command_line.suggest(name, COMMANDS) or "."
+        command_line.exit_usage(f"there is no command {name}{near} There are {', '.join(COMMANDS)}", program)
+    program = f"{program} {name}"
+    sys.argv = [program, *arguments]
+    importlib.import_module(MODULES.get(name, f"gemma2_jax.{name}")).main(program)
 
 
 if __name__ == "__main__":

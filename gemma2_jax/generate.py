@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from gemma2_jax import megatron_bridge
+from gemma2_jax import command_line, megatron_bridge
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import DType
 
@@ -38,15 +38,15 @@ class Command:
     dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
 
 
-def main() -> None:
+def main(program: str = "python -m gemma2_jax.generate") -> None:
     """Parses, loads, generates; exits with a sentence where that cannot be done."""
     arguments = megatron_bridge.translate_generate_arguments(sys.argv[1:])
-    command = tyro.cli(Command, prog="python -m gemma2_jax.generate", args=arguments)
+    command = command_line.parse(Command, arguments, program)
     platforms.prepare_process()
     try:
         _generate(command)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(command_line.fold(f"error: {error}"))
 
 
 def _generate(command: Command) -> None:

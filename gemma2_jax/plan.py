@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.described_cluster import DEVICE_BYTES, GPUS_PER_HOST, USABLE_BYTES
 from gemma2_jax.planning.report import Plan, describe_fit, format_gib, summarize_step
@@ -27,9 +28,9 @@ class Command(Recipe):
     gpus: int = GPUS_PER_HOST  # H100s, 8 a host
 
 
-def main() -> None:
+def main(program: str = "python -m gemma2_jax.plan") -> None:
     """Parses, compiles and prints; exits with a sentence where that cannot be done."""
-    command = parse(sys.argv[1:], Command, "plan")
+    command = parse(sys.argv[1:], Command, program)
     described_cluster.prepare_jax()
     from gemma2_jax.planning.compiled_step import compile_step
 
@@ -39,7 +40,7 @@ def main() -> None:
     try:
         print_plan(console, summarize_step(compile_step(command.run, command.gpus)))
     except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(command_line.fold(f"error: {error}"))
 
 
 def print_plan(console: Console, plan: Plan) -> None:

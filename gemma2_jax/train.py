@@ -14,10 +14,11 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from gemma2_jax import config as configs, megatron_bridge
+from gemma2_jax import command_line, config as configs, megatron_bridge
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
 
+PROGRAM = "python -m gemma2_jax.train"
 HELP_RECIPE = "tiny_lora"  # whose fields --help shows where no recipe is given
 
 
@@ -40,25 +41,22 @@ class Command(Recipe):
     print: bool = False  # show the resolved config, and stop
 
 
-def parse[C: Recipe](arguments: list[str], command: type[C] = Command, name: str = "train") -> C:
+def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: str = PROGRAM) -> C:
     """The command that these arguments give. Exits with a message where they are not understood."""
     try:
         arguments = megatron_bridge.translate_arguments(arguments)
         arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
-        recipe = _find_option(arguments, "--config")
-        if recipe is None and not {"--help", "-h"} & {*arguments}:
-            _ask_for_recipe(f"python -m gemma2_jax.{name}")
-        recipe = recipe or HELP_RECIPE
+        recipe = _find_recipe(arguments, program)
         default = command(config=recipe, run=configs.load_recipe(recipe))
-        return tyro.cli(command, args=arguments, prog=f"python -m gemma2_jax.{name}", default=default)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        command_line.exit_usage(str(error), program)
+    return command_line.parse(command, arguments, program, default)
 
 
-def main() -> None:
+def main(program: str = PROGRAM) -> None:
     """Parses, trains; ends with 0, 1 after an error that it names, 2 for arguments, or 130 after Ctrl-C or SIGTERM."""
-    command = parse(sys.argv[1:])
+    command = parse(sys.argv[1:], program=program)
     if command.print:
         print(configs.to_text(command.run), end="")
         return
@@ -92,29 +90,34 @@ def describe_interruption(workdir: Path) -> str:
 def _end_process(status: int, message: str) -> NoReturn:
     """Ends this process now. Were the interpreter to end first, a step that a device still computes would abort it."""
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    print(command_line.fold(message), file=sys.stderr, flush=True)
     os._exit(status)
 
 
-def _ask_for_recipe(command: str) -> NoReturn:
-    """Says what a command without a recipe lacks, and exits with the status of a mistake in the arguments."""
-    print(
-        f"error: a recipe is needed, as in {command} --config {HELP_RECIPE}. There are "
-        f"{', '.join(configs.recipe_names())}; a Python file with a function config() is one too. --help lists the "
-        "options",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+def _find_recipe(arguments: list[str], program: str) -> str:
+    """The recipe that --config names, which decides the defaults of the other options, before those are parsed.
 
-
-def _find_option(arguments: list[str], name: str) -> str | None:
-    """The value of an option that decides the defaults of the others, before those are parsed."""
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        if argument == name:
-            return following
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+    Raises ValueError unless there is one, or help is asked for.
+    """
+    values = [
+        following if argument == "--config" else argument.partition("=")[2]
+        for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="")
+        if re.match("--config(=|$)", argument)
+    ]
+    if len(values) > 1:
+        raise ValueError(f"--config is given {len(values)} times, as {' and '.join(values)}; give one of them")
+    if values and values[0] and not values[0].startswith("-"):
+        return values[0]
+    if {"--help", "-h"} & {*arguments}:
+        return HELP_RECIPE
+    names = ", ".join(configs.recipe_names())
+    there_are = f"There are {names}; a Python file with a function config() is one too"
+    if arguments and not arguments[0].startswith("-"):
+        near = command_line.suggest(arguments[0], configs.recipe_names())
+        raise ValueError(
+            f"{arguments[0]} is not an option: a recipe is given as --config NAME{near or '.'} {there_are}"
+        )
+    raise ValueError(f"a recipe is needed, as in {program} --config {HELP_RECIPE}. {there_are}")
 
 
 if __name__ == "__main__":

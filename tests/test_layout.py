@@ -16,7 +16,7 @@ from gemma2_jax.training.step import Program
 ROOT = Path(__file__).parents[1]
 # Rooms, from the spine to the commands. A file may import its own room and those on earlier lines, never a later one.
 FLOORS = (
-    ("config",),
+    ("config", "command_line"),
     ("dims",),
     ("mesh",),
     ("kernels",),

@@ -260,9 +260,10 @@ def test_unknown_arguments_are_refused(arguments, message):
         ),
     ],
 )
-def test_unknown_fields_end_with_a_sentence(words, message):
-    with pytest.raises(SystemExit, match=message):
+def test_unknown_fields_end_with_a_sentence(words, message, capsys):
+    with pytest.raises(SystemExit):
         train.parse(words.split())
+    assert message in capsys.readouterr().err
 
 
 def test_other_commands_are_left_alone(capsys):

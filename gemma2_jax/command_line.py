@@ -1,0 +1,117 @@
+"""What the commands share: arguments in, and one sentence where they are not understood. Nothing here knows a command.
+
+tyro parses; the sentences are ours, so that a mistake reads alike whoever finds it, in a terminal and in a log.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import tyro
+
+
+class _ParseFailure(Exception):
+    """What tyro found wrong: an event of one of its own classes."""
+
+
+def parse[T](kind: type[T], arguments: list[str], program: str, default: T | None = None) -> T:
+    """The arguments of a command as a dataclass. Exits with `exit_usage` where they are not understood."""
+    given: Any = {} if default is None else {"default": default}
+    try:
+        with _catch_failures():
+            return tyro.cli(kind, args=arguments, prog=program, **given)
+    except _ParseFailure as failure:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], prog=program, **given)
+        options = [*dict.fromkeys(re.findall(r"--[a-z][\w-]*(?:\.[\w-]+)*", shown.getvalue()))]
+        exit_usage(_explain_failure(failure.args[0], arguments, options), program)
+    except ValueError as error:  # of the dataclass itself
+        exit_usage(str(error), program)
+
+
+def exit_usage(reason: str, program: str) -> NoReturn:
+    """Says why the arguments are not understood and which command lists them, and exits with status 2."""
+    end = "" if reason.endswith("?") else "."
+    print(fold(f"error: {reason}{end} {program} --help lists what there is"), file=sys.stderr)
+    sys.exit(2)
+
+
+def fold(message: str) -> str:
+    """A message for standard error, cut into lines between words where that is a terminal."""
+    if not sys.stderr.isatty():
+        return message
+    width = shutil.get_terminal_size().columns
+    lines = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in message.split("\n"))
+    return "\n".join("\n".join(line) for line in lines)
+
+
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """ "; did you mean NAME?" with the known name that is most like this one; empty where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _catch_failures() -> contextlib.AbstractContextManager:
+    """Has tyro raise _ParseFailure instead of printing a box.
+
+    tyro has no public name for that. A release that lacks what 1.0.17 has prints its boxes.
+    """
+    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", None)
+    return hook(_raise_failure) if hook else contextlib.nullcontext()
+
+
+def _raise_failure(event: Any) -> NoReturn:
+    raise _ParseFailure(event)
+
+
+def _explain_failure(event: Any, arguments: list[str], options: list[str]) -> str:
+    """What is wrong with the arguments. Unknown options come before the failures that may follow from them."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments if re.match("--[a-z]", argument)]
+    if unknown := [name for name in names if name not in options]:
+        return "; ".join(f"there is no option {name}{_suggest_options(name, options)}" for name in unknown)
+    kind = type(event).__name__
+    if kind == "UnrecognizedArgs":
+        return f"{' '.join(event.tokens)} is not an option, nor the value of one"
+    if kind == "MissingArgs":
+        return f"{' and '.join(_describe_argument(missing.arg) for missing in event.missing_arguments)} must be given"
+    if kind == "InvalidChoice":
+        near = suggest(event.value, event.choices, cutoff=0.6) or "."
+        return f"{event.argument.display_name()} is {event.value!r}{near} It may be {' or '.join(event.choices)}"
+    if kind == "BadValue":
+        return f"{_describe_argument(event.argument)} lacks its value"
+    if event.argument is None:
+        return event.message
+    return f"{_describe_argument(event.argument)} is not understood: {event.message}"
+
+
+def _describe_argument(argument: Any) -> str:
+    """An option with what it takes, as --help writes it: --optim.lr FLOAT; or a positional argument: SRC."""
+    name, value = argument.lowered.name_or_flags[-1], argument.lowered.metavar
+    return str(value) if argument.is_positional() else f"{name} {value}"
+
+
+def _suggest_options(name: str, options: list[str]) -> str:
+    """The options that are most like this one: of the same last part, else spelled alike, else of a last part alike."""
+
+    def last_part(option: str) -> str:
+        return option.lstrip("-").rpartition(".")[2]
+
+    parts = {last_part(option) for option in options}
+    near = (
+        [option for option in options if last_part(option) == last_part(name)]
+        or difflib.get_close_matches(name, options, n=2, cutoff=0.8)
+        or [
+            o
+            for part in difflib.get_close_matches(last_part(name), parts, n=2)
+            for o in options
+            if last_part(o) == part
+        ]
+    )
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""

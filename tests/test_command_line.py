@@ -1,0 +1,91 @@
+"""What the commands say of arguments that they do not understand: one sentence, alike for all of them."""
+
+import sys
+
+import pytest
+import tyro
+
+from gemma2_jax import __main__ as commands
+
+RECIPES = "There are 27b_dora, 27b_lora, "
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """What `gemma2-jax` with these arguments says on standard error as it ends with status 2."""
+
+    def run(arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/gemma2-jax", *arguments.split()])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        output, error = capsys.readouterr()
+        assert ended.value.code == 2 and not output
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("tran", "there is no command tran; did you mean train? There are train, generate, convert, plan."),
+        ("train --config tiny_lora --nonsense x", "there is no option --nonsense."),
+        ("train --config tiny_lora --optim.lrr 3", "there is no option --optim.lrr; did you mean --optim.lr or "
+         "--optim.min-lr?"),
+        ("train --config tiny_lora optim.warmup_step=3", "there is no option --optim.warmup-step; did you mean "
+         "--optim.warmup-steps?"),
+        ("train --config tiny_lora --seed 3", "there is no option --seed; did you mean --data.seed or --train.seed?"),
+        ("train --config tiny_lora --data.trian x", "there is no option --data.trian; did you mean --data.train?"),
+        ("train --config tiny_lora --data.packing maybe", "--data.packing is 'maybe'. It may be True or False."),
+        ("train --config tiny_lora --data.kind instruction", "--data.kind is 'instruction'; did you mean "
+         "instructions? It may be text or instructions."),
+        ("train --config tiny_lora --data.eval-fraction 2", "data.eval_fraction is 2.0; it must be at least 0 and "
+         "below 1."),
+        ("train --config tiny_lora --optim.lr three", "--optim.lr FLOAT is not understood: could not convert string "
+         "to float: 'three'."),
+        ("train --config tiny_lora --steps", "--steps INT lacks its value."),
+        ("train --config tiny_lora --steps 0", "steps is 0; it must be at least 1."),
+        ("train --config tiny_lora wrong", "wrong is not an option, nor the value of one."),
+        ("train tiny_lra", f"tiny_lra is not an option: a recipe is given as --config NAME; did you mean tiny_lora? "
+         f"{RECIPES}"),
+        ("train --config tiny_lra", f"no recipe 'tiny_lra': did you mean tiny_lora? {RECIPES}"),
+        ("train --config tiny_lora --config=2b_lora", "--config is given 2 times, as tiny_lora and 2b_lora; give one "
+         "of them."),
+        ("plan --config tiny_lora --gpu 3", "there is no option --gpu; did you mean --gpus?"),
+        ("generate", "--checkpoint STR must be given."),
+        ("generate --checkpoint a --prompts b", "there is no option --prompts; did you mean --prompt?"),
+        ("convert --nonsense x", "there is no option --nonsense."),
+        ("convert nspect x", "there is no command nspect, nor a folder of that name; did you mean inspect?"),
+        ("convert a b", "--to {orbax,hf,peft,megatron,megatron-legacy,megatron-adapter} must be given."),
+        ("convert a b --to hff", "--to is 'hff'; did you mean hf? It may be orbax or hf or "),
+        ("convert a b c --to hf", "c is not an option, nor the value of one."),
+        ("convert inspect", "PATH must be given."),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(arguments, said, refusal):
+    error = refusal(arguments)
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+    program = {"tran": "", "convert inspect": " convert inspect"}.get(arguments, f" {arguments.split()[0]}")
+    assert error.endswith(f" gemma2-jax{program} --help lists what there is\n")
+
+
+def test_a_terminal_cuts_lines_between_words(refusal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    piped = refusal("train")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = refusal("train").splitlines()
+    assert max(map(len, lines)) <= 60 and " ".join(lines) + "\n" == piped
+
+
+@pytest.mark.parametrize("called", ["/usr/bin/gemma2-jax", "/a/gemma2_jax/__main__.py"])
+def test_help_names_the_program_as_it_was_called(called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called, "convert", "inspect", "--help"])
+    with pytest.raises(SystemExit):
+        commands.main()
+    program = "gemma2-jax" if called.endswith("gemma2-jax") else "python -m gemma2_jax"
+    assert capsys.readouterr().out.startswith(f"usage: {program} convert inspect [-h]")
+
+
+def test_a_tyro_without_its_hook_prints_its_own_words(refusal, monkeypatch):
+    monkeypatch.delattr(tyro._errors, "on_parse_error")
+    assert "nonsense" in refusal("generate --checkpoint a --nonsense x")
