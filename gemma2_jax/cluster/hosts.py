@@ -180,7 +180,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
                 cluster_detection_method="deactivate",
                 coordinator_bind_address="127.0.0.1:0",
             )
-            platforms.restrict_cache()
+            platforms.restrict_cache(place.index)
             yield
             jax.distributed.shutdown()
         except BaseException as error:
@@ -200,12 +200,23 @@ def process_zero_first(block: str) -> Iterator[None]:
     """Process 0 carries out the block of this name before the others begin it and find what process 0 wrote."""
     import jax
 
-    several = jax.distributed.is_initialized()
-    if several and jax.process_index() > 0:
-        jax_internals.wait_for_all(block, _BARRIER_SECONDS)
+    if jax.process_index() > 0:
+        wait_for_processes(block)
     yield
-    if several and jax.process_index() == 0:
-        jax_internals.wait_for_all(block, _BARRIER_SECONDS)
+    if jax.process_index() == 0:
+        wait_for_processes(block)
+
+
+def wait_for_processes(moment: str) -> None:
+    """Returns when every process of the run has come to this moment; at once where there is one process.
+
+    On CPU the first collective of a group of devices gives up when one of them is 30 seconds late (Gloo's rendezvous),
+    as a process is that compiles what another has read from the cache, or that reads weights from a slower disk.
+    """
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax_internals.wait_for_all(moment, _BARRIER_SECONDS)
 
 
 @contextlib.contextmanager

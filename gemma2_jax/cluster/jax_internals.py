@@ -3,8 +3,10 @@
 Checked with jax and jaxlib 0.11.2 and 0.12.0. A new release of JAX is tried here first.
 """
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -35,3 +37,52 @@ def wait_for_all(name: str, seconds: int) -> None:
     """
     distributed = importlib.import_module("jax._src.distributed")
     distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
+
+
+def gather_answers(question: str, answer: str, seconds: int) -> list[str]:
+    """What every process of the run answers to a question, by index. Each asks a question once.
+
+    `multihost_utils.process_allgather` is a collective of the devices, which this is asked before.
+    """
+    state = importlib.import_module("jax._src.distributed").global_state
+    state.client.key_value_set(f"{question}/{state.process_id}", answer)
+    return [
+        state.client.blocking_key_value_get(f"{question}/{index}", seconds * 1000)
+        for index in range(state.num_processes)
+    ]
+
+
+def replace_damaged_programs(report: Callable[[str], None]) -> None:
+    """Has JAX compile again what its cache holds in part, such as a program that a full disk cut off; reports its name.
+
+    JAX warns of it at every start and never replaces it, as it does not write over an entry. Process 0, which alone
+    writes, removes it here. JAX has no setting for that, and its warning does not name the file.
+    """
+    module: Any = importlib.import_module("jax._src.compilation_cache")
+    distributed = importlib.import_module("jax._src.distributed")
+    open_cache = module.get_file_cache
+    if hasattr(open_cache, "__wrapped__"):
+        return
+
+    @functools.wraps(open_cache)
+    def open_checked_cache(path: str) -> Any:
+        opened = open_cache(path)
+        cache, _ = opened
+        read = cache.get
+
+        def read_whole(key: str) -> bytes | None:
+            program = read(key)
+            try:
+                if program is not None:
+                    module.decompress_executable(program)  # checks a sum of all bytes; a program has a few megabytes
+            except Exception:  # each way of compressing has an error of its own
+                if distributed.global_state.process_id == 0:
+                    (cache._path / f"{key}-cache").unlink(missing_ok=True)
+                    report(key.rpartition("-")[0])
+                return None
+            return program
+
+        cache.get = read_whole
+        return opened
+
+    module.get_file_cache = open_checked_cache

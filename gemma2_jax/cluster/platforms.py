@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma2_jax.cluster import jax_internals
 # library nothing but single matrix products.
 _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
+_ANSWER_SECONDS = 300  # that a process waits for what another has to say of the cache
 _CACHE_SWITCH, _CACHE_FOLDER = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -49,6 +51,7 @@ def enable_cache() -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    jax_internals.replace_damaged_programs(_report_damage)
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -56,16 +59,34 @@ def enable_cache() -> None:
     compilation_cache.reset_cache()  # JAX decides once whether it has one, with its first program
 
 
-def restrict_cache() -> None:
-    """Turns the cache off where the processes of this run could not all read it. Starts JAX.
+def _report_damage(program: str) -> None:
+    print(
+        f"{program} in the cache of compiled programs was cut off or damaged; it is removed and compiled again",
+        file=sys.stderr,
+    )
 
-    JAX has process 0 alone write. Where the others find nothing, they compile what process 0 reads, and it is minutes
-    ahead of them at the first collective, where Gloo gives up after 30 seconds.
+
+def restrict_cache(index: int) -> None:
+    """Turns the cache off unless all processes of the run, of which this has that index, see the same folder of it.
+
+    XLA divides the search for a GPU's fastest kernels among the processes of a program. One that compiles it would wait
+    for one that has read it from a folder of its own.
     """
     import jax
 
-    if _explain_unshared_cache():
-        jax.config.update("jax_enable_compilation_cache", False)
+    folder = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    is_local = bool(folder) and "://" not in str(folder)
+    with contextlib.ExitStack() as stack:
+        marker = "-"
+        if index == 0 and folder and is_local:
+            with contextlib.suppress(OSError):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                marker = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix="seen-by-all-")).name
+        marker = Path(jax_internals.gather_answers("cache_marker", marker, _ANSWER_SECONDS)[0]).name
+        sees = (Path(folder) / marker).exists() if folder and is_local else bool(folder)
+        answers = jax_internals.gather_answers("cache_seen", str(sees), _ANSWER_SECONDS)
+    if folder and "False" in answers:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def describe_cache() -> str:
@@ -73,24 +94,13 @@ def describe_cache() -> str:
     import jax
 
     if not jax.config.jax_enable_compilation_cache:
-        return f"not kept: {_explain_unshared_cache() or f'{_CACHE_SWITCH} is off'}"
+        return f"not kept: {_CACHE_SWITCH} is off"
     folder = jax.config.jax_compilation_cache_dir
-    if folder and Path(folder).is_relative_to(Path.home()):
+    if not folder:
+        return f"not kept: the processes do not all see one folder for them; {_CACHE_FOLDER} names one"
+    if Path(folder).is_relative_to(Path.home()):
         folder = f"~/{Path(folder).relative_to(Path.home())}"
-    return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)" if folder else f"not kept: {_CACHE_FOLDER} is empty"
-
-
-def _explain_unshared_cache() -> str:
-    """Why the processes of this run could not all read what process 0 keeps; empty if they can."""
-    import jax
-
-    if jax.process_count() == 1:
-        return ""
-    if jax.default_backend() == "cpu":  # jax 0.11.2 strips the devices from a program's key on GPU only
-        return "on CPU, each of several processes has a key of its own for a program, and process 0 alone writes"
-    if not os.environ.get(_CACHE_FOLDER):
-        return f"with several processes, {_CACHE_FOLDER} has to name a folder that all hosts share"
-    return ""
+    return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)"
 
 
 def describe_memory_fraction() -> str:

@@ -208,19 +208,23 @@ def _write_tokenizer(copy: Path, config: Config, source: Checkpoint | None, toke
 def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:
     """The state to go on from, and the position that the loop saved with it; None where the run starts.
 
-    It is this run's newest checkpoint if there is one, else the weights given, else random ones.
+    It is this run's newest checkpoint if there is one, else the weights given, else random ones. Of several processes
+    each returns when all have theirs, as what they do next they do together.
     """
-    latest = checkpoints.latest
+    latest, position = checkpoints.latest, None
     if latest is None:
         state = program.initial_state(load_base(program, source))
         if program.config.init_adapter:
             assert source is not None
             state = dataclasses.replace(state, params=load_weights(source, program.params))
-        return state, None
-    params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
-    frozen = load_base(program, source) if program.frozen else {}
-    step = jax.device_put(np.int32(latest), program.state.step.sharding)
-    return State(step=step, params=params, frozen=frozen, optimizer=optimizer), position
+    else:
+        params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
+        frozen = load_base(program, source) if program.frozen else {}
+        # `device_put` would compare the number between processes, which may not have come so far yet.
+        step = jax.make_array_from_callback((), program.state.step.sharding, lambda _: np.int32(latest))
+        state = State(step=step, params=params, frozen=frozen, optimizer=optimizer)
+    hosts.wait_for_processes("start_state")
+    return state, position
 
 
 def load_base(program: Program, source: Checkpoint | None) -> Weights:

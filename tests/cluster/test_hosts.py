@@ -174,6 +174,16 @@ def two(config: Config, given: list[list[str]], environments: list[dict[str, str
     ]
 
 
+def cache_variables(folder: Path) -> dict[str, str]:
+    """Has a process of four devices keep every program that it compiles."""
+    return {
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def ends(processes: list) -> list[tuple[int, str, str]]:
     """Of each, its status and what it said, without what a CUDA plugin says of a machine that has no GPU."""
     outputs = [process.communicate(timeout=120) for process in processes]
@@ -248,10 +258,13 @@ def named(error: str, victim: subprocess.Popen, index: int) -> bool:
 
 
 def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
-    """With a stage for each, who read the same rows, as their devices differ in the layers that they have."""
+    """With a stage for each, who read the same rows, as their devices differ in the layers that they have.
+
+    The second start has process 0 read what it compiled in the first. On CPU the other has to compile it again.
+    """
     config = replace(cut(alone, tmp_path / "run", 2), mesh=MeshConfig(data=1, stage=2, fsdp=4))
-    given = options()
-    processes = two(config, given)
+    given, environment = options(), cache_variables(tmp_path / "cache")
+    processes = two(config, given, [environment] * 2)
     while not (tmp_path / "run" / "checkpoints" / "4").exists() and processes[0].poll() is None:
         time.sleep(0.005)
     processes[0].send_signal(signal.SIGKILL)
@@ -263,15 +276,17 @@ def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
     assert named(ended[1][2], processes[0], 0), ended[1][2]
     assert seconds < 15
     assert not (tmp_path / "run" / "checkpoints" / "6").exists(), "it was over before it was killed"
-    again = ends(two(config, given))
+    again = ends(two(config, given, [environment | {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}] * 2))
     assert [status for status, _, _ in again] == [0, 0], again
+    assert "cache hit for 'jit_train_step'" in again[0][2]
+    assert f"compiled programs  kept in {tmp_path}/cache" in again[0][1]
     assert "resumes after step 4" in again[0][1]
     np.testing.assert_allclose(logged(tmp_path / "run"), logged(alone), rtol=1e-5)
 
 
-# A run's start and its first export, with no step between them.
+# A run's start and its first export, with no step between them. Process 1 comes late.
 FROM_ADAPTER_TO_ADAPTER = """
-import sys, types
+import pathlib, sys, time, types
 from gemma2_jax import config
 from gemma2_jax.cluster import hosts
 given = config.from_text(open(sys.argv[1]).read())
@@ -280,8 +295,13 @@ with hosts.process_group(config.HostsConfig(coordinator=sys.argv[2], count=2, in
     from gemma2_jax.training import export, resume, step
     from gemma2_jax import mesh
     program = step.Program(given, mesh.make_mesh(given.mesh))
+    late = pathlib.Path(given.workdir + "-late")
+    if jax.process_index() == 1:
+        time.sleep(3)
+        late.touch()
     with jax.set_mesh(program.mesh):
         state, _ = resume.start_state(program, resume.open_source(given), types.SimpleNamespace(latest=None))
+        assert late.exists(), "process 0 would begin a collective alone, and Gloo give it up after 30 seconds"
         assert not any(w.is_fully_addressable for w in state.params.values())
         export.AdapterExports(given).save(1, state.params)
 """
@@ -318,7 +338,7 @@ def test_an_adapter_through_two_processes(tmp_path):
         np.testing.assert_array_equal(written[name], tensor)
 
 
-# One collective, by two processes that may have compiled it before.
+# One collective by two processes.
 SUM_OVER_PROCESSES = """
 import sys
 from gemma2_jax.cluster import hosts, platforms
@@ -336,26 +356,32 @@ with hosts.process_group(HostsConfig(coordinator=sys.argv[1], count=2, index=int
 """
 
 
-def test_two_processes_and_a_cache(tmp_path):
-    """On CPU process 0 alone would find what it has compiled, and Gloo does not wait for the other: neither looks."""
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    for _ in range(2):
-        words = [sys.executable, "-c", SUM_OVER_PROCESSES, f"127.0.0.1:{free_port()}"]
-        processes = [
-            subprocess.Popen(
-                [*words, str(index)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for index in range(2)
-        ]
-        for status, output, error in ends(processes):
-            assert status == 0, error
-            assert "sum 28.0; compiled programs not kept: on CPU, each of several processes has a key of its" in output
-        assert not list(tmp_path.glob("cache/*-cache"))
+@pytest.mark.parametrize(
+    ("folders", "described"),
+    [
+        (("a", "b"), "not kept: the processes do not all see one folder for them; JAX_COMPILATION_CACHE_DIR names one"),
+        (("a", "a"), "kept in {}/a (JAX_ENABLE_COMPILATION_CACHE=0 turns it off)"),
+    ],
+)
+def test_the_folder_of_compiled_programs(folders, described, tmp_path):
+    """One that all see, or none: XLA on GPUs has the processes that compile a program wait for one that has read it."""
+    words = [sys.executable, "-c", SUM_OVER_PROCESSES, f"127.0.0.1:{free_port()}"]
+    processes = [
+        subprocess.Popen(
+            [*words, str(index)],
+            env=os.environ | cache_variables(tmp_path / folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, folder in enumerate(folders)
+    ]
+    for status, output, error in ends(processes):
+        assert status == 0, error
+        assert f"sum 28.0; compiled programs {described.format(tmp_path)}\n" in output
+    kept = {path.parent.name for path in tmp_path.glob("*/*-cache")}
+    assert kept == ({"a"} if folders == ("a", "a") else set())
+    assert not list(tmp_path.glob("*/seen-by-all-*"))
 
 
 def test_process_1_killed(tmp_path):

@@ -1,6 +1,7 @@
 """What a process has set for JAX: nothing by importing the package, everything by `prepare_process`."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,23 @@ jax.devices()
 from gemma2_jax.cluster import platforms
 platforms.prepare_process()
 """
+# Three runs of one program, as far as JAX's caches know.
+DAMAGED = """
+import pathlib, sys
+from gemma2_jax.cluster import platforms
+platforms.prepare_process()
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+for run in range(3):
+    print(run, jax.jit(lambda x: x + 1)(1), sum(hits), file=sys.stderr)
+    [entry] = pathlib.Path(jax.config.jax_compilation_cache_dir).glob("jit__lambda-*-cache")
+    if run == 0:
+        entry.write_bytes(entry.read_bytes()[:-9])
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+"""
 
 HUB = """
 from gemma2_jax.cluster import platforms
@@ -106,6 +124,14 @@ def test_what_the_user_has_set_stays(tmp_path: Path):
     printed, _ = run(PREPARED, XLA_FLAGS="--xla_dump_hlo_as_text", JAX_ENABLE_COMPILATION_CACHE="0")
     assert printed[1].startswith("--xla_dump_hlo_as_text --xla_cpu_experimental_ynn_fusion_type=")
     assert printed[3:] == ["None", "not kept: JAX_ENABLE_COMPILATION_CACHE is off"]
+
+
+def test_a_program_that_was_kept_in_part(tmp_path: Path):
+    """It is said once, and the run after that reads what was compiled instead."""
+    _, error = run(DAMAGED, JAX_COMPILATION_CACHE_DIR=str(tmp_path), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    said = [line for line in error.splitlines() if re.match(r"\d \d|jit|.*[Ww]arning:", line)]
+    damage = "jit__lambda in the cache of compiled programs was cut off or damaged; it is removed and compiled again"
+    assert said == ["0 2 0", damage, "1 2 0", "2 2 1"], error
 
 
 @pytest.mark.parametrize("told", [False, True])
