@@ -74,7 +74,9 @@ _PLACES = {"Gemma2": "model.gemma2", "Plan": "planning.report", "Program": "trai
 
 
 class _CallableModule(ModuleType):
-    """A module that is called as the function of the same name in `api`."""
+    """A module that is called, shown and documented as the function of the same name in `api`."""
+
+    __doc__: Any = property(lambda self: self._function.__doc__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
@@ -82,6 +84,9 @@ class _CallableModule(ModuleType):
     @property
     def _function(self) -> Any:
         return getattr(importlib.import_module("gemma2_jax.api"), self.__name__.rpartition(".")[2])
+
+    def __repr__(self) -> str:
+        return f"<function {self.__name__}, which is also the module {self.__file__}>"
 
     @property
     def __signature__(self) -> Any:
@@ -107,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -2,9 +2,11 @@
 
 import doctest
 import itertools
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
 from gemma2_jax.data import python_docs
+from gemma2_jax.model import lora
 from gemma2_jax.model.gemma2 import flatten_state
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +68,17 @@ def test_examples_run(name, tmp_path, monkeypatch):
 def test_every_verb_has_an_example():
     verbs = [name for name in g2.__all__ if name[0].islower()]
     assert [name for name in verbs if ">>>" not in getattr(api, name).__doc__] == []
-    assert set(g2.__all__) <= set(dir(g2))
+
+
+def test_a_star_imports_the_front_door():
+    """The verbs, shown and documented as such though some are modules too, and nothing that they are made of."""
+    names: dict = {}
+    exec("from gemma2_jax import *", names)
+    del names["__builtins__"]
+    assert sorted(names) == dir(g2) == sorted(g2.__all__)
+    for name in ("convert", "generate", "load", "mesh", "plan", "recipe", "save", "train"):
+        assert repr(names[name]).startswith("<function "), names[name]
+        assert names[name].__doc__ == getattr(api, name).__doc__
 
 
 ORDERS = {
@@ -126,6 +139,20 @@ def test_positions_and_segments_have_defaults(eight_heads):
     positions = jnp.asarray([[*range(6), *range(6)]])
     np.testing.assert_allclose(model(pair, positions, halves)[0, 6:], model([TOKENS])[0], atol=2e-5, rtol=0)
     assert not np.allclose(model(pair)[0, 6:], model([TOKENS])[0], atol=1e-2)
+
+
+def test_a_model_is_shown_in_a_line(eight_heads):
+    """With what is on it and where it lies; every weight is shown by its state."""
+    model = g2.load(eight_heads, mesh=g2.mesh(fsdp=2, data=4))
+    count = f"{model.config.parameter_count():,}"
+    size = f"{model.config.layers} layers of width {model.config.width}; {count} parameters in float32"
+    shown = f"LoadedModel({size}; computes in float32; on data 4 x fsdp 2, from {eight_heads})"
+    assert str(model) == repr(model) == shown
+    lora.attach_adapters(model, g2.AdapterConfig(kind="lora", rank=2, targets=("attn/q",)), rngs=nnx.Rngs(0))
+    assert re.search(rf"{count} parameters in float32 \+ [\d,]+ of adapters in float32; computes", repr(model))
+    create = partial(g2.Gemma2, model.config, attention=model.attention, dtype="bfloat16")
+    plain = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
+    assert repr(plain) == f"Gemma2({size}; computes in bfloat16)"
 
 
 def test_gradients_go_through_a_loaded_model(eight_heads):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
+
 # What transformers and servers read as one tokenizer. Each of its main files is one without the other.
 _TOKENIZER_MAIN = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -43,8 +45,7 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise ValueError(
-                f"{path} needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free; write to another "
-                "disk"
+                f"{path} needs {decimal(size)}, and {path.parent} has {decimal(free)} free; write to another disk"
             )
         partial.mkdir()
     try:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, ModelConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
+from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
@@ -27,7 +28,7 @@ from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.inference.generator import Generator, keeps_dtype
 from gemma2_jax.inference.sampling import Sampling
 from gemma2_jax.inference.text import decode_text, encode_prompt, stop_tokens
-from gemma2_jax.mesh import make_mesh, stored_sharding
+from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights, flatten_state, rebuild_model, weight_dims
@@ -53,6 +54,13 @@ class LoadedModel(Gemma2):
     """
 
     origin: Origin
+
+    def _describe(self) -> list[str]:
+        if not hasattr(self, "origin"):  # it is being made
+            return super()._describe()
+        adapter = [describe_adapter(self.adapter)] if self.adapter.kind != "none" else []
+        place = f"on {describe_mesh(self.mesh)}, from {self.origin.checkpoint.path}"
+        return [*super()._describe(), *adapter, place]
 
     def __call__(self, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
         """Logits of the token that follows each token, float32 [B, T, V].
@@ -191,7 +199,10 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
         checkpoint = Checkpoint(format="huggingface", path=Path("the model"), model=model.config)
     weights = flatten_state(nnx.state(model))
     if not all(w.is_fully_addressable for w in weights.values()):
-        raise ValueError("the weights are spread over several processes; save them from a training run's checkpoint")
+        raise ValueError(
+            f"the weights are spread over {jax.process_count()} processes, and one writes; a training run's checkpoint "
+            "has them whole: python -m gemma2_jax.convert RUN DST --to FORMAT, in one process when the run has ended"
+        )
     if checkpoint.adapter.kind == "none" and any("/adapter/" in path for path in weights):
         raise ValueError("the model has adapters that it was not loaded with; merge them first (lora.merge_adapters)")
     # "run" would mean another dtype than the model's own.

@@ -9,6 +9,7 @@ Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -264,6 +265,20 @@ class Gemma2(nnx.Module):
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
+
+    def __repr__(self) -> str:
+        """A line. `nnx.display(model)` in a notebook, and `print(nnx.state(model))`, show every weight."""
+        return f"{type(self).__name__}({'; '.join(self._describe())})"
+
+    __str__ = __repr__  # NNX has another, with colors
+
+    def _describe(self) -> list[str]:
+        """The size, the dtypes and what is on the weights, in words."""
+        sizes = Counter[tuple[str, str]]()
+        for path, w in flatten_state(nnx.state(self)).items():
+            sizes["of adapters" if "/adapter/" in path else "parameters", str(w.dtype)] += w.size
+        weights = " + ".join(f"{size:,} {kind} in {dtype}" for (kind, dtype), size in sizes.items())
+        return [f"{self.config.layers} layers of width {self.config.width}", weights, f"computes in {self.dtype}"]
 
     def __call__(self, tokens_BT, positions_BT=None, segments_BT=None) -> jax.Array:
         """Logits of the token that follows each token, float32 [B, T, V].
