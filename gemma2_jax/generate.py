@@ -30,7 +30,7 @@ class Command:
     hf_config: str | None = None  # folder or Hub id with the config.json and tokenizer that a Megatron checkpoint lacks
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # give it again for several; none: standard input is one
     chat: bool = False  # prompts are what a user says: write them as the tokenizer's chat template does
-    max_new_tokens: int = 100  # a text ends after so many, or with <eos> or <end_of_turn>
+    max_new_tokens: int = 100  # a text ends after so many, or with an eos_token_id or (--chat) the end of a turn
     temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
     top_k: int | None = None  # draw from the k most likely tokens
     top_p: float | None = None  # of those, from the fewest, most likely first, with this much of the probability
@@ -51,19 +51,21 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
 
 def _generate(command: Command) -> None:
     from gemma2_jax.data.encoding import load_tokenizer
+    from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.loaded import load_generator
     from gemma2_jax.inference.sampling import Sampling
-    from gemma2_jax.inference.text import encode_prompt, stop_tokens
+    from gemma2_jax.inference.text import encode_prompt
 
     sampling = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, seed=command.seed)
     checkpoint = _open_checkpoint(command)
-    tokenizer = load_tokenizer(str(checkpoint.tokenizer))
+    assert checkpoint.tokenizer is not None  # _open_checkpoint made sure
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     prompts = command.prompt or (sys.stdin.read(),)
     tokens = [encode_prompt(prompt, tokenizer, chat=command.chat) for prompt in prompts]
+    stop = stop_tokens(checkpoint, tokenizer, chat=command.chat)
+    _print_defaults(command, checkpoint, stop, tokenizer)
     generator = load_generator(checkpoint, command.dtype)
-    chunks = generator.stream(
-        tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stop_tokens(tokenizer)
-    )
+    chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stop)
     _print_texts(prompts, sum(map(len, tokens)), chunks, tokenizer)
 
 
@@ -86,6 +88,15 @@ def _open_checkpoint(command: Command) -> "Checkpoint":
             file=sys.stderr,
         )
     return checkpoint
+
+
+def _print_defaults(command: Command, checkpoint: "Checkpoint", stop: set[int], tokenizer) -> None:
+    """Says what ends a text, and what the checkpoint suggests in place of the most likely tokens."""
+    from gemma2_jax.inference.defaults import describe_stop, describe_suggestion, suggested_sampling
+
+    print(describe_stop(stop, tokenizer, command.max_new_tokens), file=sys.stderr)
+    if command.temperature == 0 and (settings := suggested_sampling(checkpoint)):
+        print(describe_suggestion(settings), file=sys.stderr)
 
 
 def _print_texts(prompts, prompt_tokens: int, chunks, tokenizer) -> None:

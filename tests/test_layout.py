@@ -42,7 +42,7 @@ ORDER_WITHIN = {
         ("lock", "optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
         ("startup", "resume", "export"), ("loop",),
     ),
-    "inference": (("sampling", "text", "clock"), ("generator",), ("loaded",)),
+    "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

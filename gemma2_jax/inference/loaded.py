@@ -25,9 +25,10 @@ from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import load_tokenizer
+from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import Generator, keeps_dtype
 from gemma2_jax.inference.sampling import Sampling
-from gemma2_jax.inference.text import decode_text, encode_prompt, stop_tokens
+from gemma2_jax.inference.text import decode_text, encode_prompt
 from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
@@ -229,7 +230,7 @@ def generate_texts(
     """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh."""
     tokens = [encode_prompt(prompt, model.tokenizer, chat=chat) for prompt in prompts]
     rows = [*tokens, *tokens[-1:] * (-len(tokens) % (model.mesh.shape["data"] * model.mesh.shape["fsdp"]))]
-    stop = stop_tokens(model.tokenizer)
+    stop = stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat)
     graph, state = nnx.split(model)
     with jax.set_mesh(model.mesh):
         weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in flatten_state(state).items()}
@@ -273,7 +274,7 @@ def _model_skeleton(checkpoint: Checkpoint, mesh: Mesh, dtype: DType) -> LoadedM
 
 def _assemble_model(skeleton: LoadedModel, weights: Weights, checkpoint: Checkpoint, mesh: Mesh) -> LoadedModel:
     model = rebuild_model(nnx.graphdef(skeleton), weights)
-    tokenizer = load_tokenizer(str(checkpoint.tokenizer)) if checkpoint.tokenizer else None
+    tokenizer = load_tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else None
     model.origin = Origin(checkpoint, mesh, tokenizer)
     return model
 

@@ -22,12 +22,6 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bo
     return tokens if tokens[:1] == [bos] else [bos, *tokens]
 
 
-def stop_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
-    """Tokens that end a text: <eos>, and <end_of_turn> where the tokenizer has it."""
-    vocabulary = tokenizer.get_vocab()
-    return {vocabulary[token] for token in (tokenizer.eos_token, "<end_of_turn>") if token in vocabulary}
-
-
 def decode_text(tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> str:
     """The text of tokens, without special ones."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True))

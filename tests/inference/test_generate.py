@@ -1,7 +1,9 @@
 """Generation against transformers' `generate`, token for token; sampling against its distributions; the command."""
 
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,9 +23,11 @@ from peers import BITING, hf_model, state_dict
 
 from gemma2_jax import generate, mesh as meshes
 from gemma2_jax.config import GEMMA2_TINY, MeshConfig
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.inference import generator as generators
+from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import CHUNK, Generator
 from gemma2_jax.inference.sampling import Sampling, filter_logits, sample_tokens
 from gemma2_jax.inference.text import TextStream
@@ -364,7 +368,9 @@ def test_command_says_what_transformers_says(checkpoint, command):
     assert text == transformers_text(checkpoint, "<bos>The", 40) + "\n"
     assert len(text) > 80
     assert re.fullmatch(
-        r"prefill 2 tokens at [\d,]+ tokens/s; decode 39 tokens at [\d,]+ tokens/s; compiled in [\d.]+ s\n", speed
+        r"a text ends with <eos> \(1\), or after 40 tokens\n"
+        r"prefill 2 tokens at [\d,]+ tokens/s; decode 39 tokens at [\d,]+ tokens/s; compiled in [\d.]+ s\n",
+        speed,
     )
 
 
@@ -376,6 +382,66 @@ def test_command_chats_with_several(checkpoint, command):
     form = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
     answers = [transformers_text(checkpoint, form.format(prompt), 30) for prompt in asked]
     assert text == f"[1] {asked[0]}\n{answers[0]}\n\n[2] {asked[1]}\n{answers[1]}\n\n"
+
+
+def write_generation(folder: Path, checkpoint: Path, **settings) -> Path:
+    """A copy of a checkpoint with another generation_config.json."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_command_ends_with_any_eos_token_of_the_checkpoint(checkpoint, command, tmp_path):
+    """With the first of a list that comes, as in transformers; how to draw is suggested and not done."""
+    whole = transformers_text(checkpoint, "<bos>The", 40)
+    ids = load_tokenizer(checkpoint)(whole, add_special_tokens=False)["input_ids"]
+    drawing = dict(do_sample=True, temperature=0.7, top_k=64, top_p=0.95)
+    folder = write_generation(tmp_path / "hf", checkpoint, eos_token_id=[1, ids[20], ids[12]], **drawing)
+    text, said = command("--checkpoint", folder, "--prompt", "The", "--max-new-tokens", 40)
+    assert text == transformers_text(folder, "<bos>The", 40) + "\n"
+    assert 0 < len(text) < len(whole) / 2
+    ending, suggestion, _ = said.splitlines()[-3:]
+    assert all(f"({token})" in ending for token in (1, ids[20], ids[12]))
+    assert suggestion == (
+        "the most likely tokens are taken; the checkpoint suggests drawing them (do_sample), with --temperature 0.7 "
+        "--top_k 64 --top_p 0.95"
+    )
+    _, said = command("--checkpoint", folder, "--prompt", "The", "--max-new-tokens", 40, "--temperature", 0.7)
+    assert "suggests" not in said
+
+
+INSTRUCT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end_of_turn>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "template", "chat", "expected"),
+    [
+        (1, None, INSTRUCT, False, {1}),
+        (1, None, INSTRUCT, True, {1, 5}),
+        (7, [8, 9], INSTRUCT, True, {1, 5, 7, 8, 9}),
+        ([7, 6], 8, INSTRUCT, False, {1, 6, 7, 8}),
+        (None, None, INSTRUCT.replace("<end_of_turn>", "<unk>"), True, {1, 3}),
+        (None, None, INSTRUCT.replace("<end_of_turn>", ""), True, {1}),
+        (None, None, "{{ raise_exception('no') }}", True, {1}),
+        (None, None, "{{ bos_token }}", True, {1}),
+    ],
+)
+def test_tokens_that_end_a_text(tmp_path, config, generation, template, chat, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    tokenizer = load_tokenizer(ASSETS)
+    tokenizer.chat_template = template
+    found = Checkpoint(
+        format="huggingface", path=tmp_path, hf={"eos_token_id": config}, generation=tmp_path / "generation_config.json"
+    )
+    assert stop_tokens(found, tokenizer, chat=chat) == expected
+
+
+def test_an_eos_token_id_that_is_none_is_an_error(checkpoint, command, tmp_path):
+    folder = write_generation(tmp_path / "hf", checkpoint, eos_token_id=[1, "<eos>"])
+    with pytest.raises(
+        SystemExit, match=r"error: .*generation_config.json: eos_token_id is \[1, '<eos>'\]; it must be"
+    ):
+        command("--checkpoint", folder, "--prompt", "The")
 
 
 def test_command_adds_an_adapter(checkpoint, command, tmp_path, monkeypatch):
