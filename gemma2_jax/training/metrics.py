@@ -11,11 +11,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
@@ -182,7 +184,25 @@ def progress_bar(console: Console, *, hidden: bool) -> Progress:
     """The bar of a run, whose tasks have a field `text`. Where a line is narrow it is the bar that gives way."""
     text = TextColumn("{task.fields[text]}")
     columns = TextColumn("step"), MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=None), text
-    return Progress(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True)
+    return _Bar(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True)
+
+
+class _Bar(Progress):
+    def get_renderable(self) -> "_Narrow":
+        return _Narrow(super().get_renderable())
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """A bar that leaves the line's last columns free, in which a terminal shows the ^C of Ctrl-C.
+
+    At the end of a full line the ^C would begin another, on which the bar would be drawn again.
+    """
+
+    bar: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        yield from console.render(self.bar, options.update_width(max(options.max_width - len("^C"), 1)))
 
 
 class _Elapsed(TimeElapsedColumn):
