@@ -30,12 +30,16 @@ from gemma2_jax.training.step import Batch, Program, State
 class Result:
     """What a call of `train` leaves behind."""
 
-    folder: Path  # the run's working directory
     step: int  # the last step taken
     losses: dict[int, float]  # training loss (nats per target token) by logged step, of the steps of this call
     eval_losses: dict[int, float]  # held-out loss by step, likewise
     program: Program
     state: State  # after the last step, on the devices
+
+    @property
+    def folder(self) -> Path:
+        """The run's working directory."""
+        return self.program.config.output
 
 
 def train(config: Config) -> Result:
@@ -69,10 +73,8 @@ def train(config: Config) -> Result:
         evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
         compile_seconds = time.perf_counter() - compile_started
         state, position = resume.start_state(program, source, checkpoints)
-        start_step = 0
-        if position is not None:
-            start_step = position["step"]
-            resume.restore_position(config, batches, position)
+        start_step = resume.restore_position(config, batches, position)
+        if start_step:
             adapters.save(start_step, state.params)  # the run may have ended before it was written
         startup.print_startup(
             console,
@@ -88,32 +90,45 @@ def train(config: Config) -> Result:
             ),
         )
         log = metrics.Metrics(config, console, start_step=start_step)
+        run = Run(program, batches, train_step, evaluate, checkpoints, adapters)
         with log, Trace(config, start_step, log.pause) as trace:
-            if evaluate and start_step == 0:
-                with log.pause():
-                    log.log_evaluation(0, evaluate(state))
-            for step in range(start_step + 1, config.steps + 1):
-                trace.before_step(step)
-                state, values = train_step(state, place_batch(program, next(batches)))
-                log.step(step, values)
-                trace.after_step(step)
-                if evaluate and is_due(step, config.train.eval_every, config.steps):
-                    with log.pause():
-                        log.log_evaluation(step, evaluate(state))
-                if is_due(step, config.train.checkpoint_every, config.steps):
-                    with log.pause():  # It raises where the loss is not finite, so that such weights are not saved.
-                        position = {"step": step, "data": batches.get_state()}
-                        checkpoints.save(step, state.params, state.optimizer, position)
-                        adapters.save(step, state.params)
+            state = take_steps(run, state, start_step, log, trace)
     startup.print_ending(console, config, config.steps, trace.folder)
-    return Result(
-        folder=config.output,
-        step=config.steps,
-        losses=log.losses,
-        eval_losses=log.eval_losses,
-        program=program,
-        state=state,
-    )
+    return Result(step=config.steps, losses=log.losses, eval_losses=log.eval_losses, program=program, state=state)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a run use, all of it made before the first."""
+
+    program: Program
+    batches: Batches
+    train_step: jax.stages.Compiled
+    evaluate: Callable[[State], float] | None
+    checkpoints: Checkpoints
+    adapters: AdapterExports
+
+
+def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> State:
+    """Takes the steps after `start_step`, evaluates and saves when that is due, and gives the state after the last."""
+    config = run.program.config
+    if run.evaluate and start_step == 0:
+        with log.pause():
+            log.log_evaluation(0, run.evaluate(state))
+    for step in range(start_step + 1, config.steps + 1):
+        trace.before_step(step)
+        state, values = run.train_step(state, place_batch(run.program, next(run.batches)))
+        log.step(step, values)
+        trace.after_step(step)
+        if run.evaluate and is_due(step, config.train.eval_every, config.steps):
+            with log.pause():
+                log.log_evaluation(step, run.evaluate(state))
+        if is_due(step, config.train.checkpoint_every, config.steps):
+            with log.pause():  # It raises where the loss is not finite, so that such weights are not saved.
+                position = {"step": step, "data": run.batches.get_state()}
+                run.checkpoints.save(step, state.params, state.optimizer, position)
+                run.adapters.save(step, state.params)
+    return state
 
 
 def report_finished(console: Console, program: Program, step: int, state: State) -> Result:
@@ -121,7 +136,7 @@ def report_finished(console: Console, program: Program, step: int, state: State)
     config = program.config
     startup.print_nothing_to_do(console, config, step)
     startup.print_ending(console, config, step)
-    return Result(folder=config.output, step=step, losses={}, eval_losses={}, program=program, state=state)
+    return Result(step=step, losses={}, eval_losses={}, program=program, state=state)
 
 
 def compile_step(program: Program, step: Callable, **options: Any) -> jax.stages.Compiled:

@@ -232,8 +232,13 @@ def load_base(program: Program, source: Checkpoint | None) -> Weights:
     return load_weights(source, program.base) if source else program.random_base()
 
 
-def restore_position(config: Config, batches: Batches, position: dict) -> None:
-    """Has the batches go on where the run was. Raises ValueError where the data is not what it was then."""
+def restore_position(config: Config, batches: Batches, position: dict | None) -> int:
+    """Has the batches go on where the run was, and gives its step; 0 where there is no position, as the run starts.
+
+    Raises ValueError where the data is not what it was then.
+    """
+    if position is None:
+        return 0
     try:
         batches.set_state(position["data"])
     except ValueError as error:
@@ -241,3 +246,4 @@ def restore_position(config: Config, batches: Batches, position: dict) -> None:
             f"the run in {config.output} cannot go on with this data: {error}. Give back the data and the sizes of "
             f"that run{describe_new_start(config)}"
         ) from error
+    return position["step"]
