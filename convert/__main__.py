@@ -25,8 +25,11 @@ from gemma2_jax.cluster import platforms
 from gemma2_jax.config import DType
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gemma2_jax.convert.checkpoints import Checkpoint
     from gemma2_jax.convert.job import Job
+    from gemma2_jax.convert.verify import Difference
 
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -65,7 +68,10 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Compare two checkpoints of any formats, array by array; the exit status is 1 where they differ."""
+    """Compare two checkpoints of any formats, array by array, and say what explains it where they differ.
+
+    The exit status is 1 where they differ.
+    """
 
     first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, or a Hub id
     second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
@@ -126,29 +132,38 @@ def _inspect(command: Inspect) -> None:
 
 
 def _verify(command: Verify) -> None:
-    from rich.table import Column, Table
-
     from gemma2_jax.convert import describe, verify
 
     pair = [_open(path, None, command.hf_config) for path in (command.first, command.second)]
     size = sum(shape.size * shape.dtype.itemsize for shape in pair[0].shapes.values())
     with _progress_bar(size) as progress:
         arrays = verify.compare_checkpoints(pair[0], pair[1], progress)
-    table = Table(Column("array", no_wrap=True), "dtypes", "elements", "unequal", "by at most")
     different = [array for array in arrays if not array.within(command.atol)]
-    for array in arrays:
-        if array.unequal or array in different:
-            dtypes = ", ".join(dict.fromkeys(array.dtypes))
-            table.add_row(array.path, dtypes, f"{array.size:,}", f"{array.unequal:,}", f"{array.largest:.3g}")
-    if table.rows:
-        describe.print_table(table)
+    shown = [array for array in arrays if array.unequal or array in different]
+    if shown:
+        describe.print_table(_difference_table(shown))
     elements = sum(array.size for array in arrays)
     rule = f"within {command.atol:g}" if command.atol else "bit by bit"
     print(f"{len(arrays) - len(different)} of {len(arrays)} arrays ({elements:,} elements) are the same, {rule}")
+    if configs := verify.describe_config_differences(*pair):
+        print(f"note: their configs differ: {configs}")
+    print(verify.conclude(arrays, command.atol))
     if command.prompt is not None:
         _compare_logits(pair, command.prompt)
     if different:
         sys.exit(1)
+
+
+def _difference_table(arrays: "list[Difference]") -> "Table":
+    from rich.table import Column, Table
+
+    numbers = (Column(name, justify="right") for name in ("elements", "unequal", "by at most", "relative L2"))
+    table = Table(Column("array", no_wrap=True), "dtypes", *numbers, "the second is the first")
+    for array in arrays:
+        explanation = array.explanation or (f"plus a matrix of rank {array.rank}" if array.rank else "")
+        amounts = f"{array.size:,}", f"{array.unequal:,}", f"{array.largest:.3g}", f"{array.relative:.3g}"
+        table.add_row(array.path, ", ".join(dict.fromkeys(array.dtypes)), *amounts, explanation)
+    return table
 
 
 def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:

@@ -451,11 +451,12 @@ def _refuse_base(path: Path, model: ModelConfig, base: Checkpoint | None) -> Non
     if base is not None and base.sources:
         raise ValueError(f"{path} is not an adapter alone, so it takes no base model; {base.path} was given as one")
     if base and base.model and replace(model, max_length=base.model.max_length) != base.model:
-        differences = _describe_differences(model, base.model)
+        differences = describe_model_differences(model, base.model)
         raise ValueError(f"{path} is of another model than was asked for ({differences})")
 
 
-def _describe_differences(model: ModelConfig, requested: ModelConfig) -> str:
+def describe_model_differences(model: ModelConfig, requested: ModelConfig) -> str:
+    """The fields in which two configs differ, with both values, or nothing."""
     values = {
         field.name: (getattr(model, field.name), getattr(requested, field.name)) for field in dataclasses.fields(model)
     }

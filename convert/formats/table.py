@@ -188,9 +188,10 @@ def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], sourc
         raise ValueError(f"{source} {' and '.join(parts)}; check that its config and its weights belong together")
     for name, shape in expected.items():
         if tuple(actual[name]) != shape:
+            transposed = tuple(actual[name]) == shape[::-1]
             raise ValueError(
                 f"{source}: {name} has shape {tuple(actual[name])} where its config expects {shape}; "
-                "it is a checkpoint of another config"
+                + ("it is stored transposed" if transposed else "it is a checkpoint of another config")
             )
 
 

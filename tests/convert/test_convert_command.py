@@ -124,6 +124,9 @@ def test_verify_finds_what_differs(run, tmp_path):
     save_file(content, changed / "model.safetensors")
     code, output, _ = run("verify", converted, changed)
     assert code == 1 and "11 of 13 arrays" in output and "bit by bit" in output
+    assert output.endswith(
+        "mlp/up and final_norm differ by no change that is known (relative L2 0.022 to nan); all else is the same.\n"
+    )
     assert re.search(r"blocks/mlp/up/w\W+float32\W+32,768\W+1\W+0\.25", output)
     assert re.search(r"final_norm/w\W+float32\W+64\W+2\W+nan", output) and "attn/q" not in output
     content["model.norm.weight"] = load_tensors(HF["f32"])["model.norm.weight"]
@@ -141,7 +144,9 @@ def test_verify_refuses_other_shapes(run, tmp_path):
     other = save_random_model(tmp_path / "other", TINY)
     code, _, _ = run("verify", HF["f32"], other)
     assert re.search(
-        r"error: .* has embedding with shape \(512, 64\), and .* has embedding with shape \(6, 4\)", str(code)
+        r"error: .* has embedding with shape \(512, 64\), and .* has embedding with shape \(6, 4\); they are models of "
+        r"different sizes: layers 4 and not 1, width 64 and not 4, ",
+        str(code),
     )
     code, _, _ = run("verify", HF["f32"], LORA)
     assert re.search("has embedding with shape .* and .* has no embedding", str(code))

@@ -1,0 +1,138 @@
+"""Ways in which other programs store Gemma 2's tensors, and the rank of a difference: what may explain that two differ.
+
+A change gives of one layer's tensor, in Hugging Face's layout, what a program would hold that stores it otherwise. No
+checkpoint is read here; `verify` tries the changes while it compares two.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma2_jax.config import ModelConfig
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.table import Row
+
+_MOST_RANK = 64  # of a difference that counts as low; it takes twice as many products with a vector to find
+_SIZES = (2, 4, 8)  # tensor-parallel sizes whose order of rows is tried
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way of storing a tensor otherwise."""
+
+    description: str  # what follows "the second is the first"
+    apply: Callable[[np.ndarray], np.ndarray]
+    path: str  # the array that it is applied to, which may stand in place of another
+    rounds: bool = False  # whether it computes, so that what is stored was rounded; else it moves values only
+
+
+def known_changes(row: Row, model: ModelConfig) -> list[Change]:
+    """The changes that are known of tensors of this row."""
+    group, _, name = row.path.removeprefix("blocks/").removesuffix("/w").partition("/")
+    found = list[Change]()
+    if group.endswith("norm"):
+        found = _scaled(row.path, "plus 1", "minus 1", lambda w: w + 1, lambda w: w - 1)
+    elif row.path == "embedding":
+        found = _times(row.path, "sqrt(width)", math.sqrt(model.width))
+    elif group == "attn":
+        found = _attention_changes(row, model, name)
+    elif name in ("gate", "up"):
+        found = [_swapped(f"mlp/{'up' if name == 'gate' else 'gate'}")]
+    elif name in ("gate/adapter/b", "up/adapter/b"):
+        found = [
+            Change(f"in the order of the rows of TP {size}", partial(order, ranks=size), row.path)
+            for size in _SIZES
+            if model.mlp_width % (2 * size) == 0
+            for order in (_split_ranks, _join_ranks)
+        ]
+    square = row.path.endswith("/w") and len(row.groups) == 2
+    return found + [Change("transposed", np.transpose, row.path)] * square
+
+
+def _attention_changes(row: Row, model: ModelConfig, name: str) -> list[Change]:
+    found = list[Change]()
+    if name in ("q", "k", "q/adapter/b", "k/adapter/b"):
+        width = model.head_width
+        found += [
+            Change("with rotary pairs side by side, not in halves", partial(_pair_rotary, width=width), row.path),
+            Change("with rotary pairs in halves, not side by side", partial(_halve_rotary, width=width), row.path),
+        ]
+    if name in ("q", "q/adapter/b"):
+        found += _times(row.path, "sqrt(query_pre_attn_scalar)", math.sqrt(model.query_pre_attn_scalar))
+    return found + [_swapped(f"attn/{other}") for other in "qkv" if name in tuple("qkv") and other != name]
+
+
+def _scaled(path: str, first: str, second: str, there: Callable, back: Callable) -> list[Change]:
+    return [Change(first, there, path, rounds=True), Change(second, back, path, rounds=True)]
+
+
+def _times(path: str, name: str, factor: float) -> list[Change]:
+    return _scaled(path, f"times {name}", f"divided by {name}", lambda w: w * factor, lambda w: w / factor)
+
+
+def _swapped(other: str) -> Change:
+    return Change(f"with {other} in its place", lambda tensor: tensor, table.PROJECTIONS[other].path)
+
+
+def _pair_rotary(tensor: np.ndarray, width: int) -> np.ndarray:
+    return tensor.reshape(-1, 2, width // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _halve_rotary(tensor: np.ndarray, width: int) -> np.ndarray:
+    return tensor.reshape(-1, width // 2, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _split_ranks(tensor: np.ndarray, ranks: int) -> np.ndarray:
+    return tensor.reshape(ranks, 2, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
+
+
+def _join_ranks(tensor: np.ndarray, ranks: int) -> np.ndarray:
+    return tensor.reshape(2, ranks, -1, *tensor.shape[1:]).swapaxes(0, 1).reshape(tensor.shape)
+
+
+def explains(change: Change, tensor: np.ndarray, found: np.ndarray) -> bool:
+    """Whether the change of a tensor gives the one that was found, but for rounding to the dtypes of both."""
+    if not change.rounds:
+        coarse = max(tensor.dtype, found.dtype, key=_epsilon)
+        changed, found = (x.astype(coarse, copy=False) for x in (change.apply(tensor), found))
+        return np.array_equal(changed, found)
+    a, b = tensor.astype(np.float32), found.astype(np.float32)
+    changed = change.apply(a)
+    # The tensor, what was computed of it and what was stored may each have been rounded.
+    rounding = 2 * max(_epsilon(tensor.dtype), _epsilon(found.dtype))
+    return bool(np.all(np.abs(changed - b) <= rounding * np.maximum(np.abs(a), np.abs(b))))
+
+
+def low_rank(difference: np.ndarray, stored: np.ndarray) -> int | None:
+    """The rank of the difference of two matrices in float32, or None where it is not low.
+
+    What rounding to the dtype of `stored`, one of the two, adds to a difference counts as nothing. The range is found
+    by products with random vectors (arXiv:0909.4061, algorithm 4.1).
+    """
+    columns = difference.shape[1]
+    most = min(_MOST_RANK, min(difference.shape) // 4)
+    total = float(np.linalg.norm(difference))
+    if most < 1 or not math.isfinite(total):
+        return None
+    random = np.random.default_rng(0).standard_normal((columns, 2 * most), np.float32)
+    basis = np.linalg.qr(difference @ random)[0]
+    values = np.linalg.svd(basis.T @ difference, compute_uv=False)
+    # Rounding adds noise of 0.2 epsilon of a value in the mean square. The norm of a matrix of noise is at most about
+    # that of its largest row plus that of its largest column (arXiv:1408.6185).
+    sizes = stored.astype(np.float32)
+    noise = 0.2 * _epsilon(stored.dtype)
+    largest = sum(float(np.sqrt(np.max(np.einsum(f"ij,ij->{kept}", sizes, sizes)))) for kept in "ij")
+    rank = int(np.sum(values > max(1.5 * noise * largest, 1e-4 * values[0])))
+    rest = math.sqrt(max(total**2 - float(np.sum(np.square(values[:rank], dtype=np.float64))), 0))
+    # What a matrix of this rank leaves over must be noise, and the smaller part of the difference.
+    most_rest = min(1.5 * noise * float(np.linalg.norm(sizes)) + 1e-3 * total, 0.5 * total)
+    return rank if 0 < rank <= most and rest <= most_rest else None
+
+
+def _epsilon(dtype: np.dtype) -> float:
+    """The distance of 1 from the next value of a dtype."""
+    return float(jnp.finfo(dtype).eps)
