@@ -177,8 +177,8 @@ def three_steps(run: Program) -> list[dict[str, np.ndarray]]:
             for name, tree in (("gradient", moment), ("weight", state.params)):
                 for path, w in tree.items():
                     if run.letters[path].startswith("L"):
-                        w, over = w[: run.config.model.layers], w[run.config.model.layers :]
-                        assert not np.any(over), f"{path}: layers that are none were trained"
+                        w, padding = w[: run.config.model.layers], w[run.config.model.layers :]
+                        assert not np.any(padding), f"{path}: layers that are none were trained"
                     found[f"{name} of {path}"] = w
             results.append({name: np.asarray(value, np.float64) for name, value in found.items()})
     return results

@@ -187,16 +187,16 @@ def _paths(tree: Any, depth: int = 8) -> Iterator[tuple]:
             yield from ((key, *rest) for rest in _paths(_child(tree, key), depth - 1))
 
 
-def _replace_at(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
+def _replace_part(tree: Any, path: tuple, change: Callable[[Any], Any]) -> Any:
     """The tree with the value at `path` changed; a `KeyError` of `change` removes the value."""
     if not path:
         return change(tree)
     key, *rest = path
     if isinstance(tree, Record):
-        state = None if not rest and change is _remove else _replace_at(tree.state, tuple(rest), change)
+        state = None if not rest and change is _remove else _replace_part(tree.state, tuple(rest), change)
         return Record(tree.name, tree.args, state, tree.new)
     try:
-        new = _replace_at(tree[key], tuple(rest), change)
+        new = _replace_part(tree[key], tuple(rest), change)
     except KeyError:
         if isinstance(tree, dict):
             return {k: v for k, v in tree.items() if k is not key}
@@ -233,19 +233,19 @@ def edit_tree(tree: Any, chance: random.Random) -> Any:
         at = _child(at, key)
     match chance.randrange(8):
         case 0:
-            return _replace_at(tree, path, _remove)
+            return _replace_part(tree, path, _remove)
         case 1 | 2 | 3:
             value = chance.choice(HOSTILE)
-            return _replace_at(tree, path, lambda _: value)
+            return _replace_part(tree, path, lambda _: value)
         case 4 | 5:
-            return _replace_at(tree, path, lambda value: _similar_value(value, chance))
+            return _replace_part(tree, path, lambda value: _similar_value(value, chance))
         case 6:
-            return _replace_at(tree, path, lambda _: at)
+            return _replace_part(tree, path, lambda _: at)
     if isinstance(path[-1], str) and not any(isinstance(key, Record) for key in path):
         value = chance.choice([at, *HOSTILE])
         key = chance.choice(["\1" + path[-1], path[-1] + "x", chance.choice(OUTSIDE)])
-        return _replace_at(tree, path[:-1], lambda part: {**part, key: value} if isinstance(part, dict) else value)
-    return _replace_at(tree, path, lambda _: DEEP)
+        return _replace_part(tree, path[:-1], lambda part: {**part, key: value} if isinstance(part, dict) else value)
+    return _replace_part(tree, path, lambda _: DEEP)
 
 
 def change(case: Case, chance: random.Random) -> str:

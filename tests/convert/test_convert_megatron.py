@@ -273,11 +273,11 @@ SAVED = {
 @pytest.mark.parametrize("case", SAVED)
 def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
     name, source, to = SAVED[case]
-    ours, theirs = convert(source(), tmp_path / "out", to), FIXTURES / name
-    file_names = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, theirs)]
+    ours, fixture = convert(source(), tmp_path / "out", to), FIXTURES / name
+    file_names = [{str(file.relative_to(at)) for file in at.rglob("*") if file.is_file()} for at in (ours, fixture)]
     different = {file for file in file_names[0] ^ file_names[1] if ".distcp" not in file and "tokenizer" not in file}
     assert different - {"iter_0000000/tokenizer/generation_config.json"} == set()
-    at, expected = ours / "iter_0000000", theirs / "iter_0000000"
+    at, expected = ours / "iter_0000000", fixture / "iter_0000000"
     assert entries(at) == entries(expected)
     assert objects(at) == objects(expected)
     assert bits(as_numpy(load_torch_dist(at))) == bits(as_numpy(load_torch_dist(expected)))
@@ -286,9 +286,9 @@ def test_files_are_what_megatron_bridge_wrote(case, tmp_path):
     assert {name: plain(x) for name, x in together.items()} == plain(load_torch_dist(expected)) | objects(expected)
     assert json.loads((at / "metadata.json").read_text()) == json.loads((expected / "metadata.json").read_text())
     for file in ("iter_0000000/common.pt", "iter_0000000/train_state.pt", "latest_train_state.pt"):
-        assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(theirs / file, weights_only=True))
+        assert plain(torch.load(ours / file, weights_only=True)) == plain(torch.load(fixture / file, weights_only=True))
     tracker = "latest_checkpointed_iteration.txt"
-    assert (ours / tracker).read_text() == (theirs / tracker).read_text()
+    assert (ours / tracker).read_text() == (fixture / tracker).read_text()
     run = yaml.safe_load((at / "run_config.yaml").read_text())
     if run.get("tokenizer"):
         assert (Path(run["tokenizer"]["tokenizer_model"]) / "tokenizer.json").is_file()
@@ -338,9 +338,9 @@ def as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
 def test_rank_files_are_what_megatron_lm_wrote(name, tmp_path, megatron):
     ranks = tuple(int(digit) for digit in re.findall(r"\d", name.rpartition("_")[2]))
     ours = convert(hf_twin(name), tmp_path / "out", "megatron-legacy", ranks=ranks)
-    found, theirs = load_rank_files(ours), load_rank_files(FIXTURES / "legacy" / name)
-    assert found.keys() == theirs.keys()
-    for rank, content in theirs.items():
+    found, expected = load_rank_files(ours), load_rank_files(FIXTURES / "legacy" / name)
+    assert found.keys() == expected.keys()
+    for rank, content in expected.items():
         assert plain(dict(found[rank]["model"])) == plain(dict(content["model"]))
         assert found[rank]["checkpoint_version"] == content["checkpoint_version"]
         args, expected_args = vars(found[rank]["args"]), vars(content["args"])

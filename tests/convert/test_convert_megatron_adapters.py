@@ -59,10 +59,10 @@ def test_an_adapter_of_megatron_s_is_peft_s(parallel, based, tmp_path):
     assert re.search("attn/o and mlp/down was trained to be added after the post-norm", *job.warnings)
     write_checkpoint(job, tmp_path / "peft")
     assert bits(peft_tensors(tmp_path / "peft")) == bits(peft_tensors(PEFT))
-    ours, theirs = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
+    ours, expected = (peft.LoraConfig.from_pretrained(at) for at in (tmp_path / "peft", PEFT))
     for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "task_type"):
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert set(ours.target_modules) == set(theirs.target_modules)
+        assert getattr(ours, field) == getattr(expected, field), field
+    assert set(ours.target_modules) == set(expected.target_modules)
 
 
 def dora_parts(state: Tensors) -> Tensors:

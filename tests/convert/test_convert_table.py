@@ -44,12 +44,12 @@ def _gemma(adapter: AdapterConfig) -> model.Gemma2:
 @pytest.mark.parametrize("name", BITING)
 def test_state_dict_round_trip_is_exact(name, dtype):
     config = BITING[name]
-    theirs = {key: value.astype(dtype) for key, value in state_dict(hf_model(config)).items()}
-    ours = table.from_hf(theirs, config)
+    tensors = {key: value.astype(dtype) for key, value in state_dict(hf_model(config)).items()}
+    ours = table.from_hf(tensors, config)
     assert {path: w.shape for path, w in ours.items()} == table.array_shapes(table.MODEL, config)
     back = table.to_hf(ours, config)
-    assert back.keys() == theirs.keys()
-    assert all(back[key].dtype == dtype and np.array_equal(back[key], theirs[key]) for key in theirs)
+    assert back.keys() == tensors.keys()
+    assert all(back[key].dtype == dtype and np.array_equal(back[key], tensors[key]) for key in tensors)
 
 
 def test_a_head_of_one_layer_is_where_it_is_expected(tensors):
@@ -103,10 +103,10 @@ def test_exporting_too_names_what_is_wrong(tensors):
 def test_config_round_trip(config):
     written = json.loads(json.dumps(exported(config, "bfloat16")))
     assert model_config(written) == config
-    theirs = transformers.Gemma2Config(**written)
-    assert model_config(json.loads(theirs.to_json_string(use_diff=False))) == config
-    assert model_config(json.loads(theirs.to_json_string())) == config
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (2, 1, 0)
+    peer_config = transformers.Gemma2Config(**written)
+    assert model_config(json.loads(peer_config.to_json_string(use_diff=False))) == config
+    assert model_config(json.loads(peer_config.to_json_string())) == config
+    assert (peer_config.bos_token_id, peer_config.eos_token_id, peer_config.pad_token_id) == (2, 1, 0)
 
 
 @pytest.mark.parametrize("name", BITING)

@@ -213,13 +213,13 @@ def test_arrays_are_asked_for_one_by_one(tmp_path):
 def test_large_archives(tmp_path, monkeypatch):
     # As if 32 bits ended at 1000: sizes and places go to the extra fields, as of files of more than 4 GiB.
     content = [np.arange(n, dtype=np.int32) for n in (100, 300, 5)]
-    plain, wide = io.BytesIO(), io.BytesIO()
+    plain, zip64 = io.BytesIO(), io.BytesIO()
     torch_files.save_torch(plain, content)
     monkeypatch.setattr(torch_files, "_LARGE", 1000)
-    torch_files.save_torch(wide, content)
-    assert len(wide.getvalue()) > len(plain.getvalue())
-    assert [x.tolist() for x in torch.load(io.BytesIO(wide.getvalue()))] == [x.tolist() for x in content]
-    (tmp_path / "file.pt").write_bytes(wide.getvalue())
+    torch_files.save_torch(zip64, content)
+    assert len(zip64.getvalue()) > len(plain.getvalue())
+    assert [x.tolist() for x in torch.load(io.BytesIO(zip64.getvalue()))] == [x.tolist() for x in content]
+    (tmp_path / "file.pt").write_bytes(zip64.getvalue())
     assert [x.read().tolist() for x in torch_files.load_torch(tmp_path / "file.pt")] == [x.tolist() for x in content]
 
 

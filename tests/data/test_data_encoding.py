@@ -72,8 +72,8 @@ def test_batches_of_documents_do_not_mix(tokenizer):
         Example(where="a:2", messages=talk("if", "or", "in", "is")),
         Example(where="a:3", prompt="if", completion="x"),
     ]
-    apart = [next(encoding.encode_examples([document], tokenizer)) for document in documents]
-    assert list(encoding.encode_examples(documents, tokenizer)) == apart
+    one_by_one = [next(encoding.encode_examples([document], tokenizer)) for document in documents]
+    assert list(encoding.encode_examples(documents, tokenizer)) == one_by_one
 
 
 def test_messages_that_the_template_does_not_take_are_named(tokenizer):

@@ -205,9 +205,9 @@ def test_what_cannot_be_merged_is_refused(checkpoint):
     with pytest.raises(ValueError, match=rf"give its model, {re.escape(checkpoint.base)}, as --init") as error:
         resume.open_source(config)
     assert "--merge" not in str(error.value)
-    some = replace(ADAPTERS["dora"], targets=("attn/[qkv]", "mlp/gate", "mlp/up"))
-    nnx.eval_shape(lambda: lora.merge_adapters(create(some)))
-    Job(source=replace(checkpoint, adapter=some), to="hf", merge=True)
+    subset = replace(ADAPTERS["dora"], targets=("attn/[qkv]", "mlp/gate", "mlp/up"))
+    nnx.eval_shape(lambda: lora.merge_adapters(create(subset)))
+    Job(source=replace(checkpoint, adapter=subset), to="hf", merge=True)
 
 
 def test_peft_is_told_nothing_and_the_user_is(checkpoint, tmp_path, capsys):

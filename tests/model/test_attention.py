@@ -32,11 +32,11 @@ def choose(name, device, model: ModelConfig = GEMMA2_2B, dtype="bfloat16"):
 
 
 def test_auto_is_the_fastest_that_can():
-    way, why = choose("auto", HOPPER)
-    assert way.attend is attention_mosaic.attend and why == "mosaic (the fastest here)"
+    implementation, why = choose("auto", HOPPER)
+    assert implementation.attend is attention_mosaic.attend and why == "mosaic (the fastest here)"
     for device, name in ((CPU, "cpu"), (AMPERE, "sm_80"), (BLACKWELL, "sm_100")):
-        way, why = choose("auto", device)
-        assert way.attend.func is attention_xla.attend
+        implementation, why = choose("auto", device)
+        assert implementation.attend.func is attention_xla.attend
         assert why == f"xla (the fastest here; mosaic is for sm_90 GPUs, and this is {name})"
     _, why = choose("auto", HOPPER, dtype="float32")
     assert why == "xla (the fastest here; mosaic takes bfloat16, and not float32)"
@@ -189,7 +189,7 @@ def test_model_by_the_kernels():
     config = replace(
         GEMMA2_27B, layers=2, width=64, mlp_width=128, heads=4, kv_heads=2, vocab_size=64, window=70, head_width=64
     )
-    ways = {
+    implementations = {
         "xla": attention.IMPLEMENTATIONS["xla"],
         "mosaic": attention.Implementation(
             attend=partial(attention_mosaic.attend, kernel=partial(kernel, build=INTERPRETED)),
@@ -198,16 +198,16 @@ def test_model_by_the_kernels():
     }
     tokens = jnp.array(np.random.default_rng(0).integers(0, 64, (1, 130)))
     found = {}
-    for name, way in ways.items():
-        graph, state = nnx.split(Gemma2(config, attention=way, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    for name, implementation in implementations.items():
+        graph, state = nnx.split(Gemma2(config, attention=implementation, dtype="bfloat16", rngs=nnx.Rngs(0)))
 
         @jax.jit
         def both(state, tokens, graph=graph):
             whole = nnx.merge(graph, state)
             logits = whole(tokens)
-            apart = unstack_layers(whole)
-            _, cache = apart.prefill(tokens[:, :129], jnp.array([129]), slots=136)
-            last, _ = apart.decode_step(tokens[:, 129], jnp.array([129]), cache)
+            unstacked = unstack_layers(whole)
+            _, cache = unstacked.prefill(tokens[:, :129], jnp.array([129]), slots=136)
+            last, _ = unstacked.decode_step(tokens[:, 129], jnp.array([129]), cache)
             return logits, whole.logits(last)
 
         found[name] = [np.asarray(x, np.float32) for x in both(state, tokens)]

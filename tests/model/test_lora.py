@@ -50,7 +50,7 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
         ),
     )
     rng = np.random.default_rng(3)
-    theirs = dict(peer.named_parameters())
+    peer_params = dict(peer.named_parameters())
     for name, projection in lora.projections(ours).items():
         if projection.adapter is None:
             continue
@@ -59,7 +59,7 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
             spread = {"a": 0.3, "b": 0.1, "m": 0.3}[part]
             variable[...] = variable[...] + spread * rng.standard_normal(variable.shape).astype(np.float32)
             for layer, value in enumerate(np.asarray(variable[...])):
-                theirs[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
+                peer_params[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
     return config, ours, peer
 
 
@@ -95,11 +95,11 @@ def test_logits_and_gradients_equal_peft(name):
         config, ADAPTERS[name], model.flatten_state(nnx.state(ours)), *rows, targets, counted
     )
     np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
-    theirs = dict(peer.named_parameters())
+    peer_params = dict(peer.named_parameters())
     for path, gradient in gradients.items():
         _, group, projection, _, part = path.split("/")
         for layer, got in enumerate(np.asarray(gradient)):
-            wanted = theirs[torch_name(f"{group}/{projection}", layer, part)].grad.numpy()
+            wanted = peer_params[torch_name(f"{group}/{projection}", layer, part)].grad.numpy()
             error = np.linalg.norm(LAYOUTS[part](got) - wanted) / np.linalg.norm(wanted)
             assert error < 1e-4, f"{path} layer {layer}: relative L2 error {error:.2e}"
 
@@ -110,12 +110,12 @@ def test_logits_and_gradients_equal_peft(name):
 def test_merged_equals_unmerged(name):
     config, ours, _ = pair(ADAPTERS[name])
     rows = rows_of(config)
-    apart = logits_of(ours, rows)
+    unmerged = logits_of(ours, rows)
     lora.merge_adapters(ours)
     assert not any(isinstance(node, lora.Adapter) for _, node in nnx.iter_graph(ours))
     merged = logits_of(ours, rows)
     # Both are sums of float32 in another order, whose largest single difference is another on each kind of CPU.
-    assert np.linalg.norm(merged - apart) / np.linalg.norm(apart) < 1e-5
+    assert np.linalg.norm(merged - unmerged) / np.linalg.norm(unmerged) < 1e-5
 
 
 def test_new_adapters_change_nothing():

@@ -155,10 +155,10 @@ def test_bfloat16_is_within_the_error_of_torch(name):
     weights = {path: w.astype(jnp.bfloat16) for path, w in weights_of(peer, config).items()}
     tokens, positions, segments = rows_of(config, batch=8)
     with torch.no_grad():
-        theirs = peer(torch.tensor(tokens)).logits.float().numpy()
+        peer_logits = peer(torch.tensor(tokens)).logits.float().numpy()
         exact = peer.float()(torch.tensor(tokens)).logits.numpy()
     ours = logits_of(build(config, "bfloat16"), weights, tokens, positions, segments)
-    error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (np.asarray(ours), theirs))
+    error, allowed = (np.sqrt(np.mean((x - exact) ** 2)) for x in (np.asarray(ours), peer_logits))
     assert error <= allowed, f"ours {error:.3e}, torch's {allowed:.3e}"
 
 

@@ -104,8 +104,8 @@ def test_merged_into_transformers(run, tokens, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert merged.dtype == torch.float32
     with torch.no_grad():
-        theirs = merged(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+        peer_logits = merged(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, peer_logits, atol=1e-4, rtol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("<bos>")
 
