@@ -227,7 +227,8 @@ def train(config: Config) -> Result:
     Raises ValueError for what cannot be done as asked, FloatingPointError when the loss is no longer finite, and
     OSError when the disk does not take what is written.
 
-    >>> config = recipe("tiny_lora", steps=2, workdir="out/run", train=dict(micro_batch_size=2))
+    >>> sizes = dict(sequence_length=64, global_batch_size=8, micro_batch_size=1, eval_batches=1)
+    >>> config = recipe("tiny_lora", steps=2, workdir="out/run", train=sizes)
     >>> result = train(config)  # doctest: +ELLIPSIS
     run ...
     >>> sorted(result.losses), result.folder

@@ -1,5 +1,6 @@
 """Training runs small enough for tests, as commands and as the folders that they leave."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -7,20 +8,22 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import Config
+from gemma2_jax.data import python_docs
 from gemma2_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
 
 def small(name: str, workdir: Path, **changes) -> Config:
-    """The tiny recipe on few documents, short rows and two layers, from random weights, over all eight devices."""
+    """The tiny recipe with few documents, short rows and two narrow layers, random weights, on all eight devices."""
     recipe = configs.load_recipe(name)
     return replace(
         recipe,
-        model=replace(recipe.model, layers=2),
+        model=replace(recipe.model, layers=2, width=48, mlp_width=128),
         data=replace(
             recipe.data, train="tests/fixtures/sums.jsonl", tokenizer="assets/tiny-gemma2", eval_fraction=0.05
         ),
@@ -45,6 +48,12 @@ def command(name: str, config: Config) -> list[str]:
     lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
     changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
     return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
+
+
+def shorten_python_docs(patch: pytest.MonkeyPatch) -> None:
+    """Has `python-docs` be its first 300 conversations."""
+    few = dict(itertools.islice(python_docs.python_instructions().items(), 300))
+    patch.setattr(python_docs, "python_instructions", lambda: few)
 
 
 def lines_of(workdir: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """The front door: its examples run, weights are sharded and come back bit for bit, imports work in any order."""
 
 import doctest
-import itertools
 import re
 import subprocess
 import sys
@@ -15,13 +14,13 @@ import pytest
 from compilers import needs_plugin
 from flax import nnx
 from peers import BITING, hf_model
+from small_runs import shorten_python_docs
 
 import gemma2_jax as g2
 from gemma2_jax import api, config as configs
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
-from gemma2_jax.data import python_docs
 from gemma2_jax.model import lora
 from gemma2_jax.model.gemma2 import flatten_state
 
@@ -54,8 +53,7 @@ def eight_heads(tmp_path_factory) -> Path:
 )
 def test_examples_run(name, tmp_path, monkeypatch):
     """Each docstring's example, with its outputs, where assets/ is and Python's documentation is short."""
-    few = dict(itertools.islice(python_docs.python_instructions().items(), 300))
-    monkeypatch.setattr(python_docs, "python_instructions", lambda: few)
+    shorten_python_docs(monkeypatch)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     function = getattr(api, name)

@@ -15,7 +15,6 @@ Blocks of Python are run, all of a page in one namespace, unless they are marked
 import contextlib
 import importlib
 import io
-import itertools
 import re
 import shlex
 import sys
@@ -27,8 +26,7 @@ import jax
 import pytest
 import tyro
 import yaml
-
-from gemma2_jax.data import python_docs
+from small_runs import shorten_python_docs
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -160,8 +158,7 @@ def working_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("assets", "configs", "examples", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    few = dict(itertools.islice(python_docs.python_instructions().items(), 300))
-    monkeypatch.setattr(python_docs, "python_instructions", lambda: few)
+    shorten_python_docs(monkeypatch)
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     return tmp_path

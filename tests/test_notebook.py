@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples/finetune_tiny.ipynb"
@@ -30,21 +29,26 @@ def check_story(notebook: nbformat.NotebookNode) -> None:
     assert "peft adapter_config.json adapter_model.safetensors" in texts[-1]
 
 
-@pytest.mark.usefixtures("optimized")
+# What is trained on is short; one of the modules beside this one.
+PREPARATION = "import pytest, small_runs; small_runs.shorten_python_docs(pytest.MonkeyPatch())"
+
+
 def test_notebook_runs(monkeypatch):
+    """As it is committed, with a fifth of its steps, on a twentieth of its documents."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    notebook.cells.append(
-        nbformat.v4.new_code_cell("assert change.min() > 0 and result.eval_losses[30] < result.eval_losses[0] - 0.3")
-    )
+            cell.source = cell.source.replace("steps=30", "steps=6")
+    check = "assert change.min() > 0 and result.eval_losses[6] < result.eval_losses[0] - 0.2"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(PREPARATION))
+    notebook.cells.append(nbformat.v4.new_code_cell(check))
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
     )
     client.execute()
-    notebook.cells.pop()
+    notebook.cells = notebook.cells[1:-1]
     check_story(notebook)
 
 
