@@ -84,7 +84,7 @@ def test_a_small_data_set(tmp_path, capsys):
     faster = replace(config, optim=replace(config.optim, lr=0.5))
     with pytest.raises(ValueError, match=rf"optim.lr was .* start a new run .*: --init {tmp_path}/run --workdir NEW$"):
         loop.train(faster)
-    loop.train(replace(faster, init=str(tmp_path / "run"), workdir=str(tmp_path / "new")))
+    loop.train(replace(config, init=str(tmp_path / "run"), workdir=str(tmp_path / "new")))  # compiled already
     assert f"weights run {tmp_path}/run" in spoken(capsys)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
     message = (
