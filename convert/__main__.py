@@ -50,8 +50,10 @@ class Convert:
     adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
     merge: _Flag = False  # add the adapter into the weights, in float32
     dtype: DType | None = None  # dtype to write; None: as stored
-    # Folder or Hub id with the config.json of a Megatron checkpoint that has none, or of the model of an adapter.
+    # Folder or Hub id with the config.json of a checkpoint that has none (Megatron, google-deepmind/gemma), or of the
+    # model of an adapter.
     hf_config: str | None = None
+    drop: tuple[str, ...] = ()  # patterns of names of SRC's tensors to leave out: 'v_head.*'
     # Tensor-parallel ranks that megatron-legacy has files for, or that load a megatron-adapter whose gate and up have
     # an A each; what else is written is loaded at any.
     tp: int = 1
@@ -208,7 +210,7 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
     from gemma2_jax.convert.job import Job
     from gemma2_jax.convert.writing import write_checkpoint
 
-    source = _open(command.src, command.adapter, command.hf_config)
+    source = _open(command.src, command.adapter, command.hf_config, command.drop)
     job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -217,14 +219,14 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
     print(f"wrote {command.dst}: {_summarize(job)}\n{_suggest_use(job, command.dst)}")
 
 
-def _open(src: str, adapter: str | None, hf_config: str | None) -> "Checkpoint":
+def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str, ...] = ()) -> "Checkpoint":
     from gemma2_jax.convert import describe
     from gemma2_jax.convert.checkpoints import open_checkpoint
 
     if adapter is None:
-        checkpoint = open_checkpoint(src, hf_config=hf_config)
+        checkpoint = open_checkpoint(src, hf_config=hf_config, drop=drop)
     else:
-        checkpoint = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config))
+        checkpoint = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config, drop=drop))
     print(f"read {adapter or src} as {describe.describe_checkpoint(checkpoint)}")
     for note in checkpoint.notes:
         print(f"note: {note}")

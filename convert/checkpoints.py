@@ -3,19 +3,23 @@
 `open_checkpoint` tells the formats apart by the files in a folder and reads headers only; `load_weights` reads the
 slices of each array that this process's devices need. Nothing here writes. A folder is one of these:
 
-    huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards
+    huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards, or pytorch_model.bin
+                 likewise
     peft         adapter_config.json, adapter_model.safetensors
     orbax        weights/ and adapter/, or one of them: Orbax checkpoints of nested dicts of our arrays; config.json
                  and adapter_config.json as in the two formats before
     run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
     megatron     latest_checkpointed_iteration.txt and the folder it names, or that folder, in Megatron's format
                  torch_dist or in its legacy format torch; it holds weights, or adapters alone
+    deepmind     an Orbax checkpoint with the arrays of google-deepmind/gemma, or a folder with one such, as on Kaggle
+
+What else people have is in `recognition`, which says what it is.
 """
 
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,12 +31,13 @@ import numpy as np
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.convert import recognition
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
 from gemma2_jax.convert.files.folder import generation_file, tokenizer_folder
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import open_tensors
-from gemma2_jax.convert.formats import megatron, megatron_adapters, megatron_config, table
+from gemma2_jax.convert.formats import deepmind, megatron, megatron_adapters, megatron_config, state_dict, table
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import adapter_config
 from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, load_array
@@ -43,7 +48,7 @@ from gemma2_jax.model.gemma2 import Abstract
 class Checkpoint:
     """What a folder holds. The arrays are read from `sources`."""
 
-    format: Literal["huggingface", "peft", "orbax", "run", "megatron"]
+    format: Literal["huggingface", "peft", "orbax", "run", "megatron", "deepmind"]
     path: Path
     model: ModelConfig | None = None  # None: an adapter whose model is not at hand
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # kind "none": there is no adapter
@@ -76,6 +81,7 @@ def open_checkpoint(
     base: "str | Path | Checkpoint | None" = None,
     hf_config: str | Path | None = None,
     model: ModelConfig | None = None,
+    drop: Sequence[str] = (),
 ) -> Checkpoint:
     """Opens a folder, or a model on the Hugging Face Hub, whatever its format. Reads headers only.
 
@@ -83,8 +89,9 @@ def open_checkpoint(
       path: a folder, or a Hub id such as google/gemma-2-2b.
       base: the model that an adapter is for. By default the folder that the adapter's config names, if it exists.
       hf_config: instead of a base, a folder or Hub id with the config.json of a model whose weights are not needed, for
-        an adapter, or for a Megatron checkpoint that does not say its config.
-      model: instead of either, the config of a Megatron checkpoint that does not say it.
+        an adapter, or for a checkpoint of Megatron or of google-deepmind/gemma that does not say its config.
+      model: instead of either, the config of such a checkpoint.
+      drop: patterns (as of a shell) of names of a Hugging Face folder's tensors to leave out, such as "v_head.*".
 
     Raises ValueError where the format is none of the known ones, or the checkpoint is damaged or has what this program
     does not implement.
@@ -95,7 +102,7 @@ def open_checkpoint(
         raise ValueError(f"{folder} is named as its own base model, directly or by what it names; name the real one")
     token = _OPENING.set((*opening, folder.resolve()))
     try:
-        return _open_folder(folder, base, hf_config, model)
+        return _open_folder(folder, base, hf_config, model, drop)
     finally:
         _OPENING.reset(token)
 
@@ -109,23 +116,31 @@ def _open_folder(
     base: "str | Path | Checkpoint | None",
     hf_config: str | Path | None,
     model: ModelConfig | None,
+    drop: Sequence[str],
 ) -> Checkpoint:
     base = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
     if hf_config is not None:
         base = _open_config(locate_folder(hf_config, weights=False))
-    if model is not None and megatron.iteration_folder(folder):
-        base = Checkpoint(format="megatron", path=folder, model=model)
-    for has_format, open_format in _FORMATS:
-        if has_format(folder):
-            return open_format(folder, base)
+    if not (_is_orbax(folder) or _is_run(folder)):
+        recognition.refuse_foreign(folder)
+    open_format = next((open_format for has_format, open_format in _FORMATS if has_format(folder)), None)
+    if open_format == _open_huggingface:
+        return _open_huggingface(folder, base, drop)
+    if drop:
+        raise ValueError(f"{folder} is no Hugging Face folder, whose tensors --drop leaves out; leave out --drop")
+    if model is not None and open_format in (_open_megatron, _open_deepmind):
+        base = Checkpoint(format="huggingface", path=folder, model=model)
+    if open_format:
+        return open_format(folder, base)
     if (folder / "config.txt").is_file() and (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder} is a training run that has no whole checkpoint yet; resume it, and try again then")
     files = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {files}. Known are Hugging Face folders "
-        "(config.json, model.safetensors or its shards and index), PEFT adapters (adapter_config.json, "
-        "adapter_model.safetensors), Orbax folders (weights/ or adapter/), runs (config.txt, checkpoints/) and "
-        "Megatron checkpoints (latest_checkpointed_iteration.txt, .metadata or mp_rank_00/)"
+        "(config.json, model.safetensors or pytorch_model.bin, or its shards and index), PEFT adapters "
+        "(adapter_config.json, adapter_model.safetensors), Orbax folders (weights/ or adapter/, or the layout of "
+        "google-deepmind/gemma), runs (config.txt, checkpoints/) and Megatron checkpoints "
+        "(latest_checkpointed_iteration.txt, .metadata or mp_rank_00/)"
     )
 
 
@@ -168,17 +183,30 @@ def _orbax_root(folder: Path) -> Path | None:
     return next((root for root in (folder, folder / "state") if (root / orbax.METADATA).is_file()), None)
 
 
+def _model_files(folder: Path) -> list[str]:
+    """The files of weights, or of which there are indexes, in the order in which transformers looks for them."""
+    return [name for name in recognition.MODEL_FILES
+            if any((folder / f"{name}{end}").is_file() for end in ("", ".index.json"))]  # fmt: skip
+
+
 def _is_huggingface(folder: Path) -> bool:
-    return any((folder / f"{safetensors.MODEL}{end}").is_file() for end in ("", ".index.json"))
+    return bool(_model_files(folder))
 
 
-def _open_huggingface(folder: Path, base: Checkpoint | None) -> Checkpoint:
+def _open_huggingface(folder: Path, base: Checkpoint | None, drop: Sequence[str] = ()) -> Checkpoint:
     hf = read_json(folder / "config.json")
     model = model_config(hf, folder / "config.json")
     _refuse_base(folder, model, base)
-    tensors = open_tensors(folder, safetensors.MODEL)
+    stem, *others = _model_files(folder)
+    stored = open_tensors(folder, stem, optional=state_dict.is_head)
+    tensors, notes = state_dict.open_state_dict(stored, drop, folder)
     source = TensorSource.open(folder, tensors, table.MODEL, model)
-    table.check_tied_head(tensors.shapes, tensors.read, folder)
+    remedy = f"; --drop '*{table.HEAD}' takes the embedding for it"
+    table.check_tied_head(tensors.shapes, tensors.read, folder, remedy)
+    if hf.get("tie_word_embeddings") is False:
+        notes += ("its config unties the output matrix, which is the embedding all the same",)
+    if others:
+        notes += (f"{' and '.join(others)} was not read, as {stem} is there",)
     whole = Checkpoint(
         format="huggingface",
         path=folder,
@@ -187,9 +215,33 @@ def _open_huggingface(folder: Path, base: Checkpoint | None) -> Checkpoint:
         tokenizer=tokenizer_folder(folder),
         generation=generation_file(folder),
         sources=(source,),
+        layout="" if stem == safetensors.MODEL else stem,
+        notes=notes,
     )
     # Transformers loads an adapter that lies beside the model too.
     return _open_peft(folder, whole) if _is_peft(folder) else whole
+
+
+def _is_deepmind(folder: Path) -> bool:
+    return deepmind.find_root(folder) is not None
+
+
+def _open_deepmind(folder: Path, base: Checkpoint | None) -> Checkpoint:
+    root = deepmind.find_root(folder)
+    assert root is not None
+    own = _open_config(folder) if (folder / "config.json").is_file() else None
+    given = base or own
+    opened = deepmind.open_tree(root, given.model if given else None)
+    _refuse_base(folder, opened.model, base)
+    whole = Checkpoint(
+        format="deepmind",
+        path=folder,
+        model=opened.model,
+        tokenizer=tokenizer_folder(folder) or tokenizer_folder(root),
+        sources=(TensorSource.open(root, opened.tensors, opened.rows, opened.model),),
+        notes=opened.notes,
+    )
+    return _inherit_files(whole, given) if given else whole
 
 
 def _is_peft(folder: Path) -> bool:
@@ -386,6 +438,7 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None]
     (_is_huggingface, _open_huggingface),
     (_is_peft, _open_peft),
     (_is_megatron, _open_megatron),
+    (_is_deepmind, _open_deepmind),
 )
 
 
@@ -435,6 +488,7 @@ def _inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
         hf=checkpoint.hf or base.hf,
         tokenizer=checkpoint.tokenizer or base.tokenizer,
         generation=checkpoint.generation or base.generation,
+        notes=(*base.notes, *checkpoint.notes),
     )
 
 
@@ -477,7 +531,8 @@ def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{path} is a file; name the folder that holds it")
+        recognition.refuse_foreign(folder)
+        raise ValueError(f"{path} is a file; name the folder that holds it, {folder.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"there is no folder {path}")
     return hub.download(str(path), weights=weights)

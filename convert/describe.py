@@ -18,6 +18,7 @@ _NAMES = {
     "orbax": "an Orbax folder",
     "run": "a run",
     "megatron": "a Megatron checkpoint",
+    "deepmind": "a checkpoint of google-deepmind/gemma",
 }
 
 

@@ -255,6 +255,7 @@ def convert(
     merge: bool = False,
     dtype: DType | None = None,
     hf_config: str | Path | None = None,
+    drop: Sequence[str] = (),
     ranks: tuple[int, int] = (1, 1),
 ) -> Path:
     """Converts a checkpoint of any format into another, a layer at a time, and gives the folder that it wrote.
@@ -267,6 +268,7 @@ def convert(
       merge: add the adapter into the weights, in float32.
       dtype: of what is written. None: as stored.
       hf_config: folder or Hub id with the config.json of a Megatron checkpoint that has none.
+      drop: patterns of names of a Hugging Face folder's tensors to leave out, such as "v_head.*".
       ranks: tensor-parallel ranks and pipeline stages that "megatron-legacy" is to have files for, or that are to load
         a "megatron-adapter" whose gate and up have an A each.
 
@@ -281,7 +283,7 @@ def convert(
     from gemma2_jax.convert.writing import write_checkpoint
 
     _check_format(to)
-    source = open_checkpoint(src, hf_config=hf_config)
+    source = open_checkpoint(src, hf_config=hf_config, drop=drop)
     if adapter is not None:
         source = open_checkpoint(adapter, base=source)
     job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)

@@ -35,7 +35,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
     "convert": (
-        ("files",), ("formats",), ("sources",), ("checkpoints",), ("describe", "job", "known_changes"),
+        ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",),
+        ("describe", "job", "known_changes"),
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (

@@ -6,6 +6,7 @@ shrink, and a chunk for a layer or for a part of one. Zarr 3 would have checksum
 as long. `checkpoints` knows which arrays there are.
 """
 
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,8 @@ CHUNK_BYTES = 64 << 20  # arrays are stored in chunks of this size, so that a de
 METADATA = "_METADATA"  # Orbax's file about the whole checkpoint
 _ARRAY_METADATA = (".zarray", "zarr.json")  # Zarr's file about one array, in Zarr 2 and in Zarr 3
 _METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # limits of such a file, which has 1 kB and less than 20 brackets
-_MOST_ARRAYS = 1000  # a model has 13 arrays, with adapters 34
+_MOST_ARRAYS = 1000  # a model has 13 arrays, with adapters 34, and 508 where layers are apart
+_MOST_FOLDERS = 20  # in a folder, that are searched for a checkpoint
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
@@ -44,7 +46,8 @@ class Reader:
         self._stores: dict[str, ts.TensorStore] = {}
         self._cached: dict[str, tuple[int, np.ndarray]] = {}  # for some paths the first layer and the layers of a chunk
         _check_files(self._folder)
-        stores = {path: self._open(path) for path in _paths(folder / METADATA)}
+        self._names = _checked_paths(folder)
+        stores = {path: self._open(path) for path in self._names}
         self.shapes: Abstract = {
             path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for path, store in stores.items()
         }
@@ -52,15 +55,17 @@ class Reader:
     def read(self, path: str, index: Index) -> np.ndarray:
         """The slices `index` of an array, as stored.
 
-        A run's chunks may hold more layers than are asked for. The chunks that were read last are then kept for the
-        next calls: those of three arrays, as Megatron fuses up to three. Raises ValueError where a chunk is damaged.
+        A chunk may hold more layers of a stack, or rows of an embedding, than are asked for. The chunks that were read
+        last are then kept for the next calls: those of three arrays, as Megatron fuses up to three. Raises ValueError
+        where a chunk is damaged.
         """
         store = self._open(path)
         first, *rest = index
         span = range(store.shape[0])[first]
         depth = self.chunk(path)[0]
         start = span.start // depth * depth
-        if not _stacked(path) or len(span) >= depth or span.stop > start + depth:
+        in_parts = _stacked(path) or "embedding" in path  # callers read these a layer or some rows at a time
+        if not in_parts or len(span) >= depth or span.stop > start + depth:
             return self._read(store, (slice(span.start, span.stop), *rest), path)
         if self._cached.get(path, (None,))[0] != start:
             self._cached.pop(path, None)
@@ -84,7 +89,7 @@ class Reader:
     def _open(self, path: str) -> ts.TensorStore:
         if path in self._stores:
             return self._stores[path]
-        name, base = f"{_name(path)}/", f"{self._folder}/"
+        name, base = f"{self._names[path]}/", f"{self._folder}/"
         file = {"driver": "file", "path": base if self._ocdbt else base + name}
         kvstore = {"driver": "ocdbt", "base": file, "path": name} if self._ocdbt else file
         try:
@@ -125,16 +130,35 @@ def _is_metadata(text: bytes) -> bool:
     return len(text) <= _METADATA_BYTES and text.count(b"[") + text.count(b"{") <= _METADATA_DEPTH
 
 
-def _paths(metadata: Path) -> list[str]:
-    """The paths of the arrays that Orbax's own metadata lists."""
+def find_roots(folder: Path, depth: int = 3) -> list[Path]:
+    """The folders with an Orbax checkpoint's arrays: `folder`, or folders up to `depth` levels below it."""
+    if (folder / METADATA).is_file():
+        return [folder]
+    with os.scandir(folder) as entries:
+        below = sorted(entry.name for entry in itertools.islice(entries, _MOST_ARRAYS) if entry.is_dir())
+    return [root for name in below[:_MOST_FOLDERS] for root in find_roots(folder / name, depth - 1)] if depth else []
+
+
+def list_paths(folder: Path) -> dict[str, str]:
+    """The paths of the arrays that Orbax's own metadata lists, and the names that they are stored under.
+
+    Raises ValueError where it is damaged.
+    """
     try:
-        entries = read_json(metadata)["tree_metadata"].values()
-        paths = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in entries]
+        entries = read_json(folder / METADATA)["tree_metadata"].values()
+        keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
+        return {"/".join(names): ".".join(names) for names in keys}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{metadata} is damaged, or of no Orbax checkpoint; copy it again") from error
+        raise ValueError(f"{folder / METADATA} is damaged, or of no Orbax checkpoint; copy it again") from error
+
+
+def _checked_paths(folder: Path) -> dict[str, str]:
+    paths = list_paths(folder)
     for path in paths:
         if len(paths) > _MOST_ARRAYS or not re.fullmatch(r"\w+(/\w+)*", path):
-            raise ValueError(f"{metadata} lists {len(paths)} arrays, of which {path[:200]!r} is none of Gemma 2's")
+            raise ValueError(
+                f"{folder / METADATA} lists {len(paths)} arrays, of which {path[:200]!r} is none of Gemma 2's"
+            )
     return paths
 
 

@@ -29,7 +29,7 @@ FIELDS = {
 _FIXED = {
     "attention_bias": (False,),
     "attention_dropout": (0.0, None),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),  # a head that is not the embedding is refused where it is read
     "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
 }

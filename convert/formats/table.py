@@ -181,7 +181,7 @@ def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], sourc
     unexpected = [name for name in actual if name not in expected]
     if missing or unexpected:
         parts = [
-            f"{verb} {_list_names(names)}"
+            f"{verb} {list_names(names)}"
             for verb, names in (("lacks", missing), ("has unexpected", unexpected))
             if names
         ]
@@ -195,27 +195,47 @@ def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], sourc
             )
 
 
-def _list_names(names: list[str]) -> str:
+def list_names(names: list[str]) -> str:
+    """The first three names, and how many there are besides."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def check_tied_head(
-    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, Index], np.ndarray], source: object
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str, Index], np.ndarray],
+    source: object,
+    remedy: str = "",
 ) -> None:
-    """Raises ValueError where a checkpoint has an output matrix [V, D] that is not the embedding, as in Gemma 2."""
+    """Raises ValueError where a checkpoint has an output matrix [V, D] with other values than the embedding.
+
+    Args:
+      remedy: the end of the sentence, on what can be done.
+    """
     if HEAD not in shapes:
         return
-    embedding, same = MODEL[0].name, True
-    rows = shapes[HEAD][0] if shapes[HEAD] == shapes[embedding] else 0
-    for row in range(0, rows, 4096):  # bounds memory; bytes are compared, as bfloat16 is slow
-        output_VD, input_VD = (read(name, (slice(row, row + 4096), slice(None))) for name in (HEAD, embedding))
-        same = same and output_VD.dtype == input_VD.dtype and output_VD.tobytes() == input_VD.tobytes()
-    if not rows or not same:
-        raise ValueError(
-            f"{source}: {HEAD} is not the embedding, so that the model has an untied head; "
-            "Gemma 2's output is its embedding, and this program has no other"
+    embedding, rows = MODEL[0].name, shapes[HEAD][0] if shapes[HEAD] else 0
+    reason = f"has shape {shapes[HEAD]} where the embedding has {shapes[embedding]}"
+    if shapes[HEAD] == shapes[embedding]:
+        different = sum(
+            _count_unequal_rows(*(read(name, (slice(row, row + 4096), slice(None))) for name in (HEAD, embedding)))
+            for row in range(0, rows, 4096)  # bounds memory
         )
+        if not different:
+            return
+        reason = f"differs from the embedding in {different} of {rows} rows"
+    raise ValueError(
+        f"{source}: {HEAD} is not the embedding (it {reason}), so that the model has an untied head; "
+        f"Gemma 2's output is its embedding, and this program has no other{remedy}"
+    )
+
+
+def _count_unequal_rows(left_VD: np.ndarray, right_VD: np.ndarray) -> int:
+    """The rows whose values differ; one matrix may be float32 and the other 16 bits."""
+    if left_VD.dtype != right_VD.dtype:
+        left_VD, right_VD = left_VD.astype(np.float32), right_VD.astype(np.float32)
+    bits = np.dtype(f"u{left_VD.itemsize}")  # bfloat16 is slow to compare, and NaN differs from itself
+    return int((left_VD.view(bits) != right_VD.view(bits)).any(axis=1).sum())
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:

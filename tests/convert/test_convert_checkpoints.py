@@ -210,11 +210,11 @@ def test_load_names_another_config(hf):
 
 
 def test_unknown_folders_say_what_was_found(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"it holds pytorch_model\.bin\. Known are Hugging Face folders"):
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(ValueError, match=r"it holds weights\.npz\. Known are Hugging Face folders"):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="is a file; name the folder"):
-        open_checkpoint(tmp_path / "pytorch_model.bin")
+        open_checkpoint(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match="there is no folder /no/such/folder"):
         open_checkpoint("/no/such/folder")
     with pytest.raises(ValueError, match=r"google/gemma-2-2b, it is not in the cache at .* HF_HUB_OFFLINE is set"):

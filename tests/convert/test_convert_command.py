@@ -95,7 +95,8 @@ def test_inspect_says_what_was_written(to, run, tmp_path):
     code, output, _ = run("inspect", tmp_path / "out", *(["--hf-config", HF["f32"]] if to == "megatron-legacy" else []))
     names = {"orbax": "an Orbax folder", "megatron": "torch_dist at TP 1 and PP 1", "megatron-legacy": "TP 1 and PP 1"}
     assert code == 0 and names[to] in output and MODEL in output and "725.2 kB of float32" in output
-    code, output, _ = run("inspect", tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, output, _ = run("inspect", tmp_path / "empty")
     assert "is no checkpoint that this program knows" in str(code) and not output
 
 

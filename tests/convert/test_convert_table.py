@@ -168,7 +168,7 @@ def test_a_missing_key_is_named_and_never_defaulted(key):
         ("hidden_activation", "gelu"),
         ("attention_bias", True),
         ("attention_dropout", 0.1),
-        ("tie_word_embeddings", False),
+        ("tie_word_embeddings", "no"),
         ("use_bidirectional_attention", True),
         ("quantization_config", {"quant_method": "bitsandbytes"}),
         ("layer_types", ["full_attention", "sliding_attention"] * 21),
