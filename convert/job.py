@@ -109,16 +109,16 @@ class Job:
                 raise ValueError(f"--to {self.to} is read at any parallelism; leave out --tp and --pp")
             if stages != 1:
                 raise ValueError(f"--to {self.to} is read at any pipeline parallelism; leave out --pp")
-        sizes = {"kv_heads": model.kv_heads, "mlp_width": model.mlp_width, "vocab_size": model.vocab_size}
+        sizes = {f"the model's {name}": getattr(model, name) for name in ("kv_heads", "mlp_width", "vocab_size")}
         if self.to == "megatron-adapter":
-            sizes |= {"adapter's rank": self.adapter.rank, "mlp_width / 2": model.mlp_width // 2}
+            sizes |= {"the adapter's rank": self.adapter.rank, "half of the model's mlp_width,": model.mlp_width // 2}
         for name, size, shards in (
             *((name, size, tensor) for name, size in sizes.items()),
-            ("layers", model.layers, stages),
+            ("the model's layers", model.layers, stages),
         ):
             if shards < 1 or size % shards:
                 fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
-                raise ValueError(f"the model's {name} {size} do not divide into {shards}; {fitting} do")
+                raise ValueError(f"{name} {size} cannot be divided into {shards}; {fitting} are possible")
 
     @property
     def warnings(self) -> list[str]:

@@ -234,9 +234,15 @@ def test_an_order_of_ranks_that_is_not_certain_is_refused(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_canonical_adapter_is_written_for_the_ranks_that_load_it(ranks, tmp_path):
     at = copy_adapter(tmp_path / "peft", increment_a("up"), "(gate|up)_proj")
-    config = json.loads((HF["f32"] / "config.json").read_text()) | {"num_key_value_heads": 4}
+    config = json.loads((HF["f32"] / "config.json").read_text()) | {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    job = Job(source=open_checkpoint(at, hf_config=tmp_path), to="megatron-adapter", ranks=(ranks, 1))
+    source = open_checkpoint(at, hf_config=tmp_path)
+    with pytest.raises(ValueError, match="the adapter's rank 8 cannot be divided into 16"):
+        Job(source=source, to="megatron-adapter", ranks=(16, 1))
+    job = Job(source=source, to="megatron-adapter", ranks=(ranks, 1))
     assert any(f"these are for TP {ranks} alone" in warning for warning in job.warnings)
     write_checkpoint(job, tmp_path / "out")
     state, tensors = as_numpy(load_torch_dist(tmp_path / "out" / "iter_0000000")), peft_tensors(at)
@@ -257,7 +263,7 @@ def test_a_canonical_adapter_is_written_for_the_ranks_that_load_it(ranks, tmp_pa
     [
         ((), (2, 1), "is read at any parallelism; leave out --tp and --pp"),
         (("up",), (2, 2), "is read at any pipeline parallelism; leave out --pp"),
-        (("k",), (4, 1), "kv_heads 2 do not divide into 4"),
+        (("k",), (4, 1), "kv_heads 2 cannot be divided into 4"),
     ],
 )
 def test_ranks_of_an_adapter_that_makes_no_use_of_them_are_refused(change, ranks, message, tmp_path):

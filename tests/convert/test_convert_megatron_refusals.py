@@ -259,10 +259,10 @@ def test_a_config_that_says_the_same_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "megatron-legacy", "ranks": (4, 1)}, r"kv_heads 2 do not divide into 4; \[1, 2\] do"),
-        ({"to": "megatron-legacy", "ranks": (1, 3)}, r"layers 4 do not divide into 3; \[1, 2, 4\] do"),
-        ({"to": "megatron-legacy", "ranks": (0, 1)}, r"kv_heads 2 do not divide into 0"),
-        ({"to": "megatron-legacy", "ranks": (1, -1)}, r"layers 4 do not divide into -1"),
+        ({"to": "megatron-legacy", "ranks": (4, 1)}, r"kv_heads 2 cannot be divided into 4; \[1, 2\] are possible"),
+        ({"to": "megatron-legacy", "ranks": (1, 3)}, r"layers 4 cannot be divided into 3; \[1, 2, 4\] are possible"),
+        ({"to": "megatron-legacy", "ranks": (0, 1)}, r"kv_heads 2 cannot be divided into 0"),
+        ({"to": "megatron-legacy", "ranks": (1, -1)}, r"layers 4 cannot be divided into -1"),
         ({"to": "megatron", "ranks": (2, 1)}, "--to megatron is read at any parallelism; leave out --tp and --pp"),
         ({"to": "hf", "ranks": (1, 2)}, "--to hf is read at any parallelism; leave out --tp and --pp"),
         (

@@ -11,7 +11,8 @@ from peers import BITING, hf_model
 from small_runs import ROOT, small
 
 from gemma2_jax.convert.checkpoints import open_checkpoint
-from gemma2_jax.convert.writing import Format, Job, write_checkpoint
+from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.training import resume
 
