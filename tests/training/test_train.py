@@ -220,7 +220,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_a_write_that_fails(tmp_path):
     """A disk that fills up while Orbax writes: one sentence, no step, and the same command goes on."""
     config = small("tiny_sft", tmp_path, steps=1)
-    limited = f"ulimit -f 2500; exec {shlex.join(command('tiny_sft', config))}"
+    limited = f"ulimit -f 400; exec {shlex.join(command('tiny_sft', config))}"
     result = subprocess.run(
         ["bash", "-c", limited], env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True
     )
