@@ -22,7 +22,7 @@ import tyro
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.config import DType
+from gemma2_jax.config import DType, FileDType
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,22 +36,23 @@ _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert a checkpoint of Gemma 2: Hugging Face, PEFT, Orbax, a training run, or Megatron, each into each.
+    """Convert a checkpoint of Gemma 2: Hugging Face, PEFT, Orbax, a run, Megatron or GGUF, each into each.
 
     The format of SRC is recognized by its files. Other commands: `inspect PATH` says what a checkpoint is, `verify A B`
     compares two, and `import` and `export` have Megatron-Bridge's names. Each has a --help.
     """
 
-    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder to read, or a Hub id")]
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]  # folder to write; it must not exist yet
-    # Format to write. peft and megatron-adapter are the adapter alone; megatron is torch_dist, which Megatron-Bridge
-    # loads; megatron-legacy is a file a rank.
-    to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder, .gguf file or Hub id to read")]
+    # Folder to write, or .gguf file; it must not exist yet.
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    # Format to write. peft, megatron-adapter and gguf-adapter are the adapter alone; megatron is torch_dist, which
+    # Megatron-Bridge loads; megatron-legacy is a file a rank; gguf is for llama.cpp and Ollama.
+    to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
     adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
     merge: _Flag = False  # add the adapter into the weights, in float32
-    dtype: DType | None = None  # dtype to write; None: as stored
+    dtype: FileDType | None = None  # dtype to write, float16 and q8_0 in gguf alone; None: as stored
     # Folder or Hub id with the config.json of a checkpoint that has none (Megatron, google-deepmind/gemma), or of the
-    # model of an adapter.
+    # model of an adapter, or with the tokenizer of a GGUF file.
     hf_config: str | None = None
     drop: tuple[str, ...] = ()  # patterns of names of SRC's tensors to leave out: 'v_head.*'
     # Tensor-parallel ranks that megatron-legacy has files for, or that load a megatron-adapter whose gate and up have
@@ -172,7 +173,7 @@ def _compare_logits(pair: "list[Checkpoint]", prompt: str) -> None:
     import numpy as np
 
     from gemma2_jax.convert import verify
-    from gemma2_jax.data.encoding import load_tokenizer
+    from gemma2_jax.convert.formats.companions import load_tokenizer
 
     for checkpoint in pair:
         verify.check_weights(checkpoint)
@@ -253,7 +254,7 @@ def _progress_bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float]
 def _summarize(job: "Job") -> str:
     from rich.filesize import decimal
 
-    dtypes = sorted({shape.dtype.name for shape in job.shapes.values()})
+    dtypes = sorted({job.written_dtype(path) for path in job.shapes})
     groups = ("merged " if job.merge else "") + " and ".join(job.groups)
     return f"{groups}, {decimal(job.size)} of {' and '.join(dtypes)}"
 
@@ -265,6 +266,10 @@ def _suggest_use(job: "Job", target: Path) -> str:
     if job.to == "peft":
         model = base or "its base model"
         return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}"
+    if job.to == "gguf":
+        return f"run it: llama-cli -m {target}, or with Ollama: FROM {target} in a Modelfile"
+    if job.to == "gguf-adapter":
+        return f"run it: llama-cli -m MODEL.gguf --lora {target}, where MODEL.gguf is {base or 'its base model'}"
     if job.to == "megatron":
         return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={target}"
     if job.to == "megatron-adapter":

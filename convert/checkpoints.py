@@ -12,6 +12,7 @@ slices of each array that this process's devices need. Nothing here writes. A fo
     megatron     latest_checkpointed_iteration.txt and the folder it names, or that folder, in Megatron's format
                  torch_dist or in its legacy format torch; it holds weights, or adapters alone
     deepmind     an Orbax checkpoint with the arrays of google-deepmind/gemma, or a folder with one such, as on Kaggle
+    gguf         one .gguf file, or its path: weights, or a LoRA alone
 
 What else people have is in `recognition`, which says what it is.
 """
@@ -34,10 +35,20 @@ from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
 from gemma2_jax.convert.files.folder import generation_file, tokenizer_folder
+from gemma2_jax.convert.files.gguf import open_file
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.safetensors import read_json
-from gemma2_jax.convert.files.tensors import open_tensors
-from gemma2_jax.convert.formats import deepmind, megatron, megatron_adapters, megatron_config, state_dict, table
+from gemma2_jax.convert.files.tensors import Tensors, open_tensors
+from gemma2_jax.convert.formats import (
+    deepmind,
+    gguf,
+    gguf_tokenizer,
+    megatron,
+    megatron_adapters,
+    megatron_config,
+    state_dict,
+    table,
+)
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import adapter_config
 from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, load_array
@@ -48,13 +59,13 @@ from gemma2_jax.model.gemma2 import Abstract
 class Checkpoint:
     """What a folder holds. The arrays are read from `sources`."""
 
-    format: Literal["huggingface", "peft", "orbax", "run", "megatron", "deepmind"]
+    format: Literal["huggingface", "peft", "orbax", "run", "megatron", "deepmind", "gguf"]
     path: Path
     model: ModelConfig | None = None  # None: an adapter whose model is not at hand
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # kind "none": there is no adapter
     base: str = ""  # the folder or Hub id of the adapter's model, as the adapter's maker named it
     hf: dict[str, Any] | None = None  # the config.json that came with the weights
-    tokenizer: Path | None = None  # the folder with the tokenizer
+    tokenizer: Path | None = None  # the folder with the tokenizer, or the GGUF file that it is in
     generation: Path | None = None  # the file with the defaults of generation
     sources: tuple[Source, ...] = ()
     layout: str = ""  # which of the format's layouts the files have, where there are several
@@ -139,8 +150,8 @@ def _open_folder(
         f"{folder} is no checkpoint that this program knows: it holds {files}. Known are Hugging Face folders "
         "(config.json, model.safetensors or pytorch_model.bin, or its shards and index), PEFT adapters "
         "(adapter_config.json, adapter_model.safetensors), Orbax folders (weights/ or adapter/, or the layout of "
-        "google-deepmind/gemma), runs (config.txt, checkpoints/) and Megatron checkpoints "
-        "(latest_checkpointed_iteration.txt, .metadata or mp_rank_00/)"
+        "google-deepmind/gemma), runs (config.txt, checkpoints/), Megatron checkpoints "
+        "(latest_checkpointed_iteration.txt, .metadata or mp_rank_00/) and GGUF files"
     )
 
 
@@ -431,6 +442,35 @@ def _open_megatron_adapter(
     return _attach_base(adapted, base, open_source, next(filter(_is_folder, names), names[-1] if names else None))
 
 
+def _is_gguf(path: Path) -> bool:
+    return gguf.model_file(path) is not None
+
+
+def _open_gguf(path: Path, base: Checkpoint | None) -> Checkpoint:
+    file_path = gguf.model_file(path)
+    assert file_path is not None
+    file = open_file(file_path)
+    gguf.check_kind(file)
+    empty = Checkpoint(format="gguf", path=path, layout=gguf.describe_types(file), notes=gguf.quantized_notes(file))
+    if file.metadata.get("general.type") == "adapter":
+        adapter, base_name = gguf.adapter_config(file)
+        rows = gguf.rename_rows(table.table_rows(adapter))
+        open_source = partial(TensorSource.open, file_path, Tensors(file.tensors), rows)
+        return _attach_base(replace(empty, adapter=adapter), base, open_source, base_name)
+    model = gguf.model_config(file)
+    _refuse_base(file_path, model, base)
+    tokenizer = file_path if gguf_tokenizer.has_tokenizer(file) else tokenizer_folder(path)
+    whole = replace(
+        empty,
+        model=model,
+        hf=gguf_tokenizer.special_ids(file),
+        tokenizer=tokenizer,
+        sources=(TensorSource.open(file_path, gguf.model_tensors(file), gguf.MODEL, model),),
+    )
+    whole = _inherit_files(whole, base) if base else whole
+    return whole if whole.tokenizer else replace(whole, notes=(*whole.notes, *gguf_tokenizer.missing_notes(file)))
+
+
 # Tried in this order; a folder has the first format that its files fit.
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None], Checkpoint]], ...] = (
     (_is_orbax, _open_orbax),
@@ -438,6 +478,7 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None]
     (_is_huggingface, _open_huggingface),
     (_is_peft, _open_peft),
     (_is_megatron, _open_megatron),
+    (_is_gguf, _open_gguf),
     (_is_deepmind, _open_deepmind),
 )
 
@@ -529,6 +570,8 @@ def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        return folder
+    if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if folder.exists():
         recognition.refuse_foreign(folder)

@@ -19,6 +19,7 @@ _NAMES = {
     "run": "a run",
     "megatron": "a Megatron checkpoint",
     "deepmind": "a checkpoint of google-deepmind/gemma",
+    "gguf": "a GGUF file",
 }
 
 

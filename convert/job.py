@@ -19,19 +19,24 @@ import numpy as np
 from flax import nnx
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, DType, ModelConfig
+from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, contiguous_copy
-from gemma2_jax.convert.formats import megatron_adapters, megatron_tensors, table
+from gemma2_jax.convert.formats import companions, gguf, gguf_tokenizer, megatron_adapters, megatron_tensors, table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 
-Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter"]
-_ADAPTER_FORMATS = ("peft", "megatron-adapter")  # they hold an adapter and no weights
-_MODEL_FORMATS = ("hf", "megatron", "megatron-legacy")  # they hold weights and no adapter
+Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
+# Formats that hold an adapter and no weights, and where the same programs have weights.
+_ADAPTER_FORMATS = {"peft": "hf", "megatron-adapter": "megatron", "gguf-adapter": "gguf"}
+# Formats that hold weights and no adapter, and where the same programs have an adapter.
+_MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.items()} | {
+    "megatron-legacy": "megatron-adapter"
+}
+_Q8_0_BYTES = 34 / 32  # of an element: a block of 32 has a scale of two bytes
 _READ_AHEAD = 2  # parts that are read before they are written
 
 Progress = Callable[[float], None]  # is told how many more bytes have been written
@@ -57,19 +62,18 @@ class Job:
     merge: bool = False  # add the adapter into the weights
     # Tensor-parallel ranks and pipeline stages: those that megatron-legacy has files for, or a megatron-adapter is for.
     ranks: tuple[int, int] = (1, 1)
-    dtype: DType | None = None  # None: as stored; of a full training run that of the weights it started from
+    dtype: FileDType | None = None  # None: as stored; of a full training run that of the weights it started from
 
     def __post_init__(self) -> None:
         self._check_base()
         adapted = self.source.adapter.kind != "none"
         if self.to in _ADAPTER_FORMATS and not adapted:
-            model_format = "hf" if self.to == "peft" else "megatron"
             reason = (
                 "trained the whole weights, so there is no adapter to write"
                 if self.source.format == "run"
                 else f"has no adapter, and --to {self.to} writes nothing else"
             )
-            raise ValueError(f"{self.source.path} {reason}; write its weights with --to {model_format}")
+            raise ValueError(f"{self.source.path} {reason}; write its weights with --to {_ADAPTER_FORMATS[self.to]}")
         if self.merge and not adapted:
             raise ValueError(f"{self.source.path} has no adapter; leave out --merge")
         if self.to in _ADAPTER_FORMATS and self.merge:
@@ -77,13 +81,13 @@ class Job:
         if self.merge or self.to in _MODEL_FORMATS:
             lora.check_mergeable(self.source.adapter.unmergeable_targets)
         if self.to in _MODEL_FORMATS and adapted and not self.merge:
-            adapter_format = "peft" if self.to == "hf" else "megatron-adapter"
             raise ValueError(
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
-                f"choose --merge for one model, or --to {adapter_format} for the adapter alone"
+                f"choose --merge for one model, or --to {_MODEL_FORMATS[self.to]} for the adapter alone"
             )
         assert self.source.model is not None
         self._check_ranks(self.source.model)
+        self._check_dtype(self.source.model)
 
     def _check_base(self) -> None:
         """Raises ValueError where the source is an adapter alone and the format needs its model, or its model's config.
@@ -120,21 +124,37 @@ class Job:
                 fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= 64]
                 raise ValueError(f"{name} {size} cannot be divided into {shards}; {fitting} are possible")
 
+    def _check_dtype(self, model: ModelConfig) -> None:
+        """Raises ValueError where the dtype is GGUF's alone, or GGUF or llama.cpp has no place for what is written."""
+        if self.dtype in ("float16", "q8_0") and not self.to.startswith("gguf"):
+            raise ValueError(f"--dtype {self.dtype} goes with --to gguf only; choose float32 or bfloat16")
+        if self.to == "gguf-adapter":
+            gguf.check_adapter(self.adapter, self.dtype, self.source.path)
+        if self.to == "gguf":
+            gguf.check_model(model, self.dtype, self.source.path)
+            if self.source.tokenizer is None:
+                raise ValueError(
+                    f"{self.source.path} has no tokenizer, and a GGUF file has one in it; copy tokenizer.json and "
+                    "tokenizer_config.json of its model there"
+                )
+
     @property
     def warnings(self) -> list[str]:
         """Sentences about what the format cannot hold as it is, and what its readers compute otherwise than this."""
-        if self.to == "peft":
-            return self._peft_warnings()
+        if self.to == "gguf":
+            return gguf_tokenizer.merge_warnings(self.tokenizer_metadata)
+        if self.to in ("peft", "gguf-adapter"):
+            return self._after_norm_warnings("PEFT" if self.to == "peft" else "llama.cpp")
         return self._megatron_adapter_warnings() if self.to == "megatron-adapter" else []
 
-    def _peft_warnings(self) -> list[str]:
+    def _after_norm_warnings(self, reader: str) -> list[str]:
         after_norm = self.adapter.unmergeable_targets
         if not after_norm:
             return []
         return [
             f"the adapter of {' and '.join(after_norm)} was trained to be added after the post-norm "
-            "(adapter.after_norm), and PEFT adds it before: the tensors are the same, the logits are not. Run it "
-            "with python -m gemma2_jax.generate, or train one without after_norm for PEFT"
+            f"(adapter.after_norm), and {reader} adds it before: the tensors are the same, the logits are not. Run it "
+            f"with python -m gemma2_jax.generate, or train one without after_norm for {reader}"
         ]
 
     def _megatron_adapter_warnings(self) -> list[str]:
@@ -199,11 +219,14 @@ class Job:
         hf = self.source.hf or {}
         start_dtype = hf.get("dtype") or hf.get("torch_dtype")
         fully_trained = self.source.format == "run" and self.source.adapter.kind == "none"
-        dtype = self.dtype or (start_dtype if fully_trained else None)
+        wanted = "float32" if self.dtype == "q8_0" else self.dtype  # it is quantized when it is written
+        dtype = wanted or (start_dtype if fully_trained else None)
         paths = {row.name: row.path for rows in self.groups.values() for row in rows}
         shapes = {
             path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
         }
+        if self.to == "gguf":
+            shapes |= {path: stored[path] for path in shapes if gguf.is_norm(path)}
         if self.to.startswith("megatron"):  # a fused tensor has one dtype, which holds the values of all its parts
             for fused in (*megatron_tensors.MODEL, *megatron_adapters.written_adapter(self.adapter, canonical=False)):
                 parts = [shapes[paths[name]] for name in fused.parts if name in paths]
@@ -227,7 +250,26 @@ class Job:
     def size(self) -> int:
         """Bytes of all arrays."""
         copies = ["embedding"] if self.ranks[1] > 1 else []  # the last pipeline stage has it too
-        return sum(_byte_count(self.shapes[path]) for path in [*self.shapes, *copies])
+        dtypes = {path: self.written_dtype(path) for path in self.shapes}
+        each = {path: _Q8_0_BYTES if dtype == "q8_0" else jnp.dtype(dtype).itemsize for path, dtype in dtypes.items()}
+        return int(sum(math.prod(self.shapes[path].shape) * each[path] for path in [*self.shapes, *copies]))
+
+    def written_dtype(self, path: str) -> str:
+        """The name of the dtype that an array has in the files. In GGUF alone it is another than that of `shapes`."""
+        if self.to == "gguf" and gguf.is_norm(path):
+            return "float32"
+        return "q8_0" if self.dtype == "q8_0" else self.shapes[path].dtype.name
+
+    @cached_property
+    def tokenizer_metadata(self) -> dict[str, gguf_tokenizer.Written]:
+        """The tokenizer in a GGUF file. Raises ValueError where llama.cpp has none that is like the model's."""
+        source, model = self.source, self.source.model
+        assert source.tokenizer is not None and model is not None
+        try:
+            tokenizer = companions.load_tokenizer(source.tokenizer)
+            return gguf_tokenizer.tokenizer_metadata(tokenizer, model.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from error
 
     def parts(self, rows: tuple[Row, ...]) -> Iterator[Part]:
         """The parts of the arrays of these rows, in order."""
@@ -333,7 +375,3 @@ def read_ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _byte_count(shape: jax.ShapeDtypeStruct) -> int:
-    return math.prod(shape.shape) * shape.dtype.itemsize

@@ -255,9 +255,6 @@ KINDS: tuple[Kind, ...] = (
     Kind("shards of verl and of FSDP's ranks", _files("model_world_size_*_rank_*.pt", "pytorch_model_fsdp*_rank*.bin"),
          "holds a file for each rank of FSDP ({found}); join them with the program that wrote them: verl's is `python "
          "-m verl.model_merger merge --backend fsdp`"),
-    Kind("GGUF", _files("*.gguf"),
-         "is GGUF ({found}), as llama.cpp has it, which this program does not read; "
-         f"{_HUGGING_FACE}"),
     Kind("gemma_pytorch", _files("model*.ckpt"), "is of gemma_pytorch ({found}); " f"{_HUGGING_FACE}"),
     Kind("gemma.cpp", _files("*.sbs"), "is of gemma.cpp ({found}), whose weights are compressed; " f"{_HUGGING_FACE}"),
     Kind("MediaPipe, TFLite and LiteRT", _files("*.task", "*.tflite", "*.litertlm"),

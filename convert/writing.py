@@ -6,23 +6,30 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from gemma2_jax.convert import writing_megatron
-from gemma2_jax.convert.files import orbax, safetensors
-from gemma2_jax.convert.files.folder import atomic_folder, copy_companions
+from gemma2_jax.convert.files import gguf as gguf_files, orbax, safetensors
+from gemma2_jax.convert.files.folder import atomic_folder, atomic_path
 from gemma2_jax.convert.files.memory import contiguous_copy
+from gemma2_jax.convert.formats import gguf
+from gemma2_jax.convert.formats.companions import copy_companions
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.formats.table import Row
-from gemma2_jax.convert.job import Job, Progress, read_ahead
+from gemma2_jax.convert.job import Job, Part, Progress, read_ahead
 
 
 def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: None) -> None:
-    """Writes what a job says into the folder `target`, which then exists whole, or not at all after an error.
+    """Writes what a job says into `target`, a folder or a .gguf file, which appears whole or not at all.
 
     Raises ValueError where `target` holds something already or the disk has no room, and OSError where writing fails.
     """
     target = target.absolute()
-    with atomic_folder(target, job.size) as partial_target:
+    to_file = job.to.startswith("gguf")
+    if to_file != (target.suffix == ".gguf"):
+        raise ValueError(f"{target}: --to gguf and gguf-adapter write a file whose name ends in .gguf, others a folder")
+    with (atomic_path if to_file else atomic_folder)(target, job.size) as partial_target:
         try:
             _write(partial_target, target, job, progress)
         except OSError as error:
@@ -35,6 +42,9 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
     """Writes a job into `folder`, which is renamed to `target` afterwards."""
     source, model = job.source, job.source.model
     assert model is not None
+    if job.to.startswith("gguf"):
+        _write_gguf(folder, job, progress)
+        return
     if job.to.startswith("megatron"):
         writing_megatron.write_megatron(folder, target, job, progress)
         return
@@ -63,6 +73,25 @@ def _write_safetensors(folder: Path, job: Job, rows: tuple[Row, ...], progress: 
     else:
         files = safetensors.ShardedFiles(folder, safetensors.MODEL)
     safetensors.write_safetensors(files, wanted, parts, progress)
+
+
+def _write_gguf(path: Path, job: Job, progress: Progress) -> None:
+    source, (rows,) = job.source, job.groups.values()
+    assert source.model is not None
+    wanted = {}
+    for row in gguf.rename_rows(rows):
+        want = gguf_files.Wanted(job.tensor_shape(row).shape, job.written_dtype(row.path))
+        wanted |= dict.fromkeys(row.names(source.model.layers), want)
+    if job.to == "gguf":
+        metadata = gguf.model_metadata(source.model, source.path.stem, job.written_dtype("embedding"))
+        metadata |= job.tokenizer_metadata
+    else:
+        metadata = gguf.adapter_metadata(job.adapter, source.base)
+
+    def read_part(part: Part) -> np.ndarray:
+        return gguf.stored_tensor(job.tensor_part(part), part.row.path)
+
+    gguf_files.write_gguf(path, metadata, wanted, read_ahead(read_part, job.parts(rows)), progress)
 
 
 def _write_orbax(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:

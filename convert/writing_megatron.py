@@ -15,11 +15,11 @@ import numpy as np
 
 from gemma2_jax.config import DType
 from gemma2_jax.convert.files import safetensors, torch_files
-from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.files.memory import reserve_disk
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.files.torch_dist import TorchDistWriter
 from gemma2_jax.convert.formats import megatron, megatron_adapters, megatron_config, megatron_tensors, table
+from gemma2_jax.convert.formats.companions import copy_companions
 from gemma2_jax.convert.formats.megatron_tensors import Fused
 from gemma2_jax.convert.job import Job, Part, Progress, read_ahead
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import platforms
-from gemma2_jax.config import Config, DType, MeshConfig
+from gemma2_jax.config import Config, DType, FileDType, MeshConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -56,7 +56,7 @@ def load(
     is ever whole on one of them.
 
     Args:
-      path: a Hugging Face, Megatron or Orbax folder, a training run's folder, or a Hub id.
+      path: a Hugging Face, Megatron or Orbax folder, a training run's folder, a GGUF file, or a Hub id.
       mesh: by default the first device alone. Of a mesh with stages, the stages become more fsdp shards.
       adapter: an adapter to put on it: a PEFT, Megatron or Orbax folder, or a run. It stays beside the weights.
       dtype: of matrix products and of the matrices in memory. None: products in float32 on CPU and bfloat16 elsewhere,
@@ -115,10 +115,11 @@ def generate(
 
 
 def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: bool = False) -> Path:
-    """Writes a model as a checkpoint, and gives its folder. Weights are written bit for bit, in their own dtypes.
+    """Writes a model as a checkpoint, and gives its path. Weights are written bit for bit, in their own dtypes.
 
-    The folder must not exist yet; it appears whole or not at all. `merge` adds the model's adapter into the weights, in
-    float32; without it an adapter is written by "peft" and "megatron-adapter" (alone) and by "orbax" (with the model).
+    The path must not exist yet; it appears whole or not at all. `merge` adds the model's adapter into the weights, in
+    float32; without it an adapter is written by "peft", "megatron-adapter" and "gguf-adapter" (alone) and by "orbax"
+    (with the model). "gguf" and "gguf-adapter" write one file, whose name ends in .gguf; its norms are 1 + w.
 
     Raises ValueError where the folder holds something, the disk has no room, or the format cannot hold the model.
 
@@ -253,7 +254,7 @@ def convert(
     to: "Format",
     adapter: str | Path | None = None,
     merge: bool = False,
-    dtype: DType | None = None,
+    dtype: FileDType | None = None,
     hf_config: str | Path | None = None,
     drop: Sequence[str] = (),
     ranks: tuple[int, int] = (1, 1),
@@ -261,13 +262,14 @@ def convert(
     """Converts a checkpoint of any format into another, a layer at a time, and gives the folder that it wrote.
 
     Args:
-      src: a folder, or a Hub id.
-      dst: folder to write, which must not exist yet; it appears whole or not at all.
-      to: "hf", "orbax", "peft", "megatron", "megatron-legacy" or "megatron-adapter".
+      src: a folder, a .gguf file, or a Hub id.
+      dst: folder or .gguf file to write, which must not exist yet; it appears whole or not at all.
+      to: "hf", "orbax", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf" or "gguf-adapter".
       adapter: an adapter to put on `src`.
       merge: add the adapter into the weights, in float32.
-      dtype: of what is written. None: as stored.
-      hf_config: folder or Hub id with the config.json of a Megatron checkpoint that has none.
+      dtype: of what is written, "float16" and "q8_0" by "gguf" alone. None: as stored.
+      hf_config: folder or Hub id with the config.json of a Megatron checkpoint that has none, or with the tokenizer of
+        a GGUF file.
       drop: patterns of names of a Hugging Face folder's tensors to leave out, such as "v_head.*".
       ranks: tensor-parallel ranks and pipeline stages that "megatron-legacy" is to have files for, or that are to load
         a "megatron-adapter" whose gate and up have an A each.

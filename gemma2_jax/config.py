@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 DType = Literal["float32", "bfloat16"]
+FileDType = Literal["float32", "bfloat16", "float16", "q8_0"]  # that weights are written in; the last two in GGUF alone
 _MOST_LAYERS = 10_000  # so that a damaged config costs little: every layer has names
 
 

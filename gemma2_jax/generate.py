@@ -50,7 +50,7 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
 
 
 def _generate(command: Command) -> None:
-    from gemma2_jax.data.encoding import load_tokenizer
+    from gemma2_jax.convert.formats.companions import load_tokenizer
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.loaded import load_generator
     from gemma2_jax.inference.sampling import Sampling

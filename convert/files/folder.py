@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the small files that travel with weights.
+"""Folders and files that appear whole or not at all, and the small files that travel with weights.
 
 This module does not know what the files of a checkpoint mean.
 """
@@ -35,25 +35,43 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
 
     Raises ValueError where `path` holds something already or the disk has no room, and OSError where it cannot be made.
     """
+    with atomic_path(path, size) as partial:
+        with explain_write_failure(path, "write somewhere else"):
+            partial.mkdir()
+        yield partial
+
+
+@contextmanager
+def atomic_path(path: Path, size: int) -> Iterator[Path]:
+    """A path to write about `size` bytes to, which becomes `path` when the block ends without an error.
+
+    Raises ValueError where `path` holds something already or the disk has no room, and OSError where it cannot be made.
+    """
     # A sibling, so that the rename stays within one disk. A killed run leaves it behind, and the next run deletes it.
     partial = path.parent / f".{path.name}.partial"
     with explain_write_failure(path, "write somewhere else"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} exists already; delete it, or write somewhere else")
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise ValueError(
                 f"{path} needs {decimal(size)}, and {path.parent} has {decimal(free)} free; write to another disk"
             )
-        partial.mkdir()
     try:
         yield partial
         partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
         raise
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def tokenizer_folder(folder: Path) -> Path | None:

@@ -22,9 +22,9 @@ from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, M
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
+from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
-from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import Generator, keeps_dtype
 from gemma2_jax.inference.sampling import Sampling

@@ -13,10 +13,11 @@ from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, locate_folder, open_checkpoint
-from gemma2_jax.convert.files.folder import atomic_folder, copy_companions, tokenizer_folder
+from gemma2_jax.convert.files.folder import atomic_folder, tokenizer_folder
 from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.companions import copy_companions, load_tokenizer
 from gemma2_jax.convert.formats.hf_config import hf_config
-from gemma2_jax.data.batches import Batches, load_tokenizer
+from gemma2_jax.data.batches import Batches
 from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints

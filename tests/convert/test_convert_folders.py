@@ -352,7 +352,6 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], object], str]] = {
                     (at / "pytorch_model_fsdp_0").iterdir()]), "dcp_to_torch_save"),
     "verl": ("shards of verl", _empty("model_world_size_8_rank_0.pt"), "verl.model_merger"),
     "FSDP's ranks": ("shards of verl", _empty("pytorch_model_fsdp_rank0.bin"), "a file for each rank"),
-    "GGUF": ("GGUF", _empty("gemma-2-2b-it-Q4_K_M.gguf", keep=()), "is GGUF"),
     "gemma_pytorch": ("gemma_pytorch", _empty("model.ckpt", "tokenizer.model", keep=()), "google/gemma-2-2b"),
     "gemma.cpp": ("gemma.cpp", _empty("2.0-2b-it-sfp.sbs", keep=()), "is of gemma.cpp"),
     "MediaPipe": ("MediaPipe", _empty("gemma2-2b-it-cpu-int8.task", keep=()), "for MediaPipe or LiteRT"),
@@ -443,7 +442,7 @@ def test_tensors_tell_what_a_folder_is(folder, case):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.gguf", "is GGUF"),
+        ("a.gguf", "is no GGUF file, or is damaged: it does not begin as one"),
         ("a.sbs", "gemma.cpp"),
         ("model.ckpt", "gemma_pytorch"),
         ("a.task", "MediaPipe"),
