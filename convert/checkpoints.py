@@ -10,7 +10,8 @@ slices of each array that this process's devices need. Nothing here writes. A fo
                  and adapter_config.json as in the two formats before
     run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
     megatron     latest_checkpointed_iteration.txt and the folder it names, or that folder, in Megatron's format
-                 torch_dist or in its legacy format torch; it holds weights, or adapters alone
+                 torch_dist or in its legacy format torch; it holds weights, or adapters alone. NeMo 2 has such a folder
+                 as weights/, beside context/
     deepmind     an Orbax checkpoint with the arrays of google-deepmind/gemma, or a folder with one such, as on Kaggle
     gguf         one .gguf file, or its path: weights, or a LoRA alone
 
@@ -375,7 +376,7 @@ def _open_megatron(folder: Path, base: Checkpoint | None) -> Checkpoint:
     model = _megatron_model(folder, opened, run, base)
     if opened.args:
         megatron_config.check_args(opened.args, model, iteration)
-    tokenizer = iteration / "tokenizer"
+    tokenizer = iteration / "tokenizer" if run else folder / "context" / "nemo_tokenizer"
     empty = Checkpoint(
         format="megatron",
         path=folder,

@@ -7,7 +7,9 @@ nothing where HF_HUB_OFFLINE is set. `checkpoints` knows what the files mean.
 from pathlib import Path
 
 # Patterns of files at the top of a model. Its subfolders hold the same weights in other formats, or a trainer's states.
-_SMALL_FILES, _WEIGHTS, _SUBFOLDERS = ["*.json", "tokenizer*", "*.jinja"], ["*.safetensors"], ["*/*"]
+_SMALL_FILES, _SUBFOLDERS = ["*.json", "tokenizer*", "*.jinja"], ["*/*"]
+# Files of weights; those of a later line are downloaded where a model has none of the earlier ones.
+_WEIGHTS = (["*.safetensors"], ["pytorch_model*.bin", "adapter_model.bin"])
 
 
 def download(name: str, *, weights: bool) -> Path:
@@ -23,8 +25,20 @@ def download(name: str, *, weights: bool) -> Path:
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
     try:
-        wanted = _SMALL_FILES + _WEIGHTS * weights
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_SUBFOLDERS))
+        for patterns in _WEIGHTS if weights else ([],):
+            wanted = _SMALL_FILES + patterns
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_SUBFOLDERS))
+            if not patterns or any(file for pattern in patterns for file in folder.glob(pattern)):
+                return folder
+        files = [
+            file
+            for file in huggingface_hub.HfApi().list_repo_files(name, revision=folder.name)
+            if not file.startswith(".")
+        ]
+        raise ValueError(
+            f"{name} has no weights that this program reads (safetensors, or pytorch_model.bin): it has "
+            f"{', '.join(files[:10])}; name the model that it was made from"
+        )
     except errors.HFValidationError as error:
         raise ValueError(f"there is no folder {name}") from error
     except errors.GatedRepoError as error:

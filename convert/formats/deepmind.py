@@ -100,10 +100,12 @@ def open_tree(root: Path, model: ModelConfig | None) -> Opened:
     tensors = dict[str, Tensor]()
     for path, stored in reader.shapes.items():
         name = re.sub(r"(/mlp/(?:gating_einsum|linear))/w$", r"\1", path.removeprefix(prefix))
-        if name.endswith(("/kv_einsum/w", "/gating_einsum")) and stored.shape[:1] == (2,):
-            tensors |= {f"{name}/{half}": _Array(reader, path, half) for half in (0, 1)}
-        else:
-            tensors[name] = _Array(reader, path)
+        halves = (0, 1) if name.endswith(("/kv_einsum/w", "/gating_einsum")) and stored.shape[:1] == (2,) else (None,)
+        for half in halves:
+            part = name if half is None else f"{name}/{half}"
+            if part in tensors:
+                raise ValueError(f"{root} holds {part} twice, under two names; delete one")
+            tensors[part] = _Array(reader, path, half)
     model = model or _find_size({name: tensor.shape for name, tensor in tensors.items()})
     if model is None:
         raise ValueError(

@@ -105,6 +105,8 @@ def iteration_folder(folder: Path) -> Path | None:
                 f"{tracker} names iteration {text}, and there is no {iteration}; copy it, or name another one"
             )
         return iteration
+    if (folder / "context").is_dir() and (folder / "weights" / BACKEND_FILE).is_file():  # NeMo 2
+        return folder / "weights"
     is_iteration = (folder / METADATA).is_file() or (folder / BACKEND_FILE).is_file() or any(folder.glob("mp_rank_*"))
     return folder if is_iteration else None
 

@@ -27,6 +27,7 @@ from fuzzing import mutate
 from megatron_files import FIXTURES
 from peers import BITING
 from small_runs import saved_run
+from strange_folders import deepmind_tree, kaggle_tree, save_tree
 
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints
@@ -107,7 +108,7 @@ def _decode(path: Path) -> Any:
         return json.loads(data)
     if path.suffix == ".yaml":
         return yaml.safe_load(data)
-    if path.suffix == ".pt":
+    if path.suffix in (".pt", ".bin"):
         return torch_files.load_torch(path)
     if path.name == ".metadata":
         return pickles.load_pickle(data, path)
@@ -117,7 +118,7 @@ def _decode(path: Path) -> Any:
 
 
 def _encode(path: Path, tree: Any, before: bytes, chance: random.Random) -> bytes | Callable[[Path], object]:
-    if path.suffix == ".pt":
+    if path.suffix in (".pt", ".bin"):
         content = _loaded_tensors(tree)
 
         def save(path: Path) -> None:
@@ -277,7 +278,13 @@ def _swap(case: Case, path: Path, chance: random.Random) -> None:
 
 def _add_file(case: Case, path: Path, chance: random.Random) -> None:
     """Adds a file where a reader may look for one."""
-    names = ["model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"]
+    names = [
+        "pytorch_model.bin",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     names += ["config.json", "manifest.ocdbt", "_METADATA", ".zarray", "zarr.json", "common.pt", ".metadata"]
     names += [
         "mp_rank_00",
@@ -362,6 +369,34 @@ def _sharded(root: Path) -> Case:
     return Case(root, _model(root / "sharded", shard_bytes=3000))
 
 
+def _bin(root: Path) -> Case:
+    """pytorch_model.bin in two shards."""
+    folder = _model(root / "bin")
+    tensors = {
+        name: stored.read((slice(None),) * len(stored.shape))
+        for name, stored in safetensors.open_file(folder / safetensors.MODEL).items()
+    }
+    (folder / safetensors.MODEL).unlink()
+    weight_map = {name: f"pytorch_model-{number % 2}.bin" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        with (folder / file).open("wb") as opened:
+            torch_files.save_torch(opened, {name: x for name, x in tensors.items() if weight_map[name] == file})
+    safetensors.write_json(folder / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+    return Case(root, folder, targets=("hf",))
+
+
+def _deepmind(ocdbt: bool) -> Callable[[Path], Case]:
+    def build(root: Path) -> Case:
+        numbers = np.random.default_rng(0)
+        shapes = table.array_shapes(table.MODEL, TINY)
+        arrays = {path: numbers.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+        tree = deepmind_tree(arrays, transposed=True, padding=3)
+        save_tree(root / "1" / "gemma", kaggle_tree(tree), use_ocdbt=ocdbt)
+        return Case(root, root / "1", {"model": TINY}, targets=("hf",))
+
+    return build
+
+
 def _lora(root: Path) -> Case:
     return Case(root, _adapter(root / "peft", _model(root / "hf")), targets=("peft", "orbax", "megatron-adapter"))
 
@@ -438,6 +473,9 @@ def _fixture(name: str, config: bool = False) -> Callable[[Path], Case]:
 FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "huggingface": (_huggingface, 400),
     "sharded": (_sharded, 300),
+    "bin": (_bin, 120),
+    "deepmind": (_deepmind(ocdbt=True), 40),
+    "deepmind without a database": (_deepmind(ocdbt=False), 40),
     "lora": (_lora, 300),
     "dora": (_dora, 200),
     "orbax": (_orbax, 150),

@@ -132,6 +132,19 @@ def test_a_config_is_had_without_the_weights(tmp_path):
     assert {file.name for file in folder.iterdir()} < set(NEEDED)
 
 
+def test_torch_s_files_are_had_where_there_are_no_others(tmp_path):
+    """And a model with neither is refused with what it has."""
+    hub = Hub()
+    del hub.files["model.safetensors"]
+    with hub.serve() as environment:
+        folder = wait_for_folder(download(tmp_path / "a", environment))
+        del hub.files["pytorch_model.bin"]
+        refused = wait_for_refusal(download(tmp_path / "b", environment))
+    assert (folder / "pytorch_model.bin").read_bytes() == b"unneeded"
+    assert refused.startswith("org/tiny has no weights that this program reads (safetensors, or pytorch_model.bin)")
+    assert "tiny.gguf" in refused
+
+
 def test_a_cache_that_was_made_elsewhere(tmp_path):
     """The layout of an older library, or of a copy on a machine without a network."""
     at = tmp_path / "hub" / "models--org--tiny"
