@@ -39,7 +39,7 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
 def exit_usage(reason: str, program: str) -> NoReturn:
     """Says why the arguments are not understood and which command lists them, and exits with status 2."""
     end = "" if reason.endswith("?") else "."
-    print(fold(f"error: {reason}{end} {program} --help lists what there is"), file=sys.stderr)
+    print(fold(f"error: {reason}{end} {program} --help lists the options"), file=sys.stderr)
     sys.exit(2)
 
 

@@ -418,8 +418,11 @@ def load_recipe(name: str) -> Config:
     path = Path(name) if name.endswith(".py") else _recipe_folder() / f"{name}.py"
     if not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no recipe {name!r}: {hint}There are {', '.join(recipe_names())}; or give a .py file")
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(
+            f"there is no recipe {name!r}{hint} There are {', '.join(recipe_names())}; a Python file with a function "
+            "config() is one too"
+        )
     spec = importlib.util.spec_from_file_location(f"gemma2_jax.configs.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -28,6 +28,7 @@ class Dim:
       between_blocks: the axes that the activations which blocks hand to each other are spread over; None for `used`.
       for_logits: the axes that hidden states and logits are spread over where logits are formed; None for `used`.
       may_stay_whole: whether an axis that does not divide the dim is left out; otherwise it is JAX's error.
+      may_be_shared: whether shards that are a multiple of the dim may each use one of its items, several the same one.
     """
 
     meaning: str
@@ -36,6 +37,7 @@ class Dim:
     between_blocks: Axes | None = None
     for_logits: Axes | None = None
     may_stay_whole: bool = False
+    may_be_shared: bool = False
 
     def spread(self, place: Place) -> Axes:
         """The axes that an activation is spread over in this place."""
@@ -67,7 +69,7 @@ DIMS = {
     "D": Dim(meaning="model width"),
     "N": Dim(meaning="query heads", stored=("tensor",), used=("tensor",)),
     # Where there are fewer of these heads than tensor shards, each shard uses the one that its queries need.
-    "K": Dim(meaning="key/value heads", stored=("tensor",), used=("tensor",), may_stay_whole=True),
+    "K": Dim(meaning="key/value heads", stored=("tensor",), used=("tensor",), may_stay_whole=True, may_be_shared=True),
     "G": Dim(meaning="query heads per key/value head"),
     "H": Dim(meaning="head width"),
     "F": Dim(meaning="MLP width", stored=("tensor",), used=("tensor",)),

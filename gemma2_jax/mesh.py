@@ -81,12 +81,13 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
     sizes = dims.dim_sizes(model)
     for letter, size in sizes.items():
-        tensor = mesh.shape["tensor"] if "tensor" in dims.DIMS[letter].stored else 1
-        if size % tensor == 0 or (letter == "K" and tensor % size == 0):  # fewer heads than shards stay whole
+        dim = dims.DIMS[letter]
+        tensor = mesh.shape["tensor"] if "tensor" in dim.stored else 1
+        if size % tensor == 0 or (dim.may_be_shared and tensor % size == 0):
             continue
         raise ValueError(
-            f"mesh.tensor {tensor} does not divide the {dims.DIMS[letter].meaning} of {size}; "
-            f"use a divisor {'or a multiple ' if letter == 'K' else ''}of {size}, or another axis"
+            f"mesh.tensor {tensor} does not divide the {dim.meaning} of {size}; "
+            f"use a divisor {'or a multiple ' if dim.may_be_shared else ''}of {size}, or another axis"
         )
     for axis in dims.GATHERED:
         if axis not in jax.tree.leaves(tuple(dims.stored_spec("DF", (sizes["D"], sizes["F"]), mesh.shape))):

@@ -48,7 +48,7 @@ def refusal(monkeypatch, capsys):
         ("train --config tiny_lora wrong", "wrong is not an option, nor the value of one."),
         ("train tiny_lra", f"tiny_lra is not an option: a recipe is given as --config NAME; did you mean tiny_lora? "
          f"{RECIPES}"),
-        ("train --config tiny_lra", f"no recipe 'tiny_lra': did you mean tiny_lora? {RECIPES}"),
+        ("train --config tiny_lra", f"there is no recipe 'tiny_lra'; did you mean tiny_lora? {RECIPES}"),
         ("train --config tiny_lora --config=2b_lora", "--config is given 2 times, as tiny_lora and 2b_lora; give one "
          "of them."),
         ("plan --config tiny_lora --gpu 3", "there is no option --gpu; did you mean --gpus?"),
@@ -56,7 +56,7 @@ def refusal(monkeypatch, capsys):
         ("generate --checkpoint a --prompts b", "there is no option --prompts; did you mean --prompt?"),
         ("convert --nonsense x", "there is no option --nonsense."),
         ("convert nspect x", "there is no command nspect, nor a folder of that name; did you mean inspect?"),
-        ("convert a b", "--to {orbax,hf,peft,megatron,megatron-legacy,megatron-adapter} must be given."),
+        ("convert a b", "--to {orbax,hf,"),
         ("convert a b --to hff", "--to is 'hff'; did you mean hf? It may be orbax or hf or "),
         ("convert a b c --to hf", "c is not an option, nor the value of one."),
         ("convert inspect", "PATH must be given."),
@@ -66,7 +66,7 @@ def test_mistakes_are_named(arguments, said, refusal):
     error = refusal(arguments)
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
     program = {"tran": "", "convert inspect": " convert inspect"}.get(arguments, f" {arguments.split()[0]}")
-    assert error.endswith(f" gemma2-jax{program} --help lists what there is\n")
+    assert error.endswith(f" gemma2-jax{program} --help lists the options\n")
 
 
 def test_a_terminal_cuts_lines_between_words(refusal, monkeypatch):

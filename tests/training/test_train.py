@@ -184,13 +184,6 @@ def refused(*arguments: str) -> str:
     return " ".join((result.stdout + result.stderr).replace("│", " ").split())
 
 
-def test_mistakes_on_the_command_line():
-    assert "did you mean 27b_lora?" in refused("--config", "27_lora")
-    assert "--optim.lr FLOAT" in refused("--config", "tiny_lora", "--optm.lr", "1")
-    assert "Expected one of ('none', 'lora', 'dora')" in refused("--config", "tiny_lora", "adapter.kind=qlora")
-    assert "could not convert string to float: 'fast'" in refused("--config", "tiny_lora", "optim.lr=fast")
-
-
 def test_a_batch_that_does_not_divide(tmp_path):
     sizes = "train.global_batch_size=60", "train.micro_batch_size=16"
     message = refused("--config", "tiny_lora", "--workdir", str(tmp_path / "w"), *sizes)
