@@ -6,6 +6,7 @@ first, which sets what JAX needs before it starts.
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -289,6 +290,8 @@ def convert(
     if adapter is not None:
         source = open_checkpoint(adapter, base=source)
     job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)
+    for sentence in job.warnings:
+        warnings.warn(sentence, stacklevel=2)
     write_checkpoint(job, Path(dst))
     return Path(dst)
 

@@ -313,6 +313,14 @@ def test_paths_and_lists_become_what_config_txt_holds():
     assert configs.from_text(configs.to_text(config)) == config
 
 
+def test_what_a_format_cannot_hold_is_warned_of(tmp_path):
+    """No file of a canonical adapter is right at every tensor-parallel size."""
+    fixtures = Path(__file__).parent / "fixtures/megatron"
+    adapter = fixtures / "peft/A_f32_canonical_tp2pp1"
+    with pytest.warns(UserWarning, match="these are for TP 2 alone"):
+        g2.convert(fixtures / "hf/A_f32", tmp_path / "out", to="megatron-adapter", adapter=adapter, ranks=(2, 1))
+
+
 def test_a_format_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no format 'pfet'; did you mean peft"):
         g2.convert(TINY, tmp_path / "out", to="pfet")

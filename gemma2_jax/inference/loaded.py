@@ -5,6 +5,7 @@ them; `save_model` writes a layer at a time. Weights keep the dtype that they ar
 so that loading and saving changes no bit.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,7 +209,10 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
         raise ValueError("the model has adapters that it was not loaded with; merge them first (lora.merge_adapters)")
     # "run" would mean another dtype than the model's own.
     source = replace(checkpoint, format="huggingface", model=model.config, sources=(_ModelArrays(weights),))
-    write_checkpoint(Job(source=source, to=to, merge=merge), path)
+    job = Job(source=source, to=to, merge=merge)
+    for sentence in job.warnings:
+        warnings.warn(sentence, stacklevel=3)
+    write_checkpoint(job, path)
 
 
 def load_generator(checkpoint: Checkpoint, dtype: DType | None = None) -> Generator:
