@@ -272,6 +272,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("EasyDeL", _files("easydel-model.parameters*", "tensorstore_index.json"),
          "is of EasyDeL ({found}); save it with its model.to_torch().save_pretrained"),
     Kind("Orbax trees of MaxText, tunix and EasyDeL", _other_tree, "holds an Orbax checkpoint {found}"),
+    Kind("adapters without their config", _files("adapter_model.safetensors", "adapter_model.bin"),
+         "has an adapter's weights ({found}) and no adapter_config.json; download that file too"),
     Kind("shards without their index", _without_index, "has {found}; download that file too"),
     Kind("safetensors under another name", _renamed,
          "has weights in {found}, and the name is model.safetensors; rename it, beside its config.json"),

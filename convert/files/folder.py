@@ -3,6 +3,7 @@
 This module does not know what the files of a checkpoint mean.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,13 +32,9 @@ def explain_write_failure(folder: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path, size: int) -> Iterator[Path]:
-    """A folder to write about `size` bytes into, which becomes `path` when the block ends without an error.
-
-    Raises ValueError where `path` holds something already or the disk has no room, and OSError where it cannot be made.
-    """
+    """As `atomic_path`, of a folder that is there when the block begins."""
     with atomic_path(path, size) as partial:
-        with explain_write_failure(path, "write somewhere else"):
-            partial.mkdir()
+        partial.mkdir()
         yield partial
 
 
@@ -45,33 +42,71 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
 def atomic_path(path: Path, size: int) -> Iterator[Path]:
     """A path to write about `size` bytes to, which becomes `path` when the block ends without an error.
 
-    Raises ValueError where `path` holds something already or the disk has no room, and OSError where it cannot be made.
+    Raises ValueError where `path` holds something already, the disk has no room or another process is writing to the
+    same path, and OSError where nothing can be written there.
     """
-    # A sibling, so that the rename stays within one disk. A killed run leaves it behind, and the next run deletes it.
-    partial = path.parent / f".{path.name}.partial"
     with explain_write_failure(path, "write somewhere else"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} exists already; delete it, or write somewhere else")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _delete(partial)
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise ValueError(
                 f"{path} needs {decimal(size)}, and {path.parent} has {decimal(free)} free; write to another disk"
             )
+        # A sibling, so that the rename stays within one disk. A killed process leaves it behind.
+        folder = path.parent / f".{path.name}.partial"
+        lock = _claim_folder(folder, path)
     try:
+        partial = folder / path.name
         yield partial
         partial.rename(path)
-    except BaseException:
-        _delete(partial)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim_folder(folder: Path, path: Path) -> int:
+    """Makes an empty folder and gives a lock on it, which ends with the process; deletes what a killed one left there.
+
+    Raises ValueError where another process has it to write `path`.
+    """
+    busy = ValueError(f"another process is writing {path}; wait for it, or write somewhere else")
+    if folder.exists():
+        left = _lock_folder(folder, busy)
+        shutil.rmtree(folder)
+        os.close(left)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise busy from error
+    return _lock_folder(folder, busy)
+
+
+def _lock_folder(folder: Path, busy: ValueError) -> int:
+    """The descriptor of the folder, locked; `busy` is raised where another process has locked or replaced it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise busy from None
+    try:
+        _lock(descriptor)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    raise busy
+
+
+def _lock(descriptor: int) -> None:
+    """Locks a file or a folder. Raises BlockingIOError where another process has; some NFS has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    except OSError:
+        pass
 
 
 def tokenizer_folder(folder: Path) -> Path | None:

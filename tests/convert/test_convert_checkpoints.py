@@ -324,6 +324,20 @@ def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
     assert open_checkpoint(target).model == BITING["2b"]
 
 
+def test_two_conversions_of_one_name_do_not_meet(tmp_path):
+    """The second is refused while the first writes, and takes nothing from it; a third follows a killed one."""
+    target = tmp_path / "out"
+    with folder.atomic_folder(target, 0) as partial_folder:
+        (partial_folder / "weights").write_text("whole")
+        with (
+            pytest.raises(ValueError, match=r"another process is writing .*out; wait for it"),
+            atomic_folder(target, 0),
+        ):
+            pass
+    assert (target / "weights").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_what_a_killed_run_left_is_no_part_of_the_next(hf, tmp_path):
     partial_folder = tmp_path / ".out.partial"
     partial_folder.mkdir()

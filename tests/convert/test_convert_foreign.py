@@ -133,6 +133,7 @@ FOREIGN: dict[str, tuple[str, Edit, str]] = {
     "EasyDeL's tree": ("Orbax trees", chain(_empty(), _tree("m: model/layers/0/self_attn/q_proj/kernel")), "EasyDeL"),
     "a part of ours": ("Orbax trees", chain(_empty(keep=()), _tree(": embedding blocks/attn/q/w")), "of this prog"),
     "a stranger's tree": ("Orbax trees", chain(_empty(keep=()), _tree("x: w/kernel")), r"first array is w/kernel\)"),
+    "an adapter alone": ("adapters without", _empty("adapter_model.safetensors"), "no adapter_config.json"),
     "no index": ("shards without", chain(save_shards(), lambda at: (at / INDEX).unlink()), "download that file too"),
     "renamed": ("safetensors under", lambda at: (at / "model.safetensors").rename(at / "gemma.safetensors"),
                 "weights in gemma.safetensors, and the name is model.safetensors"),
