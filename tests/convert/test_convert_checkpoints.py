@@ -331,7 +331,7 @@ def test_two_conversions_of_one_name_do_not_meet(tmp_path):
         (partial_folder / "weights").write_text("whole")
         with (
             pytest.raises(ValueError, match=r"another process is writing .*out; wait for it"),
-            atomic_folder(target, 0),
+            folder.atomic_folder(target, 0),
         ):
             pass
     assert (target / "weights").read_text() == "whole"
