@@ -50,6 +50,8 @@ class Convert:
     to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
     adapter: str | None = None  # adapter to put on SRC: a folder of PEFT, Orbax or Megatron, or a run
     merge: _Flag = False  # add the adapter into the weights, in float32
+    # Program that is to load the adapter: it is refused if that program could not, with what to do instead.
+    reader: Annotated[Literal["vllm"] | None, tyro.conf.arg(name="for")] = None
     dtype: FileDType | None = None  # dtype to write, float16 and q8_0 in gguf alone; None: as stored
     # Folder or Hub id with the config.json of a checkpoint that has none (Megatron, google-deepmind/gemma), or of the
     # model of an adapter, or with the tokenizer of a GGUF file.
@@ -212,7 +214,10 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
     from gemma2_jax.convert.writing import write_checkpoint
 
     source = _open(command.src, command.adapter, command.hf_config, command.drop)
-    job = Job(source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=(command.tp, command.pp))
+    ranks = command.tp, command.pp
+    job = Job(
+        source=source, to=command.to, merge=command.merge, dtype=command.dtype, ranks=ranks, reader=command.reader
+    )
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with _progress_bar(job.size, shown=show_progress) as progress:
@@ -265,7 +270,12 @@ def _suggest_use(job: "Job", target: Path) -> str:
         return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     if job.to == "peft":
         model = base or "its base model"
-        return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}"
+        if job.reader == "vllm":
+            return f"serve it: {_vllm_command(job, model, target)}"
+        grown = ""
+        if job.adapter.replaces("embedding") and job.source.model:
+            grown = f" after model.resize_token_embeddings({job.source.model.vocab_size})"
+        return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}{grown}"
     if job.to == "gguf":
         return f"run it: llama-cli -m {target}, or with Ollama: FROM {target} in a Modelfile"
     if job.to == "gguf-adapter":
@@ -279,6 +289,13 @@ def _suggest_use(job: "Job", target: Path) -> str:
     if "adapter" in job.groups:
         return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
     return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"
+
+
+def _vllm_command(job: "Job", base: str, target: Path) -> str:
+    from gemma2_jax.convert.formats import vllm
+
+    options = ["--enable-lora", "--lora-modules", f"{target.name}={target}"]
+    return shlex.join(["vllm", "serve", base, *options, "--max-lora-rank", str(vllm.max_lora_rank(job.adapter))])
 
 
 def _suggest_adapter_use(base: str, target: Path) -> str:

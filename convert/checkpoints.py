@@ -5,7 +5,7 @@ slices of each array that this process's devices need. Nothing here writes. A fo
 
     huggingface  config.json, model.safetensors or model.safetensors.index.json with its shards, or pytorch_model.bin
                  likewise
-    peft         adapter_config.json, adapter_model.safetensors
+    peft         adapter_config.json, adapter_model.safetensors or adapter_model.bin
     orbax        weights/ and adapter/, or one of them: Orbax checkpoints of nested dicts of our arrays; config.json
                  and adapter_config.json as in the two formats before
     run          config.txt, checkpoints/STEP/params: a training run's folder, or one of its steps
@@ -47,12 +47,14 @@ from gemma2_jax.convert.formats import (
     megatron,
     megatron_adapters,
     megatron_config,
+    peft,
+    peft_config,
     state_dict,
     table,
 )
 from gemma2_jax.convert.formats.hf_config import model_config
-from gemma2_jax.convert.formats.peft_config import adapter_config
-from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, load_array
+from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, WeightTensor, load_array
 from gemma2_jax.model.gemma2 import Abstract
 
 
@@ -78,9 +80,14 @@ class Checkpoint:
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the whole model is there, and not only its config or an adapter."""
+        return all(row.path in self.shapes for row in table.MODEL)
+
+    @property
     def lacks_base(self) -> bool:
         """Whether it is an adapter alone: the weights that the adapter is added to were neither given nor found."""
-        return self.adapter.kind != "none" and "embedding" not in self.shapes
+        return self.adapter.kind != "none" and not self.has_weights
 
     def describe_missing_base(self) -> str:
         """The beginning of a sentence that asks for the model of an adapter alone."""
@@ -144,14 +151,19 @@ def _open_folder(
         base = Checkpoint(format="huggingface", path=folder, model=model)
     if open_format:
         return open_format(folder, base)
+    named = sorted(child for child in folder.iterdir() if child.is_dir() and peft.is_adapter(child))
+    if len(named) == 1:  # PEFT saves an adapter that is not called "default" in a folder of its name
+        return _open_peft(named[0], base)
+    if named:
+        raise ValueError(f"{folder} holds the adapters {', '.join(child.name for child in named)}; name one of them")
     if (folder / "config.txt").is_file() and (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder} is a training run that has no whole checkpoint yet; resume it, and try again then")
     files = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {files}. Known are Hugging Face folders "
         "(config.json, model.safetensors or pytorch_model.bin, or its shards and index), PEFT adapters "
-        "(adapter_config.json, adapter_model.safetensors), Orbax folders (weights/ or adapter/, or the layout of "
-        "google-deepmind/gemma), runs (config.txt, checkpoints/), Megatron checkpoints "
+        "(adapter_config.json, adapter_model.safetensors or .bin), Orbax folders (weights/ or adapter/, or the layout "
+        "of google-deepmind/gemma), runs (config.txt, checkpoints/), Megatron checkpoints "
         "(latest_checkpointed_iteration.txt, .metadata or mp_rank_00/) and GGUF files"
     )
 
@@ -187,7 +199,7 @@ def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
 
 
 def _find_source(checkpoint: Checkpoint, path: str) -> Source:
-    return next(source for source in checkpoint.sources if path in source.shapes)
+    return next(source for source in reversed(checkpoint.sources) if path in source.shapes)
 
 
 def _orbax_root(folder: Path) -> Path | None:
@@ -231,7 +243,7 @@ def _open_huggingface(folder: Path, base: Checkpoint | None, drop: Sequence[str]
         notes=notes,
     )
     # Transformers loads an adapter that lies beside the model too.
-    return _open_peft(folder, whole) if _is_peft(folder) else whole
+    return _open_peft(folder, whole) if peft.is_adapter(folder) else whole
 
 
 def _is_deepmind(folder: Path) -> bool:
@@ -256,24 +268,29 @@ def _open_deepmind(folder: Path, base: Checkpoint | None) -> Checkpoint:
     return _inherit_files(whole, given) if given else whole
 
 
-def _is_peft(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("adapter_config.json", safetensors.ADAPTER))
-
-
 def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
-    peft = read_json(folder / "adapter_config.json")
-    tensors = open_tensors(folder, safetensors.ADAPTER)
-    projections = table.adapted_rows(re.sub(r"(?<=\.layers\.)\d+", "{L}", name) for name in tensors.shapes)
-    adapter = adapter_config(peft, projections, folder / "adapter_config.json")
+    opened = peft.open_adapter(folder)
+    base_name = opened.config.get("base_model_name_or_path")
+    base = base or _open_base(folder, base_name)
     adapted = Checkpoint(
         format="peft",
         path=folder,
-        adapter=adapter,
+        adapter=opened.adapter_config(base.model.layers if base and base.model else None),
         tokenizer=tokenizer_folder(folder),
         generation=generation_file(folder),
+        notes=opened.notes,
     )
-    open_source = partial(TensorSource.open, folder, tensors, table.table_rows(adapter))
-    return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
+
+    def read_base(row: Row, layer: int | None) -> WeightTensor:
+        if base is None or base.model is None or row.path not in base.shapes:
+            raise ValueError(f"{folder} changes a part of {row.name} only, so that its model's weights are needed too")
+        return WeightTensor(source=_find_source(base, row.path), model=base.model, row=row, layer=layer)
+
+    def open_source(model: ModelConfig) -> Source:
+        tensors = opened.tensors(adapted.adapter, model, read_base)
+        return TensorSource.open(folder, tensors, table.table_rows(adapted.adapter), model)
+
+    return _attach_base(adapted, base, open_source, base_name, opened.vocabulary)
 
 
 def _is_orbax(folder: Path) -> bool:
@@ -293,11 +310,12 @@ def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if not adapter:
         assert base is not None
         return base
-    peft = read_json(folder / "adapter_config.json")
-    projections = table.adapted_rows(orbax.Reader(adapter).shapes)
-    adapted = replace(empty, adapter=adapter_config(peft, projections, folder / "adapter_config.json"))
+    config, shapes = read_json(folder / peft.CONFIG), orbax.Reader(adapter).shapes
+    adapted = replace(empty, adapter=peft_config.stored_config(config, shapes, folder / peft.CONFIG))
     open_source = partial(OrbaxSource.open, adapter, table.table_rows(adapted.adapter))
-    return _attach_base(adapted, base, open_source, peft.get("base_model_name_or_path"))
+    base_name, embedding = config.get("base_model_name_or_path"), shapes.get("embedding")
+    base = base or _open_base(folder, base_name)
+    return _attach_base(adapted, base, open_source, base_name, embedding.shape[0] if embedding else None)
 
 
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
@@ -428,9 +446,9 @@ def _open_megatron_adapter(
     fusings, projections = megatron_adapters.adapter_fusings(opened)
     adapter = megatron_config.adapter_config(run, projections, run_path)
 
-    def open_source(model: ModelConfig, rank: int) -> Source:
+    def open_source(model: ModelConfig) -> Source:
         tensors = megatron_adapters.adapter_tensors(replace(opened, ranks=tensor_ranks), fusings, adapter, model)
-        return TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model, rank)
+        return TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model)
 
     notes = empty.notes
     if adapter.unmergeable_targets:
@@ -440,7 +458,8 @@ def _open_megatron_adapter(
         )
     adapted = replace(empty, adapter=adapter, notes=notes)
     names = megatron_config.base_names(run)
-    return _attach_base(adapted, base, open_source, next(filter(_is_folder, names), names[-1] if names else None))
+    base_name = next(filter(_is_folder, names), names[-1] if names else None)
+    return _attach_base(adapted, base or _open_if_folder(base_name), open_source, base_name)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -457,6 +476,7 @@ def _open_gguf(path: Path, base: Checkpoint | None) -> Checkpoint:
         adapter, base_name = gguf.adapter_config(file)
         rows = gguf.rename_rows(table.table_rows(adapter))
         open_source = partial(TensorSource.open, file_path, Tensors(file.tensors), rows)
+        base = base or _open_if_folder(base_name)
         return _attach_base(replace(empty, adapter=adapter), base, open_source, base_name)
     model = gguf.model_config(file)
     _refuse_base(file_path, model, base)
@@ -477,7 +497,7 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Checkpoint | None]
     (_is_orbax, _open_orbax),
     (_is_run, _open_run),
     (_is_huggingface, _open_huggingface),
-    (_is_peft, _open_peft),
+    (peft.is_adapter, _open_peft),
     (_is_megatron, _open_megatron),
     (_is_gguf, _open_gguf),
     (_is_deepmind, _open_deepmind),
@@ -500,27 +520,40 @@ def _open_config(folder: Path) -> Checkpoint:
 def _attach_base(
     adapted: Checkpoint,
     base: Checkpoint | None,
-    open_source: Callable[[ModelConfig, int], Source],
+    open_source: Callable[[ModelConfig], Source],
     base_name: str | None,
+    vocabulary: int | None = None,
 ) -> Checkpoint:
-    """An adapter on its model, which is `base` or the folder `base_name`.
+    """An adapter on its model `base`, whose vocabulary it may have grown.
 
-    Without either the adapter's arrays are not opened, as their shapes follow from the model's config.
+    Without a base the adapter's arrays are not opened, as their shapes follow from the model's config.
     """
-    if not isinstance(base_name, str | None):
-        raise ValueError(f"{adapted.path} names {reprlib.repr(base_name)} as its model, which is no folder or Hub id")
-    base = base or _open_if_folder(base_name)
     if base is None:
-        sources = (open_source(adapted.model, adapted.adapter.rank),) if adapted.model else ()
+        sources = (open_source(adapted.model),) if adapted.model else ()
         return replace(adapted, base=base_name or "", sources=sources)
     if base.adapter.kind != "none":
         raise ValueError(f"{base.path} has an adapter already, {adapted.path} is another; merge the first one first")
     assert base.model is not None
-    model = adapted.model or base.model
-    if replace(model, max_length=base.model.max_length) != base.model:
+    model = adapted.model or replace(base.model, vocab_size=vocabulary or base.model.vocab_size)
+    if replace(model, max_length=base.model.max_length, vocab_size=base.model.vocab_size) != base.model:
         raise ValueError(f"{adapted.path} is an adapter to another model than {base.path}; give its own, {base_name}")
-    sources = (*base.sources, open_source(model, adapted.adapter.rank))
-    return _inherit_files(replace(adapted, model=model, base=base_name or str(base.path), sources=sources), base)
+    notes = adapted.notes
+    if model.vocab_size != base.model.vocab_size:
+        notes += (
+            f"it brings an embedding of {model.vocab_size:,} tokens in place of {base.model.vocab_size:,}, as its "
+            "vocabulary was grown in training; use the tokenizer that is beside it",
+        )
+    # Weights that the adapter replaces are read from it, as its arrays come last.
+    sources = (*base.sources, open_source(model))
+    named = base_name or str(base.path)
+    return _inherit_files(replace(adapted, model=model, base=named, sources=sources, notes=notes), base)
+
+
+def _open_base(adapter: Path, name: Any) -> Checkpoint | None:
+    """The model that an adapter names, where that is a folder."""
+    if not isinstance(name, str | None):
+        raise ValueError(f"{adapter} names {reprlib.repr(name)} as its model, which is no folder or Hub id")
+    return _open_if_folder(name)
 
 
 def _inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:

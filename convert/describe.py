@@ -33,12 +33,20 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """The kind, the rank, the scale and the projections of an adapter."""
+    """The kind, the ranks, the scales and the projections of an adapter, and the weights that it replaces."""
     kind = ("rank-stabilized " if adapter.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
-    projections = ", ".join(table.match_targets(adapter))
+    ranks, alphas = (
+        f" ({', '.join(f'{name} {number:g}' for name, number in pattern)})" if pattern else ""
+        for pattern in (adapter.rank_pattern, adapter.alpha_pattern)
+    )
+    places = ", ".join(table.match_targets(adapter)) or "no projection"
     if adapter.unmergeable_targets:
-        projections += f" ({' and '.join(adapter.unmergeable_targets)} after the post-norm)"
-    return f"{kind} of rank {adapter.rank}, alpha {adapter.alpha:g} on {projections}"
+        places += f" ({' and '.join(adapter.unmergeable_targets)} after the post-norm)"
+    if adapter.layers:
+        places += f" in layers {', '.join(map(str, adapter.layers))}"
+    if adapter.modules_to_save:
+        places += f"; {', '.join(adapter.modules_to_save)} in place of the model's"
+    return f"{kind} of rank {adapter.rank}{ranks}, alpha {adapter.alpha:g}{alphas} on {places}"
 
 
 def print_table(rendered: RenderableType) -> None:

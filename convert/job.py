@@ -6,6 +6,7 @@ layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
 """
 
 import math
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,15 @@ from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, contiguous_copy
-from gemma2_jax.convert.formats import companions, gguf, gguf_tokenizer, megatron_adapters, megatron_tensors, table
+from gemma2_jax.convert.formats import (
+    companions,
+    gguf,
+    gguf_tokenizer,
+    megatron_adapters,
+    megatron_tensors,
+    table,
+    vllm,
+)
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
@@ -37,6 +46,8 @@ _MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.item
     "megatron-legacy": "megatron-adapter"
 }
 _Q8_0_BYTES = 34 / 32  # of an element: a block of 32 has a scale of two bytes
+# Adapters that have one rank and one scale, and nothing but low-rank matrices.
+_UNIFORM_ADAPTERS = {"megatron-adapter": "an adapter of Megatron-Bridge's", "gguf-adapter": "an adapter of llama.cpp's"}
 _READ_AHEAD = 2  # parts that are read before they are written
 
 Progress = Callable[[float], None]  # is told how many more bytes have been written
@@ -63,6 +74,7 @@ class Job:
     # Tensor-parallel ranks and pipeline stages: those that megatron-legacy has files for, or a megatron-adapter is for.
     ranks: tuple[int, int] = (1, 1)
     dtype: FileDType | None = None  # None: as stored; of a full training run that of the weights it started from
+    reader: Literal["vllm"] | None = None  # a program that must be able to load what is written
 
     def __post_init__(self) -> None:
         self._check_base()
@@ -85,6 +97,10 @@ class Job:
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
                 f"choose --merge for one model, or --to {_MODEL_FORMATS[self.to]} for the adapter alone"
             )
+        if self.to in _UNIFORM_ADAPTERS:
+            self._check_uniform_adapter()
+        if self.reader == "vllm":
+            self._check_vllm()
         assert self.source.model is not None
         self._check_ranks(self.source.model)
         self._check_dtype(self.source.model)
@@ -105,6 +121,36 @@ class Job:
                 f"{source.describe_missing_base()}; give that model as SRC and this adapter as --adapter "
                 f"{source.path}, or the folder of the model's config.json as --hf-config"
             )
+
+    def _check_uniform_adapter(self) -> None:
+        """Raises ValueError where the format has no place for what the adapter has."""
+        adapter = self.source.adapter
+        lacking = {
+            "ranks of their own (adapter.rank_pattern)": adapter.rank_pattern,
+            "alphas of their own (adapter.alpha_pattern)": adapter.alpha_pattern,
+            "weights trained whole (adapter.modules_to_save)": adapter.modules_to_save,
+            "layers without DoRA (adapter.layers)": adapter.layers if adapter.kind == "dora" else (),
+        }
+        for what, value in lacking.items():
+            if value:
+                raise ValueError(
+                    f"{self.source.path} has {what}, and {_UNIFORM_ADAPTERS[self.to]} has none; merge it: --merge --to "
+                    f"{_ADAPTER_FORMATS[self.to]}"
+                )
+
+    def _check_vllm(self) -> None:
+        """Raises ValueError where vLLM could not serve the adapter, for each reason."""
+        if self.to != "peft":
+            raise ValueError(f"--for vllm is about adapters, and --to {self.to} writes none for it; use --to peft")
+        broken = vllm.broken_rules(self.source.adapter)
+        if not broken:
+            return
+        base, path = self.source.base or "MODEL", str(self.source.path)
+        merge = shlex.join(["python", "-m", "gemma2_jax.convert", base, "MERGED", "--adapter", path])
+        remedy = f"merge it into its model, and serve that: {merge} --merge --to hf"
+        if not all(rule.mergeable for rule in broken):
+            remedy = "train one that vLLM can serve, or run this one with python -m gemma2_jax.generate"
+        raise ValueError(f"vLLM cannot serve {path}: {'; '.join(rule.sentence for rule in broken)}. {remedy}")
 
     def _check_ranks(self, model: ModelConfig) -> None:
         tensor, stages = self.ranks
@@ -209,6 +255,8 @@ class Job:
     def groups(self) -> dict[str, tuple[Row, ...]]:
         """The rows of the weights and those of the adapter, as far as they are written; Orbax has a folder for each."""
         adapter_rows = table.table_rows(self.adapter)
+        if self.to == "peft" and self.adapter.replaces("embedding"):  # PEFT has it twice
+            adapter_rows += (replace(table.MODEL[0], name=f"{table.PEFT}{table.HEAD}"),)
         adapter = {"adapter": adapter_rows} if adapter_rows else {}
         return adapter if self.to in _ADAPTER_FORMATS else {"weights": table.MODEL} | adapter
 
@@ -222,9 +270,11 @@ class Job:
         wanted = "float32" if self.dtype == "q8_0" else self.dtype  # it is quantized when it is written
         dtype = wanted or (start_dtype if fully_trained else None)
         paths = {row.name: row.path for rows in self.groups.values() for row in rows}
-        shapes = {
-            path: jax.ShapeDtypeStruct(stored[path].shape, dtype or stored[path].dtype) for path in paths.values()
-        }
+        own = {path: shape.dtype for path, shape in stored.items()}
+        if self.merge:  # what replaces a weight takes that weight's dtype, as in PEFT
+            for source in reversed(self.source.sources):
+                own |= {path: shape.dtype for path, shape in source.shapes.items()}
+        shapes = {path: jax.ShapeDtypeStruct(stored[path].shape, dtype or own[path]) for path in paths.values()}
         if self.to == "gguf":
             shapes |= {path: stored[path] for path in shapes if gguf.is_norm(path)}
         if self.to.startswith("megatron"):  # a fused tensor has one dtype, which holds the values of all its parts
@@ -276,9 +326,31 @@ class Job:
         for row in rows:
             want = self.shapes[row.path]
             step = 1 if row.stacked else orbax.rows_at_once(want, stacked=False)
+            projection = row.path.removeprefix("blocks/").partition("/adapter/")[0]
             for start in range(0, want.shape[0], step):
+                if self.to == "peft" and start not in self.adapted_layers.get(projection, (start,)):
+                    continue
                 stop = min(start + step, want.shape[0])
                 yield Part(row, (slice(start, stop), *[slice(None)] * (len(want.shape) - 1)))
+
+    @cached_property
+    def adapted_layers(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each projection that have an adapter; in the others its arrays are zero."""
+        assert self.source.model is not None
+        layers = range(self.source.model.layers)
+        if not self.adapter.layers:
+            return {name: tuple(layers) for name in table.match_targets(self.adapter)}
+        return {
+            name: tuple(layer for layer in layers if any(np.any(x) for x in self._adapter_layer(name, layer)))
+            for name in table.match_targets(self.adapter)
+        }
+
+    def _adapter_layer(self, projection: str, layer: int) -> Iterator[np.ndarray]:
+        """The arrays that a layer's adapter of this projection consists of."""
+        for row in table.adapter_rows(projection).values():
+            if row.path in self.source.shapes:
+                every = [slice(None)] * (len(row.letters) - 1)
+                yield read_array(self.source, row.path, (slice(layer, layer + 1), *every))
 
     def array_part(self, part: Part) -> np.ndarray:
         """A part in our layout and in the dtype that is written, merged if asked for; its order in memory is any."""
@@ -300,9 +372,7 @@ class Job:
     def tensor_shape(self, row: Row) -> jax.ShapeDtypeStruct:
         """The shape and the dtype of a row's tensor, which of a stacked row is that of one layer."""
         assert self.source.model is not None
-        size = dims.dim_sizes(self.source.model, self.adapter.rank)
-        shape = tuple(math.prod(size[letter] for letter in group) for group in row.groups)
-        return jax.ShapeDtypeStruct(shape, self.shapes[row.path].dtype)
+        return jax.ShapeDtypeStruct(table.tensor_shape(row, self.source.model), self.shapes[row.path].dtype)
 
     def _is_fusable(self) -> bool:
         """Whether projections that Megatron-Bridge fuses have one A. Raises ValueError where a DoRA's do not."""

@@ -41,25 +41,50 @@ class TensorSource:
     """Tensors by Hugging Face's or PEFT's names, stacked and laid out as our arrays while they are read."""
 
     rows: dict[str, Row]
-    dim_sizes: dict[str, int]
+    model: ModelConfig
     tensors: Tensors
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, tensors: Tensors, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0):
+    def open(cls, folder: Path, tensors: Tensors, rows: tuple[Row, ...], model: ModelConfig):
         named = {name: shape for name, shape in tensors.shapes.items() if name != table.HEAD}
-        table.claim_tensors(table.tensor_shapes(rows, model, rank), named, folder)
+        table.claim_tensors(table.tensor_shapes(rows, model), named, folder)
         for name in named:
             safetensors.check_dtype(tensors.dtypes[name], f"{folder}: {name}")
         shapes: Abstract = {}
         for row in rows:
             dtype = jnp.result_type(*(tensors.dtypes[name] for name in row.names(model.layers)))
-            shapes[row.path] = jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, rank), dtype)
+            shapes[row.path] = jax.ShapeDtypeStruct(dims.weight_shape(row.letters, model, row.rank), dtype)
         by_path = {row.path: row for row in rows}
-        return cls(rows=by_path, dim_sizes=dims.dim_sizes(model, rank), tensors=tensors, shapes=shapes)
+        return cls(rows=by_path, model=model, tensors=tensors, shapes=shapes)
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
-        return self.rows[path].read_array(self.dim_sizes, dtype, self.tensors.read, index)
+        row = self.rows[path]
+        return row.read_array(dims.dim_sizes(self.model, row.rank), dtype, self.tensors.read, index)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightTensor:
+    """A model's weight as Hugging Face's tensor, of one layer of a stack or whole, read from any source."""
+
+    source: Source
+    model: ModelConfig
+    row: Row
+    layer: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return table.tensor_shape(self.row, self.model)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.shapes[self.row.path].dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        if self.layer is None:  # arrays that are not stacked have the tensor's layout
+            return self.source.read(self.row.path, index, self.dtype)
+        layer = slice(self.layer, self.layer + 1), *[slice(None)] * (len(self.row.letters) - 1)
+        return self.row.to_tensor(self.source.read(self.row.path, layer, self.dtype)[0])[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +95,8 @@ class OrbaxSource:
     shapes: Abstract
 
     @classmethod
-    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, rank: int = 0, *, of_run: bool = False):
-        reader, expected = orbax.Reader(folder), table.array_shapes(rows, model, rank)
+    def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, *, of_run: bool = False):
+        reader, expected = orbax.Reader(folder), table.array_shapes(rows, model)
         shapes = dict(reader.shapes)
         if of_run:  # pipeline stages may have filled up a run's stacks with zeros: see `training.step.Program`
             for path, shape in expected.items():

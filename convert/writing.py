@@ -52,7 +52,7 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
         dtype = job.shapes["embedding"].dtype.name
         safetensors.write_json(folder / "config.json", hf_config(model, dtype, source.hf))
     if job.adapter.kind != "none":
-        config = peft_config(job.adapter, source.base, for_orbax=job.to == "orbax")
+        config = peft_config(job.adapter, source.base, None if job.to == "orbax" else job.adapted_layers)
         safetensors.write_json(folder / "adapter_config.json", config)
     for name, rows in job.groups.items():
         if job.to == "orbax":
@@ -63,10 +63,10 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
 
 
 def _write_safetensors(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:
-    assert job.source.model is not None
-    wanted = {}
-    for row in rows:
-        wanted |= dict.fromkeys(row.names(job.source.model.layers), job.tensor_shape(row))
+    wanted = {
+        part.row.name.format(L=part.index[0].start) if part.row.stacked else part.row.name: job.tensor_shape(part.row)
+        for part in job.parts(rows)
+    }
     parts = read_ahead(job.tensor_part, job.parts(rows))
     if job.to == "peft":  # PEFT reads one file only
         files = safetensors.ShardedFiles(folder, safetensors.ADAPTER, shard_bytes=sys.maxsize)

@@ -153,20 +153,51 @@ class AdapterConfig:
     dropout: float = 0.0  # chance that an input of A is dropped in training
     targets: tuple[str, ...] = ("attn/*", "mlp/*")  # patterns over attn/{q,k,v,o} and mlp/{gate,up,down}
     after_norm: bool = False  # of o and down: added after the post-norm, as Megatron-Bridge trains them
+    layers: tuple[int, ...] = ()  # layers that have adapters, counted from 0; empty: all
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # other ranks, by patterns as in targets; the first that fits counts
+    alpha_pattern: tuple[tuple[str, float], ...] = ()  # other alphas, likewise
+    # Patterns of weights that are trained whole beside the adapters: embedding, pre_attn_norm, '*_norm', attn/k, ...
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_numbers(self, "adapter")
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be at least 1")
+        if any(rank < 1 for _, rank in self.rank_pattern):
+            raise ValueError(f"adapter.rank_pattern is {self.rank_pattern}; every rank must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if not self.targets:
+        if not self.targets and not self.modules_to_save:
             raise ValueError("adapter.targets is empty; name at least one, for instance 'attn/q'")
+        if list(self.layers) != sorted({layer for layer in self.layers if 0 <= layer < _MOST_LAYERS}):
+            raise ValueError(f"adapter.layers is {self.layers}; give layers once each, in order, counted from 0")
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """What the low-rank product is multiplied by, where no pattern says otherwise."""
+        return self._scale(self.rank, self.alpha)
+
+    def projection_rank(self, projection: str) -> int:
+        """The rank of the adapter of a projection such as "attn/q"."""
+        return next((rank for pattern, rank in self.rank_pattern if fnmatch.fnmatch(projection, pattern)), self.rank)
+
+    def projection_alpha(self, projection: str) -> float:
+        """The alpha of the adapter of a projection."""
+        patterns = self.alpha_pattern
+        return next((alpha for pattern, alpha in patterns if fnmatch.fnmatch(projection, pattern)), self.alpha)
+
+    def projection_scale(self, projection: str) -> float:
+        """What the low-rank product of a projection is multiplied by."""
+        return self._scale(self.projection_rank(projection), self.projection_alpha(projection))
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def replaces(self, path: str) -> bool:
+        """Whether the weight with that path, such as "blocks/pre_attn_norm/w", is trained whole: `modules_to_save`."""
+        if self.kind == "none" or "/adapter/" in path:
+            return False
+        return any(fnmatch.fnmatch(weight_name(path), pattern) for pattern in self.modules_to_save)
 
     @property
     def unmergeable_targets(self) -> list[str]:
@@ -175,6 +206,11 @@ class AdapterConfig:
             return []
         after = "attn/o", "mlp/down"
         return [name for name in after if any(fnmatch.fnmatch(name, target) for target in self.targets)]
+
+
+def weight_name(path: str) -> str:
+    """What `modules_to_save` calls the weight with this path: "blocks/pre_attn_norm/w" is pre_attn_norm."""
+    return path.removeprefix("blocks/").removesuffix("/w")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +509,8 @@ def matches_type(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(matches_type(item, inner[0]) for item in value)
+        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches_type, value, kinds))
     if isinstance(kind, UnionType):
         return any(matches_type(value, one) for one in inner)
     return type(value) in ((int, float) if kind is float else (kind,))
@@ -486,7 +523,8 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if get_origin(kind) is tuple:
-        return "a tuple of strings"
+        kinds = {str: "strings", int: "whole numbers"}
+        return f"a tuple of {kinds.get(inner[0], 'pairs of a pattern and a number')}"
     if isinstance(kind, UnionType):
         return " or ".join(map(describe_type, inner))
     return names[kind]

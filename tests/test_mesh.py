@@ -212,19 +212,29 @@ def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
             assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
 
 
-@pytest.mark.exhaustive
-def test_adapters_after_the_norm_on_a_mesh():
-    """What `test_after_norm` samples."""
-    adapter = configs.AdapterConfig(kind="dora", rank=4, after_norm=True)
-    mesh = MeshConfig(data=1, stage=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize(
+    ("fields", "mesh"),
+    [
+        pytest.param({"after_norm": True}, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), marks=pytest.mark.exhaustive),
+        (
+            {"layers": (0, 2), "rank_pattern": (("mlp/*", 3),), "modules_to_save": ("embedding", "*_norm")},
+            MeshConfig(data=1, stage=2),
+        ),
+    ],
+)
+def test_adapters_of_other_kinds_on_a_mesh(fields, mesh):
+    """Added after the post-norm (what `test_after_norm` samples); on some layers, beside weights that are trained."""
+    adapter = configs.AdapterConfig(kind="dora", rank=4, **fields)
     runs = [
-        program("dora", mesh, devices=devices, model=biting("2b"), adapter=adapter)
-        for mesh, devices in ((MeshConfig(), 1), (mesh, 8))
+        program("dora", mesh, devices=math.prod(vars(mesh).values()), model=biting("2b"), adapter=adapter)
+        for mesh in (MeshConfig(data=1), mesh)
     ]
     for expected, got in zip(*map(three_steps, runs), strict=True):
         for name, value in expected.items():
             error = np.linalg.norm(got[name] - value) / max(np.linalg.norm(value), 1e-30)
             assert error < 1e-5, f"{name}: relative L2 error {error:.2e}"
+            if "/adapter/" in name and adapter.layers:
+                assert not np.any(got[name][1]) and np.any(got[name][2])
 
 
 @pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.exhaustive), "dora"])

@@ -1,56 +1,65 @@
 """PEFT's adapter_config.json and our AdapterConfig, both ways.
 
-The projections of an adapter are read from its tensors, not from target_modules, which may be a regular expression.
-Options that this program does not have are refused by name. `table` has the tensors.
+Which modules of a model have an adapter, of which rank and alpha, is decided by PEFT's rules: names, regular
+expressions, layers, exclusions and patterns. Options that this program does not have are refused by name. `peft` has
+the tensors.
 """
 
+import re
 import reprlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
-from gemma2_jax.config import AdapterConfig
+from gemma2_jax.config import AdapterConfig, weight_name
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import require_field
 
+EMBEDDING = "model.embed_tokens"
+HEAD = table.HEAD.removesuffix(".weight")
 # PEFT has no option for where an adapter is added: this key is in our own folders only.
 _AFTER_NORM = "gemma2_jax_after_norm"
-# Keys that are read below, and keys that change nothing once an adapter is trained.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", _AFTER_NORM}
+# Keys that are read here or in `peft`, and keys that change nothing once an adapter is trained.
+_READ = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", _AFTER_NORM),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "bias", "fan_in_fan_out"),
+}
 _INERT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_pattern", "megatron_core", "loftq_config", "eva_config"),
-    *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
 }
 # Other initializations (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights that the adapter is added to.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Within these limits the matching of a module's name, which has 40 characters, takes milliseconds. What people write is
+# such as .*\.(q|v)_proj or ^model\.layers\.[0-3]\..*
+_MOST_REPEATS, _MOST_OPTIONS, _LONGEST = 6, 16, 10_000
 
 
-def adapter_config(peft: dict[str, Any], projections: list[str], source: object) -> AdapterConfig:
-    """The adapter that an adapter_config.json describes, on those projections ("attn/q").
+def adapter_config(
+    peft: dict[str, Any],
+    settings: Mapping[str, tuple[int, float]],
+    layers: tuple[int, ...],
+    saved: tuple[str, ...],
+    source: object,
+) -> AdapterConfig:
+    """The adapter that an adapter_config.json describes.
+
+    Args:
+      settings: the rank and the alpha of every projection that has an adapter ("attn/q").
+      layers: those that have adapters; empty: all.
+      saved: the weights that it replaces (`AdapterConfig.modules_to_save`).
 
     Raises ValueError naming a key that is missing, or one that asks for what this program does not implement.
     """
-    if peft.get("peft_type") != "LORA":
-        kind = reprlib.repr(peft.get("peft_type"))
-        raise ValueError(f"{source}: peft_type is {kind}; this program has 'LORA' only")
-    for key in ("use_rslora", "use_dora", _AFTER_NORM):
-        if peft.get(key) not in (True, False, None):
-            raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
-    rank, alpha = require_field(peft, "r", source), require_field(peft, "lora_alpha", source)
-    if peft.get("init_lora_weights") not in _INITIALIZATIONS:
-        raise ValueError(
-            f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed "
-            "base weights; save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
-        )
-    uniform = {"rank_pattern": rank, "alpha_pattern": alpha}
-    for key, value in peft.items():
-        if key in uniform and isinstance(value, dict) and all(number == uniform[key] for number in value.values()):
-            continue
-        if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
-            raise ValueError(
-                f"{source}: {key} is {reprlib.repr(value)}, which this program does not have; train without it"
-            )
-    if not projections:
+    _check_options(peft, source)
+    if not settings and not saved:
         raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
+    rank, alpha = require_field(peft, "r", source), require_field(peft, "lora_alpha", source)
+    if settings and all(ranks != rank for ranks, _ in settings.values()):
+        rank = next(iter(settings.values()))[0]
+    if settings and all(alphas != alpha for _, alphas in settings.values()):
+        alpha = next(iter(settings.values()))[1]
     try:
         return AdapterConfig(
             kind="dora" if peft.get("use_dora") else "lora",
@@ -58,33 +67,226 @@ def adapter_config(peft: dict[str, Any], projections: list[str], source: object)
             alpha=alpha,
             rslora=bool(peft.get("use_rslora")),
             dropout=peft.get("lora_dropout") or 0.0,
-            targets=tuple(projections),
+            targets=tuple(settings),
             after_norm=bool(peft.get(_AFTER_NORM)),
+            layers=layers,
+            rank_pattern=tuple((name, other) for name, (other, _) in settings.items() if other != rank),
+            alpha_pattern=tuple((name, other) for name, (_, other) in settings.items() if other != alpha),
+            modules_to_save=saved,
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def peft_config(adapter: AdapterConfig, base: str, *, for_orbax: bool = False) -> dict[str, Any]:
+def stored_config(peft: dict[str, Any], paths: Iterable[str], source: object) -> AdapterConfig:
+    """The adapter of an Orbax folder, whose arrays have these paths and whose config `peft_config` wrote."""
+    paths = list(paths)
+    layers = chosen_layers(peft, source)
+    settings = {
+        name: module_setting(peft, table.PROJECTIONS[name].name.removesuffix(".weight").format(L=0), source)
+        for name in table.adapted_rows(paths)
+    }
+    saved = [weight_name(row.path) for row in table.MODEL if row.path in paths]
+    return adapter_config(peft, settings, layers, tuple(saved), source)
+
+
+def _check_options(peft: dict[str, Any], source: object) -> None:
+    """Raises ValueError naming an option that this program does not have, or one that PEFT does not have so."""
+    if peft.get("peft_type") != "LORA":
+        kind = reprlib.repr(peft.get("peft_type"))
+        raise ValueError(f"{source}: peft_type is {kind}; this program has 'LORA' only")
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "fan_in_fan_out", _AFTER_NORM):
+        if peft.get(key) not in (True, False, None):
+            raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
+    if peft.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(f"{source}: bias is {reprlib.repr(peft['bias'])}; PEFT has none, all and lora_only")
+    if peft.get("init_lora_weights") not in _INITIALIZATIONS:
+        raise ValueError(
+            f"{source}: init_lora_weights is {reprlib.repr(peft['init_lora_weights'])}, so the adapter is to changed "
+            "base weights; save it as plain LoRA: see PEFT's path_initial_model_for_weight_conversion"
+        )
+    for key, value in peft.items():
+        if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
+            raise ValueError(
+                f"{source}: {key} is {reprlib.repr(value)}, which this program does not have; train without it"
+            )
+
+
+def module_setting(peft: dict[str, Any], module: str, source: object) -> tuple[int, float]:
+    """The rank and the alpha that a module, such as "model.layers.0.self_attn.q_proj", has in PEFT."""
+    setting = []
+    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = peft.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{source}: {key} is {reprlib.repr(patterns)}; it must be an object of numbers by module")
+        value = next(
+            (
+                patterns[pattern]
+                for pattern in patterns
+                if _expression(rf"(.*\.)?({pattern})$", key, source).match(module)
+            ),
+            require_field(peft, default, source),
+        )
+        whole = key == "rank_pattern"
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ValueError(f"{source}: {key} or {default} has {reprlib.repr(value)}; it must be a number")
+        setting.append(value)
+    return setting[0], setting[1]
+
+
+def is_targeted(peft: dict[str, Any], module: str, source: object) -> bool:
+    """Whether PEFT gives a module an adapter, as `peft.tuners.tuners_utils.check_target_module_exists` decides it."""
+    excluded = _names(peft, "exclude_modules", source)
+    if isinstance(excluded, str):
+        if _expression(excluded, "exclude_modules", source).fullmatch(module):
+            return False
+    elif _ends_with(module, excluded):
+        return False
+    if any(
+        _expression(rf"(^|.*\.){name}($|\..*)", "modules_to_save", source).match(module)
+        for name in saved_names(peft, source)
+    ):
+        return False
+    targets = _names(peft, "target_modules", source)
+    if targets == "all-linear":
+        return module not in (EMBEDDING, HEAD)
+    if isinstance(targets, str):
+        return bool(_expression(targets, "target_modules", source).fullmatch(module))
+    return module in targets or (_ends_with(module, targets) and _in_layers(peft, module, source))
+
+
+def _in_layers(peft: dict[str, Any], module: str, source: object) -> bool:
+    """Whether layers_to_transform has the layer of a module; layers_pattern says how layers are called."""
+    layers = peft.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = _names(peft, "layers_pattern", source) or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        lead = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
+        expression = _expression(rf"{lead}{pattern}\.(?P<layer>\d+)\.", "layers_pattern", source)
+        if match := expression.match(module):
+            return int(match["layer"]) in chosen_layers(peft, source)
+    return False
+
+
+def chosen_layers(peft: dict[str, Any], source: object) -> tuple[int, ...]:
+    """The layers of layers_to_transform, in order; empty: all."""
+    layers = peft.get("layers_to_transform")
+    layers = [] if layers is None else layers if isinstance(layers, list) else [layers]
+    if not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise ValueError(f"{source}: layers_to_transform is {reprlib.repr(layers)}; it must be numbers of layers")
+    return tuple(sorted(set(layers)))
+
+
+def saved_names(peft: dict[str, Any], source: object) -> list[str]:
+    """The names in modules_to_save."""
+    names = _names(peft, "modules_to_save", source)
+    return [names] if isinstance(names, str) else names
+
+
+def token_indices(peft: dict[str, Any], module: str, source: object) -> list[int]:
+    """The rows of trainable_token_indices that a module, the embedding or the output matrix, is given."""
+    tokens = peft.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        tokens = next((rows for name, rows in tokens.items() if module.endswith(name)), None)
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        given = reprlib.repr(peft.get("trainable_token_indices"))
+        raise ValueError(f"{source}: trainable_token_indices is {given}; it must list numbers of tokens of {module}")
+    return tokens
+
+
+def _names(peft: dict[str, Any], key: str, source: object) -> list[str] | str:
+    value = peft.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise ValueError(f"{source}: {key} is {reprlib.repr(value)}; it must be a text or a list of texts")
+    return value
+
+
+def _ends_with(module: str, names: list[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+@lru_cache(4096)
+def _expression(pattern: str, key: str, source: object) -> re.Pattern[str]:
+    """A regular expression that a file brought.
+
+    Raises ValueError where it is none, or could take very long: where it repeats what it repeats, or repeats a lot.
+    """
+    plain = re.sub(r"\\.", "", pattern, flags=re.DOTALL)  # without escaped characters
+    repeats, options = len(re.findall(r"[*+{]", plain)), len(re.findall(r"(?<![(*+?}])\?", plain))
+    if len(pattern) > _LONGEST or repeats > _MOST_REPEATS or options > _MOST_OPTIONS or re.search(r"\)[*+{]", plain):
+        raise ValueError(
+            f"{source}: {key} has {reprlib.repr(pattern)}, a regular expression that could take for ever; name the "
+            "modules in a list instead"
+        )
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source}: {key} has {reprlib.repr(pattern)}, which is no regular expression") from error
+
+
+def peft_config(
+    adapter: AdapterConfig, base: str, layers: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
     """The adapter_config.json of an adapter to the model `base`, a folder or Hub id.
 
     Args:
-      for_orbax: whether it is for our own Orbax folders, which say where the adapter is added, and not for PEFT.
+      layers: those of each projection that have an adapter, for PEFT. None: it is for our own Orbax folders, which
+        have zeros in the other layers, and say where an adapter is added.
     """
+    projections = table.match_targets(adapter)
+    ranks = {name: adapter.projection_rank(name) for name in projections}
+    alphas = {name: adapter.projection_alpha(name) for name in projections}
+    targets, chosen = [_module_name(name) for name in projections], list(adapter.layers) or None
+    if layers and any(list(found) != chosen for found in layers.values()) and chosen:
+        # PEFT has one list of layers for all projections.
+        chosen, targets = (
+            None,
+            [
+                table.PROJECTIONS[name].name.format(L=layer).removeprefix("model.").removesuffix(".weight")
+                for name, found in layers.items()
+                for layer in found
+            ],
+        )
+    saved = [_saved_name(row) for row in table.MODEL if adapter.replaces(row.path)]
+    tied = adapter.replaces("embedding")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.rank,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_alpha": _shorten(adapter.alpha),
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         "use_dora": adapter.kind == "dora",
-        "target_modules": [table.PROJECTIONS[name].name.split(".")[-2] for name in table.match_targets(adapter)],
+        "target_modules": targets,
+        "layers_to_transform": chosen,
+        "rank_pattern": {_module_name(name): rank for name, rank in ranks.items() if rank != adapter.rank},
+        "alpha_pattern": {_module_name(name): _shorten(a) for name, a in alphas.items() if a != adapter.alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
-        **({_AFTER_NORM: True} if for_orbax and adapter.after_norm else {}),
+        # Named both, the matrix is one for versions of PEFT that cannot tie it too.
+        "modules_to_save": [*saved, HEAD] if tied else saved or None,
+        **({"ensure_weight_tying": True} if tied else {}),
+        **({_AFTER_NORM: True} if layers is None and adapter.after_norm else {}),
     }
+
+
+def _saved_name(row: table.Row) -> str:
+    """What modules_to_save calls a weight. PEFT takes every module whose name ends so."""
+    module = row.name.removesuffix(".weight")
+    return module if module.endswith(".norm") else module.split(".")[-1]
+
+
+def _module_name(projection: str) -> str:
+    """PEFT's name of a projection: "attn/q" is q_proj."""
+    return table.PROJECTIONS[projection].name.split(".")[-2]
+
+
+def _shorten(number: float) -> float:
+    return int(number) if number == int(number) else number

@@ -15,7 +15,7 @@ from gemma2_jax.convert.files.tensors import Tensors
 from gemma2_jax.convert.formats import table
 
 # Parts of names that are wrappers: of DataParallel, DDP and DeepSpeed; torch.compile; FSDP; activation checkpointing.
-_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMBEDDING = table.MODEL[0].name.removeprefix("model.")
 # Buffers that follow from the config. Old versions of transformers saved them.
 _BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.original_inv_freq", "*embed_tokens.embed_scale")
@@ -54,7 +54,7 @@ FOREIGN = (
 
 def is_head(name: str) -> bool:
     """Whether a tensor is an output matrix, which is saved or not whatever an index says, as it is the embedding."""
-    return _WRAPPER.sub("", name).endswith(table.HEAD)
+    return WRAPPER.sub("", name).endswith(table.HEAD)
 
 
 def open_state_dict(tensors: Tensors, drop: Sequence[str], source: object) -> tuple[Tensors, tuple[str, ...]]:
@@ -70,7 +70,7 @@ def open_state_dict(tensors: Tensors, drop: Sequence[str], source: object) -> tu
     names = {stored: name for stored, name in names.items() if stored not in dropped}
     if dropped:
         notes.append(f"left out, as --drop asks: {', '.join(dropped)}")
-    _check_elements({stored: tensors.shapes[stored] for stored in names}, source)
+    check_elements({stored: tensors.shapes[stored] for stored in names}, source)
     for sign in FOREIGN:
         if found := _fitting(names.values(), (sign.pattern,)):
             raise ValueError(f"{source} holds {table.list_names(found)}: {sign.said}")
@@ -90,7 +90,7 @@ def open_state_dict(tensors: Tensors, drop: Sequence[str], source: object) -> tu
 
 def _standard_names(stored: Iterable[str], source: object) -> tuple[dict[str, str], list[str]]:
     """The name in `table` of every stored name, and a note where they differ."""
-    plain = {name: _WRAPPER.sub("", name) for name in stored}
+    plain = {name: WRAPPER.sub("", name) for name in stored}
     embeddings = [name for name in plain.values() if name == _EMBEDDING or name.endswith(f".{_EMBEDDING}")]
     inner = embeddings[0].removesuffix(_EMBEDDING) if len(embeddings) == 1 else "model."
     outer = inner.removesuffix("model.")
@@ -128,7 +128,8 @@ def _match_drops(names: dict[str, str], drop: Sequence[str], source: object) -> 
     return list(dict.fromkeys(dropped))
 
 
-def _check_elements(shapes: dict[str, tuple[int, ...]], source: object) -> None:
+def check_elements(shapes: dict[str, tuple[int, ...]], source: object) -> None:
+    """Raises ValueError where tensors have no elements."""
     empty = [name for name, shape in shapes.items() if not math.prod(shape)]
     if empty:
         raise ValueError(

@@ -11,7 +11,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from einops import rearrange
@@ -20,6 +20,7 @@ from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index, Shapes, copy_array
 
+PEFT = "base_model.model."  # what PEFT's names of tensors begin with
 HEAD = "lm_head.weight"  # Hugging Face's output matrix; no row has it, as Gemma 2's output matrix is the embedding
 
 
@@ -31,6 +32,7 @@ class Row:
     dims: str  # the array's dims: "L D N H"
     name: str  # the tensor's name; {L} stands for the layer
     layout: str  # the tensor's dims, where a group such as (N H) is one dim: "(N H) D"
+    rank: int = 0  # the size of R, where it is a row of an adapter
 
     @property
     def stacked(self) -> bool:
@@ -121,16 +123,16 @@ PROJECTIONS = {
 }
 
 
-def adapter_rows(projection: str) -> dict[str, Row]:
+def adapter_rows(projection: str, rank: int = 0) -> dict[str, Row]:
     """The rows of the adapter of a projection such as "attn/q": of its a, its b and its m, which DoRA alone has."""
     row = PROJECTIONS[projection]
     produced, contracted = row.groups
     path = row.path.removesuffix("w") + "adapter"
-    name = "base_model.model." + row.name.removesuffix(".weight")
+    name = PEFT + row.name.removesuffix(".weight")
     out, into = " ".join(produced), " ".join(contracted)
     return {
-        "a": Row(f"{path}/a", f"L {into} R", f"{name}.lora_A.weight", f"R ({into})"),
-        "b": Row(f"{path}/b", f"L R {out}", f"{name}.lora_B.weight", f"({out}) R"),
+        "a": Row(f"{path}/a", f"L {into} R", f"{name}.lora_A.weight", f"R ({into})", rank),
+        "b": Row(f"{path}/b", f"L R {out}", f"{name}.lora_B.weight", f"({out}) R", rank),
         "m": Row(f"{path}/m", f"L {out}", f"{name}.lora_magnitude_vector", f"({out})"),
     }
 
@@ -153,26 +155,30 @@ def adapted_rows(names: Iterable[str]) -> list[str]:
 
 
 def table_rows(adapter: AdapterConfig) -> tuple[Row, ...]:
-    """The rows of a model's adapters."""
-    return tuple(
+    """The rows of a model's adapters, and of the weights that are saved with them in place of the model's."""
+    adapters = tuple(
         row
         for projection in match_targets(adapter)
-        for part, row in adapter_rows(projection).items()
+        for part, row in adapter_rows(projection, adapter.projection_rank(projection)).items()
         if part != "m" or adapter.kind == "dora"
     )
+    return adapters + tuple(replace(row, name=f"{PEFT}{row.name}") for row in MODEL if adapter.replaces(row.path))
 
 
-def array_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
+def array_shapes(rows: tuple[Row, ...], config: ModelConfig) -> Shapes:
     """The shapes of the arrays of these rows, by path."""
-    return {row.path: dims.weight_shape(row.letters, config, rank) for row in rows}
+    return {row.path: dims.weight_shape(row.letters, config, row.rank) for row in rows}
 
 
-def tensor_shapes(rows: tuple[Row, ...], config: ModelConfig, rank: int = 0) -> Shapes:
+def tensor_shapes(rows: tuple[Row, ...], config: ModelConfig) -> Shapes:
     """The shapes of the tensors of these rows, by name."""
-    shapes = {
-        row.name: tuple(math.prod(dims.weight_shape(group, config, rank)) for group in row.groups) for row in rows
-    }
+    shapes = {row.name: tensor_shape(row, config) for row in rows}
     return {name: shapes[row.name] for row in rows for name in row.names(config.layers)}
+
+
+def tensor_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of a row's tensor, which of a stacked row is that of one layer."""
+    return tuple(math.prod(dims.weight_shape(group, config, row.rank)) for group in row.groups)
 
 
 def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], source: object) -> None:

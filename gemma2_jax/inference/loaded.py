@@ -145,7 +145,7 @@ def one_device_mesh() -> Mesh:
 
 def complete_config(checkpoint: Checkpoint) -> ModelConfig:
     """The model's config. Raises ValueError where the checkpoint is an adapter without its model."""
-    if checkpoint.model is None or "embedding" not in checkpoint.shapes:
+    if checkpoint.model is None or not checkpoint.has_weights:
         base = f"its model, {checkpoint.base}," if checkpoint.base else "its model"
         raise ValueError(
             f"{checkpoint.path} is an adapter, and {base} is not at hand; give both: --checkpoint MODEL --adapter "

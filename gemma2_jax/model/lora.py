@@ -17,22 +17,25 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.config import AdapterConfig, ModelConfig, weight_name
 from gemma2_jax.dims import Place
 from gemma2_jax.mesh import constrain
-from gemma2_jax.model.gemma2 import Einsum, Gemma2, activation_place, apply_weight, split_equation
+from gemma2_jax.model.gemma2 import Einsum, Gemma2, activation_place, apply_weight, split_equation, weight_dims
 
 
 class AdapterParam(nnx.Variable):
     """A variable of an adapter: the filter of adapter training."""
 
 
-def trainable_filter(config: AdapterConfig) -> type[nnx.Variable]:
+def trainable_filter(config: AdapterConfig) -> nnx.filterlib.Filter:
     """The filter that says which variables a run trains."""
-    return nnx.Param if config.kind == "none" else AdapterParam
+    if config.kind == "none":
+        return nnx.Param
+    return nnx.Any(AdapterParam, lambda path, _: config.replaces("/".join(map(str, path))))
 
 
 class Adapter(nnx.Module):
@@ -40,9 +43,12 @@ class Adapter(nnx.Module):
 
     Of a projection "BTD,DNH->BTNH", the variables are a [L, D, R], uniform in +-1/sqrt(D), b [L, R, N, H], zero, and
     for DoRA m [L, N, H], the column norms of the weight; all are float32. A new adapter changes nothing.
+
+    In layers that have no adapter all of them are zero. The gradients of A and B are zero too then, so that they stay
+    zero in training; for m this is so because a layer whose m is all zero leaves the output as it is.
     """
 
-    def __init__(self, base: Einsum, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, base: Einsum, name: str, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         inputs, weight, outputs = split_equation(base.equation)
         contracted = "".join(letter for letter in weight if letter not in outputs)
         produced = "".join(letter for letter in weight if letter in outputs)
@@ -52,18 +58,22 @@ class Adapter(nnx.Module):
         # shards then sum up no more than [B, T, R] for it, and the sums of the projection itself stay as they are.
         self.input_place: Place = activation_place(inputs)
         self.output_place: Place = activation_place(outputs)
-        self.scale, self.dropout = config.scale, config.dropout
+        self.scale, self.dropout = config.projection_scale(name), config.dropout
+        self.lacks_layers = bool(config.layers)
         self.after_norm = config.after_norm and produced == "D"  # only these projections have a norm after them
         self.letters = (("a", f"L{contracted}R"), ("b", f"LR{produced}"))
         # PEFT's start: A uniform in +-1/sqrt(fan-in) (Kaiming with a = sqrt(5)), B zero.
         bound = 1 / math.sqrt(math.prod(dims.weight_shape(contracted, model)))
-        shape_a, shape_b = (dims.weight_shape(letters, model, config.rank) for _, letters in self.letters)
-        self.a = AdapterParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
+        rank = config.projection_rank(name)
+        shape_a, shape_b = (dims.weight_shape(letters, model, rank) for _, letters in self.letters)
+        a = jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound)
+        self.a = AdapterParam(_keep_layers(a, config.layers))
         self.b = AdapterParam(jnp.zeros(shape_b))
         self.m: AdapterParam | None = nnx.data(None)
         if config.kind == "dora":
             self.letters += (("m", f"L{produced}"),)
-            self.m = AdapterParam(self._column_norms(base.w[...], self.a[...], self.b[...], "L"))
+            norms = self._column_norms(base.w[...], self.a[...], self.b[...], "L")
+            self.m = AdapterParam(_keep_layers(norms, config.layers))
 
     def __call__(self, x, y, w, key):
         """The adapted output, in the shape and dtype of y.
@@ -85,7 +95,7 @@ class Adapter(nnx.Module):
         if self.m is None:
             return y
         norm = jax.lax.stop_gradient(self._column_norms(w, self.a[...], self.b[...], ""))
-        return (y * (self.m[...] / norm)).astype(y.dtype)
+        return (y * self._magnitude_ratio(self.m[...], norm)).astype(y.dtype)
 
     def merged_weight(self, w_L: jax.Array, dtype) -> jax.Array:
         """The weight `w_L` of all layers with the update added in float32, and rounded once to `dtype`.
@@ -100,10 +110,17 @@ class Adapter(nnx.Module):
             w = w.astype(jnp.float32) + self.scale * update
             if m is not None:
                 norm = jnp.sqrt(jnp.sum(jnp.square(w), contracted_dims))
-                w *= jnp.expand_dims(m / norm, contracted_dims)
+                w *= jnp.expand_dims(self._magnitude_ratio(m, norm), contracted_dims)
             return w.astype(dtype)
 
         return jax.lax.map(merge_layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
+
+    def _magnitude_ratio(self, m, norm) -> jax.Array:
+        """What DoRA multiplies the columns of one layer with: one where the layer has no adapter, so that m is zero."""
+        if not self.lacks_layers:
+            return m / norm
+        adapted = jnp.any(m != 0)
+        return jnp.where(adapted, m / jnp.where(adapted, norm, 1), 1)
 
     def _column_norms(self, w, a, b, layers: Literal["L", ""]) -> jax.Array:
         """Column norms of W + scale * A B, float32 of the produced letters, without forming that matrix.
@@ -124,20 +141,36 @@ class Adapter(nnx.Module):
         return jnp.sqrt(square + cross)
 
 
+def _keep_layers(x_L: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    """A stack with zeros in place of all layers but these; no layers mean all."""
+    if not layers:
+        return x_L
+    kept = np.isin(np.arange(len(x_L)), layers)
+    return jnp.where(kept.reshape(-1, *[1] * (x_L.ndim - 1)), x_L, 0)
+
+
 def attach_adapters(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
     """Gives every projection that `config.targets` match an `Adapter`, drawn from `rngs.params`.
 
-    Kind "none" gives none. Raises ValueError where a target matches no projection.
+    Kind "none" gives none. Raises ValueError where the model lacks what a pattern or `config.layers` names.
     """
     if config.kind == "none":
         return
     bases = projections(model)
-    for pattern in config.targets:
-        if not fnmatch.filter(bases, pattern):
-            raise ValueError(f"adapter.targets: {pattern!r} matches nothing; there are {', '.join(bases)}")
+    weights = [weight_name(path) for path in weight_dims(model)]
+    patterns = {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
+    for field, names in {"targets": config.targets, "modules_to_save": config.modules_to_save, **patterns}.items():
+        known = weights if field == "modules_to_save" else list(bases)
+        for pattern in names:
+            if not fnmatch.filter(known, pattern):
+                raise ValueError(f"adapter.{field}: {pattern!r} matches nothing; there are {', '.join(known)}")
+    if config.layers and config.layers[-1] >= model.config.layers:
+        raise ValueError(f"adapter.layers has {config.layers[-1]}; the last of the model is {model.config.layers - 1}")
     for name, base in bases.items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
-            base.adapter = Adapter(base, config, model.config, rngs=rngs)
+            if config.replaces(f"blocks/{name}/w"):
+                raise ValueError(f"adapter.modules_to_save and adapter.targets both have {name}; choose one of them")
+            base.adapter = Adapter(base, name, config, model.config, rngs=rngs)
 
 
 def merge_adapters(model: Gemma2) -> None:

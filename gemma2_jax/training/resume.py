@@ -5,13 +5,14 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
-from gemma2_jax.config import AdapterConfig, Config
+from gemma2_jax.config import AdapterConfig, Config, weight_name
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, locate_folder, open_checkpoint
 from gemma2_jax.convert.files.folder import atomic_folder, tokenizer_folder
 from gemma2_jax.convert.formats import table
@@ -38,7 +39,7 @@ def open_source(config: Config) -> Checkpoint | None:
     if not config.init:
         return None
     source = open_checkpoint(config.init, model=config.model)
-    if source.model is None or not source.sources or "embedding" not in source.shapes:
+    if source.model is None or not source.has_weights:
         raise ValueError(
             f"init {config.init} is an adapter without a model; give the model it belongs to as --init, and to go on "
             "training it, this as --adapter"
@@ -59,23 +60,50 @@ def open_source(config: Config) -> Checkpoint | None:
     if config.init_adapter:
         source = open_checkpoint(config.init_adapter, base=source)
         _check_adapter(config, source.adapter)
+        _check_vocabulary(config, source)
     return source
 
 
 def _check_adapter(config: Config, adapter: AdapterConfig) -> None:
     """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
 
-    def comparable_fields(config: AdapterConfig) -> dict:
-        projections = table.match_targets(dataclasses.replace(config, kind=adapter.kind))
-        return dataclasses.asdict(config) | {"targets": " ".join(projections)}
+    def comparable_fields(config: AdapterConfig) -> dict[str, Any]:
+        config = dataclasses.replace(config, kind=adapter.kind)
+        projections = table.match_targets(config)
+        ranks = [(name, config.projection_rank(name)) for name in projections]
+        alphas = [(name, config.projection_alpha(name)) for name in projections]
+        return dataclasses.asdict(config) | {
+            "targets": " ".join(projections),
+            "layers": " ".join(map(str, config.layers)),
+            "rank_pattern": " ".join(f"{name} {rank}" for name, rank in ranks if rank != config.rank),
+            "alpha_pattern": " ".join(f"{name} {alpha}" for name, alpha in alphas if alpha != config.alpha),
+            "modules_to_save": " ".join(weight_name(row.path) for row in table.MODEL if config.replaces(row.path)),
+        }
 
     configured, stored = comparable_fields(config.adapter), comparable_fields(adapter)
+    configured["kind"] = config.adapter.kind
     different = [name for name in stored if name != "dropout" and configured[name] != stored[name]]
     if different:
+        values = [[str(fields[name]) or "none" for fields in (stored, configured)] for name in different]
+        facts = (
+            f"it has {name} {value}, and adapter.{name} is {other}"
+            for name, (value, other) in zip(different, values, strict=True)
+        )
         raise ValueError(
-            f"the adapter {config.init_adapter} is not of the kind that this run trains: "
-            + "; ".join(f"it has {name} {stored[name]}, and adapter.{name} is {configured[name]}" for name in different)
-            + f"; give {' '.join(f'--adapter.{name} {stored[name]}' for name in different)}"
+            f"the adapter {config.init_adapter} is not of the kind that this run trains: {'; '.join(facts)}; "
+            f"give {' '.join(f'--adapter.{name} {stored[name]}'.rstrip() for name in different)}"
+        )
+
+
+def _check_vocabulary(config: Config, source: Checkpoint) -> None:
+    """Raises ValueError where the adapter to start from has grown the vocabulary of its model."""
+    assert source.model is not None
+    if source.model.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"the adapter {config.init_adapter} has grown the vocabulary to {source.model.vocab_size} tokens, and the "
+            f"model {config.init} has {config.model.vocab_size}; merge it first with python -m gemma2_jax.convert "
+            f"{config.init} MERGED --adapter {config.init_adapter} --merge --to orbax, and train on MERGED with "
+            f"--model.vocab_size {source.model.vocab_size}"
         )
 
 
@@ -220,7 +248,7 @@ def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkp
             state = dataclasses.replace(state, params=load_weights(source, program.params))
     else:
         params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
-        frozen = load_base(program, source) if program.frozen else {}
+        frozen = {path: w for path, w in load_base(program, source).items() if path in program.frozen}
         # `device_put` would compare the number between processes, which may not have come so far yet.
         step = jax.make_array_from_callback((), program.state.step.sharding, lambda _: np.int32(latest))
         state = State(step=step, params=params, frozen=frozen, optimizer=optimizer)

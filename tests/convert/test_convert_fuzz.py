@@ -337,9 +337,9 @@ KINDS: dict[str, Callable[[Case, Path, random.Random], object]] = {
 # Checkpoints
 
 
-def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], rank: int = 0, dtype=jnp.float32, **options) -> Path:
+def _tensors(folder: Path, stem: str, rows: tuple[table.Row, ...], dtype=jnp.float32, **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = table.tensor_shapes(rows, TINY, rank)
+    shapes = table.tensor_shapes(rows, TINY)
     wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     numbers = np.random.default_rng(0)
     parts = (numbers.normal(size=shape).astype(dtype) for shape in shapes.values())
@@ -356,7 +356,7 @@ def _model(folder: Path, **options) -> Path:
 
 
 def _adapter(folder: Path, base: Path, adapter: AdapterConfig = LORA) -> Path:
-    _tensors(folder, safetensors.ADAPTER, table.table_rows(adapter), adapter.rank)
+    _tensors(folder, safetensors.ADAPTER, table.table_rows(adapter))
     safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
     return folder
 
@@ -421,7 +421,7 @@ def _trained(root: Path) -> Case:
         workdir="x", model=TINY, adapter=LORA, optim=OptimConfig(lr=1.0), init=str(base),
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
-    shapes = table.array_shapes(table.table_rows(LORA), TINY, LORA.rank)
+    shapes = table.array_shapes(table.table_rows(LORA), TINY)
     folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
     return Case(root, folder, targets=("peft", "orbax", "merged"))
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs
@@ -47,10 +48,21 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
             use_dora=adapter.kind == "dora",
             target_modules=targets,
             lora_dropout=0.0,
+            layers_to_transform=list(adapter.layers) or None,
+            rank_pattern={"down_proj": 2} if adapter.rank_pattern else {},
+            alpha_pattern={"q_proj": 7.0} if adapter.alpha_pattern else {},
+            modules_to_save=["embed_tokens", "input_layernorm", "model.norm"] if adapter.modules_to_save else None,
+            ensure_weight_tying=bool(adapter.modules_to_save),
         ),
     )
     rng = np.random.default_rng(3)
     peer_params = dict(peer.named_parameters())
+    for path, w in model.flatten_state(nnx.state(ours)).items():
+        if adapter.replaces(path):
+            other = np.asarray(w) + 0.2 * rng.standard_normal(w.shape).astype(np.float32)
+            nnx.update(ours, nnx.State(unflatten_dict({path: jnp.asarray(other)}, sep="/")))
+            for layer, value in enumerate(other if path.startswith("blocks/") else other[None]):
+                peer_params[saved_name(path, layer)].data = torch.tensor(value.copy())
     for name, projection in lora.projections(ours).items():
         if projection.adapter is None:
             continue
@@ -58,9 +70,21 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
             variable = getattr(projection.adapter, part)
             spread = {"a": 0.3, "b": 0.1, "m": 0.3}[part]
             variable[...] = variable[...] + spread * rng.standard_normal(variable.shape).astype(np.float32)
+            absent = [layer for layer in range(config.layers) if adapter.layers and layer not in adapter.layers]
+            variable[...] = variable[...].at[jnp.asarray(absent, int)].set(0)
             for layer, value in enumerate(np.asarray(variable[...])):
-                peer_params[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
+                if layer not in absent:
+                    peer_params[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
     return config, ours, peer
+
+
+def saved_name(path: str, layer: int) -> str:
+    names = {
+        "embedding": "embed_tokens",
+        "final_norm/w": "norm",
+        "blocks/pre_attn_norm/w": f"layers.{layer}.input_layernorm",
+    }
+    return f"base_model.model.model.{names[path]}.modules_to_save.default.weight"
 
 
 def torch_name(projection: str, layer: int, part: str) -> str:
@@ -77,7 +101,16 @@ ADAPTERS = {
     "lora": AdapterConfig(kind="lora", rank=4, alpha=8.0),
     "dora": AdapterConfig(kind="dora", rank=4, alpha=8.0),
     "rslora": AdapterConfig(kind="lora", rank=4, alpha=8.0, rslora=True),
-    "some": AdapterConfig(kind="dora", rank=3, alpha=5.0, targets=("attn/[qv]", "mlp/down")),
+    "parts": AdapterConfig(
+        kind="dora",
+        rank=3,
+        alpha=5.0,
+        targets=("attn/[qv]", "mlp/down"),
+        layers=(0, 2),
+        rank_pattern=(("mlp/*", 2),),
+        alpha_pattern=(("attn/q", 7.0),),
+        modules_to_save=("embedding", "pre_attn_norm", "final_norm"),
+    ),
 }
 
 
@@ -96,16 +129,24 @@ def test_logits_and_gradients_equal_peft(name):
     )
     np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
     peer_params = dict(peer.named_parameters())
+    assert gradients.keys() >= {path for path in model.weight_dims(ours) if ADAPTERS[name].replaces(path)}
     for path, gradient in gradients.items():
-        _, group, projection, _, part = path.split("/")
-        for layer, got in enumerate(np.asarray(gradient)):
-            wanted = peer_params[torch_name(f"{group}/{projection}", layer, part)].grad.numpy()
-            error = np.linalg.norm(LAYOUTS[part](got) - wanted) / np.linalg.norm(wanted)
+        for layer, got in enumerate(np.asarray(gradient) if path.startswith("blocks/") else [np.asarray(gradient)]):
+            if "/adapter/" in path and layer not in (ADAPTERS[name].layers or range(config.layers)):
+                assert not np.any(got), f"{path} layer {layer}, which has no adapter, would be trained"
+                continue
+            if "/adapter/" in path:
+                _, group, projection, _, part = path.split("/")
+                wanted, got = peer_params[torch_name(f"{group}/{projection}", layer, part)], LAYOUTS[part](got)
+            else:
+                wanted = peer_params[saved_name(path, layer)]
+            wanted = wanted.grad.numpy()
+            error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
             assert error < 1e-4, f"{path} layer {layer}: relative L2 error {error:.2e}"
 
 
 @pytest.mark.parametrize(
-    "name", ["rslora", "dora", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lora", "some"))]
+    "name", ["rslora", "dora", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("lora", "parts"))]
 )
 def test_merged_equals_unmerged(name):
     config, ours, _ = pair(ADAPTERS[name])
@@ -150,10 +191,26 @@ def test_dropout_drops_inputs_of_the_adapter_only():
     assert abs(loss(0) - loss()) > 1e-4
 
 
-def test_unknown_target_is_an_error():
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"targets": ("attn/q", "attn/qkv")},
+            r"adapter.targets: 'attn/qkv' matches nothing; there are attn/k, .*mlp/up",
+        ),
+        ({"rank_pattern": (("k_proj", 8),)}, "adapter.rank_pattern: 'k_proj' matches nothing; there are attn/k"),
+        (
+            {"modules_to_save": ("lm_head",)},
+            "adapter.modules_to_save: 'lm_head' matches nothing; there are .*embedding",
+        ),
+        ({"modules_to_save": ("attn/q",)}, "adapter.modules_to_save and adapter.targets both have attn/q"),
+        ({"layers": (0, 3)}, "adapter.layers has 3; the last of the model is 2"),
+    ],
+)
+def test_what_the_model_lacks_is_named(fields, message):
     ours = Gemma2(BITING["2b"], attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"'attn/qkv' matches nothing; there are attn/k, .*mlp/up"):
-        lora.attach_adapters(ours, AdapterConfig(kind="lora", targets=("attn/q", "attn/qkv")), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        lora.attach_adapters(ours, AdapterConfig(kind="lora", **fields), rngs=nnx.Rngs(0))
 
 
 def run(kind: str, **train) -> tuple[configs.Config, Program]:
