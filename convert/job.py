@@ -147,9 +147,9 @@ class Job:
             return
         base, path = self.source.base or "MODEL", str(self.source.path)
         merge = shlex.join(["python", "-m", "gemma2_jax.convert", base, "MERGED", "--adapter", path])
-        remedy = f"merge it into its model, and serve that: {merge} --merge --to hf"
+        remedy = f"Merge it into its model, and serve that: {merge} --merge --to hf"
         if not all(rule.mergeable for rule in broken):
-            remedy = "train one that vLLM can serve, or run this one with python -m gemma2_jax.generate"
+            remedy = "Train one that vLLM can serve, or run this one with python -m gemma2_jax.generate"
         raise ValueError(f"vLLM cannot serve {path}: {'; '.join(rule.sentence for rule in broken)}. {remedy}")
 
     def _check_ranks(self, model: ModelConfig) -> None:

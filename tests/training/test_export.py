@@ -30,6 +30,7 @@ from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
 from gemma2_jax.training import loop, resume
+from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.step import Program
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -174,6 +175,38 @@ def test_training_starts_from_an_adapter(run, adapter, tokens, peft_logits, tmp_
         source = resume.open_source(replace(config, init_adapter=str(given)))
         for path, w in checkpoints.load_weights(source, program.params).items():
             np.testing.assert_array_equal(w, state.params[path])
+
+
+def test_weights_trained_beside_an_adapter_resume_and_are_exported(tmp_path):
+    """On a mesh with stages that layers do not fill, as `modules_to_save`, and nothing of layers without an adapter."""
+    parts = AdapterConfig(
+        kind="lora", rank=2, targets=("attn/q",), layers=(1, 5), modules_to_save=("embedding", "pre_*_norm")
+    )
+    recipe = configs.load_recipe("tiny_lora")
+    short = replace(recipe.train, sequence_length=64, micro_batch_size=1)
+    config = replace(recipe, adapter=parts, train=short, init=str(TINY), workdir=str(tmp_path / "run"))
+    program = Program(config, make_mesh(MeshConfig(data=2, stage=4)))
+    with jax.set_mesh(program.mesh):
+        source = resume.open_source(config)
+        start, _ = resume.start_state(program, source, SimpleNamespace(latest=None))
+        trained = {path: 2 * w for path, w in start.params.items()}
+        with Checkpoints(tmp_path / "run", keep=1) as kept:
+            kept.save(3, trained, start.optimizer, {"data": 0})
+        with Checkpoints(tmp_path / "run", keep=1) as kept:
+            state, _ = resume.start_state(program, source, kept)
+    assert state.frozen.keys() == program.frozen.keys() and "embedding" in state.params
+    for path, w in trained.items():
+        np.testing.assert_array_equal(state.params[path], w, err_msg=path)
+    (tmp_path / "run" / "config.txt").write_text(configs.to_text(config))
+    write_checkpoint(Job(source=checkpoints.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / tensors.ADAPTER)
+    layers = {int(name.split(".")[4]) for name in stored if "lora_A" in name}
+    norms = [name for name in stored if "layernorm" in name]
+    assert layers == {1, 5} and len(norms) == 12
+    np.testing.assert_array_equal(stored["base_model.model.lm_head.weight"], trained["embedding"])
+    reference = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    loaded = peft.get_peft_model(reference, peft.LoraConfig.from_pretrained(tmp_path / "adapter"))
+    assert not loaded.load_adapter(tmp_path / "adapter", "default").unexpected_keys
 
 
 def evaluations(workdir: Path) -> dict[int, float]:
