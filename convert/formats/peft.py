@@ -137,9 +137,10 @@ class PeftAdapter:
         return AdapterConfig(kind="lora", rank=rank, alpha=alpha, rslora=bool(self.config.get("use_rslora"))).scale
 
     def _stack_setting(self, projection: str) -> tuple[int, float]:
-        """The rank and the alpha of a projection's stack: those of the layer of the highest rank."""
+        """The rank and the alpha of a projection's stack: those of the layer of the highest rank, an alpha not zero."""
         modules = [_layer_module(projection, layer) for layer in self.adapted_layers[projection]]
-        return max((self._setting(module) for module in modules), key=lambda setting: setting[0])
+        settings = sorted((self._setting(module) for module in modules), key=lambda setting: -setting[0])
+        return settings[0][0], next((alpha for _, alpha in settings if alpha), settings[0][1])
 
     @cached_property
     def _saved_weights(self) -> tuple[str, ...]:
@@ -161,6 +162,8 @@ class PeftAdapter:
     def _claim_tensors(self, model: ModelConfig) -> None:
         """Raises ValueError naming tensors that are missing, unexpected, or of another shape than the config says."""
         check_elements(self.stored.shapes, self.folder)
+        for name, dtype in self.stored.dtypes.items():
+            safetensors.check_dtype(dtype, f"{self.folder}: {name}")
         dora, source = bool(self.config.get("use_dora")), self.source
         expected, actual = Shapes(), Shapes()
         modules = [name.format(L=layer) for name in _PROJECTIONS for layer in range(model.layers)]
@@ -211,7 +214,7 @@ class PeftAdapter:
             if _PARTS[variable] not in parts:
                 continue
             stored = self.stored.by_name[parts[_PARTS[variable]]]
-            factor = self._scale(module) / scale if variable == "b" else 1.0
+            factor = self._scale(module) / scale if variable == "b" and scale else 1.0
             same = stored.shape == shape and factor == 1.0
             tensors[row.name.format(L=layer)] = stored if same else _Padded(stored, shape, factor)
             dtypes.append(stored.dtype)

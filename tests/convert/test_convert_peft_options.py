@@ -152,6 +152,9 @@ CASES = {
     "rank by layer with DoRA": case(
         rank_pattern={"layers.0.mlp.down_proj": 1}, alpha_pattern={"down_proj": 2}, use_dora=True
     ),
+    "no scale in one layer": case(
+        rank_pattern={"0.self_attn.q_proj": 6}, alpha_pattern={"0.self_attn.q_proj": 0}, adapter={"alpha": 6}
+    ),
     "every rank another": case(rank_pattern={"q_proj": 8, "down_proj": 8}, adapter={"rank": 8, "rank_pattern": ()}),
     # Weights that are saved whole.
     "norms": case(modules_to_save=["input_layernorm", "norm"], adapter={"modules_to_save": NORMS}),
@@ -243,6 +246,11 @@ CASES = {
     "not gathered": case(
         change=edit_tensors(lambda t: t.update({name: torch.zeros(0) for name in t})),
         error="16 of 16 tensors have no elements, such as .*: DeepSpeed ZeRO-3 saved them without gathering",
+    ),
+    "double precision": case(
+        modules_to_save=["embed_tokens", "lm_head"],
+        change=edit_tensors(lambda t: t.update({HEAD: t[HEAD].double()})),
+        error="lm_head.weight is stored as float64; this program reads BF16, F16, F32",
     ),
     "a saved module is missing": case(change=edit_config(modules_to_save=["score"]), error="'score', and the file"),
     "tokens that are not there": case(
