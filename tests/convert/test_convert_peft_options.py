@@ -439,3 +439,31 @@ def test_what_vllm_serves(base, plain, tmp_path):
     make_adapter(CASES["layers"], plain, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"--for vllm is about adapters, and --to hf writes none"):
         Job(source=open_checkpoint(tmp_path / "adapter", base=base), to="hf", merge=True, reader="vllm")
+
+
+@pytest.mark.parametrize(
+    ("to", "fields", "message"),
+    [
+        (
+            "megatron-adapter",
+            {"rank_pattern": (("attn/q", 4),)},
+            "ranks of their own .*, and an adapter of Megatron-Br",
+        ),
+        (
+            "megatron-adapter",
+            {"kind": "dora", "layers": (0,)},
+            "layers without DoRA .*merge it: --merge --to megatron$",
+        ),
+        ("gguf-adapter", {"modules_to_save": ("embedding",)}, "weights trained whole .*merge it: --merge --to gguf$"),
+        (
+            "gguf-adapter",
+            {"alpha_pattern": (("attn/q", 4.0),)},
+            "alphas of their own .*, and an adapter of llama.cpp's",
+        ),
+    ],
+)
+def test_adapters_of_other_programs_have_one_rank_and_one_scale(to, fields, message):
+    adapter = AdapterConfig(**{"kind": "lora", "rank": 3} | fields)
+    source = Checkpoint(format="peft", path=Path("mine"), model=CONFIG, adapter=adapter)
+    with pytest.raises(ValueError, match=message):
+        Job(source=source, to=to)
