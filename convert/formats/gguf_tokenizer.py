@@ -87,9 +87,7 @@ def _pieces(spec: _Spec, vocab_size: int) -> tuple[list[str], list[int], list[fl
         raise ValueError(f"its tokenizer has {largest + 1} pieces, and its embedding {vocab_size} rows")
     pieces = [f"[PAD{number}]" for number in range(vocab_size)]
     types, scores = [_UNUSED] * vocab_size, [_UNUSED_SCORE] * vocab_size
-    ranks: dict[str, int] = {}
-    for left, right in _merges(spec):
-        ranks.setdefault(left + right, len(ranks))
+    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(_joined_pieces(spec)))}
     for piece, token in vocab.items():
         is_byte = spec["model"]["byte_fallback"] and _BYTE_PIECE.fullmatch(piece)
         pieces[token], types[token] = piece, _BYTE if is_byte else _NORMAL
@@ -108,6 +106,12 @@ def _merges(spec: _Spec) -> list[list[str]]:
     return [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
 
 
+def _joined_pieces(spec: _Spec) -> list[str]:
+    """What each merge makes, without the added tokens, for which texts are searched before anything is joined."""
+    added = {token["content"] for token in spec["added_tokens"]}
+    return [left + right for left, right in _merges(spec) if left + right not in added]
+
+
 def merge_warnings(metadata: Mapping[str, Written]) -> list[str]:
     """A sentence where llama.cpp would split some texts otherwise, as it joins any two pieces that make a third."""
     if metadata[f"{_GGML}model"] != "llama":
@@ -122,7 +126,7 @@ def merge_warnings(metadata: Mapping[str, Written]) -> list[str]:
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab and not {piece[:cut], piece[cut:]} & added
     )
-    order = [left + right for left, right in _merges(spec)]
+    order = _joined_pieces(spec)
     seen: set[str] = set()
     moved = 0
     for before, piece in zip(["", *order], order, strict=False):

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import yaml
 from fuzzing import mutate
+from gguf_files import data_start, read_tree, write_tree
 from megatron_files import FIXTURES
 from peers import BITING
 from small_runs import saved_run
@@ -32,9 +33,9 @@ from strange_folders import deepmind_tree, kaggle_tree, save_tree
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
-from gemma2_jax.convert.files import pickles, safetensors, torch_files
+from gemma2_jax.convert.files import gguf as gguf_files, pickles, safetensors, torch_files
 from gemma2_jax.convert.files.pickles import Record
-from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats import gguf, table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.job import Job
@@ -102,6 +103,8 @@ def _listing(root: Path) -> list[tuple[str, list[str], list[str]]]:
 
 def _decode(path: Path) -> Any:
     data = path.read_bytes()
+    if path.suffix == ".gguf":
+        return read_tree(path)
     if path.suffix == ".safetensors":
         return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if path.suffix in (".json", "") and data[:1] == b"{":
@@ -128,6 +131,9 @@ def _encode(path: Path, tree: Any, before: bytes, chance: random.Random) -> byte
         return save
     if path.name == ".metadata":
         return pickles.dump_pickle(tree)
+    if path.suffix == ".gguf":
+        counts = chance.choice([None] * 8 + [(1 << 40, 1), (1, 1 << 63), (0, 0)])
+        return write_tree(tree, before[data_start(path) :], counts)
     if path.name == "config.txt":
         values = {key: value if type(value) is str else repr(value) for key, value in tree.items()}
         return "".join(f"{key} = {value}\n" for key, value in values.items()).encode(errors="surrogatepass")
@@ -469,6 +475,39 @@ def _fixture(name: str, config: bool = False) -> Callable[[Path], Case]:
     return build
 
 
+def _gguf(root: Path) -> Case:
+    config = replace(TINY, width=32, mlp_width=64, query_pre_attn_scalar=TINY.head_width, heads=8)
+    tokenizer = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.chat_template": "{{ bos_token }}",
+        "tokenizer.huggingface.json": json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": []}),
+    }
+    dtypes = {path: "float32" if gguf.is_norm(path) else "q8_0" for path in (row.path for row in gguf.MODEL)}
+    return _gguf_case(root, gguf.model_metadata(config, "model", "q8_0") | tokenizer, gguf.MODEL, config, dtypes)
+
+
+def _gguf_adapter(root: Path) -> Case:
+    rows = gguf.rename_rows(table.table_rows(LORA))
+    case = _gguf_case(root, gguf.adapter_metadata(LORA, "hf"), rows, TINY, {row.path: "bfloat16" for row in rows})
+    return replace(case, options={"base": _model(root / "hf")}, targets=("peft", "orbax", "merged"))
+
+
+def _gguf_case(root: Path, metadata, rows: tuple[table.Row, ...], config, dtypes: dict[str, str]) -> Case:
+    shapes, wanted = table.tensor_shapes(rows, config), {}
+    for row in rows:
+        for name in row.names(config.layers):
+            wanted[name] = gguf_files.Wanted(shapes[name], dtypes[row.path])
+    numbers = np.random.default_rng(0)
+    parts = [
+        numbers.normal(size=want.shape).astype("float32" if want.dtype == "q8_0" else want.dtype)
+        for want in wanted.values()
+    ]
+    (root / "gguf").mkdir(parents=True)
+    gguf_files.write_gguf(root / "gguf/model.gguf", metadata, wanted, parts, lambda size: None)
+    return Case(root, root / "gguf", targets=("hf", "orbax", "megatron"))
+
+
 # Each format with the number of changes in the normal suite.
 FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "huggingface": (_huggingface, 400),
@@ -486,6 +525,8 @@ FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "adapter": (_megatron_adapter, 100),
     "bridge": (_fixture("torch_dist/A_bf16_tp2pp2"), 30),
     "bridge adapter": (_fixture("peft/A_f32_dora_tp1pp1", config=True), 30),
+    "gguf": (_gguf, 200),
+    "gguf adapter": (_gguf_adapter, 100),
     "megatron_lm": (_fixture("megatron_lm/A_f32_tp1pp1", config=True), 50),
     "optimizer": (_fixture("optimizer/A_bf16_tp1pp1"), 20),
     "legacy of theirs": (_fixture("legacy/A_bf16_tp2pp2", config=True), 50),
