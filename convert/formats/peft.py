@@ -14,16 +14,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.config import AdapterConfig, ModelConfig, weight_name
 from gemma2_jax.convert.files import safetensors
-from gemma2_jax.convert.files.memory import Index, Shapes
+from gemma2_jax.convert.files.memory import Shapes
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import Tensor, Tensors, open_tensors
 from gemma2_jax.convert.formats import peft_config, table
 from gemma2_jax.convert.formats.peft_config import EMBEDDING, HEAD
+from gemma2_jax.convert.formats.peft_tensors import (
+    LowRankSum,
+    PaddedTensor,
+    TokenRows,
+    ZeroTensor,
+    are_equal,
+    read_whole,
+)
 from gemma2_jax.convert.formats.state_dict import WRAPPER, check_elements
 from gemma2_jax.convert.formats.table import Row
 
@@ -41,7 +48,6 @@ _PROJECTIONS = {row.name.removesuffix(".weight"): name for name, row in table.PR
 _WEIGHTS = {row.name.removesuffix(".weight"): row for row in table.MODEL}
 _PARTS = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}
 _TOKENS = "token_adapter.trainable_tokens_delta"
-_ROWS_AT_ONCE = 4096  # of embeddings that are compared
 
 ReadBase = Callable[[Row, int | None], Tensor]  # the model's own tensor of a row, in a layer of a stack
 
@@ -216,9 +222,9 @@ class PeftAdapter:
             stored = self.stored.by_name[parts[_PARTS[variable]]]
             factor = self._scale(module) / scale if variable == "b" and scale else 1.0
             same = stored.shape == shape and factor == 1.0
-            tensors[row.name.format(L=layer)] = stored if same else _Padded(stored, shape, factor)
+            tensors[row.name.format(L=layer)] = stored if same else PaddedTensor(stored, shape, factor)
             dtypes.append(stored.dtype)
-        return {name: tensors.get(name) or _Zeros(shape, dtypes[0]) for name in row.names(model.layers)}
+        return {name: tensors.get(name) or ZeroTensor(shape, dtypes[0]) for name in row.names(model.layers)}
 
     def _weights(self, row: Row, model: ModelConfig, read_base: ReadBase) -> dict[str, Tensor]:
         """The tensors of a row of the model, of which those that the adapter lacks are the model's own."""
@@ -239,9 +245,9 @@ class PeftAdapter:
         embedding, head = self._wrapped_weight(EMBEDDING, tied), self._wrapped_weight(HEAD, tied)
         # What PEFT ties: rows of tokens always, and all else where it was asked to.
         ensured = bool(self.config.get("ensure_weight_tying"))
-        if embedding is not tied and head is tied and (ensured or isinstance(embedding, _TokenRows)):
+        if embedding is not tied and head is tied and (ensured or isinstance(embedding, TokenRows)):
             head = embedding
-        if not _are_equal(embedding, head):
+        if not are_equal(embedding, head):
             changed = [module for module, x in ((EMBEDDING, embedding), (HEAD, head)) if x is not tied]
             raise ValueError(
                 f"{self.folder} makes the embedding and the output matrix differ: PEFT changed "
@@ -260,7 +266,7 @@ class PeftAdapter:
             if part == "base_layer" or (part == "weight" and not self._is_saved(module))
         ]
         for other in saved[1:]:
-            if not _are_equal(saved[0], other):
+            if not are_equal(saved[0], other):
                 raise ValueError(
                     f"{self.folder} has an embedding and another output matrix, neither of them in modules_to_save; "
                     "Gemma 2 has one matrix for both, and so has this program"
@@ -279,18 +285,18 @@ class PeftAdapter:
         if "weight" in parts and self._is_saved(module):
             return parts["weight"]
         if _TOKENS in parts:
-            indices, rows = peft_config.token_indices(self.config, module, self.source), _read_whole(parts[_TOKENS])
+            indices, rows = peft_config.token_indices(self.config, module, self.source), read_whole(parts[_TOKENS])
             if indices and max(indices) >= tied.shape[0]:
                 raise ValueError(
                     f"{self.source}: trainable_token_indices has {max(indices)}, and the embedding has {tied.shape[0]} "
                     "rows; give a model whose embedding was grown as in training"
                 )
-            return _TokenRows(tied, indices, rows)
+            return TokenRows(tied, indices, rows)
         if "lora_embedding_A" in parts:
-            a, b = (_read_whole(parts[f"lora_embedding_{letter}"]) for letter in "AB")
-            return _LowRankSum(tied, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), self._scale(module))
+            a, b = (read_whole(parts[f"lora_embedding_{letter}"]) for letter in "AB")
+            return LowRankSum(tied, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), self._scale(module))
         if "lora_A" in parts:
-            return _LowRankSum(tied, _read_whole(parts["lora_B"]), _read_whole(parts["lora_A"]), self._scale(module))
+            return LowRankSum(tied, read_whole(parts["lora_B"]), read_whole(parts["lora_A"]), self._scale(module))
         return tied
 
 
@@ -352,95 +358,3 @@ def _full_name(module: str, part: str) -> str:
     """PEFT's name of a part, without an adapter's name."""
     no_suffix = part == "weight" or part.startswith(("lora_embedding", "lora_magnitude", "token_adapter"))
     return f"{table.PEFT}{module}.{part}" + ("" if no_suffix else ".weight")
-
-
-def _read_whole(tensor: Tensor) -> np.ndarray:
-    return tensor.read((slice(None),) * len(tensor.shape)).astype(np.float32)
-
-
-def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices have the same values, compared a block of rows at a time."""
-    if first is second:
-        return True
-    if first.shape != second.shape:
-        return False
-    blocks = [(slice(row, row + _ROWS_AT_ONCE), slice(None)) for row in range(0, first.shape[0], _ROWS_AT_ONCE)]
-    dtype = jnp.result_type(first.dtype, second.dtype)
-    return all(np.array_equal(first.read(block).astype(dtype), second.read(block).astype(dtype)) for block in blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class _Zeros:
-    """What a layer without an adapter has."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self, index: Index) -> np.ndarray:
-        return np.zeros([len(range(size)[span]) for size, span in zip(self.shape, index, strict=True)], self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _Padded:
-    """A tensor times a number, with zeros up to a shape that is larger in the adapter's rank."""
-
-    stored: Tensor
-    shape: tuple[int, ...]
-    factor: float
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.stored.dtype if self.factor == 1.0 else np.dtype(np.float32)
-
-    def read(self, index: Index) -> np.ndarray:
-        whole = np.zeros(self.shape, self.dtype)
-        part = self.stored.read((slice(None),) * len(self.shape)).astype(self.dtype)
-        whole[tuple(map(slice, part.shape))] = part * part.dtype.type(self.factor)
-        return whole[index]
-
-
-@dataclass(frozen=True, eq=False)
-class _TokenRows:
-    """A matrix of which some rows are other ones."""
-
-    matrix: Tensor
-    indices: list[int]
-    rows: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.matrix.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.matrix.dtype
-
-    def read(self, index: Index) -> np.ndarray:
-        span = range(self.shape[0])[index[0]]
-        part = self.matrix.read(index).copy()
-        for token, row in zip(self.indices, self.rows, strict=True):
-            if token in span:
-                part[token - span.start] = row[index[1]].astype(self.dtype)
-        return part
-
-
-@dataclass(frozen=True, eq=False)
-class _LowRankSum:
-    """A matrix plus a low-rank product, in float32."""
-
-    matrix: Tensor
-    left: np.ndarray  # [rows, rank]
-    right: np.ndarray  # [rank, columns]
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.matrix.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    def read(self, index: Index) -> np.ndarray:
-        product = self.left[index[0]] @ self.right[:, index[1]]
-        return self.matrix.read(index).astype(np.float32) + np.float32(self.scale) * product
