@@ -539,9 +539,12 @@ def _attach_base(
         raise ValueError(f"{adapted.path} is an adapter to another model than {base.path}; give its own, {base_name}")
     notes = adapted.notes
     if model.vocab_size != base.model.vocab_size:
+        tokenizer = (
+            "its own tokenizer is used" if adapted.tokenizer else "copy the tokenizer of that training beside it"
+        )
         notes += (
             f"it brings an embedding of {model.vocab_size:,} tokens in place of {base.model.vocab_size:,}, as its "
-            "vocabulary was grown in training; use the tokenizer that is beside it",
+            f"vocabulary was grown in training; {tokenizer}",
         )
     # Weights that the adapter replaces are read from it, as its arrays come last.
     sources = (*base.sources, open_source(model))

@@ -81,6 +81,8 @@ def _open_checkpoint(command: Command) -> "Checkpoint":
         raise ValueError(
             f"{checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there"
         )
+    for note in checkpoint.notes if command.adapter else ():
+        print(f"note: {note}", file=sys.stderr)
     if targets := checkpoint.adapter.unmergeable_targets:
         print(
             f"the adapter of {' and '.join(targets)} is added after the post-norm (adapter.after_norm), where no "
