@@ -1,8 +1,8 @@
 """Soft-capped attention for Hopper, differentiable: what `reference.attention` means, by `forward` and `backward`.
 
-Each query sees an interval of keys (`reference.visible_mask`), which says causal, window, packing and context
-parallelism in one. A tile of scores that no query of it sees is neither loaded nor multiplied, forward and backward;
-only tiles at the edge of an interval are masked.
+Each query sees an interval of keys (`reference.visible_mask`). That one description covers the causal mask, the window,
+packing and context parallelism. A tile of keys that no query of a block sees is neither loaded nor multiplied, forward
+or backward; a mask is computed only for tiles that some query of the block does not see whole.
 """
 
 from functools import reduce
@@ -28,10 +28,10 @@ def attention(
     softcap: float | None,
     build: Build = GPU,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes attention of each query to the keys from `first` to `last`, differentiable by q, k and v.
+    """Computes attention of each query to the keys from `first` to `last`, differentiable with respect to q, k and v.
 
-    It is `reference.attention`. Results are the same bit by bit each time, forward and backward. Partial results over
-    parts of the keys combine by addition, `combine_parts`.
+    It means what `reference.attention` does. Results are the same bit by bit each time, forward and backward. Results
+    over parts of the keys can be combined into one by `combine_parts`.
 
     Args:
       q_BTNH: bfloat16, after RoPE; N is a multiple of K.
@@ -75,7 +75,7 @@ def attention(
 def combine_parts(outs, lses) -> tuple[jax.Array, jax.Array]:
     """Combines attention to each part of the keys into attention to all of them.
 
-    Scores are bounded, so that this is a plain weighted sum, with no maximum to exchange.
+    Soft-capped scores are bounded, so this is a plain weighted sum, with no maximum to exchange.
 
     Args:
       outs: [B, T, N, H] of each part.
@@ -103,15 +103,15 @@ def _attend_saving(settings: Settings, inputs: Inputs):
 
 
 def _attend_backward(settings: Settings, residuals, gradients) -> tuple[Inputs]:
-    """Returns the gradients by the inputs, from those by the results."""
+    """Returns the gradients with respect to the inputs, given those with respect to the results."""
     inputs, out_BTNH, lse_BNT = residuals
     d_BTNH, d_lse_BNT = gradients
     tiles = TILES[inputs.q_BTNH.shape[-1]]
     cotangents = Cotangents(
         d_BTNH=d_BTNH,
-        # To base 2, for exp2; where no key is seen, anything finite.
+        # The log-sum-exp is to base 2, for exp2; where a query sees no key, any finite number will do.
         lse_BNT=jnp.where(jnp.isfinite(lse_BNT), lse_BNT * LOG2E, 0),
-        # The log-sum-exp's gradient by a score is the weight P, so that it comes in where delta does.
+        # The derivative of the log-sum-exp with respect to a score is P, so its gradient enters dS where delta does.
         delta_BNT=jnp.einsum("BTNH,BTNH->BNT", out_BTNH, d_BTNH, preferred_element_type=jnp.float32) - d_lse_BNT,
     )
     dq_BTNH = run_dq(inputs, cotangents, settings, tiles.dq)

@@ -1,26 +1,26 @@
-"""The backward kernels: gradients of attention by the queries (dQ), and by the keys and values (dK/dV).
+"""The backward kernels: gradients of attention with respect to queries (dQ), and to keys and values (dK/dV).
 
 Two kernels make seven matrix products where one could do with five (FlashAttention-2, arXiv:2307.08691, algorithm 2),
 and in return nothing is added across blocks: results are the same bit by bit each time, and no float32 copy of dQ
-exists. With t = tanh(scale * q.k / cap), P = exp(cap * t - lse) where a query sees a key and else 0, and delta the sum
-of dO * O over a row:
+exists. Let t = tanh(scale * q.k / softcap); P = exp(softcap * t - lse) where a query sees a key, and 0 elsewhere; and
+delta the sum of dO * O over a row. Then
 
     slope = P * (1 - t^2)    dS = slope * (dO V^T - delta)
     dV = P^T dO              dQ = scale * dS K              dK = scale * dS^T Q
 
 In dQ the block has queries and loops over keys, as in the forward kernel, and both computing warpgroups do the same.
-In a trip of the loop, for the tile of keys numbered n:
+In one trip of the loop, for the tile of keys numbered n:
 
     tensor cores   ... dS(n-1) K(n-1) ...]  [S(n) = Q K(n)^T]       [dP(n) = dO V(n)^T]           [dS(n) K(n) ...
     other units                                              slope                      dS(n)
     rings          wait K(n)       release K(n-1) ^                 ^ wait V(n)         ^ release V(n)
 
-Values are needed for dP alone, and so for a shorter time than keys: at head width 256 one stage of them is what fits.
+Values are needed for dP alone, and so for a shorter time than keys: at head width 256 their ring has a single place.
 
-In dK/dV the block has 64 keys and loops over tiles of the queries that see them, of each query head in turn. The
-gradients of both keys and values, [64, 256] float32, do not fit in the registers of one warpgroup; halves of both in
-each would need P and dS in both. Instead each warpgroup has one gradient whole, and makes the left operand of its sum
-where it needs it, in registers. Scores are held transposed, [keys, queries], for a step n:
+In dK/dV the block has 64 keys and loops over tiles of the queries that see them, of each query head in turn. The two
+gradients, [64, 256] float32 each, do not both fit in the registers of one warpgroup; if each warpgroup had half of
+both, it would need both P and dS. Instead each warpgroup has the whole of one gradient, and computes the left operand
+of its sum in registers, where it is needed. Scores are held transposed, [keys, queries]. In step n:
 
     warpgroup 0 (dV)                             warpgroup 1 (dK)
     ----------------                             ----------------
@@ -38,7 +38,8 @@ where it needs it, in registers. Scores are held transposed, [keys, queries], fo
 Each warpgroup issues its sum and goes on to its first product of the next step; when that is done, so is the sum, and
 its right operand (dO in warpgroup 0, Q in warpgroup 1) is released.
 
-The log-sum-exps given to both kernels are to base 2: lse / ln 2.
+The log-sum-exps given to both kernels are to base 2: lse / ln 2. Letters and `number` are as in `forward`; as dK/dV
+holds scores transposed, R is its keys and C its queries.
 """
 
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ class Cotangents:
     """What the backward kernels take beside the `Inputs` of the forward one.
 
     Attributes:
-      d_BTNH: bfloat16, the gradient by the output.
+      d_BTNH: bfloat16, the gradient with respect to the output.
       lse_BNT: float32, the log-sum-exp of the scores to base 2; anything finite where a query sees no key.
-      delta_BNT: float32, the sum of dO * O over a row, less the gradient by the log-sum-exp.
+      delta_BNT: float32, the sum of dO * O over a row, less the gradient with respect to the log-sum-exp.
     """
 
     d_BTNH: jax.Array
@@ -86,8 +87,9 @@ class OperandRefs:
     """The operands of a backward kernel in global memory, in their order.
 
     Attributes:
-      first, last, bounds: the intervals of keys that each query sees, [B, T], and their `tiles.tile_bounds`; in dK/dV,
-        the intervals of queries that see each key, [B, S], and theirs.
+      first, last: in dQ, the first and the last key that each query sees, int32 [B, T]; in dK/dV, the first and the
+        last query that sees each key, int32 [B, S].
+      bounds: the `tiles.tile_bounds` of `first` and `last`.
     """
 
     q_BTNH: Ref
@@ -107,9 +109,10 @@ class DQScratch:
     """The shared memory of a block of dQ.
 
     Attributes:
-      q, d: [2, ROWS, H], the queries and the gradients by the output of each computing warpgroup; `q` ends as dQ.
-      arrived: a barrier for each computing warpgroup, which the loads of both complete.
-      ds: [2, ROWS, keys], dS as an operand, where it is not in registers.
+      q, d: [2, ROWS, H], for each computing warpgroup its queries, which dQ overwrites at the end, and the gradient
+        with respect to their output.
+      arrived: a barrier for each computing warpgroup, which the loads of its `q` and `d` complete.
+      ds: [2, ROWS, keys], dS as an operand of wgmma; None where it stays in registers.
       k_ring, v_ring: tiles [keys, H].
     """
 
@@ -138,7 +141,7 @@ class DQScratch:
 
 
 def run_dq(inputs: Inputs, cotangents: Cotangents, settings: Settings, tile: Tile) -> jax.Array:
-    """Computes the gradient by the queries, [B, T, N, H] bfloat16."""
+    """Computes the gradient with respect to the queries, [B, T, N, H] bfloat16."""
     q_BTNH = inputs.q_BTNH
 
     def kernel(*refs_and_scratch) -> None:
@@ -162,32 +165,38 @@ def _operands(inputs: Inputs, cotangents: Cotangents) -> tuple[jax.Array, ...]:
 
 
 class _DQBlock:
-    """One block of threads of dQ: its queries, of each computing warpgroup, and their loop over tiles of keys."""
+    """One block of threads of dQ: the queries of its two computing warpgroups, and their loop over tiles of keys."""
 
-    def __init__(self, refs: OperandRefs, dq_BTNH: Ref, scratch: DQScratch, settings: Settings, keys: int):
-        self.refs, self.dq_BTNH, self.scratch, self.settings, self.keys = refs, dq_BTNH, scratch, settings, keys
+    def __init__(self, refs: OperandRefs, dq_BTNH: Ref, scratch: DQScratch, settings: Settings, tile_keys: int):
+        self.refs, self.dq_BTNH, self.scratch, self.settings, self.tile_keys = (
+            refs,
+            dq_BTNH,
+            scratch,
+            settings,
+            tile_keys,
+        )
         self.queries = Queries(refs.q_BTNH, refs.k_BSKH, refs.bounds)
 
     def run(self) -> None:
         pl.when(self.queries.warpgroup < COMPUTING_WARPGROUPS)(self.compute)
         self.queries.load_keys(
-            self.keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
+            self.tile_keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
         )
 
     def compute(self) -> None:
         """The work of a computing warpgroup: it loads its queries, loops over their keys, and writes the gradient."""
-        block, refs, scratch = self.queries, self.refs, self.scratch
+        queries, refs, scratch = self.queries, self.refs, self.scratch
         tiles.claim_registers()
-        arrived = scratch.arrived.at[block.warpgroup]
-        source = block.batch, block.rows, block.head
-        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[source], scratch.q.at[block.warpgroup], arrived)
-        plgpu.copy_gmem_to_smem(refs.d_BTNH.at[source], scratch.d.at[block.warpgroup], arrived)
+        arrived = scratch.arrived.at[queries.warpgroup]
+        source = queries.batch, queries.rows, queries.head
+        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[source], scratch.q.at[queries.warpgroup], arrived)
+        plgpu.copy_gmem_to_smem(refs.d_BTNH.at[source], scratch.d.at[queries.warpgroup], arrived)
         lse_R, delta_R = (
-            plgpu.load(ref.at[block.batch, block.head, block.rows], layout=tiles.BY_ROW, optimized=False)
+            plgpu.load(ref.at[queries.batch, queries.head, queries.rows], layout=tiles.BY_ROW, optimized=False)
             for ref in (refs.lse_BNT, refs.delta_BNT)
         )
         plgpu.barrier_wait(arrived)
-        dq_RH = scratch.q.at[block.warpgroup]
+        dq_RH = scratch.q.at[queries.warpgroup]
         result_RH = pl.run_scoped(
             partial(self.loop_over_keys, lse_R, delta_R), tiles.accumulator(ROWS, refs.q_BTNH.shape[-1])
         )
@@ -198,37 +207,37 @@ class _DQBlock:
 
     def loop_over_keys(self, lse_R: jax.Array, delta_R: jax.Array, dq_acc: Ref) -> jax.Array:
         """Returns dS K, [ROWS, H], summed over all keys that are seen."""
-        block, k_ring = self.queries, self.scratch.k_ring
+        queries, k_ring = self.queries, self.scratch.k_ring
 
-        def visit(tile, carry, edge: bool):
-            self.add_tile(lse_R, delta_R, dq_acc, tile, edge)
+        def visit(tile, carry, needs_mask: bool):
+            self.add_tile(lse_R, delta_R, dq_acc, tile, needs_mask)
             return carry
 
-        tiles.visit_tiles(block.bounds, visit)
+        tiles.visit_tiles(queries.bounds, visit)
         dq_RH = dq_acc[...]
-        pl.when(block.end > block.start)(lambda: k_ring.release(block.end - block.start - 1))
+        pl.when(queries.end > queries.start)(lambda: k_ring.release(queries.end - queries.start - 1))
         return dq_RH
 
-    def add_tile(self, lse_R: jax.Array, delta_R: jax.Array, dq_acc: Ref, tile: jax.Array, edge: bool) -> None:
+    def add_tile(self, lse_R: jax.Array, delta_R: jax.Array, dq_acc: Ref, tile: jax.Array, needs_mask: bool) -> None:
         """Adds dS K of a tile of keys to the accumulator, by a product that is not waited for."""
-        block, refs, scratch = self.queries, self.refs, self.scratch
-        number = tile - block.start
+        queries, refs, scratch = self.queries, self.refs, self.scratch
+        number = tile - queries.start
         k_CH = scratch.k_ring.wait(number)
         # The queries stay where they are in each trip: see `hide_from_hoisting`.
-        q_RH, d_RH = (memory.at[hide_from_hoisting(block.warpgroup)] for memory in (scratch.q, scratch.d))
-        t_RC = self.settings.cap_tanh(self.multiply_keys(q_RH, k_CH, number))
-        p_RC = jnp.exp2(t_RC * self.settings.exp2_factor - tiles.broadcast_rows(lse_R, self.keys))
+        q_RH, d_RH = (memory.at[hide_from_hoisting(queries.warpgroup)] for memory in (scratch.q, scratch.d))
+        t_RC = self.settings.softcap_tanh(self.multiply_keys(q_RH, k_CH, number))
+        p_RC = jnp.exp2(t_RC * self.settings.exp2_factor - tiles.broadcast_rows(lse_R, self.tile_keys))
         slope_RC = p_RC * (1 - t_RC * t_RC)
-        if edge:
-            first_R, last_R = (ends.at[block.batch, block.rows] for ends in (refs.first, refs.last))
-            slope_RC = tiles.mask_interval(slope_RC, first_R, last_R, tile * self.keys)
+        if needs_mask:
+            first_R, last_R = (ends.at[queries.batch, queries.rows] for ends in (refs.first, refs.last))
+            slope_RC = tiles.mask_interval(slope_RC, first_R, last_R, tile * self.tile_keys)
         dp_RC = tiles.matrix_product(d_RH, scratch.v_ring.wait(number).transpose((1, 0)))
         scratch.v_ring.release(number)
-        ds_RC = (slope_RC * (dp_RC - tiles.broadcast_rows(delta_R, self.keys))).astype(jnp.bfloat16)
-        plgpu.wgmma(dq_acc, self.settings.build.place_operand(ds_RC, scratch.ds, block.warpgroup), k_CH)
+        ds_RC = (slope_RC * (dp_RC - tiles.broadcast_rows(delta_R, self.tile_keys))).astype(jnp.bfloat16)
+        plgpu.wgmma(dq_acc, self.settings.build.place_operand(ds_RC, scratch.ds, queries.warpgroup), k_CH)
 
     def multiply_keys(self, q_RH: Ref, k_CH: Ref, number: jax.Array) -> jax.Array:
-        """Returns q.k, [ROWS, keys], for a tile of keys, and releases the keys of the tile before it."""
+        """Returns q.k of a tile of keys, [ROWS, tile_keys], and releases the keys of the tile before it."""
 
         def multiply(acc):
             plgpu.wgmma(acc, q_RH, k_CH.transpose((1, 0)))
@@ -237,14 +246,15 @@ class _DQBlock:
             pl.when(number > 0)(lambda: self.scratch.k_ring.release(number - 1))
             return acc[...]
 
-        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.keys))
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.tile_keys))
 
 
 def query_intervals(first_BT: jax.Array, last_BT: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
-    """Computes the first and the last query that sees each of so many keys, int32 [B, S].
+    """Computes the first and the last query that sees each key, int32 [B, S].
 
     Args:
-      first_BT, last_BT: int32, the interval of keys that each query sees; neither descends along a row.
+      first_BT, last_BT: int32, the first and the last key that each query sees; neither descends along a row.
+      keys: the number of keys, S.
     """
 
     def count_ended(end_T):
@@ -264,10 +274,10 @@ class DKVScratch:
       kv: [2, ROWS, H], the block's keys, which end as dV, and its values, which end as dK.
       kv_arrived: a barrier for each of the two.
       slope: [ROWS, queries] float32, P * (1 - t^2) transposed, from warpgroup 0 to warpgroup 1.
-      slope_written, slope_read: barriers at which each says so to the other.
-      operands: [2, ROWS, queries], P^T and dS^T as operands, where these are not in registers.
+      slope_written, slope_read: barriers; warpgroup 0 arrives when it wrote `slope`, warpgroup 1 when it read it.
+      operands: [2, ROWS, queries], P^T and dS^T as operands of wgmma; None where they stay in registers.
       q_ring, d_ring: tiles [queries, H], which both computing warpgroups use.
-      lse_ring, delta_ring: tiles [queries] float32, which one of them uses.
+      lse_ring, delta_ring: tiles [queries] float32, the one for warpgroup 0 and the other for warpgroup 1.
     """
 
     kv: Ref
@@ -302,7 +312,7 @@ class DKVScratch:
 
 
 def run_dkv(inputs: Inputs, cotangents: Cotangents, settings: Settings, tile: Tile) -> tuple[jax.Array, jax.Array]:
-    """Computes the gradients by the keys and by the values, each [B, S, K, H] bfloat16."""
+    """Computes the gradients with respect to keys and values, each [B, S, K, H] bfloat16."""
     k_BSKH = inputs.k_BSKH
     B, S, K, H = k_BSKH.shape
     first_BS, last_BS = query_intervals(inputs.first_BT, inputs.last_BT, S)
@@ -323,11 +333,14 @@ def run_dkv(inputs: Inputs, cotangents: Cotangents, settings: Settings, tile: Ti
 class _DKVBlock:
     """One block of threads of dK/dV: its 64 keys, and their loop over tiles of queries.
 
-    A step is a tile of queries of one head: step s has the tile s // G of the head s % G of the key/value head's.
+    A step is one tile of queries of one query head. Of the G query heads that share the block's key/value head, step s
+    takes head s % G, and its tile s // G.
     """
 
-    def __init__(self, refs: OperandRefs, dkv: tuple[Ref, Ref], scratch: DKVScratch, settings: Settings, queries: int):
-        self.refs, self.scratch, self.settings, self.queries = refs, scratch, settings, queries
+    def __init__(
+        self, refs: OperandRefs, dkv: tuple[Ref, Ref], scratch: DKVScratch, settings: Settings, tile_queries: int
+    ):
+        self.refs, self.scratch, self.settings, self.tile_queries = refs, scratch, settings, tile_queries
         self.dk_BSKH, self.dv_BSKH = dkv
         self.groups = refs.q_BTNH.shape[2] // refs.k_BSKH.shape[2]
         self.warpgroup, self.batch = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("row")
@@ -365,10 +378,10 @@ class _DKVBlock:
         plgpu.wait_smem_to_gmem(0)
 
     def multiply_transposed(self, right_CH: Ref, number: jax.Array, ring: Ring) -> jax.Array:
-        """Returns K or V times `right` transposed, [ROWS, queries], and releases the tile before it in the ring.
+        """Returns K or V times `right` transposed, [ROWS, tile_queries], and releases the tile before it in the ring.
 
-        That tile is the right operand of the warpgroup's sum of the step before, which is done when this product is the
-        only one that may not be.
+        That tile is the right operand of the warpgroup's sum in the step before. `wgmma_wait(1)` leaves one product
+        unfinished at most, the one issued here, so that sum is done.
         """
 
         def multiply(acc):
@@ -378,13 +391,13 @@ class _DKVBlock:
             pl.when(number > 0)(lambda: ring.release(number - 1))
             return acc[...]
 
-        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.queries))
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.tile_queries))
 
     def loop_for_dv(self, dv_acc: Ref) -> jax.Array:
         """The loop of warpgroup 0: returns P^T dO, [ROWS, H], summed over all queries that see the keys."""
 
-        def visit(step, carry, edge: bool):
-            self.add_dv(dv_acc, step, edge)
+        def visit(step, carry, needs_mask: bool):
+            self.add_dv(dv_acc, step, needs_mask)
             return carry
 
         tiles.visit_tiles(self.bounds, visit)
@@ -393,29 +406,29 @@ class _DKVBlock:
         @pl.when(self.end > self.start)
         def _finish():
             self.scratch.d_ring.release(self.end - self.start - 1)
-            # Its barrier must not go before the other warpgroup arrived there for the last time.
+            # The barrier must exist until the other warpgroup has arrived at it for the last time.
             plgpu.barrier_wait(self.scratch.slope_read)
 
         return dv_RH
 
-    def add_dv(self, dv_acc: Ref, step: jax.Array, edge: bool) -> None:
+    def add_dv(self, dv_acc: Ref, step: jax.Array, needs_mask: bool) -> None:
         """Hands a step's slope to warpgroup 1, and adds P^T dO by a product that is not waited for."""
         scratch, refs = self.scratch, self.refs
         number = step - self.start
-        t_RC = self.settings.cap_tanh(self.multiply_transposed(scratch.q_ring.wait(number), number, scratch.d_ring))
+        t_RC = self.settings.softcap_tanh(self.multiply_transposed(scratch.q_ring.wait(number), number, scratch.d_ring))
         scratch.q_ring.release(number)
         lse_C = plgpu.load(scratch.lse_ring.wait(number), layout=tiles.BY_COLUMN)
         p_RC = jnp.exp2(t_RC * self.settings.exp2_factor - tiles.broadcast_columns(lse_C, ROWS))
         scratch.lse_ring.release(number)
-        if edge:
+        if needs_mask:
             first_R, last_R = (ends.at[self.batch, self.keys] for ends in (refs.first, refs.last))
-            p_RC = tiles.mask_interval(p_RC, first_R, last_R, step // self.groups * self.queries)
+            p_RC = tiles.mask_interval(p_RC, first_R, last_R, step // self.groups * self.tile_queries)
         pl.when(number > 0)(lambda: plgpu.barrier_wait(scratch.slope_read))
         scratch.slope[...] = p_RC * (1 - t_RC * t_RC)
         plgpu.barrier_arrive(scratch.slope_written)
         operand = self.settings.build.place_operand(p_RC.astype(jnp.bfloat16), scratch.operands, self.warpgroup)
         plgpu.wgmma(dv_acc, operand, scratch.d_ring.wait(number))
-        if edge:
+        if needs_mask:
             # The next mask needs the registers of this product's operand.
             plgpu.wgmma_wait(0)
 
@@ -445,12 +458,12 @@ class _DKVBlock:
         return dk_RH
 
     def load(self) -> None:
-        """The work of the loader: the queries of each step, their gradients by the output, and a number for each."""
+        """The work of the loader: for each step Q and dO, and the log-sum-exp and delta of each query."""
 
         def find_step(number):
             step = self.start + number
             head = self.kv_head * self.groups + step % self.groups
-            return pl.ds(step // self.groups * self.queries, self.queries), head
+            return pl.ds(step // self.groups * self.tile_queries, self.tile_queries), head
 
         def find_matrix(array_BTNH, number):
             rows, head = find_step(number)

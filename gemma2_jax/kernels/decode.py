@@ -1,12 +1,12 @@
 """Attention of one or a few new tokens to a cache, for Hopper GPUs (Pallas, Mosaic GPU backend).
 
-The work is to read the cache once. A block takes some tiles of one key head of one row; its scores are computed as keys
-by queries, such that the few queries are the narrow side of both products (8 wide, where wgmma pads the other side to
-64). A soft cap bounds the scores: blocks sum exp(score) as it is, with no running maximum, and their partial sums
-combine by addition, in a fixed order.
+Most of the work is to read the cache once. A block takes some tiles of one key/value head of one row. It computes its
+scores as [keys, queries], so that the few queries are the narrow side of both products (wgmma pads that side to 8, and
+the other to 64). The softcap bounds the scores: blocks sum exp(score) as it is, with no running maximum, and their
+partial sums are added up in a fixed order.
 
 A block is two warpgroups, one that loads and one that computes, with one ring of tiles between them, in which keys and
-values take turns. In a trip of the loop, for the tile of slots numbered i:
+values take turns. In one trip of the loop, for the tile of slots numbered i:
 
     loader      ... K(i)  V(i)  K(i+1)  V(i+1) ...   as far ahead as the ring has places
     computing   wait K(i) | S = K Q^T | release K(i) | exp2, mask | wait V(i) | O += V^T P | release V(i)
@@ -15,8 +15,9 @@ Nothing overlaps within the computing warpgroup: it waits for each product. The 
 multiprocessor holds, and between the loader and the rest. Tensor cores and exponentials have little to do here; memory
 is the limit.
 
-Letters are as in `reference`; R is the queries of a key head, T times N / K of them, padded to a multiple of 8; S is
-also the slots of a tile, C the blocks among which a row's tiles are split, X the places of the ring.
+Letters are as in `reference`. R is the queries of a key/value head, T times N / K of them, padded to a multiple of 8; C
+is the blocks among which a row's tiles are split; X is the places of the ring. S is the slots of the cache, and inside
+the kernel those of a tile.
 """
 
 from collections.abc import Callable
@@ -34,11 +35,13 @@ from gemma2_jax.kernels.limits import MOSAIC
 from gemma2_jax.kernels.tiles import GPU, LOG2E, Build, Ref, accumulator, operand_memory
 
 TILE = 64  # Slots of a tile: the rows of one wgmma.
-MAX_ROWS = 64
+MAX_ROWS = 64  # Queries of a key/value head, R, at most.
 # Bytes of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one
 # computes or begins while the other loads.
 RING_BYTES = 96 * 1024
-MIN_BLOCKS = 2 * 132  # What an H100 holds at once; there are at least so many where there are tiles enough.
+MIN_BLOCKS = (
+    2 * 132
+)  # Blocks that an H100 runs at once. Rows are split until there are as many, if they have the tiles.
 
 
 def decode(
@@ -55,8 +58,8 @@ def decode(
 ) -> jax.Array:
     """Computes soft-capped attention of the last T tokens of each row to a dense or ring cache: `reference.decode`.
 
-    Only tiles of `TILE` slots with a slot that some query of the row sees are read, and what is in slots that none sees
-    has no effect, NaN included. The same inputs give the same bits.
+    Only tiles of `TILE` slots with a slot that some query of the row sees are read. What lies in slots that no query
+    sees has no effect, not even NaN. The same inputs give the same bits.
 
     Args:
       q_BTNH, k_BKSH, v_BKSH: bfloat16; N is a multiple of K, and T * N / K at most `MAX_ROWS`. The token at position
@@ -74,8 +77,8 @@ def decode(
     Raises:
       ValueError: if the kernel lacks a dtype, head width, soft cap or number of queries, or shapes do not go together.
 
-    Split keys as in Flash-Decoding (pytorch.org/blog/flash-decoding); the cap of Gemma 2 (arXiv:2408.00118) is what
-    makes the maximum needless.
+    Keys are split as in Flash-Decoding (pytorch.org/blog/flash-decoding), without its running maximum, which the
+    softcap of Gemma 2 (arXiv:2408.00118) makes needless.
     """
     _check(q_BTNH, k_BKSH, v_BKSH, position_B, softcap)
     assert softcap is not None, "the kernel's limits ask for a soft cap"
@@ -122,7 +125,7 @@ class _Settings:
     Attributes:
       T, G, S: tokens of a row, query heads to a key head, and slots of the cache, without padding.
       splits: blocks among which the tiles of a row and key head are divided.
-      tanh_factor, exp2_factor: scores to base 2 are exp2_factor * tanh(tanh_factor * q.k).
+      tanh_factor, exp2_factor: soft-capped scores to base 2 are exp2_factor * tanh(tanh_factor * q.k).
     """
 
     T: int
@@ -214,8 +217,9 @@ def _make_kernel(shape: tuple[int, ...], settings: _Settings, build: Build) -> C
 class _Block:
     """One block: its share of the tiles that a row visits in a key head.
 
-    Slots have an age, 0 for the newest. The row sees those younger than `visible`: a run of slots that ends at the
-    newest and may go round the end of the ring, in the tiles from `first_tile` on.
+    The age of a slot is how many tokens were written after its own, 0 for the newest. The row sees the slots younger
+    than `visible`: a run of slots that ends at the newest, starts in tile `first_tile`, and may go round the end of the
+    cache.
     """
 
     def __init__(self, refs: Refs, scratch: Scratch, settings: _Settings):
@@ -333,6 +337,7 @@ class _Block:
         product_SR = pl.run_scoped(multiply, accumulator(TILE, R))
         plgpu.barrier_arrive(scratch.freed_X.at[k_place])
         visible_SR = self.visible_slots(slot, R)
+        # The softcap, in the factors of `_Settings`.
         weights_SR = jnp.exp2(jnp.tanh(product_SR * settings.tanh_factor) * settings.exp2_factor)
         return jnp.where(visible_SR, weights_SR, 0.0)
 

@@ -1,10 +1,11 @@
 """The forward kernel: soft-capped attention of tiles of queries to the keys each query sees.
 
-It has FlashAttention-3's shape (arXiv:2407.08608): in a block of threads, two warpgroups compute and a third loads keys
-and values by TMA into rings. Gemma 2 makes it simpler: a capped score cannot overflow, so there is no running maximum,
-and the accumulator of the output is touched by nothing but the tensor cores.
+It follows the structure of FlashAttention-3 (arXiv:2407.08608): in a block of threads, two warpgroups compute and a
+third loads keys and values by TMA into ring buffers in shared memory. Gemma 2 makes it simpler: a soft-capped score
+cannot overflow, so there is no running maximum, and only the tensor cores touch the accumulator of the output, as it is
+never rescaled.
 
-What a computing warpgroup does in a trip of its loop, for the tile of keys numbered n:
+What a computing warpgroup does in one trip of its loop, for the tile of keys numbered n:
 
     tensor cores   ... P(n-1) V(n-1) ...]  [S(n) = Q K(n)^T]                    [P(n) V(n) ...
     other units                                             exp2, mask, sum P(n)
@@ -12,8 +13,12 @@ What a computing warpgroup does in a trip of its loop, for the tile of keys numb
 
 The product P V is issued and not waited for. It goes on while the next trip begins, and S is queued behind it, so that
 the tensor cores do not stop between the two; `wgmma_wait(1)` then says that P V of the trip before is done, and its
-values are released. The two computing warpgroups are not ordered against each other: while one takes exponentials, the
-other's products have the tensor cores.
+values are released. The two computing warpgroups do not wait for each other: while one takes exponentials, the other's
+products have the tensor cores.
+
+Beside the letters of `reference`: a tile of scores has R rows, the queries of a warpgroup, and C columns, its keys.
+`number` counts the tiles of a block from 0, in the order in which they are loaded; `Ring.slot` turns it into a place in
+the ring.
 """
 
 from dataclasses import dataclass
@@ -36,7 +41,7 @@ class Refs:
     q_BTNH: Ref
     k_BSKH: Ref
     v_BSKH: Ref
-    first_BT: Ref
+    first_BT: Ref  # The first and the last key that each query sees, int32.
     last_BT: Ref
     bounds: Ref  # int32 [B, blocks, 4]: see `tiles.tile_bounds`.
     out_BTNH: Ref
@@ -51,8 +56,8 @@ class Scratch:
     Attributes:
       q: [2, ROWS, H], the queries of each computing warpgroup, and at the end its output.
       q_arrived: a barrier for each computing warpgroup, which the load of its queries completes.
-      p: [2, ROWS, keys], weights as an operand, where these are not in registers.
-      lse: [2, ROWS] float32.
+      p: [2, ROWS, keys], attention probabilities as an operand of wgmma; None where they stay in registers.
+      lse: [2, ROWS] float32, the log-sum-exp of the scores of each query.
       k_ring, v_ring: tiles [keys, H].
     """
 
@@ -100,26 +105,27 @@ def run_forward(inputs: Inputs, settings: Settings, tile: Tile) -> tuple[jax.Arr
 
 
 class _Block:
-    """One block of threads: its queries, of each computing warpgroup, and their loop over tiles of keys."""
+    """One block of threads: the queries of its two computing warpgroups, and their loop over tiles of keys."""
 
-    def __init__(self, refs: Refs, scratch: Scratch, settings: Settings, keys: int):
-        self.refs, self.scratch, self.settings, self.keys = refs, scratch, settings, keys
+    def __init__(self, refs: Refs, scratch: Scratch, settings: Settings, tile_keys: int):
+        self.refs, self.scratch, self.settings, self.tile_keys = refs, scratch, settings, tile_keys
         self.queries = Queries(refs.q_BTNH, refs.k_BSKH, refs.bounds)
 
     def run(self) -> None:
         pl.when(self.queries.warpgroup < COMPUTING_WARPGROUPS)(self.compute)
         self.queries.load_keys(
-            self.keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
+            self.tile_keys, (self.scratch.k_ring, self.refs.k_BSKH), (self.scratch.v_ring, self.refs.v_BSKH)
         )
 
     def compute(self) -> None:
         """The work of a computing warpgroup: it loads its queries, attends to their keys, and writes the results."""
-        block, refs = self.queries, self.refs
+        queries, refs = self.queries, self.refs
         tiles.claim_registers()
         q_RH, lse_R, arrived = (
-            of_both.at[block.warpgroup] for of_both in (self.scratch.q, self.scratch.lse, self.scratch.q_arrived)
+            per_warpgroup.at[queries.warpgroup]
+            for per_warpgroup in (self.scratch.q, self.scratch.lse, self.scratch.q_arrived)
         )
-        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[block.batch, block.rows, block.head], q_RH, arrived)
+        plgpu.copy_gmem_to_smem(refs.q_BTNH.at[queries.batch, queries.rows, queries.head], q_RH, arrived)
         plgpu.barrier_wait(arrived)
         H = q_RH.shape[1]
         out_RH, total_R = pl.run_scoped(partial(self.loop_over_keys, q_RH), tiles.accumulator(ROWS, H))
@@ -128,36 +134,39 @@ class _Block:
         normalized_RH = out_RH * tiles.broadcast_rows(1 / jnp.maximum(total_R, 1e-30), H)
         q_RH[...] = normalized_RH.astype(q_RH.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_RH, refs.out_BTNH.at[block.batch, block.rows, block.head])
-        plgpu.copy_smem_to_gmem(lse_R, refs.lse_BNT.at[block.batch, block.head, block.rows])
+        plgpu.copy_smem_to_gmem(q_RH, refs.out_BTNH.at[queries.batch, queries.rows, queries.head])
+        plgpu.copy_smem_to_gmem(lse_R, refs.lse_BNT.at[queries.batch, queries.head, queries.rows])
         plgpu.wait_smem_to_gmem(0)
 
     def loop_over_keys(self, q_RH: Ref, out_acc: Ref) -> tuple[jax.Array, jax.Array]:
-        """Returns the sum of exp(score) * V, [ROWS, H], and of exp(score), [ROWS], over all keys that are seen."""
-        block = self.queries
+        """Returns the sums of exp(score) * V, [ROWS, H], and of exp(score), [ROWS], over all keys that are seen."""
+        queries = self.queries
         total_R = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), tiles.BY_ROW)
-        total_R = tiles.visit_tiles(block.bounds, partial(self.attend_tile, q_RH, out_acc), total_R)
+        total_R = tiles.visit_tiles(queries.bounds, partial(self.attend_tile, q_RH, out_acc), total_R)
         out_RH = out_acc[...]
-        pl.when(block.end > block.start)(lambda: self.scratch.v_ring.release(block.end - block.start - 1))
+        pl.when(queries.end > queries.start)(lambda: self.scratch.v_ring.release(queries.end - queries.start - 1))
         return out_RH, total_R
 
-    def attend_tile(self, q_RH: Ref, out_acc: Ref, tile: jax.Array, total_R: jax.Array, edge: bool) -> jax.Array:
-        """Adds a tile's exp(score) * V to the accumulator, by a product that is not waited for; returns the total."""
-        block, refs, scratch = self.queries, self.refs, self.scratch
-        number = tile - block.start
+    def attend_tile(self, q_RH: Ref, out_acc: Ref, tile: jax.Array, total_R: jax.Array, needs_mask: bool) -> jax.Array:
+        """Adds a tile's exp(score) * V to the accumulator, and returns `total_R` plus the tile's exp(score).
+
+        The product is issued and not waited for. `needs_mask` says that some query does not see the whole tile.
+        """
+        queries, refs, scratch = self.queries, self.refs, self.scratch
+        number = tile - queries.start
         scores_RC = self.multiply_keys(q_RH, number)
         scratch.k_ring.release(number)
-        p_RC = jnp.exp2(self.settings.cap_tanh(scores_RC) * self.settings.exp2_factor)
-        if edge:
-            first_R, last_R = (ends.at[block.batch, block.rows] for ends in (refs.first_BT, refs.last_BT))
-            p_RC = tiles.mask_interval(p_RC, first_R, last_R, tile * self.keys)
+        p_RC = jnp.exp2(self.settings.softcap_tanh(scores_RC) * self.settings.exp2_factor)
+        if needs_mask:
+            first_R, last_R = (ends.at[queries.batch, queries.rows] for ends in (refs.first_BT, refs.last_BT))
+            p_RC = tiles.mask_interval(p_RC, first_R, last_R, tile * self.tile_keys)
         total_R += jnp.sum(p_RC, axis=1)
-        operand = self.settings.build.place_operand(p_RC.astype(jnp.bfloat16), scratch.p, block.warpgroup)
+        operand = self.settings.build.place_operand(p_RC.astype(jnp.bfloat16), scratch.p, queries.warpgroup)
         plgpu.wgmma(out_acc, operand, scratch.v_ring.wait(number))
         return total_R
 
     def multiply_keys(self, q_RH: Ref, number: jax.Array) -> jax.Array:
-        """Returns q.k, [ROWS, keys], for a tile of keys, and releases the values of the tile before it."""
+        """Returns q.k of a tile of keys, [ROWS, tile_keys], and releases the values of the tile before it."""
         k_CH = self.scratch.k_ring.wait(number)
 
         def multiply(acc):
@@ -167,4 +176,4 @@ class _Block:
             pl.when(number > 0)(lambda: self.scratch.v_ring.release(number - 1))
             return acc[...]
 
-        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.keys))
+        return pl.run_scoped(multiply, tiles.accumulator(ROWS, self.tile_keys))

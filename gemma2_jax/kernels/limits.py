@@ -1,4 +1,4 @@
-"""What the kernels can do, as data: read without importing them."""
+"""What the kernels can do, as data that can be read without importing them."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Limits:
     """What an implementation of attention can do; None stands for anything.
 
-    Windows, packed segments, any number of query heads to a key/value head, and lengths of any size, forward and
-    backward, are what every implementation here can do.
+    Every implementation here can do windows, packed segments, any number of query heads to a key/value head and
+    sequences of any length, forward and backward.
 
     Attributes:
       architectures: the devices it is for, such as "sm_90" for a compute capability of 9.0, or platforms.

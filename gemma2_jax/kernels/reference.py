@@ -1,8 +1,8 @@
-"""What the kernels compute, in plain jnp and float32: the meaning, and what every implementation is tested against.
+"""What the kernels compute, in plain jnp and float32. Every implementation is tested against it.
 
-It holds every score at once and is not meant to be fast. Which keys a query sees is an interval per query, from
-`visible_mask`: that one description covers the causal mask, a window, packed segments, and queries that are part of a
-longer sequence. Letters: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
+It holds all scores at once and is not meant to be fast. The keys that a query sees are an interval (`visible_mask`).
+That one description covers the causal mask, a window, packed segments, and queries that are part of a longer sequence.
+Letters: B batch, T query position, S key position, N query heads, K key/value heads, H head width.
 """
 
 import jax
@@ -28,8 +28,8 @@ def visible_mask(q_position_BT, k_position_BS, q_start_BT, window) -> tuple[jax.
 def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softcap: float | None):
     """Computes soft-capped attention of each query to the keys from `first` to `last`.
 
-    Query head n uses key/value head n // (N // K). Scores are cap * tanh(scale * q.k / cap), or scale * q.k without a
-    cap, and the mask comes after the cap (Gemma 2, arXiv:2408.00118, section 2).
+    Query head n uses key/value head n // (N // K). Scores are softcap * tanh(scale * q.k / softcap), or scale * q.k
+    without a softcap, and the mask comes after it (Gemma 2, arXiv:2408.00118, section 2).
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: of any float dtype; they are computed with in float32. N is a multiple of K.
@@ -50,7 +50,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
     weights_BNTS = jnp.where(visible_BNTS, jnp.exp(jnp.where(visible_BNTS, scores_BNTS - top_BNT1, 0)), 0)
     total_BNT = weights_BNTS.sum(-1)
     any_visible_BNT = total_BNT > 0
-    total_BNT = jnp.where(any_visible_BNT, total_BNT, 1)  # So no gradient is NaN where nothing is seen.
+    total_BNT = jnp.where(any_visible_BNT, total_BNT, 1)  # So that no gradient is NaN where a query sees no key.
     out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS / total_BNT[..., None], v, precision="highest")
     return out_BTNH, jnp.where(any_visible_BNT, top_BNT1[..., 0] + jnp.log(total_BNT), -jnp.inf)
 
@@ -58,8 +58,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, *, scale: float, softca
 def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap: float | None):
     """Computes soft-capped attention of the last T tokens of each row to a cache that holds them and all they see.
 
-    The token at position p is in slot p mod S; other slots hold anything. The T queries stand at positions up to and
-    including `position_B`.
+    The token at position p is in slot p mod S; the other slots may hold anything. The positions of the T queries end
+    with `position_B`.
 
     Args:
       q_BTNH: the queries of the last T tokens, which are one or a few.
@@ -87,5 +87,5 @@ def decode(q_BTNH, k_BKSH, v_BKSH, position_B, window, *, scale: float, softcap:
 
 
 def apply_softcap(scores, softcap: float | None):
-    """Returns cap * tanh(scores / cap), or the scores unchanged without a cap (arXiv:2408.00118, section 2)."""
+    """Returns softcap * tanh(scores / softcap), or the scores unchanged if it is None (arXiv:2408.00118, section 2)."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

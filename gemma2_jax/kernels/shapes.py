@@ -12,7 +12,7 @@ class Shape:
       kv_heads: key/value heads.
       width: head width.
       scale, softcap: scores are softcap * tanh(scale * q.k / softcap).
-      window: of every other layer, in tokens.
+      window: how many tokens a local layer sees; every other layer is local.
     """
 
     heads: int

@@ -38,9 +38,10 @@ type Ref = Any
 
 ROWS = 64  # Rows of one matrix product of a warpgroup, and so of one of its tiles.
 COMPUTING_WARPGROUPS = 2
-LOADING_WARPGROUP = 2  # The number of the third.
+LOADING_WARPGROUP = 2  # The number of the third warpgroup; those that compute have the numbers 0 and 1.
 LOG2E = math.log2(math.e)
-BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # The layout in registers of one value for each row of a tile.
+# The layouts in registers of one value for each row, and for each column, of a tile.
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -88,7 +89,8 @@ class Build:
 
     Attributes:
       operand_in: where a matrix product finds a left operand that was computed. The interpreter has shared memory only.
-      tanh: that of the GPU, with a relative error of 2^-11 by NVIDIA's documentation, or one made of exp.
+      tanh: "approximate" is the GPU's instruction, with a relative error of 2^-11 by NVIDIA's documentation; "exact" is
+        computed from exp.
       interpret: parameters of the interpreter, or None to compile.
     """
 
@@ -154,13 +156,13 @@ class Settings:
     softcap: float
     build: Build
 
-    def cap_tanh(self, products: jax.Array) -> jax.Array:
-        """tanh(scale * q.k / softcap) of the products q.k."""
+    def softcap_tanh(self, products: jax.Array) -> jax.Array:
+        """Returns tanh(scale * q.k / softcap) for products q.k: the softcap of attention scores, but for its factor."""
         return jnp.tanh(products * (self.scale / self.softcap))
 
     @property
     def exp2_factor(self) -> float:
-        """What `cap_tanh` is multiplied by to be the scores to base 2, as exp2 takes them."""
+        """The factor that turns `softcap_tanh` into scores to base 2, as exp2 takes them."""
         return self.softcap * LOG2E
 
 
@@ -171,7 +173,7 @@ class Inputs:
 
     Attributes:
       q_BTNH, k_BSKH, v_BSKH: bfloat16.
-      first_BT, last_BT: int32, the interval of keys that each query sees; neither descends along a row.
+      first_BT, last_BT: int32, the first and the last key that each query sees; neither descends along a row.
     """
 
     q_BTNH: jax.Array
@@ -202,8 +204,9 @@ def tile_bounds(first_BT: jax.Array, last_BT: jax.Array, rows: int, size: int) -
       size: the length of a tile.
 
     Returns:
-      int32 [B, T / rows, 4], ascending. Any row of the run sees something of the tiles from the first number up to the
-      fourth, and all of its rows see the whole of the tiles from the second number up to the third.
+      int32 [B, T / rows, 4]: for each run four tile numbers `start <= clean <= masked <= end`. Tiles start ... end - 1
+      are visited: the others are seen by no row of the run. Of those, tiles clean ... masked - 1 need no mask: every
+      row of the run sees the whole of them.
     """
     first, last = (x.reshape(x.shape[0], -1, rows) for x in (first_BT, last_BT))
     empty = first > last
@@ -215,21 +218,21 @@ def tile_bounds(first_BT: jax.Array, last_BT: jax.Array, rows: int, size: int) -
 
 
 def visit_tiles(bounds: Sequence, body: Callable, carry: Any = 0) -> Any:
-    """Runs `body(tile, carry, edge=...)` for the tiles of `tile_bounds`; those with `edge` need a mask.
+    """Runs `body(tile, carry, needs_mask=...)` for each tile of `tile_bounds`, and returns the last carry.
 
-    These are three loops, since tiles of three kinds follow each other: at the edge of the window, clean, and at the
-    diagonal. A tile with a mask takes up to 1.7 times the instructions of one without.
+    These are three loops, since tiles of three kinds follow each other: at the edge of the window, without a mask, and
+    at the diagonal. A tile with a mask takes up to 1.7 times the instructions of one without.
     """
     start, clean, masked, end = bounds
-    carry = jax.lax.fori_loop(start, clean, partial(body, edge=True), carry)
-    carry = jax.lax.fori_loop(clean, masked, partial(body, edge=False), carry)
-    return jax.lax.fori_loop(masked, end, partial(body, edge=True), carry)
+    carry = jax.lax.fori_loop(start, clean, partial(body, needs_mask=True), carry)
+    carry = jax.lax.fori_loop(clean, masked, partial(body, needs_mask=False), carry)
+    return jax.lax.fori_loop(masked, end, partial(body, needs_mask=True), carry)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ring:
-    """Places in shared memory for a few tiles at a time, which the loader fills in turn.
+    """A ring buffer in shared memory: places for a few tiles, which the loader fills in turn.
 
     Attributes:
       tiles: the places, [stages, rows, columns] or [stages, rows].
@@ -243,7 +246,7 @@ class Ring:
 
     @classmethod
     def types(cls, stages: int, tiles: Ref, users: int = COMPUTING_WARPGROUPS) -> Self:
-        """What to allocate for a ring whose tiles are used by so many warpgroups."""
+        """What to allocate for a ring of `stages` places, each of whose tiles `users` warpgroups use."""
         return cls(tiles, plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages, num_arrivals=users))
 
     @property
@@ -276,9 +279,9 @@ def load_tiles(count: jax.Array, *rings: tuple[Ring, Callable]) -> None:
         waits    -        -        tile 0   tile 1        tile count-3       tile count-2 ...
         loads    tile 0   tile 1   tile 2   tile 3        tile count-1       -
 
-    The trips after `count` load nothing. They wait until every tile was released, since the block's shared memory, and
-    the barriers in it, must not go while a warpgroup still arrives there. A ring with fewer stages than the longest
-    ends its waits earlier. The loader leaves its registers to the warpgroups that compute (`claim_registers`).
+    The trips after `count` load nothing. They wait until every tile was released, since the block's shared memory must
+    exist until the last warpgroup has arrived at the barriers in it. A ring with fewer stages than the longest ends its
+    waits earlier. The loader leaves its registers to the warpgroups that compute (`claim_registers`).
 
     Args:
       count: int32 scalar.
@@ -302,7 +305,7 @@ def load_tiles(count: jax.Array, *rings: tuple[Ring, Callable]) -> None:
 
 
 def hide_from_hoisting(number: jax.Array) -> jax.Array:
-    """Returns the same number, which the compiler must take for another one in each trip of a loop.
+    """Returns the same number, in a way that makes the compiler treat it as a new one in each trip of a loop.
 
     A wgmma finds an operand in shared memory by descriptors, 64-bit words computed from its address, one for each 16
     steps of the inner dimension. Where the address is the same in every trip, as for queries that stay while keys pass
@@ -358,7 +361,7 @@ class Queries:
 
     @staticmethod
     def block_rows(heads: int, kv_heads: int) -> int:
-        """How many positions of T a block has."""
+        """How many query positions a block has."""
         return ROWS if Queries.has_head_pairs(heads, kv_heads) else 2 * ROWS
 
     @staticmethod
@@ -379,7 +382,7 @@ class Queries:
         return tile_bounds(inputs.first_BT, inputs.last_BT, Queries.block_rows(N, K), size)
 
     def load_keys(self, size: int, *rings: tuple[Ring, Ref]) -> None:
-        """Lets the loader load the tiles of `size` keys into each ring, from the array [B, S, K, H] given with it."""
+        """Has the loader load tiles of `size` keys into each ring, from the array [B, S, K, H] given with that ring."""
 
         def find_tile(array_BSKH, number):
             return array_BSKH.at[self.batch, pl.ds((self.start + number) * size, size), self.kv_head]
