@@ -49,8 +49,9 @@ class Dim:
 # is summed over fsdp and context where the pipeline reduces it (`Pipeline._reduce_gradient`). Context shards work on
 # other tokens with the same weights, as fsdp shards do. The first dim that an axis divides takes it: when a weight is
 # gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather costs more
-# than they do. The embedding takes stages in the same way where they do not divide the vocabulary: each stage then
-# makes all the logits.
+# than they do. The embedding is split over these axes and not gathered: each shard of it takes all tokens of its data
+# shard, so its gradient needs no sum over them (`Gemma2.add_embedding_gradient`). It takes stages in the same way where
+# they do not divide the vocabulary: each stage then makes all the logits.
 GATHERED = ("fsdp", "context")
 
 DIMS = {

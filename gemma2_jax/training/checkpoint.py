@@ -2,10 +2,10 @@
 
 A step is a folder WORKDIR/checkpoints/STEP that appears whole or not at all. Only trained weights are kept: with
 adapters that is the adapters alone, and the frozen weights come from where the run started. Writing overlaps with
-training; what is written is copied off the devices first.
+training: the arrays are copied off the devices before `save` returns.
 
-Any mesh and number of processes may restore what another has saved. Stacks of layers may differ in the zeros that
-follow the last layer, with which pipeline stages are filled up.
+A checkpoint can be restored on any mesh and by any number of processes. Pipeline stages may need a stack of layers to
+be longer than the model is deep; reading adds zeros after the last layer, or leaves them out.
 """
 
 import logging
@@ -120,9 +120,9 @@ class Checkpoints:
 
 @contextmanager
 def _delay_interrupts() -> Iterator[None]:
-    """Has Ctrl-C raise KeyboardInterrupt at the end of the block, not within it.
+    """Makes Ctrl-C raise KeyboardInterrupt at the end of the block, not within it.
 
-    Does nothing in a thread other than the main one, which gets no signals, nor where the signal does something else.
+    Does nothing in other threads than the main one, as they get no signals, or where the signal has another handler.
     """
     delayed = []
     signals = [number for number in (signal.SIGINT, signal.SIGTERM) if _raises_interrupt(number)]
@@ -144,17 +144,17 @@ def _raises_interrupt(number: signal.Signals) -> bool:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """A filter of log records: Orbax logs, with its stack, what it then raises, also from threads of its own."""
+    """A filter that drops Orbax's log records, as Orbax logs each error with its stack trace and then raises it too."""
     return record.levelno >= logging.CRITICAL or "orbax" not in Path(record.pathname).parts
 
 
 def _chunking(path: str) -> ocp.SaveArgs:
-    """How an array is cut where it is stored: a layer apart from the others, as converters read them."""
+    """How an array is cut into chunks in storage: one layer in each, as converters read them."""
     return ocp.SaveArgs(shard_axes=(0,)) if path.startswith("blocks/") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
 
 def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:
-    """How to read a tree of abstract arrays; the first dim of each may be cut, or followed by zeros."""
+    """How to read a tree of abstract arrays; the first dim of each may be cut short, or filled up with zeros."""
     how = jax.tree.map(
         lambda w: ocp.ArrayRestoreArgs(dtype=w.dtype, sharding=w.sharding, global_shape=w.shape, strict=False), wanted
     )
@@ -162,7 +162,7 @@ def _restore_args(wanted: Any) -> ocp.args.PyTreeRestore:
 
 
 def _nest_dicts(tree: Any) -> Any:
-    """Every dict of paths in the tree as nested dicts, which are what Orbax names arrays by."""
+    """The tree with nested dicts in place of dicts of paths, as Orbax names arrays by nested keys."""
     return jax.tree.map(
         lambda node: unflatten_dict(node, sep="/") if isinstance(node, dict) else node,
         tree,

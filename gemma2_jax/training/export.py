@@ -35,7 +35,7 @@ class AdapterExports:
         config = self._config
         if not config.train.export_adapter:
             return
-        # Pipeline stages may have filled up the stacks with zeros, see `step.Program`.
+        # Stacks may end in layers of zeros, which fill up the last pipeline stage: see `Program._stored_layers`.
         arrays = {path: _gather_array(w)[: config.model.layers] for path, w in params.items()}
         if jax.process_index() != 0:
             return
@@ -64,7 +64,7 @@ class AdapterExports:
 
 
 def _gather_array(w: jax.Array) -> np.ndarray:
-    """The whole of an array of which this process may hold only a part."""
+    """The whole array, of which this process may hold only a part."""
     return np.asarray(w if w.is_fully_addressable else multihost_utils.process_allgather(w, tiled=True))
 
 

@@ -13,14 +13,14 @@ from flax import nnx
 
 from gemma2_jax.model.gemma2 import Block, Gemma2, Rope, Weights, rebuild_model
 
-# The input [B, T, D] of the layer, and what `compute.remat` keeps beside it, in the two parts that JAX keeps it in.
+# The input [B, T, D] of the layer, and two pytrees in which `jax.vjp` keeps what `compute.remat` keeps beside it.
 Residuals = tuple
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerInputs:
-    """What a layer takes beside weights and activations; there is no gradient by it."""
+    """What a layer takes beside weights and activations; no gradient is computed with respect to it."""
 
     rope: Rope
     segments_BT: jax.Array
@@ -29,19 +29,19 @@ class LayerInputs:
 
 
 class Layer:
-    """A block of `skeleton`: its output, and the gradients by its weights and its input.
+    """A block of `skeleton`: its output, and the gradients with respect to its weights and its input.
 
     `remat` is `compute.remat`. The backward pass goes through `jax.vjp`'s gradient function, which holds three things:
     the arguments of the forward pass, what it computed and kept (its residuals), and the program of the backward pass.
     The program is no array, so a buffer cannot keep it from one tick to the next; and the weights should not be kept,
     as every live pass and layer would have its own copy. Therefore
 
-      - `run` makes a gradient function that saves no weights and no `LayerInputs` (`saveable_args`), as both are at
-        hand again in the backward pass;
-      - `residuals` takes its other arrays out: the layer's input, and what `remat` keeps;
+      - `run` makes a gradient function that saves no weights and no `LayerInputs` (`saveable_args`), as the backward
+        pass is given both again;
+      - `residuals` takes the other arrays out of it: the layer's input, and what `remat` keeps;
       - `gradients` traces the layer again for shapes only, which gives a gradient function with the same program and
-        no arrays, and puts weights, inputs and residuals in. Nothing of the forward pass is computed for it, but for
-        what `remat` leaves to be computed again.
+        no arrays, and puts weights, inputs and residuals in. Of the forward pass, only what `remat` did not keep is
+        computed again.
     """
 
     def __init__(self, skeleton: Gemma2, remat: str):
@@ -62,7 +62,7 @@ class Layer:
         return jax.vjp(apply, *arguments, saveable_args=(False, False, True, False), in_nzs=(True, False, True, False))
 
     def residuals(self, vjp) -> Residuals:
-        """The arrays of a gradient function that are not at hand again in the backward pass."""
+        """The arrays of a gradient function that the backward pass is not given anyway."""
         x_BTD = vjp.args_res[2]
         if self.remat == "offload":
             x_BTD = jax.device_put(x_BTD, jax.memory.Space.Host)
@@ -71,7 +71,7 @@ class Layer:
     def gradients(
         self, trained: Weights, frozen: Weights, residuals: Residuals, d_y_BTD, inputs: LayerInputs
     ) -> tuple[Weights, jax.Array]:
-        """Gradients by `trained` and by the layer's input, for the gradient `d_y_BTD` by its output."""
+        """Gradients with respect to `trained` and the layer's input; `d_y_BTD` is that with respect to its output."""
         vjp = jax.eval_shape(lambda *arguments: self.run(*arguments)[1], trained, frozen, d_y_BTD, inputs)
         if self.remat == "offload":
             residuals = jax.device_put(residuals, jax.memory.Space.Device)

@@ -1,7 +1,7 @@
-"""One run at a time in a working directory: a lock that ends with the process that has it, however that ends.
+"""A lock that lets one run at a time use a working directory, and is freed however its process ends.
 
-Two runs in one folder would delete each other's checkpoints. The file WORKDIR/run.lock stays when the run ends: the
-operating system's kernel keeps the lock, and the file says only whose it is.
+Two runs in one folder would delete each other's checkpoints. The lock is kept by the operating system, not by the
+contents of the file WORKDIR/run.lock, which only say who has it; the file stays when the run ends.
 """
 
 import contextlib

@@ -43,10 +43,10 @@ class Result:
 
 
 def train(config: Config) -> Result:
-    """Carries out the run. The same config and working directory resume it.
+    """Carries out the run, or resumes it if its working directory has checkpoints of the same config.
 
-    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss or its gradient is no longer
-    finite, and OSError when the disk does not take what is written.
+    Raises ValueError if the config cannot be carried out, FloatingPointError if the loss or its gradient is no longer
+    finite, and OSError if the disk cannot be written to.
     """
     metrics.check_wandb(config)
     console = Console()
@@ -99,7 +99,7 @@ def train(config: Config) -> Result:
 
 @dataclass(frozen=True)
 class Run:
-    """What the steps of a run use, all of it made before the first."""
+    """What the steps of a run use; all of it is made before the first step."""
 
     program: Program
     batches: Batches
@@ -110,7 +110,7 @@ class Run:
 
 
 def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> State:
-    """Takes the steps after `start_step`, evaluates and saves when that is due, and gives the state after the last."""
+    """Takes the steps after `start_step`, evaluates and saves when due, and returns the state after the last step."""
     config = run.program.config
     if run.evaluate and start_step == 0:
         with log.pause():
@@ -132,7 +132,7 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
 
 
 def report_finished(console: Console, program: Program, step: int, state: State) -> Result:
-    """Says that the run had taken all its steps before, and where its result is."""
+    """Says that the run has already taken all its steps, and where its result is."""
     config = program.config
     startup.print_nothing_to_do(console, config, step)
     startup.print_ending(console, config, step)
@@ -179,7 +179,7 @@ def mean_loss(eval_step: Callable, state: State, batches: Iterable[Batch]) -> fl
 
 
 def open_data(program: Program, tokenizer) -> tuple[Batches, EvalBatches | None]:
-    """The batches to train on and, unless the run evaluates nothing, to evaluate."""
+    """The batches to train on, and those to evaluate on, or None if the run does not evaluate."""
     config = program.config
     rows, batch_size = program.process_rows, config.train.global_batch_size
     layout = Layout(

@@ -36,10 +36,10 @@ PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a ba
 
 
 class Throughput:
-    """Tokens trained on, padding not counted, by the time in which steps were under way.
+    """Tokens trained on per second, without padding, counting only the time in which steps were under way.
 
-    The clock runs between `start` and `stop`. `measure` brings `tokens_per_second` and `padding` up to date, which are
-    those of the steps that have ended since it was last called.
+    The clock runs between `start` and `stop`. `measure` updates `tokens_per_second` and `padding`, which are those of
+    the steps that ended since it was last called.
     """
 
     def __init__(self, positions: int):
@@ -81,7 +81,7 @@ class Metrics:
         self._wandb = open_wandb_run(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []  # steps whose metrics have not been read
-        self._counted_step = start_step  # the last whose tokens count in the throughput
+        self._counted_step = start_step  # the last step whose tokens the throughput has counted
         self._throughput = Throughput(config.train.global_batch_size * config.train.sequence_length)
         self._last_line_time = -math.inf
         self._bar = progress_bar(console, hidden=not console.is_terminal or self._file is None)
@@ -102,7 +102,7 @@ class Metrics:
             self._wandb.finish(exit_code=0 if failed is None else 1)
 
     def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of `step` (steps taken), just dispatched, and logs the step before if that is due."""
+        """Takes the metrics of `step`, which was just dispatched, and logs the step before it if that is due."""
         if self._pending and self._is_logged(self._pending[-1][0]):
             self._pending.append((step, values))
             self._read(step - 1)
@@ -143,7 +143,7 @@ class Metrics:
             _check_finite(number, float(values["loss"]), float(values["grad_norm"]))
             self._count_tokens(number, int(values["tokens"]))
         for number, values in self._pending:
-            if _is_ready(values["tokens"]):  # dispatching a step takes as long as the step on some platforms
+            if _is_ready(values["tokens"]):  # on some platforms dispatching a step takes as long as the step itself
                 self._count_tokens(number, int(values["tokens"]))
         if self._is_logged(step):
             self._log(step, {name: float(value) for name, value in read[-1].items() if name != "tokens"})
@@ -181,7 +181,7 @@ class Metrics:
 
 
 def progress_bar(console: Console, *, hidden: bool) -> Progress:
-    """The bar of a run, whose tasks have a field `text`. Where a line is narrow it is the bar that gives way."""
+    """The progress bar of a run, whose tasks have a field `text`. In a narrow terminal the bar itself gets shorter."""
     text = TextColumn("{task.fields[text]}")
     columns = TextColumn("step"), MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=None), text
     return _Bar(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True)
@@ -196,7 +196,7 @@ class _Bar(Progress):
 class _Narrow:
     """A bar that leaves the line's last columns free, in which a terminal shows the ^C of Ctrl-C.
 
-    At the end of a full line the ^C would begin another, on which the bar would be drawn again.
+    After a full line, the ^C would begin a new line, and the bar would be drawn a second time there.
     """
 
     bar: RenderableType
@@ -230,12 +230,12 @@ def _check_finite(step: int, loss: float, grad_norm: float) -> None:
 
 
 def _is_ready(x: Any) -> bool:
-    """Whether reading this array would not wait; its type does not declare that it has this method."""
+    """Whether this array can be read without waiting. (`jax.Array` does not declare `is_ready`, hence Any.)"""
     return x.is_ready()
 
 
 def check_wandb(config: Config) -> None:
-    """Raises ValueError where metrics are to go to wandb, which is not installed."""
+    """Raises ValueError if the config asks for metrics at wandb and wandb is not installed."""
     try:
         if config.train.wandb and jax.process_index() == 0:  # the only process that sends them there
             importlib.import_module("wandb")

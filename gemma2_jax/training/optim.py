@@ -23,7 +23,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def warmup_length(config: OptimConfig, steps: int) -> int:
-    """Steps of the warmup in a run of so many: fewer than `warmup_steps` where the decay would have ended by then."""
+    """Warmup steps in a run of `steps` steps: fewer than `warmup_steps` if the decay would have ended by then."""
     return min(config.warmup_steps, (config.decay_steps or steps) - 1)
 
 

@@ -1,27 +1,33 @@
 """Loss and gradients of a step: its passes (microbatches) through the stages of a pipeline, forward and backward.
 
-A stage holds an equal run of layers, the last one what is left. In a tick, each stage takes one pass forward through
-its layers and an earlier pass backward. With 2 stages and 4 passes, F2 being pass 2 forward and B2 the same backward:
+Each stage holds the same number of consecutive layers; the last holds the rest. A tick is one iteration of the scan
+over the schedule: in it, each stage takes one pass forward through its layers and an earlier pass backward. With 2
+stages and 4 passes, F2 being pass 2 forward and B2 the same pass backward:
 
     tick       0        1        2        3        4        5
     stage 0    F0       F1       F2 B0    F3 B1    .  B2       B3
     stage 1    .        F0 B0    F1 B1    F2 B2    F3 B3       .
               |forward |       forward and backward        |backward|
 
-Stage s takes pass p forward in tick p + s. In the last stage a pass turns around within a tick: the loss is formed, and
-the pass goes backward at once. So stage s takes it backward in tick p + 2 x (stages - 1) - s, and a pass is live in a
-stage for 2 x stages - 1 ticks at most, however many passes a step has. Ticks at either end go in one direction only:
-with F and B the times of a stage, a step takes (passes + stages - 1) x (F + B), as 1F1B does (arXiv:2104.04473). One
-stage is the same with nothing to wait for: gradient accumulation.
+Stage s takes pass p forward in tick p + s. In the last stage a pass turns around within a tick: the loss is computed,
+and the pass goes backward at once. So stage s takes it backward in tick p + 2 x (stages - 1) - s. From the one tick to
+the other the pass is live in that stage, which keeps its residuals: for 2 x stages - 1 ticks at most, however many
+passes a step has. The ticks at either end go in one direction only. If a stage takes t_F for a pass forward and t_B for
+one backward, a step takes (passes + stages - 1) x (t_F + t_B), as 1F1B does (arXiv:2104.04473). With one stage nothing
+waits, and this is gradient accumulation.
 
 The backward pass over layers is written out here rather than left to `jax.grad` over a scan: gradients are added to
 their sums layer by layer, so that no second copy of them exists.
 
 Embedding and logits belong to no stage: each stage has a share of the vocabulary (`dims.DIMS`), so none waits for a
-last stage with more work, and none holds a copy. Loss and gradients are summed over data shards once, at the end of a
-step.
+last stage with more work, and none holds a copy.
 
-Beside the letters of `dims`, Z in a name is the stage.
+Gradients are summed over fsdp and context shards layer by layer, in `_reduce_gradient`, and over data shards once, at
+the end of a step, as the loss is. The embedding's gradient needs no sum over fsdp and context, as each shard of the
+embedding takes all tokens of its data shard (`Gemma2.add_embedding_gradient`).
+
+Beside the letters of `dims`: Z in a name is the stage, and 1 in its place the one stage that a `shard_map` over stages
+runs for (`arrived_1BTD`). `d_x` is the gradient of the loss with respect to x.
 """
 
 from collections.abc import Callable
@@ -64,8 +70,8 @@ class TickInputs:
 class TickState:
     """What a tick leaves to the next one."""
 
-    arrived_ZBTD: jax.Array  # activations that the stage before sent: what a stage takes forward next
-    returned_ZBTD: jax.Array  # gradients that the stage after sent: what a stage takes backward next
+    arrived_ZBTD: jax.Array  # activations that the stage before sent: what each stage takes forward next
+    returned_ZBTD: jax.Array  # gradients that the stage after sent: what each stage takes backward next
     residuals: Residuals  # what live passes need for their backward pass, [Z, slots, layers, ...]
     block_sums: Weights  # sums of gradients so far, float32: of the trained weights of blocks, by their path in a block
     outer_sums: Weights  # sums of the gradients of the other trained weights, by their path
@@ -99,7 +105,7 @@ class Pipeline:
         return self._shard_axis("data", self._shard_loss, (P(), P(), P(None, "data")), P())(params, frozen, passes)
 
     def gradients(self, params: Weights, frozen: Weights, passes: Passes, key) -> tuple[jax.Array, Weights]:
-        """Summed loss (nats) and its gradient by every array of `params`, float32; `key` is for dropout, or None."""
+        """Summed loss (nats) and its gradient with respect to `params`, float32; `key` is for dropout, or None."""
         specs = P(), P(), P(None, "data"), P()
         return self._shard_axis("data", self._shard_gradients, specs, P())(params, frozen, passes, key)
 
@@ -108,7 +114,7 @@ class Pipeline:
         return jnp.clip(self.config.model.layers - stage * self.layers, 0, self.layers)
 
     def _shard_loss(self, params: Weights, frozen: Weights, passes: Passes) -> jax.Array:
-        """`loss`, of which this computes the part of one data shard's rows and sums up all."""
+        """The `loss` on one data shard's rows, then summed over the shards."""
         gemma = rebuild_model(self.graph, params, frozen)
         trained, block_frozen = _block_weights(params), _block_weights(frozen)
 
@@ -125,7 +131,7 @@ class Pipeline:
         return self._sum_axis(total, "data")
 
     def _shard_gradients(self, params: Weights, frozen: Weights, passes: Passes, key):
-        """`gradients`, of which this computes the part of one data shard's rows and sums up all."""
+        """The `gradients` on one data shard's rows, then summed over the shards."""
         gemma = rebuild_model(self.graph, params, frozen)
         outer = {path: w for path, w in params.items() if not path.startswith(_BLOCKS)}
         if key is not None:
@@ -180,7 +186,7 @@ class Pipeline:
         """Every stage takes its pass of the tick forward; the first stage's comes from the embedding.
 
         Returns what has arrived at each stage for the next tick, [Z, B, T, D]; what left the last stage, [B, T, D]; and
-        `residuals` with those of the pass written in, unless it has no arrays.
+        `residuals` with those of the pass written in. `residuals` is empty when evaluating, and then nothing is kept.
         """
         each, same = P("stage"), P()
         specs = _stage_specs(inputs), each, same, each
@@ -209,8 +215,8 @@ class Pipeline:
     def _run_backward(self, inputs: TickInputs, returned_ZBTD, d_last_BTD, residuals: Residuals, block_sums: Weights):
         """Every stage takes its pass of the tick backward, and adds to the gradients' sums.
 
-        Returns what has come back to each stage for the next tick, [Z, B, T, D]; the gradient by what entered the first
-        stage, [B, T, D]; and the sums.
+        Returns what has come back to each stage for the next tick, [Z, B, T, D]; the gradient with respect to what
+        entered the first stage, [B, T, D]; and the sums.
         """
         each, same = P("stage"), P()
         specs = _stage_specs(inputs), each, same, each, each
@@ -250,7 +256,7 @@ class Pipeline:
         return outer_sums | {"embedding": total_VD}
 
     def _layer_inputs(self, inputs: TickInputs, pass_index, layer) -> LayerInputs:
-        """What that layer of the model takes beside weights and activations in that pass."""
+        """What a layer, by its number in the model, takes beside weights and activations in a pass."""
         batch, key = self._take_pass(inputs.passes, pass_index), inputs.key
         windows = self.config.model.layer_windows(batch["tokens"].shape[1])
         if key is not None:
@@ -280,8 +286,8 @@ class Pipeline:
     def _mask_idle(self, x: jax.Array, idle_value, stage, pass_index, layer_index) -> jax.Array:
         """`x` where the stage has a layer of that index and there is a pass of that number, else `idle_value`.
 
-        Stages run the same layers at all times, since what the partitioner puts into one may involve every stage; those
-        with nothing to do have to wait for the others anyway.
+        Stages run the same layers at all times, since XLA may put collectives into a layer that every stage must join.
+        It costs no time: stages with nothing to do would have to wait for the others anyway.
         """
         if self.stages == 1:
             return x
@@ -323,13 +329,13 @@ class Pipeline:
         lead = self.stages, self.slots, self.layers
         shapes = jax.eval_shape(residuals_of_layer, inputs, zeros_ZBTD[0])
         x, *others = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), shapes)
-        x = jax.tree.map(self._spread_stages, x)  # there may be none: see `remat`
+        x = jax.tree.map(self._spread_stages, x)  # `jax.vjp` may not need x: then this is a tree without arrays
         if self.config.compute.remat == "offload":
             x = jax.device_put(x, jax.memory.Space.Host)
         return x, *others
 
     def _spread_stages(self, x: jax.Array) -> jax.Array:
-        """`x`, [Z, ..., B, T, D], with a part at each stage, which spreads it as between blocks."""
+        """`x`, [Z, ..., B, T, D], split over stages, and otherwise sharded as activations are between blocks."""
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return x

@@ -34,7 +34,7 @@ FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "com
 def open_source(config: Config) -> Checkpoint | None:
     """What `init` and `init_adapter` name as one checkpoint, or None for random weights.
 
-    Raises ValueError where it is of another model, or has another adapter than the run trains.
+    Raises ValueError if it is of another model, or its adapter is not of the kind that the run trains.
     """
     if not config.init:
         return None
@@ -96,7 +96,7 @@ def _check_adapter(config: Config, adapter: AdapterConfig) -> None:
 
 
 def _check_vocabulary(config: Config, source: Checkpoint) -> None:
-    """Raises ValueError where the adapter to start from has grown the vocabulary of its model."""
+    """Raises ValueError if the adapter to start from has added tokens to the vocabulary of its model."""
     assert source.model is not None
     if source.model.vocab_size != config.model.vocab_size:
         raise ValueError(
@@ -108,10 +108,10 @@ def _check_vocabulary(config: Config, source: Checkpoint) -> None:
 
 
 def claim_workdir(config: Config, latest: int | None) -> list[str]:
-    """Writes config.txt, after comparing it with the one there; ValueError where the folder holds another run.
+    """Compares the config with config.txt in the folder, and writes it there.
 
-    Returns the changes that a run may make, as sentences. Process 0 does it, and the others check what it wrote. The
-    config of a run that has taken more steps than are asked is kept.
+    Returns what changed, as sentences. Raises ValueError if the folder holds another run. Process 0 writes, and the
+    others check what it wrote. Nothing is written if the run has taken more steps than the config asks for.
     """
     path = config.output / "config.txt"
     with hosts.process_zero_first("claim_workdir"):
@@ -127,7 +127,7 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
 
 
 def _check_changes(config: Config, path: Path) -> list[str]:
-    """How the config differs from that of the run in the folder, where a run may change it; else ValueError."""
+    """How the config differs from that of the run in the folder; ValueError if that would make it another run."""
     changes = config_differences(config, path)
     forbidden = {key: text for key, text in changes.items() if not key.startswith(FREE_FIELDS)}
     if forbidden:
@@ -144,7 +144,7 @@ def _check_changes(config: Config, path: Path) -> list[str]:
 def describe_new_start(config: Config) -> str:
     """How to start a new run from the weights of this one, as the last of a list of remedies.
 
-    Nothing where they are an adapter on random weights, which only the run itself has.
+    Empty if the weights are an adapter on random weights, which only the run itself has.
     """
     if config.adapter.kind == "none":
         options = ["--init", config.workdir]
@@ -175,8 +175,8 @@ def _check_same_options(config: Config, path: Path) -> None:
 
 
 def config_differences(config: Config, path: Path) -> dict[str, str]:
-    """How the config differs from the one in a file, by field; the hosts that carry out the run may differ."""
-    # Parsed and written again, so that a field that the program did not have then has its default.
+    """How the config differs from the one in a file, by field. Fields of `hosts` are not compared."""
+    # The file is parsed and written again, so that a field that is newer than the file gets its default.
     saved = configs.from_text(path.read_text(), str(path))
     before, now = (_config_lines(config) for config in (saved, config))
     return {
@@ -191,9 +191,9 @@ def _config_lines(config: Config) -> dict[str, str]:
 
 
 def keep_tokenizer(config: Config, source: Checkpoint | None, *, resumes: bool):
-    """The run's tokenizer. Its files are kept under WORKDIR/tokenizer as they came, so that the run stands on its own.
+    """The run's tokenizer, whose files are copied to WORKDIR/tokenizer so that the run needs no others.
 
-    A run that goes on has the one that it kept. Raises ValueError where there is none, or it is not the model's.
+    A run that resumes takes its own copy. Raises ValueError if there is no tokenizer, or it is not the model's.
     """
     copy = config.output / "tokenizer"
     with hosts.process_zero_first("keep_tokenizer"):
@@ -220,7 +220,7 @@ def _find_tokenizer(config: Config, source: Checkpoint | None) -> Path:
 
 
 def _write_tokenizer(copy: Path, config: Config, source: Checkpoint | None, tokenizer) -> None:
-    """The files of a tokenizer, the chat template that it was given where they have none, and the model's config."""
+    """Writes a tokenizer's files, the chat template that we gave it if they have none, and the model's config."""
     copy_companions(Path(tokenizer.name_or_path), source.generation if source else None, copy)
     template = copy / "chat_template.jinja"
     if (
@@ -235,10 +235,10 @@ def _write_tokenizer(copy: Path, config: Config, source: Checkpoint | None, toke
 
 
 def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:
-    """The state to go on from, and the position that the loop saved with it; None where the run starts.
+    """The state to go on from, and the position that the loop saved with it, or None for a run that starts.
 
-    It is this run's newest checkpoint if there is one, else the weights given, else random ones. Of several processes
-    each returns when all have theirs, as what they do next they do together.
+    The state is this run's newest checkpoint if there is one, else the weights given, else random ones. No process
+    returns before all have their state, as they act together from then on.
     """
     latest, position = checkpoints.latest, None
     if latest is None:
@@ -249,7 +249,7 @@ def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkp
     else:
         params, optimizer, position = checkpoints.restore(latest, program.params, program.state.optimizer)
         frozen = {path: w for path, w in load_base(program, source).items() if path in program.frozen}
-        # `device_put` would compare the number between processes, which may not have come so far yet.
+        # `device_put` would compare the number between processes, some of which may not have reached this line yet.
         step = jax.make_array_from_callback((), program.state.step.sharding, lambda _: np.int32(latest))
         state = State(step=step, params=params, frozen=frozen, optimizer=optimizer)
     hosts.wait_for_processes("start_state")
@@ -262,9 +262,9 @@ def load_base(program: Program, source: Checkpoint | None) -> Weights:
 
 
 def restore_position(config: Config, batches: Batches, position: dict | None) -> int:
-    """Has the batches go on where the run was, and gives its step; 0 where there is no position, as the run starts.
+    """Makes the batches go on where the run was, and returns its step; 0 without a position, as the run then starts.
 
-    Raises ValueError where the data is not what it was then.
+    Raises ValueError if the data is not what it was when the position was saved.
     """
     if position is None:
         return 0

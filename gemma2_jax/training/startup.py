@@ -34,12 +34,12 @@ class Startup:
     eval_batches: EvalBatches | None  # None: no evaluation
     train_step: jax.stages.Compiled
     compile_seconds: float  # of both steps
-    start_step: int  # steps taken before
-    changes: list[str]  # how the config differs from what it was then
+    start_step: int  # steps that the run has already taken
+    changes: list[str]  # how the config differs from what it was when the run was last started
 
 
 def print_startup(console: Console, startup: Startup) -> None:
-    """Prints the block, a line for each subject, folded where a terminal is narrow."""
+    """Prints one line for each subject, folded to the width of a terminal."""
     if jax.process_index() != 0:
         return
     lines = [*_describe_weights(startup), *_describe_work(startup), *_describe_execution(startup)]
@@ -130,7 +130,7 @@ def describe_eval(config: Config, eval_batches: EvalBatches | None) -> str:
 
 
 def describe_pipeline(program: Program) -> str:
-    """How layers and passes are distributed over stages, and the share of a step that stages wait for each other."""
+    """How layers and passes are distributed over stages, and the share of a step that a stage spends waiting."""
     stages = program.pipeline
     layers = [int(stages.stage_layers(stage)) for stage in range(stages.stages)]
     vocabulary = program.config.model.vocab_size
@@ -142,7 +142,7 @@ def describe_pipeline(program: Program) -> str:
 
 
 def print_nothing_to_do(console: Console, config: Config, step: int) -> None:
-    """Says that the run had taken its steps before."""
+    """Says that the run has already taken its steps."""
     if jax.process_index() == 0:
         line = f"nothing is to do: this run has already taken {step} steps, of {config.steps} asked"
         remedy = "" if step > config.steps else "; to go on, give more --steps"
@@ -188,7 +188,7 @@ def suggest_prompt(data: DataConfig) -> str:
 
 
 def _shorten(text: str) -> str:
-    """The beginning of a text, up to a word's end in one line."""
+    """The beginning of a text's first line, cut at the end of a word."""
     line = text.strip().partition("\n")[0].strip()
     if len(line) <= _PROMPT_WIDTH:
         return line

@@ -102,7 +102,7 @@ class Program:
 
     @cached_property
     def process_rows(self) -> range:
-        """The rows of the global batch that this process's devices take; processes of one data shard take the same."""
+        """The rows of the global batch that this process's devices take, the same for processes of one data shard."""
         shape, sharding = self.batch["tokens"].shape, self.batch["tokens"].sharding
         indices = sharding.addressable_devices_indices_map(shape).values()
         spans = {index[0].indices(shape[0])[:2] for index in indices if index}
@@ -120,7 +120,7 @@ class Program:
         return jax.jit(draw, out_shardings=_shardings(self.base))()
 
     def initial_state(self, base: Weights) -> State[jax.Array]:
-        """The state of step 0 with these base weights, which are donated, and new adapters if the run has adapters."""
+        """The state of step 0: these base weights, which are donated, and new adapters if the run trains adapters."""
 
         def create_state(base: Weights) -> State[jax.Array]:
             gemma = self._create_model(adapters=False)
