@@ -1,9 +1,9 @@
 """Gemma 2 in Flax NNX: Einsum, RMSNorm, RoPE, Attention, MLP, Block, Gemma2.
 
 The modules describe one model and hold its weights with Hugging Face's values: the query scale, 1 + w of the norms
-and sqrt(D) of the embedding are applied at run time. Layers are alike but for their window, so their weights are
-stacked ([L, ...]) and scanned over, with the window as data. Callers decide on the mesh, the implementation of
-attention, training, and how long a cache lives.
+and sqrt(D) of the embedding are applied at run time. Layers differ in their window alone, so their weights are stacked
+([L, ...]) and scanned over, with the window as data. Callers decide on the mesh, the implementation of attention,
+training, and how long a cache lives.
 
 Source: Gemma 2 (arXiv:2408.00118). Shapes are in the letters of `dims`.
 """
@@ -25,7 +25,7 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 from gemma2_jax.model.attention.choice import Implementation
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # q, k, v to their result and the cache
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # from q, k, v to the output and the cache
 Rope = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles: `rope_angles`
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, S, H] of each layer: `attention.xla.attend_cached`
 
@@ -38,7 +38,7 @@ INIT_STD = 0.02
 class Update(Protocol):
     """What an adapter does to the output of a projection; see `lora`."""
 
-    after_norm: bool  # whether the output has been through the post-norm before
+    after_norm: bool  # whether it changes the output of the post-norm, and not that of the projection itself
 
     def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
 
@@ -50,16 +50,16 @@ def split_equation(equation: str) -> tuple[str, str, str]:
 
 
 def activation_place(letters: str) -> dims.Place:
-    """Where projections take activations from, and leave them: those of the model's width lie between blocks."""
+    """How activations with these dims are spread: those of the model's width as between blocks, others as in use."""
     return "between_blocks" if "D" in letters else "used"
 
 
 def _contract(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` for a sum without batch dims, in which no large operand is transposed.
 
-    XLA's libraries on CPU copy the first operand unless it is summed over its last dims, and the second unless it is
-    summed over its first, and a fusion that computes an operand then computes it in the copy's order. Therefore x comes
-    first and keeps the order of its summed dims, which einsum would sort, and the gradient by w has the smaller of its
+    XLA's libraries on CPU copy the first operand unless its last dims are summed over, and the second unless its first
+    dims are; a fusion that computes an operand then computes it in the copy's order. Therefore x comes first and keeps
+    the order of its summed dims, which einsum would sort, and the gradient with respect to w has the smaller of its
     operands first.
     """
     first, second, result = split_equation(equation)
@@ -74,14 +74,14 @@ def _contract(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Arra
 def apply_weight(equation: str, x: jax.Array, w: jax.Array, place: dims.Place = "used") -> jax.Array:
     """`jnp.einsum(equation, x, w)` in the dtype of x, with one layer's weight as it is stored.
 
-    The weight is rounded to that dtype and then gathered. Its gradient is formed, and summed over shards, in the
-    weight's own dtype. The gradient of the result is brought to `place` once, for both products of the backward pass.
+    The weight is rounded to that dtype and then gathered. Its gradient is computed, and summed over shards, in the
+    weight's own dtype. The gradient of the result is resharded to `place` once, for both products of the backward pass.
     """
     return _apply_weight_forward(equation, _Primal(x), _Primal(w), place)[0]
 
 
 class _Primal(NamedTuple):
-    """An argument as `defvjp(symbolic_zeros=True)` passes it: `perturbed` where a gradient by it is asked for."""
+    """An argument as `defvjp(symbolic_zeros=True)` passes it: `perturbed` says whether its gradient is asked for."""
 
     value: jax.Array
     perturbed: bool = False
@@ -109,10 +109,10 @@ apply_weight.defvjp(_apply_weight_forward, _apply_weight_backward, symbolic_zero
 
 
 class Einsum(nnx.Module):
-    """A projection: a weight applied by an einsum whose letters are its shape, its sharding and its use.
+    """A projection: a weight applied by an einsum, whose letters also give the weight's shape and sharding.
 
     `equation` is like "BTD,DNH->BTNH". The stored weight has a leading L: one slice per layer, as `jax.lax.scan`
-    takes them. Calling it gives the product of x and the weight; `adapt` adds what its adapter, if it has one, learned.
+    takes them. Calling it gives the product of x and the weight; `adapt` applies its adapter, if it has one.
     """
 
     def __init__(self, equation: str, config: ModelConfig, *, std: float, rngs: nnx.Rngs):
@@ -131,7 +131,7 @@ class Einsum(nnx.Module):
     def adapt(self, y: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The output y for the input x, changed by the adapter; `key` is for dropout, or None.
 
-        x may have its positions still spread as between blocks. Without an adapter, this is y.
+        The positions of x may still be spread as between blocks. Without an adapter, this is y.
         """
         return y if self.adapter is None else self._constrain(self.adapter(x, y, self.w[...], key))
 
@@ -171,7 +171,7 @@ def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 
 
 def _gather_positions(x_BTD: jax.Array) -> jax.Array:
-    """Positions, which tensor shards divide between blocks, gathered once for every product that reads them."""
+    """x with all positions on every tensor shard, gathered once for all projections that read them."""
     return constrain(constrain(x_BTD, "BTD", "between_blocks"), "BTD")
 
 
@@ -184,7 +184,7 @@ def _project_to_stream(projection: Einsum, post_norm: RMSNorm, x: jax.Array, key
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`, which is attention of a whole sequence to itself or of a token to a cache."""
+    """The q, k, v and o projections around `attend`: attention of a sequence to itself, or of one token to a cache."""
 
     def __init__(self, config: ModelConfig, *, std_out: float, rngs: nnx.Rngs):
         make = partial(Einsum, config=config, rngs=rngs)
@@ -252,8 +252,9 @@ class Block(nnx.Module):
 class Gemma2(nnx.Module):
     """The whole model: tokens to logits (`__call__`) or to hidden states, and generation with a cache.
 
-    `attention` comes from `choose_attention`, and `dtype` is what activations and matrix products have. Weights are
-    drawn from `rngs.params` in float32: normal with standard deviation 0.02, norms zero.
+    `attention` comes from `choose_attention`, and `dtype` is that of activations and matrix products. Weights are drawn
+    from `rngs.params` in float32, normal with standard deviation 0.02, less for o and down by sqrt(2 * layers); norms
+    are zero.
     """
 
     def __init__(self, config: ModelConfig, *, attention: Implementation, dtype: str | jnp.dtype, rngs: nnx.Rngs):
@@ -267,13 +268,13 @@ class Gemma2(nnx.Module):
         self.final_norm = RMSNorm(config, stacked=False)
 
     def __repr__(self) -> str:
-        """A line. `nnx.display(model)` in a notebook, and `print(nnx.state(model))`, show every weight."""
+        """One line. `nnx.display(model)` in a notebook, and `print(nnx.state(model))`, show every weight."""
         return f"{type(self).__name__}({'; '.join(self._describe())})"
 
     __str__ = __repr__  # NNX has another, with colors
 
     def _describe(self) -> list[str]:
-        """The size, the dtypes and what is on the weights, in words."""
+        """The size, the dtypes and the adapters, in words."""
         sizes = Counter[tuple[str, str]]()
         for path, w in flatten_state(nnx.state(self)).items():
             sizes["of adapters" if "/adapter/" in path else "parameters", str(w.dtype)] += w.size
@@ -302,7 +303,7 @@ class Gemma2(nnx.Module):
         return self._run_layers(tokens_BT, positions_BT, partial(self.attend_sequence, segments_BT))[0]
 
     def attend_sequence(self, segments_BT, window, _, q, k, v):
-        """The `attend` of a layer with this window, of a whole sequence to itself; there is no cache."""
+        """The `attend` of a layer with this window: a whole sequence attends to itself. It takes and gives no cache."""
         return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
     def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
@@ -349,8 +350,8 @@ class Gemma2(nnx.Module):
             self.embedding[...].astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
-        cap = self.config.final_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        softcap = self.config.final_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
     def _attend(self, implementation, *inputs):
         scale = self.config.query_pre_attn_scalar**-0.5
@@ -364,7 +365,11 @@ class Gemma2(nnx.Module):
             return constrain(x_BTD, "BTD", "between_blocks")
 
     def add_embedding_gradient(self, total_VD, tokens_BT, d_BTD) -> jax.Array:
-        """`total_VD`, float32, plus the gradient of `embed` by the embedding, where d_BTD is that of its result."""
+        """`total_VD`, float32, plus the embedding's gradient in `embed`; `d_BTD` is that with respect to its result.
+
+        Each shard of the embedding takes all tokens of its data shard, and adds the gradients of those whose rows it
+        stores: nothing is left to sum over fsdp and context.
+        """
         with jax.named_scope("embedding"):
             d_BTD = replicate(d_BTD).astype(jnp.float32) * self._embedding_scale.astype(jnp.float32)
             return constrain_stored(total_VD.at[replicate(tokens_BT)].add(d_BTD), "VD")
@@ -379,9 +384,10 @@ class Gemma2(nnx.Module):
             return self.final_norm(x_BTD)
 
     def _run_layers(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
-        """Embedding, blocks and final norm: hidden states [B, T, D], and what `attend` gave as each layer's new cache.
+        """Embedding, blocks and final norm: hidden states [B, T, D], and each layer's new cache.
 
-        `attend(window, cache, q, k, v)` is a layer's attention; `cache` is the old one of each layer, or None.
+        `attend(window, cache, q, k, v)` computes a layer's attention from its old cache, or None, and returns the
+        output and the new cache.
         """
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(tokens_BT.shape[1])
@@ -424,15 +430,15 @@ def flatten_state(state: nnx.State) -> Weights:
 
 
 def rebuild_model[M: nnx.Module](graph: nnx.GraphDef[M], *weights: Weights) -> M:
-    """The model, or part of a model, of this structure with these arrays; each array is in one of `weights`."""
+    """The model, or part of a model, of this structure, with the arrays of all of `weights`."""
     return nnx.merge(graph, unflatten_dict({path: w for part in weights for path, w in part.items()}, sep="/"))
 
 
 def unstack_layers(model: Gemma2) -> Gemma2:
-    """The model itself, with a block per layer in place of the stack: blocks/0/attn/q/w and so on.
+    """Changes the model to have one block per layer in place of the stack (blocks/0/attn/q/w and so on); returns it.
 
-    Its compiled code is L times as long. Generation gains by it: a step uses each weight for few tokens, and cutting
-    the weight out of the stack would take as long as using it.
+    Its compiled code is L times as long. Generation gets faster by it: a step uses each weight for few tokens, and
+    cutting the weight out of the stack would take as long as using it.
     """
     assert isinstance(model.blocks, Block)
     graph, weights = nnx.split(model.blocks)

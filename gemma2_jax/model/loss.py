@@ -1,8 +1,8 @@
 """Next-token cross-entropy on soft-capped logits that never exist all at once.
 
-Logits are formed for a chunk of tokens at a time. The gradient is formed in the same pass, since a chunk's logits
-give its share of it at once: three matrix products in all instead of the four of a recomputed one, and no logits
-kept. The embedding's gradient is formed only where it is asked for, so a frozen one costs nothing.
+Logits are computed for a chunk of tokens at a time. The gradient is computed in the same pass, as a chunk's logits give
+its share of the gradient at once: three matrix products in all, where recomputing the logits would take four, and no
+logits are kept. The embedding's gradient is computed only if it is asked for, so a frozen embedding costs nothing.
 """
 
 from functools import partial
@@ -12,20 +12,20 @@ import jax.numpy as jnp
 
 from gemma2_jax.mesh import axis_size, constrain
 
-# Logits capped at no more than this have a finite exp, and a finite sum over any vocabulary, in float32. No maximum is
-# then subtracted, which vocabulary shards would have to exchange before they sum.
-LARGEST_SAFE_CAP = 60.0
+# With a softcap of no more than this, the exp of a logit and its sum over any vocabulary are finite in float32. Then no
+# maximum is subtracted, which vocabulary shards would have to exchange before they sum.
+LARGEST_SAFE_SOFTCAP = 60.0
 
 
 def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
-    """The sum of weighted negative log-likelihoods, float32 scalar (nats); differentiable by hidden and embedding.
+    """The sum of weighted negative log-likelihoods (nats), a float32 scalar, with gradients of hidden and embedding.
 
     Args:
       hidden_BTD: final hidden states, in the compute dtype; logits are hidden @ embedding^T, accumulated in float32.
       embedding_VD: tied embedding, cast to the compute dtype.
       targets_BT: int32 token ids to be predicted.
       weights_BT: float32; 0 leaves a position out.
-      softcap: logits become cap * tanh(logit / cap); None leaves them.
+      softcap: logits become softcap * tanh(logit / softcap); None leaves them.
       chunk: positions of each row whose [B, chunk, V] logits exist at one time.
     """
     T = targets_BT.shape[1]
@@ -50,7 +50,7 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_loss(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
-    """The sum over C chunks."""
+    """The loss summed over C chunks."""
 
     def step(total, inputs):
         loss, _ = _chunk_loss(softcap, embedding_VD, *inputs)
@@ -94,7 +94,7 @@ _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward, symbolic_zer
 
 
 def _chunk_loss(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
-    """The loss of one chunk, and its gradient by the logits before the cap, float32 [B, T, V]."""
+    """The loss of one chunk, and its gradient with respect to the logits before the softcap, float32 [B, T, V]."""
     hidden_BTD = constrain(constrain(hidden_BTD, "BTD", "between_blocks"), "BTD", "for_logits")
     raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
     raw_BTV = constrain(raw_BTV, "BTV", "for_logits")
@@ -102,11 +102,11 @@ def _chunk_loss(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
     if softcap is not None:
         squashed_BTV = jnp.tanh(raw_BTV / softcap)
         logits_BTV, slope_BTV = softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
-    if softcap is not None and softcap <= LARGEST_SAFE_CAP:
+    if softcap is not None and softcap <= LARGEST_SAFE_SOFTCAP:
         log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
     else:
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A comparison and a sum instead of a gather: they stay within each shard of the vocabulary.
+    # The target's logit by a comparison and a sum, not a gather: both work within each shard of the vocabulary.
     hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     nll_BT = log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
     grad_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]

@@ -2,6 +2,10 @@
 
 All compute the same (`kernels.reference`). An implementation that is asked for by name and cannot do what the model
 needs raises an error that says what it lacks; "auto" takes the fastest that can, and says what the faster ones lack.
+
+The softcap of attention scores, softcap * tanh(score / softcap), is applied by each: in `xla._scores` and
+`xla._softmax`, in `kernels.tiles.Settings.softcap_tanh` (forward and backward), in `kernels.decode` and in
+`kernels.reference.apply_softcap`. That of logits is in `Gemma2.logits` and `loss._chunk_loss`.
 """
 
 from collections.abc import Callable

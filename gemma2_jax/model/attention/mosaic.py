@@ -1,8 +1,8 @@
 """Gemma 2 attention by the Hopper kernels (`kernels`), on whatever mesh there is.
 
-A kernel is not divided by XLA's partitioner, so here each device takes its rows and heads itself. Context shards pass
-their keys and values around a ring (arXiv:2310.01889): each attends to what it has while the next part comes. Scores
-are bounded, so that partial results simply add up.
+XLA does not partition a kernel, so here each device takes its own rows and heads. Context shards pass their keys and
+values around a ring (arXiv:2310.01889): each attends to the part that it has while the next part arrives. Soft-capped
+scores are bounded, so that partial results simply add up.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def attend(
     softcap: float | None,
     kernel: Callable | None = None,
 ) -> jax.Array:
-    """Computes attention of each row to itself, as `xla.attend` does, for bfloat16 and with one run per segment.
+    """Computes attention of each row to itself, as `xla.attend` does, for bfloat16 and contiguous segments.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: bfloat16, after RoPE.
@@ -60,7 +60,7 @@ class _Shard:
     Attributes:
       kernel: a function of q, k, v and the interval of keys of each query, which returns the output and log-sum-exp.
       length: T of whole rows.
-      groups: query heads to a key/value head, over all devices.
+      groups: query heads per key/value head in the whole model.
     """
 
     kernel: Callable
@@ -109,7 +109,7 @@ def segment_starts(segments_BT) -> jax.Array:
 
 
 def key_intervals(position_T, start_BT, pieces, length: int, window) -> tuple[jax.Array, jax.Array]:
-    """Computes the first and the last key that each query sees, int32 [B, T], by their number among the keys given.
+    """Computes the first and the last key that each query sees, int32 [B, T], as indices into the keys given.
 
     Where a query sees none of them, the last is before the first.
 
@@ -167,7 +167,7 @@ def attend_cached(
 
 
 def _local_kv_heads(queries: int, groups: int, arrays, axis: int):
-    """Selects the key/value heads of this device's query heads, where there were too few of them to divide."""
+    """Selects the key/value head of this device's query heads, if there were too few heads to divide over devices."""
     if groups * arrays[0].shape[axis] == queries:
         return arrays
     head = jax.lax.axis_index("tensor") * queries // groups

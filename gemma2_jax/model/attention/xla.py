@@ -1,8 +1,8 @@
 """Gemma 2 attention in jnp: causal, per-layer window, soft-capped scores, grouped queries, packed segments.
 
-This is the implementation wherever no kernel is faster (`attention.choice`). Sequences are taken in blocks
-of queries against blocks of keys (FlashAttention-2, arXiv:2307.08691): no [T, T] array of scores exists, forward or
-backward, and blocks beyond the window or in the future are not visited.
+It is used wherever no kernel is faster (`attention.choice`). Blocks of queries attend to blocks of keys, as in
+FlashAttention-2 (arXiv:2307.08691): no [T, T] array of scores exists, forward or backward, and blocks beyond the window
+or in the future are not visited.
 """
 
 from functools import partial
@@ -31,8 +31,8 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, *, scale: float, softcap
       q_BTNH, k_BTKH, v_BTKH: queries, keys and values after RoPE, in the compute dtype; N is a multiple of K.
       segments_BT: int32; positions attend within their own segment only.
       window: int32 scalar, may be traced: query i sees keys j of its segment with 0 <= i - j < window.
-      scale: multiplies q.k before the cap.
-      softcap: scores become cap * tanh(score / cap); None leaves them.
+      scale: multiplies q.k before the softcap.
+      softcap: scores become softcap * tanh(score / softcap); None leaves them.
       block: how many queries, and how many keys, are taken at a time.
 
     Returns:
@@ -73,14 +73,14 @@ def _attend_shard(settings: Settings, shards: int, q_BTNH, k_BTKH, v_BTKH, segme
 
 
 def gather_context(x_BT, shards: int):
-    """All positions of what context shards have in the order of `mesh.balance_context`, in their own order again."""
+    """All positions of an array that context shards hold in the order of `mesh.balance_context`, back in row order."""
     x_BCPT = jax.lax.all_gather(x_BT.reshape(x_BT.shape[0], 2, -1, *x_BT.shape[2:]), "context", axis=1)
     x_BPT = jnp.concatenate([x_BCPT[:, :, 0], x_BCPT[:, ::-1, 1]], axis=1)
     return x_BPT.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
 
 
 def _blocked_attention_value(settings, *inputs):
-    """`attend` of a multiple of `block` queries; query block i is block order[i] of the sequence."""
+    """`attend` for a multiple of `block` queries; query block i is block order[i] of the sequence."""
     return _blocked_attention_forward(settings, *inputs)[0]
 
 
@@ -153,7 +153,7 @@ _blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backwar
 
 
 def _scores(q_BTKGH, k_BSKH, mask_BTS, settings):
-    """Masked scores of a block of queries against a block of keys, and the cap's slope, float32 [B, K, G, T, S]."""
+    """Soft-capped and masked scores of two blocks, and the softcap's slope at them, float32 [B, K, G, T, S]."""
     scale, softcap, _ = settings
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     slope = 1.0
@@ -202,7 +202,7 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: f
     """
     K, S = k_BKSH.shape[1:3]
     age_BS = (position_B[:, None] - jnp.arange(S)) % S
-    mask_BS = age_BS <= position_B[:, None]  # a slot whose age is more is still empty
+    mask_BS = age_BS <= position_B[:, None]  # older slots have not been written yet
     q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
@@ -210,7 +210,7 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: f
 
 
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
-    """Soft-capped attention with an explicit mask, True where a query sees a key; the cap comes before the mask."""
+    """Soft-capped attention with an explicit mask, True where a query sees a key; the softcap comes before the mask."""
     q_BTKGH = _group_heads(q_BTNH, k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
@@ -219,7 +219,7 @@ def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: f
 
 
 def _softmax(scores, mask, softcap: float | None):
-    """Weights over the last dim of float32 scores, capped and then masked."""
+    """Attention weights over the last dim of float32 scores, which are soft-capped and then masked."""
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
