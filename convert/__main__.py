@@ -109,7 +109,7 @@ class Export:
 
 
 def main(program: str = "python -m gemma2_jax.convert") -> None:
-    """Parses the command line and runs the command; exits with a sentence where that cannot be done."""
+    """Parses the command line and runs the command; exits with a sentence if that cannot be done."""
     name, *arguments = sys.argv[1:] or [""]
     if name in _COMMANDS:
         kind, run = _COMMANDS[name]
@@ -241,7 +241,7 @@ def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str,
 
 @contextmanager
 def _progress_bar(size: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
-    """A bar of `size` bytes, shown on a terminal only; yields a function that moves it on by a number of bytes."""
+    """A bar of `size` bytes, shown on a terminal only; yields a function that advances it by a number of bytes."""
     from rich import progress
     from rich.console import Console
 

@@ -50,7 +50,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def print_table(rendered: RenderableType) -> None:
-    """Prints a table that fits the terminal. In a pipe or a file no cell is cut, and lines have no trailing blanks."""
+    """Prints a table, cut to the width of a terminal. In a pipe or file no cell is cut, and no line ends in blanks."""
     console = Console()
     if console.is_terminal:
         console.print(rendered)

@@ -1,8 +1,8 @@
-"""A conversion as a value: its source, its format, its options, and the arrays that are written, read part by part.
+"""A conversion, described by an immutable object: its source, its format, its options, and the arrays to be written.
 
-`checkpoints` opens the source and reads its arrays; `model.lora` has the arithmetic of merging; `writing` writes. While
-a part is written the next ones are read, so that a few parts are in memory at a time. The largest part is a matrix of a
-layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
+`checkpoints` opens the source and reads its arrays; `model.lora` has the arithmetic of merging; `writing` writes.
+Arrays are read part by part. While a part is written the next ones are read, so that a few parts are in memory at a
+time. The largest part is a matrix of a layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
 """
 
 import math
@@ -48,9 +48,9 @@ _MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.item
 _Q8_0_BYTES = 34 / 32  # of an element: a block of 32 has a scale of two bytes
 # Adapters that have one rank and one scale, and nothing but low-rank matrices.
 _UNIFORM_ADAPTERS = {"megatron-adapter": "an adapter of Megatron-Bridge's", "gguf-adapter": "an adapter of llama.cpp's"}
-_READ_AHEAD = 2  # parts that are read before they are written
+_READ_AHEAD = 2  # how many parts reading runs ahead of writing
 
-Progress = Callable[[float], None]  # is told how many more bytes have been written
+Progress = Callable[[float], None]  # is called with the number of bytes written since the last call
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Job:
     merge: bool = False  # add the adapter into the weights
     # Tensor-parallel ranks and pipeline stages: those that megatron-legacy has files for, or a megatron-adapter is for.
     ranks: tuple[int, int] = (1, 1)
-    dtype: FileDType | None = None  # None: as stored; of a full training run that of the weights it started from
+    dtype: FileDType | None = None  # None: as stored; for a full training run, the dtype of its starting weights
     reader: Literal["vllm"] | None = None  # a program that must be able to load what is written
 
     def __post_init__(self) -> None:
@@ -89,7 +89,9 @@ class Job:
         if self.merge and not adapted:
             raise ValueError(f"{self.source.path} has no adapter; leave out --merge")
         if self.to in _ADAPTER_FORMATS and self.merge:
-            raise ValueError(f"--to {self.to} writes the adapter alone and --merge dissolves it; choose one of the two")
+            raise ValueError(
+                f"--to {self.to} writes the adapter alone, and --merge adds it into the weights; choose one of the two"
+            )
         if self.merge or self.to in _MODEL_FORMATS:
             lora.check_mergeable(self.source.adapter.unmergeable_targets)
         if self.to in _MODEL_FORMATS and adapted and not self.merge:
@@ -108,7 +110,7 @@ class Job:
     def _check_base(self) -> None:
         """Raises ValueError where the source is an adapter alone and the format needs its model, or its model's config.
 
-        This comes before anything else is said of the adapter.
+        Checked first, before anything that may be wrong with the adapter.
         """
         source = self.source
         if self.to not in _ADAPTER_FORMATS and source.lacks_base:
@@ -186,7 +188,7 @@ class Job:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about what the format cannot hold as it is, and what its readers compute otherwise than this."""
+        """Sentences about what the format cannot hold, and what programs that read it compute differently."""
         if self.to == "gguf":
             return gguf_tokenizer.merge_warnings(self.tokenizer_metadata)
         if self.to in ("peft", "gguf-adapter"):
@@ -215,7 +217,7 @@ class Job:
         if self.zero_projections:
             found.append(
                 f"{' and '.join(self.zero_projections)} had no adapter, without which Megatron-Bridge loads none for "
-                "the projections that it fuses with it; an adapter of zeros, which adds nothing, was written for each"
+                "the projections that it fuses with it; an adapter of zeros, which adds nothing, is written for each"
             )
         if self.depends_on_ranks:
             found.append(
@@ -226,7 +228,7 @@ class Job:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The adapter that is written as one, which a merged adapter is not."""
+        """The adapter in the output; none when it is merged."""
         if self.merge:
             return AdapterConfig()
         source = self.source.adapter
@@ -239,21 +241,21 @@ class Job:
         return megatron_adapters.unadapted_projections(self.source.adapter) if is_lora else []
 
     @cached_property
-    def canonical(self) -> bool:
-        """Whether a Megatron adapter has an A for each projection, as those of fused projections differ.
+    def separate_a(self) -> bool:
+        """True if projections that Megatron fuses have different A's, so that one is written for each.
 
-        Raises ValueError where those of a DoRA differ.
+        That is Megatron-Bridge's canonical LoRA. Raises ValueError for a DoRA, of which it has no such form.
         """
         return self.to == "megatron-adapter" and not self._is_fusable()
 
     @property
     def depends_on_ranks(self) -> bool:
         """Whether a Megatron adapter has rows in the order of one tensor parallelism."""
-        return self.canonical and "mlp/gate" in table.match_targets(self.adapter)
+        return self.separate_a and "mlp/gate" in table.match_targets(self.adapter)
 
     @cached_property
     def groups(self) -> dict[str, tuple[Row, ...]]:
-        """The rows of the weights and those of the adapter, as far as they are written; Orbax has a folder for each."""
+        """The rows that are written, of the weights and of the adapter; Orbax has a folder for each."""
         adapter_rows = table.table_rows(self.adapter)
         if self.to == "peft" and self.adapter.replaces("embedding"):  # PEFT has it twice
             adapter_rows += (replace(table.MODEL[0], name=f"{table.PEFT}{table.HEAD}"),)
@@ -305,14 +307,14 @@ class Job:
         return int(sum(math.prod(self.shapes[path].shape) * each[path] for path in [*self.shapes, *copies]))
 
     def written_dtype(self, path: str) -> str:
-        """The name of the dtype that an array has in the files. In GGUF alone it is another than that of `shapes`."""
+        """The name of the dtype that an array has in the files. It differs from that in `shapes` only in GGUF."""
         if self.to == "gguf" and gguf.is_norm(path):
             return "float32"
         return "q8_0" if self.dtype == "q8_0" else self.shapes[path].dtype.name
 
     @cached_property
     def tokenizer_metadata(self) -> dict[str, gguf_tokenizer.Written]:
-        """The tokenizer in a GGUF file. Raises ValueError where llama.cpp has none that is like the model's."""
+        """The tokenizer for a GGUF file. Raises ValueError if llama.cpp has none that works like the model's."""
         source, model = self.source, self.source.model
         assert source.tokenizer is not None and model is not None
         try:
@@ -353,7 +355,7 @@ class Job:
                 yield read_array(self.source, row.path, (slice(layer, layer + 1), *every))
 
     def array_part(self, part: Part) -> np.ndarray:
-        """A part in our layout and in the dtype that is written, merged if asked for; its order in memory is any."""
+        """A part in our layout and the dtype that is written, merged if asked for; not necessarily C-contiguous."""
         row = part.row
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.match_targets(self.source.adapter):
@@ -370,12 +372,12 @@ class Job:
         return contiguous_copy(part.row.to_tensor(array[0] if part.row.stacked else array))
 
     def tensor_shape(self, row: Row) -> jax.ShapeDtypeStruct:
-        """The shape and the dtype of a row's tensor, which of a stacked row is that of one layer."""
+        """The shape and the dtype of a row's tensor; for a stacked row, of one layer's."""
         assert self.source.model is not None
         return jax.ShapeDtypeStruct(table.tensor_shape(row, self.source.model), self.shapes[row.path].dtype)
 
     def _is_fusable(self) -> bool:
-        """Whether projections that Megatron-Bridge fuses have one A. Raises ValueError where a DoRA's do not."""
+        """Whether projections that Megatron-Bridge fuses share one A. Raises ValueError for a DoRA if they do not."""
         rows = {row.path: row for row in self.groups["adapter"]}
 
         def read_parts(path: str) -> Iterator[bytes]:
@@ -436,7 +438,7 @@ def _create_adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
 
 
 def read_ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
-    """Yields `function` of each item in order, and runs ahead in another thread by a few items."""
+    """Yields `function` of each item in order, while another thread runs ahead by a few items."""
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[Y]] = deque()
         for item in items:

@@ -1,6 +1,6 @@
-"""Ways in which other programs store Gemma 2's tensors, and the rank of a difference: what may explain that two differ.
+"""What may explain that two tensors differ: known ways of storing Gemma 2's tensors, and a difference of low rank.
 
-A change gives of one layer's tensor, in Hugging Face's layout, what a program would hold that stores it otherwise. No
+A change turns one layer's tensor, in Hugging Face's layout, into what a program holds that stores it differently. No
 checkpoint is read here; `verify` tries the changes while it compares two.
 """
 
@@ -16,22 +16,22 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 
-_MOST_RANK = 64  # of a difference that counts as low; it takes twice as many products with a vector to find
+_MOST_RANK = 64  # the largest rank that counts as low; finding it takes twice as many products with a vector
 _SIZES = (2, 4, 8)  # tensor-parallel sizes whose order of rows is tried
 
 
 @dataclass(frozen=True)
 class Change:
-    """One way of storing a tensor otherwise."""
+    """One way of storing a tensor differently."""
 
     description: str  # what follows "the second is the first"
     apply: Callable[[np.ndarray], np.ndarray]
-    path: str  # the array that it is applied to, which may stand in place of another
-    rounds: bool = False  # whether it computes, so that what is stored was rounded; else it moves values only
+    path: str  # the array that it is applied to; where projections were swapped, not the one that is compared
+    rounds: bool = False  # True if it computes new values, which are rounded when stored; False if it only moves values
 
 
 def known_changes(row: Row, model: ModelConfig) -> list[Change]:
-    """The changes that are known of tensors of this row."""
+    """The known changes that apply to tensors of this row."""
     group, _, name = row.path.removeprefix("blocks/").removesuffix("/w").partition("/")
     found = list[Change]()
     if group.endswith("norm"):
@@ -95,23 +95,23 @@ def _join_ranks(tensor: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def explains(change: Change, tensor: np.ndarray, found: np.ndarray) -> bool:
-    """Whether the change of a tensor gives the one that was found, but for rounding to the dtypes of both."""
+    """Whether the changed tensor is the one that was found, up to rounding to the dtypes of both."""
     if not change.rounds:
         coarse = max(tensor.dtype, found.dtype, key=_epsilon)
         changed, found = (x.astype(coarse, copy=False) for x in (change.apply(tensor), found))
         return np.array_equal(changed, found)
     a, b = tensor.astype(np.float32), found.astype(np.float32)
     changed = change.apply(a)
-    # The tensor, what was computed of it and what was stored may each have been rounded.
+    # The tensor, what was computed from it and what was stored may each have been rounded.
     rounding = 2 * max(_epsilon(tensor.dtype), _epsilon(found.dtype))
     return bool(np.all(np.abs(changed - b) <= rounding * np.maximum(np.abs(a), np.abs(b))))
 
 
 def low_rank(difference: np.ndarray, stored: np.ndarray) -> int | None:
-    """The rank of the difference of two matrices in float32, or None where it is not low.
+    """The rank of the difference of two matrices in float32, or None if it is not low.
 
-    What rounding to the dtype of `stored`, one of the two, adds to a difference counts as nothing. The range is found
-    by products with random vectors (arXiv:0909.4061, algorithm 4.1).
+    `stored` is one of the two; noise of the size of rounding to its dtype does not count. The range of the difference
+    is found by products with random vectors (arXiv:0909.4061, algorithm 4.1).
     """
     columns = difference.shape[1]
     most = min(_MOST_RANK, min(difference.shape) // 4)
@@ -128,7 +128,7 @@ def low_rank(difference: np.ndarray, stored: np.ndarray) -> int | None:
     largest = sum(float(np.sqrt(np.max(np.einsum(f"ij,ij->{kept}", sizes, sizes)))) for kept in "ij")
     rank = int(np.sum(values > max(1.5 * noise * largest, 1e-4 * values[0])))
     rest = math.sqrt(max(total**2 - float(np.sum(np.square(values[:rank], dtype=np.float64))), 0))
-    # What a matrix of this rank leaves over must be noise, and the smaller part of the difference.
+    # What a matrix of this rank does not explain must be noise, and less than half of the difference.
     most_rest = min(1.5 * noise * float(np.linalg.norm(sizes)) + 1e-3 * total, 0.5 * total)
     return rank if 0 < rank <= most and rest <= most_rest else None
 

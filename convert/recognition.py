@@ -1,8 +1,8 @@
-"""What a folder or file is that this program does not read, and what to do about it.
+"""Recognizes folders and files that this program does not read, and says what to do about each.
 
 `KINDS` is the table: a kind has a name, a way to find it by names of files, by config.json or by the first bytes of a
-file, and the sentence that is said. To know another kind is another row. Formats that are read are listed in
-`checkpoints`, which asks here before it opens what other programs wrote; so a row fits no folder that can be read.
+file, and the sentence that the user gets. Another kind is another row. Formats that are read are listed in
+`checkpoints`, which asks here before it opens what other programs wrote; so no row may match a folder that can be read.
 """
 
 import os
@@ -18,9 +18,9 @@ from typing import Any
 from gemma2_jax.convert.files import memory, orbax, safetensors, torch_dist
 from gemma2_jax.convert.formats import deepmind, megatron
 
-MODEL_FILES = (safetensors.MODEL, "pytorch_model.bin", "pytorch_model_fsdp.bin")  # the first is taken
+MODEL_FILES = (safetensors.MODEL, "pytorch_model.bin", "pytorch_model_fsdp.bin")  # of several, the first is read
 _READ_FILES = (*(name + end for name in MODEL_FILES for end in ("", ".index.json")), "adapter_config.json")
-_MOST_NAMES = 10_000  # of a folder that are looked at
+_MOST_NAMES = 10_000  # how many names of a folder are looked at
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Folder:
     """What is looked at: the names of a folder, the beginnings of its files, and its config.json."""
 
     path: Path
-    only: str = ""  # the one file that was named, where it was not the folder
+    only: str = ""  # the file that the user named, if it was a file
 
     @cached_property
     def _entries(self) -> dict[str, bool]:
@@ -49,12 +49,12 @@ class Folder:
 
     @property
     def is_read(self) -> bool:
-        """Whether there is a file that some format is known by, so that others beside it do not matter."""
+        """Whether there is a file by which some format is recognized, so that other files beside it do not matter."""
         return any(name in self._entries for name in (*_READ_FILES, megatron.TRACKER))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json; empty where there is none, or it is damaged, which reading it says."""
+        """The content of config.json; empty if there is none, or if it is damaged, which opening the folder reports."""
         try:
             return safetensors.read_json(self.path / "config.json") if "config.json" in self._entries else {}
         except (ValueError, OSError):
@@ -74,12 +74,12 @@ class Kind:
     """A kind of folder or file that is not read."""
 
     name: str
-    find: Callable[[Folder], str | None]  # gives what stands for {found} in the sentence; None: it is another kind
-    said: str  # the sentence after the path
+    find: Callable[[Folder], str | None]  # returns what replaces {found} in the sentence; None: it is another kind
+    said: str  # the rest of the sentence, which begins with the path
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raises ValueError where a folder or a file is of a known kind that this program does not read."""
+    """Raises ValueError if a folder or a file is of a known kind that this program does not read."""
     folder = Folder(path) if path.is_dir() else Folder(path.parent, only=path.name)
     for kind in KINDS:
         found = kind.find(folder)

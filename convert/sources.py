@@ -1,6 +1,6 @@
-"""Arrays by our paths, read in slices from tensors by other names, or from an Orbax checkpoint of our arrays.
+"""Arrays by our paths, read in slices from tensors that have other names, or from an Orbax checkpoint of our arrays.
 
-`checkpoints` decides which of the two a folder is, and with which rows of `formats.table`.
+`checkpoints` decides which of the two a folder is, and which rows of `formats.table` apply.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class Source(Protocol):
         ...
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
-        """The slices `index` of an array, cast to `dtype`, on the host; the order of its dims in memory is any."""
+        """The slices `index` of an array, cast to `dtype`, on the host; not necessarily C-contiguous."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """Tensors by Hugging Face's or PEFT's names, stacked and laid out as our arrays while they are read."""
+    """Tensors with Hugging Face's or PEFT's names, stacked and laid out as our arrays while they are read."""
 
     rows: dict[str, Row]
     model: ModelConfig
@@ -65,7 +65,7 @@ class TensorSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightTensor:
-    """A model's weight as Hugging Face's tensor, of one layer of a stack or whole, read from any source."""
+    """A weight as Hugging Face's tensor, read from any source: one layer of a stack, or an array without layers."""
 
     source: Source
     model: ModelConfig
@@ -98,7 +98,7 @@ class OrbaxSource:
     def open(cls, folder: Path, rows: tuple[Row, ...], model: ModelConfig, *, of_run: bool = False):
         reader, expected = orbax.Reader(folder), table.array_shapes(rows, model)
         shapes = dict(reader.shapes)
-        if of_run:  # pipeline stages may have filled up a run's stacks with zeros: see `training.step.Program`
+        if of_run:  # a run's stacks may end in layers of zeros, which fill up the last pipeline stage
             for path, shape in expected.items():
                 if path.startswith("blocks/") and path in shapes and shapes[path].shape > shape:
                     shapes[path] = shapes[path].update(shape=(shape[0], *shapes[path].shape[1:]))

@@ -23,39 +23,39 @@ from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
 
-_TUNED = 0.5  # the largest relative difference of an array that counts as one of training further
+_TUNED = 0.5  # the largest relative difference of an array that further training may explain
 _UNRELATED = 1.0  # independent weights of one size differ by sqrt(2) of themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How the arrays that two checkpoints have at a path compare."""
+    """How the array at one path differs between two checkpoints."""
 
     path: str
     dtypes: tuple[str, str]
     unequal: int  # elements whose bits differ, or whose values differ if the dtypes do
     size: int  # elements
     largest: float  # the largest difference of two elements; NaN where one of them is NaN
-    relative: float = 0.0  # the L2 norm of the difference by that of the first, both of the layers that differ alone
-    explanation: str = ""  # the known change of the first that gives the second; empty: there is none
-    rank: int | None = None  # of the difference of a layer, at most; None: it is not low
+    relative: float = 0.0  # L2 norm of the difference divided by that of the first, over the layers that differ
+    explanation: str = ""  # the known change that turns the first into the second; empty: there is none
+    rank: int | None = None  # the largest rank of a layer's difference; None: it is not low
 
     def within(self, tolerance: float) -> bool:
-        """Whether the arrays count as the same. Without a tolerance their dtypes and all bits must be."""
+        """Whether the arrays count as the same. Without a tolerance, their dtypes and all bits must agree."""
         if not tolerance:
             return self.unequal == 0 and self.dtypes[0] == self.dtypes[1]
         return self.largest <= tolerance
 
     @property
     def kind(self) -> str:
-        """What the array is of: "embedding", "norms", "projections" or "adapters"."""
+        """The group of the array: "embedding", "norms", "projections" or "adapters"."""
         if "/adapter/" in self.path:
             return "adapters"
         return "embedding" if self.path == "embedding" else "norms" if "norm" in self.path else "projections"
 
     @property
     def name(self) -> str:
-        """The path without what all paths have: "attn/q"."""
+        """The path without what all paths begin and end with: "attn/q"."""
         return self.path.removeprefix("blocks/").removesuffix("/w")
 
 
@@ -65,7 +65,7 @@ def compare_checkpoints(
     """How every array compares.
 
     Args:
-      progress: is told how many more bytes of `first` have been compared.
+      progress: is called with the number of bytes of `first` compared since the last call.
 
     Raises ValueError where one checkpoint lacks an array of the other, or has it in another shape.
     """
@@ -88,14 +88,14 @@ def compare_checkpoints(
 
 
 def describe_config_differences(first: Checkpoint, second: Checkpoint) -> str:
-    """The fields in which the configs of two models differ, but for the length of their training rows, or nothing."""
+    """The fields in which the configs of two models differ, without the length of their training rows; may be empty."""
     assert first.model and second.model
     return describe_model_differences(first.model, replace(second.model, max_length=first.model.max_length))
 
 
 @dataclass(kw_only=True)
 class _Tally:
-    """What has been found of an array so far, layer by layer."""
+    """What the comparison has found about an array so far, layer by layer."""
 
     changes: list[Change]  # those that explain all layers that differ
     layers: int = 0  # that differ
@@ -176,7 +176,7 @@ def _pieces(row: Row, checkpoint: Checkpoint) -> Iterator[Index]:
 
 
 def _read_tensor(row: Row, checkpoint: Checkpoint, index: Index) -> np.ndarray:
-    """A piece as Hugging Face's tensor has it."""
+    """A piece of an array in the layout of Hugging Face's tensor."""
     array = read_array(checkpoint, row.path, index)
     return row.to_tensor(array[0] if row.stacked else array)
 
@@ -186,7 +186,7 @@ def _row(path: str) -> Row:
 
 
 def _fits(change: Change, path: str, checkpoint: Checkpoint) -> bool:
-    """Whether the array that a change is applied to has the shape of the one that it may stand in place of."""
+    """Whether the array that a change is applied to exists, and has the shape of the one that is compared."""
     shapes = checkpoint.shapes
     return change.path == path or (change.path in shapes and shapes[change.path].shape == shapes[path].shape)
 
@@ -250,7 +250,7 @@ def _list_explanations(explained: list[Difference], arrays: list[Difference]) ->
 
 
 def _describe_arrays(chosen: list[Difference], arrays: list[Difference]) -> str:
-    """Some of the arrays, by what they have in common or else by their names."""
+    """Names the chosen arrays, by their groups if those are whole, else one by one."""
     if len(chosen) == len(arrays):
         return "all arrays"
     kinds = list(dict.fromkeys(array.kind for array in chosen))

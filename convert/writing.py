@@ -23,7 +23,7 @@ from gemma2_jax.convert.job import Job, Part, Progress, read_ahead
 def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: None) -> None:
     """Writes what a job says into `target`, a folder or a .gguf file, which appears whole or not at all.
 
-    Raises ValueError where `target` holds something already or the disk has no room, and OSError where writing fails.
+    Raises ValueError if `target` already holds something or the disk has no room, and OSError if writing fails.
     """
     target = target.absolute()
     to_file = job.to.startswith("gguf")
@@ -33,7 +33,7 @@ def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: N
         try:
             _write(partial_target, target, job, progress)
         except OSError as error:
-            if error.filename is None:  # the error of a write does not name its file
+            if error.filename is None:  # an error while writing does not name its file
                 raise OSError(f"{target} could not be written: {error}") from error
             raise
 

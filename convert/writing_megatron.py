@@ -42,10 +42,10 @@ def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> 
                 job.adapter,
                 pretrained=str(pretrained_checkpoint(base, target)) if base else None,
                 hf_model=base if base and _is_hf_model(base) else None,
-                canonical=job.canonical,
+                canonical=job.separate_a,
                 ranks=job.ranks[0],
             )
-            fusings = megatron_adapters.written_adapter(job.adapter, canonical=job.canonical)
+            fusings = megatron_adapters.written_adapter(job.adapter, canonical=job.separate_a)
         run = megatron_config.run_config(model, dtype, adapter, tokenizer=tokenizer)
         with TorchDistWriter(iteration) as writer:
             _write_chunks(writer, job, fusings, progress)
@@ -67,10 +67,10 @@ def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> 
 
 
 def pretrained_checkpoint(base: str, target: Path) -> Path:
-    """The Megatron checkpoint of the model of an adapter that is written to `target`.
+    """The Megatron checkpoint of the base model of an adapter that is written to `target`.
 
-    That is `base` if it is one. It is a folder beside `target` otherwise, which `base` is to be converted to: a Hugging
-    Face folder is refused by Megatron-Bridge 0.3.1 to 0.5.1.
+    It is `base` itself if that is a Megatron checkpoint. Otherwise it is a folder beside `target` that the user is told
+    to convert `base` to, as Megatron-Bridge 0.3.1 to 0.5.1 refuse a Hugging Face folder.
     """
     folder = Path(base).expanduser()
     is_megatron = folder.is_dir() and megatron.iteration_folder(folder)
@@ -78,7 +78,7 @@ def pretrained_checkpoint(base: str, target: Path) -> Path:
 
 
 def _is_hf_model(name: str) -> bool:
-    """Whether a name is a Hub id's or a Hugging Face folder's."""
+    """Whether a name is a Hub id or a Hugging Face folder."""
     return (Path(name) / "config.json").is_file() or not Path(name).exists()
 
 
@@ -191,7 +191,7 @@ def _write_legacy(folder: Path, job: Job, dtype: DType, progress: Progress) -> N
 
 
 def _rank_parts(job: Job, fused: Fused, layer: int, rank: int) -> tuple[Part, ...]:
-    """The parts to read for one rank's share of a tensor: its rows of the embedding, and the whole of a layer's."""
+    """The parts to read for one rank's share: the rank's own rows of the embedding, or a layer's whole tensors."""
     rows, parts = {row.name: row for row in table.MODEL}, []
     for name in fused.parts:
         size, *rest = job.shapes[rows[name].path].shape
