@@ -1,9 +1,9 @@
 """What a training loop reads from: one share of each batch as NumPy arrays, whose position is saved and restored.
 
 A process reads the share that its devices take; processes whose devices differ only along axes other than data read the
-same share. Global batch n holds the same rows into however many shares it is divided, each an equal part in their
-order, so a run may go on with another number of them. `encoding` and `packing` say what a row is. The loop puts batches
-on devices.
+same share. Global batch n holds the same rows in the same order for any number of shares, and each share is an equal
+run of them, so a run may resume with another number of shares. `encoding` and `packing` say what a row is. The loop
+puts batches on devices.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # rows
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The sizes of a batch, and the share of it that is read here. Raises ValueError where it does not divide."""
+    """The sizes of a batch, and the share of it that is read here. Raises ValueError if shares would be unequal."""
 
     sequence_length: int  # tokens in a row, T
     batch_size: int  # rows of a batch, over all shares
@@ -49,12 +49,12 @@ class Layout:
 
 
 class Batches:
-    """Training batches without end: the rows in another order each epoch, one epoch after another without a gap."""
+    """An endless iterator of training batches: epochs follow each other without a gap, each in another order."""
 
     def __init__(self, rows: packing.Rows, layout: Layout, *, seed: int) -> None:
         self.rows = rows
         self.layout = layout
-        # Batches of one share, of which each reader takes every share_count-th.
+        # All shares of all batches in order; each reader takes every share_count-th of them.
         shares = grain.MapDataset.source(rows).shuffle(seed).repeat().batch(layout.share_rows, drop_remainder=True)
         self._batches = iter(shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
 
@@ -69,7 +69,7 @@ class Batches:
         return {"batches": self._batches.get_state(), "of": self._identity()}
 
     def set_state(self, state: dict) -> None:
-        """Goes on where `get_state` was called; ValueError when these are not the same rows and batches."""
+        """Goes on where `get_state` was called; ValueError if these are not the same rows and batches."""
         if state["of"] != self._identity():
             raise ValueError(
                 f"its position is one in {_describe_identity(state['of'])}, and the data is now "
@@ -116,7 +116,7 @@ class EvalBatches:
 def train_batches(data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path) -> Batches:
     """Batches of the training data, whose tokens are kept in `cache`: arrays [B, T] with the rows of one share.
 
-    Raises ValueError for data that is missing, malformed or of no use.
+    Raises ValueError if data is missing or malformed, or if no document of it can be trained on.
     """
     return Batches(_pack_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
 
@@ -156,7 +156,7 @@ def _describe_rows(rows: packing.Rows) -> str:
 
 
 def _describe_identity(identity: dict) -> str:
-    """What `Batches.get_state` keeps to know its rows by, in words."""
+    """In words, what `Batches.get_state` keeps to recognize its rows."""
     return (
         f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens, "
         f"{identity['batch_size']:,} to a batch"

@@ -1,7 +1,7 @@
-"""From documents to tokens: each document encoded once, into files that are memory-mapped ever after.
+"""From documents to tokens: each document is encoded once, into files that are memory-mapped from then on.
 
-A store holds whole documents, whatever the length of a row: `packing` cuts them. Which tokens are learned is decided
-here: all of a plain text, the completion after a prompt, what the assistant says in a conversation; and the <eos>
+A store holds whole documents, whatever the length of a row: `packing` cuts them. This module decides which tokens are
+learned: all of a plain text, the completion after a prompt, what the assistant says in a conversation; and the <eos>
 at the end. Memory does not grow with the number of documents.
 """
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURNS = ["<start_of_turn>", "<end_of_turn>"]
-_FORMAT = 2  # raise it when other tokens or other files are written for the same documents
-_DOCUMENTS_PER_CALL = 256  # to the tokenizer; memory is a few hundred bytes for each of their tokens
+_FORMAT = 2  # to be raised when the code writes other tokens or other files for the same documents
+_DOCUMENTS_PER_CALL = 256  # of the tokenizer, which takes a few hundred bytes of memory for each token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """Encoded documents one after another, memory-mapped."""
+    """Encoded documents, memory-mapped, one after another."""
 
     tokens: np.ndarray  # int32 [tokens]
     learned: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
@@ -48,9 +48,9 @@ class Store:
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a folder, with Gemma's chat template where it has Gemma's tokens of turns and no template.
+    """The tokenizer in a folder, with Gemma's chat template if it has Gemma's turn tokens and no template of its own.
 
-    Raises ValueError where there is none that will do.
+    Raises ValueError if there is no tokenizer, or none that can be used.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder}/tokenizer_config.json asks for a tokenizer that does not read tokenizer.json")
     if tokenizer.chat_template is None and tokenizer.convert_tokens_to_ids(_TURNS) != [tokenizer.unk_token_id] * 2:
-        # Tokenizers of the models that are not instruction-tuned know the tokens, but not the format.
+        # Tokenizers of models that are not instruction-tuned have the tokens, but not the template.
         tokenizer.chat_template = gemma_chat_template()
         logger.warning("%s has no chat template; conversations are written in Gemma's format", folder)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -73,10 +73,10 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def describe_missing_tokenizer(folder: Path) -> str:
-    """Why a folder has no tokenizer that can be read, and how to make one of what it has."""
+    """Why a folder has no tokenizer that can be read, and how to make one from what it has."""
     if not (folder / "tokenizer.model").is_file():
         return f"{folder} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json"
-    # transformers 5.24 splits runs of spaces, and symbols such as <table>, otherwise than SentencePiece and version 4.
+    # transformers 5.24 splits runs of spaces, and symbols such as <table>, unlike SentencePiece and version 4.
     return (
         f"{folder} has tokenizer.model and no tokenizer.json; copy that file of its model there, or make it in an "
         "environment of its own: pip install 'transformers>=4.57,<5' sentencepiece protobuf, and then python -c "
@@ -95,9 +95,9 @@ def encode_examples(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Yields each document's tokens from <bos> to <eos>, and which of them count in the loss when predicted.
 
-    A prompt and its completion are encoded separately and put together as they are, with no space between and no chat
-    format; so are the turns of a conversation, which the tokenizer's chat template writes. Raises ValueError naming
-    the document when the template does not take it.
+    A prompt and its completion are encoded separately and joined as they are, with no space between and no chat format.
+    So are the turns of a conversation, which the tokenizer's chat template writes. Raises ValueError naming the
+    document if the template refuses it.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(bos, int) and isinstance(eos, int)  # load_tokenizer made sure
@@ -120,7 +120,7 @@ def encode_examples(
 
 
 def _split_example(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """The document as texts to be encoded separately, and whether each is learned."""
+    """Splits a document into texts to be encoded separately, and says of each whether it is learned."""
     if not example.messages:
         return [(example.prompt, False), (example.completion, True)]
     if tokenizer.chat_template is None:
@@ -135,10 +135,10 @@ def _split_example(example: sources.Example, tokenizer: "PreTrainedTokenizerFast
 
 
 def _split_conversation(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """A conversation as the chat template writes it, divided around what the assistant says.
+    """Splits a conversation, as the chat template writes it, before and after what the assistant says.
 
-    The model learns what follows its cue, up to the end-of-turn token but not the newline after it, which the template
-    adds. That is what the model says when it is cued with `add_generation_prompt`.
+    The model learns what follows the generation prompt (`add_generation_prompt`), up to the end-of-turn token but
+    without the newline that the template adds after it: that is what it is to generate.
     """
 
     def format_messages(messages: list[dict[str, str]], cue: bool = False) -> str:
@@ -161,11 +161,11 @@ def _split_conversation(messages: list[dict[str, str]], tokenizer: "PreTrainedTo
 def build_store(
     data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", cache: Path, *, show: bool = False
 ) -> Store:
-    """The store of one split: the one in `cache` when nothing that it depends on has changed, else a new one.
+    """The store of one split: the one in `cache` if nothing that it depends on has changed, else a new one.
 
     A store is written to a temporary folder and then renamed, so that a store of that name is always whole. Processes
-    that share `cache` wait for the first; on a file system without locks each writes, and the first to end wins. `show`
-    prints the progress. Raises ValueError when the split has no documents, or one that is malformed.
+    that share `cache` wait for the first; on a file system without locks each writes, and the first to finish wins.
+    `show` prints the progress. Raises ValueError if the split has no documents, or a malformed one.
     """
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
@@ -185,7 +185,7 @@ def build_store(
                 try:
                     partial_store.rename(folder)
                 except OSError:
-                    if not folder.exists():  # it does when another process was first
+                    if not folder.exists():  # it exists if another process has finished before
                         raise
     return Store(
         tokens=np.memmap(folder / "tokens", np.int32, "r"),

@@ -1,8 +1,8 @@
 """From a store of documents to rows of a fixed length: which documents share a row, and a row's arrays.
 
-Plain texts are put end to end and cut; other documents are kept whole, several to a row where they fit, or one to a
-row. A plan of pieces is made from the lengths alone; rows are read from the store when asked for, in any order.
-`batches` knows of batches, epochs and processes.
+Plain texts are put end to end and cut at the end of each row; other documents are kept whole, as many in a row as fit,
+or one in each. Which piece of which document goes where is planned from the lengths alone; the tokens of a row are read
+from the store when it is asked for. Batches, epochs and processes are the business of `batches`.
 """
 
 from bisect import bisect_left, insort
@@ -12,12 +12,12 @@ import numpy as np
 
 from gemma2_jax.data.encoding import Store
 
-_OPEN_ROWS = 1000  # rows that best-fit chooses from; more fill rows better and take longer
+_OPEN_ROWS = 1000  # how many rows best-fit packing chooses from; with more, rows are fuller and planning takes longer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of `length` tokens by number. Row i consists of pieces starts[i] up to starts[i + 1]."""
+    """Rows of `length` tokens, by number. Row i consists of the pieces starts[i] ... starts[i + 1] - 1."""
 
     store: Store
     length: int  # tokens in a row, T
@@ -27,7 +27,7 @@ class Rows:
     starts: np.ndarray  # int64 [rows + 1]: the first piece of each row, and the number of pieces
     documents: int  # documents in the rows, whole or cut
     truncated: int  # how many of those lost their end
-    dropped: int  # documents left out, because all that would be learned was in the end they lost
+    dropped: int  # documents left out, because all their learned tokens were in the end that they would lose
     targets: int  # tokens that count in the loss, over all rows
 
     @property
@@ -46,10 +46,10 @@ class Rows:
         row's documents apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
         """
         arrays = empty_batch(self.length)
-        start = 0  # of the piece in the row
+        start = 0  # where in the row the piece starts
         for segment, piece in enumerate(range(self.starts[index], self.starts[index + 1]), start=1):
             begin, length = int(self.begins[piece]), int(self.lengths[piece])
-            known = min(length, int(self.ends[piece]) - begin - 1)  # tokens whose next is in the document
+            known = min(length, int(self.ends[piece]) - begin - 1)  # tokens that another follows in the document
             columns, next_tokens = slice(start, start + length), slice(begin + 1, begin + 1 + known)
             arrays["tokens"][columns] = self.store.tokens[begin : begin + length]
             arrays["segments"][columns] = segment
@@ -71,9 +71,9 @@ def empty_batch(length: int) -> dict[str, np.ndarray]:
 def pack_documents(store: Store, *, length: int, packing: bool, concatenate: bool, seed: int) -> Rows:
     """The rows of a store's documents, whose order is shuffled by `seed`.
 
-    With `packing`, documents are put end to end and cut where a row ends (`concatenate`), or kept whole; without, each
-    has its own row. A whole document that is longer than a row loses its end, and is dropped if all its learned tokens
-    are there: both are counted. Raises ValueError when none is left.
+    With `packing`, documents are put end to end and cut where a row ends (`concatenate`), or kept whole; without it,
+    each has its own row. A document that is kept whole and is longer than a row loses its end, and is dropped if all
+    its learned tokens are in that end: both are counted. Raises ValueError if no document is left.
     """
     # RandomState's stream never changes; default_rng's may with NumPy, and a resumed run would see other rows.
     order = np.random.RandomState(seed).permutation(len(store.offsets) - 1)
@@ -106,11 +106,13 @@ def pack_documents(store: Store, *, length: int, packing: bool, concatenate: boo
 
 
 def _concatenate_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
-    """Documents end to end, a row every `length` tokens: its last target is the next row's first token."""
+    """Documents end to end, cut every `length` tokens. The last target of a row is the first token of the next."""
     lengths = ends - begins
-    document_ends = np.cumsum(lengths)  # in the documents end to end, as every position below without a comment
+    document_ends = np.cumsum(
+        lengths
+    )  # positions are counted in the documents end to end, but for those "in the store"
     document_starts = document_ends - lengths
-    rows = -(-(document_ends[-1] - 1) // length)  # a last token alone in a row would have no target
+    rows = -(-(document_ends[-1] - 1) // length)  # the last token has no target, so it gets no row of its own
     stop = min(document_ends[-1], rows * length)
     edges = np.union1d(np.arange(0, stop, length), document_starts[document_starts < stop])
     document = np.searchsorted(document_ends, edges, side="right")
@@ -129,7 +131,7 @@ def _concatenate_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *
 
 
 def plan_rows(lengths: np.ndarray, length: int) -> np.ndarray:
-    """The row of each document, int64, when one after another goes to the open row that it fills best.
+    """The row of each document, int64: each in turn goes to the open row that it fills best.
 
     At most `_OPEN_ROWS` rows are open; to open another, the fullest is closed. Rows are numbered as they open.
     """

@@ -1,8 +1,8 @@
 """Where documents come from: the built-in python_docs, or JSONL and Parquet files, read one by one.
 
-A document comes out as an `Example`, whatever it was stored as; a malformed one is an error that names its file and
-line. Which documents of a source are held out is decided here, by a hash of the document, so that it does not depend on
-their order. Tokens come later, in `encoding`.
+However a document is stored, it is read as an `Example`; a malformed one is an error that names its file and line. This
+module also decides which documents of a source are held out, by a hash of each, so that their order does not matter.
+Tokens are made in `encoding`.
 """
 
 import glob
@@ -24,7 +24,7 @@ PYTHON_DOCS = "python-docs"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One document: a prompt and its completion, which is learned; or the messages of a conversation."""
+    """One document: a prompt and its completion, of which the completion is learned; or a conversation's messages."""
 
     where: str  # file:line, for errors
     prompt: str = ""  # empty for plain text
@@ -34,7 +34,7 @@ class Example:
 
     @property
     def digest(self) -> int:
-        """A hash of the document's name, or else of what it says: evenly distributed below 2**64."""
+        """A hash of the document's name, or of its text if it has no name: evenly distributed below 2**64."""
         key = self.name or json.dumps([self.prompt, self.completion, self.messages])
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
@@ -47,9 +47,9 @@ def open_source(data: DataConfig, split: Split) -> str:
 def read_examples(data: DataConfig, split: Split) -> Iterator[Example]:
     """The documents of one split, read lazily and in a fixed order.
 
-    Where the held-out ones are a share of the training data they are those with the lowest digests, at least one.
-    Raises ValueError naming file and line (JSONL) or file and row (Parquet), both counted from 1, for a document
-    that is not as `data` says; and for a source with no files.
+    If a share of the training data is held out, it is the documents with the lowest digests, at least one. Raises
+    ValueError if the source has no files, or for a document that lacks what `data` asks for, naming its file and line
+    (JSONL) or row (Parquet), counted from 1.
     """
     examples = _read_source(data, open_source(data, split))
     if data.eval:
@@ -62,7 +62,7 @@ def read_examples(data: DataConfig, split: Split) -> Iterator[Example]:
 
 
 def _digest_bound(data: DataConfig) -> float:
-    """The digest below which documents of the training data are held out: a few documents are read to find it."""
+    """The digest below which documents of the training data are held out. Finding it reads a few documents."""
     if not data.eval_fraction:
         return 0
     bound, lowest = data.eval_fraction * 2**64, math.inf
@@ -74,7 +74,7 @@ def _digest_bound(data: DataConfig) -> float:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The JSONL and Parquet files of a file name, directory or glob, sorted; ValueError when there are none."""
+    """The JSONL and Parquet files that a file name, directory or glob stands for, sorted; ValueError if none."""
     if Path(pattern).is_dir():
         paths = [path for ending in ("jsonl", "parquet") for path in glob.glob(f"{glob.escape(pattern)}/*.{ending}")]
     else:
