@@ -94,11 +94,10 @@ def generate(
 ) -> list[str]:
     """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh.
 
-    A text ends after `max_new_tokens`, or with a token that is not part of it: any eos_token_id of the model's
-    generation_config.json, its config.json and its tokenizer, and with `chat` the end of a turn. `Sampling` says what
-    the settings do: at temperature 0 every token is the most likely one; what generation_config.json has in place of
-    the settings is not taken from there. While it runs, the weights are in memory a
-    second time, a layer apart from the others; adapters that can be are merged there.
+    A text ends after `max_new_tokens`, or before an end token: any eos_token_id of the model's generation_config.json,
+    config.json and tokenizer, and with `chat` the end of a turn. `Sampling` says what the settings do; at temperature 0
+    every token is the most likely one. Settings in generation_config.json are not used. While this runs, the weights
+    are in memory a second time, as separate layers, with adapters merged where that is possible.
 
     Raises ValueError for prompts that outgrow the model's context, and without a tokenizer.
 

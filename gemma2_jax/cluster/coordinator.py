@@ -1,15 +1,15 @@
-"""Where the processes of one run meet, and what tells all of them when one has failed. Not part of the training.
+"""The coordinator: the processes of one run meet there, and it tells all of them when one has failed.
 
-`hosts` starts it beside process 0, as a process of its own so that it outlives process 0 and can name it. Every
-process holds one connection to it, of JSON lines:
+It takes no part in the training. `hosts` starts it beside process 0, as a process of its own, so that it outlives
+process 0 and can report its failure. Every process holds one connection to it, of JSON lines:
 
     process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
     coordinator:  {"service": 40123, "first_process": "process 0 on ..."}, when all are there: the port of JAX's service
     process:      {"end": ""} when it is done, or why it fails
     coordinator:  {"verdict": "process 1 on node-7 (pid 4242) failed: ..."}, to all the others
 
-A connection that ends without an `end` is a process that was killed, or whose host is gone: the kernel notices either,
-however busy the process was. Imports nothing of JAX but that service.
+A connection that ends without an `end` means that the process was killed or its host is gone: the kernel notices
+either, however busy the process was. Nothing of JAX is imported but that service.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from typing import Any
 
 from gemma2_jax.cluster import jax_internals
 
-SILENCE_SECONDS = 15  # a host that has not answered for so long is taken for gone
-_FAREWELL_SECONDS = 10  # JAX's service outlasts the first failure by so much, as processes abort without it
-_SHUTDOWN_SECONDS = 60  # JAX's service lets a process that is done wait so long for the others
+SILENCE_SECONDS = 15  # after which a host that does not answer is considered gone
+_FAREWELL_SECONDS = 10  # for which JAX's service goes on after the first failure, as processes abort without it
+_SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
 
 
 def enable_keepalive(connection: socket.socket) -> None:
-    """Has the kernel end a connection whose remote host does not answer any more."""
+    """Makes the kernel end a connection whose remote host no longer answers."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_SECONDS // 3)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_SECONDS // 3)
@@ -38,7 +38,7 @@ def enable_keepalive(connection: socket.socket) -> None:
 
 
 class Coordinator:
-    """Serves `count` processes until all are done, one has failed, or `patience` seconds pass before all are there."""
+    """Serves `count` processes until all are done, one has failed, or not all have arrived after `patience` seconds."""
 
     def __init__(self, count: int, patience: float):
         self._count, self._patience = count, patience
@@ -76,7 +76,7 @@ class Coordinator:
         await self._follow(index, reader)
 
     def _start(self) -> None:
-        """Starts JAX's service, as all processes are there, and tells each of them its port."""
+        """Starts JAX's service, now that all processes have arrived, and tells each of them its port."""
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]
         self._service = jax_internals.serve_processes(f"[::]:{port}", self._count, _SHUTDOWN_SECONDS)

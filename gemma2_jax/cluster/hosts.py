@@ -1,8 +1,8 @@
-"""The processes of one run: which of them this one is, their start, and their common end.
+"""The processes of one run: which of them this one is, how they start, and how they end together.
 
-`find_place` reads flags and environment; `process_group` is the time in which the processes belong together. When one
-of them fails, is killed or loses its host, each of the others says which and ends: see `coordinator`. Nothing here
-divides work or data. JAX is imported only where there are several processes.
+`find_place` reads flags and environment; `process_group` is a context manager around all that the processes do
+together. When one of them fails, is killed or loses its host, each of the others says which and ends: see
+`coordinator`. Nothing here divides work or data. JAX is imported only if there are several processes.
 """
 
 import atexit
@@ -24,9 +24,9 @@ from gemma2_jax.cluster import jax_internals, platforms
 from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
 from gemma2_jax.config import HostsConfig
 
-PATIENCE_SECONDS = 300  # that each process waits for the others at the start
-_LAST_WORDS_SECONDS = 5  # that a failing process has to print why
-_BARRIER_SECONDS = 24 * 3600  # that process 0 may tokenize for; a process that fails ends the run sooner
+PATIENCE_SECONDS = 300  # for which each process waits for the others at the start
+_LAST_WORDS_SECONDS = 5  # in which a failing process can print why it fails
+_BARRIER_SECONDS = 24 * 3600  # for which process 0 may tokenize; a process that fails ends the run sooner
 _OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
 
 
@@ -37,8 +37,8 @@ class Place:
     coordinator: str = ""  # host:port
     count: int = 1
     index: int = 0
-    devices: tuple[int, ...] | None = None  # those of this host's accelerators that are its own; None: all that it sees
-    source: str = ""  # what said so
+    devices: tuple[int, ...] | None = None  # this process's own accelerators of its host; None: all that it sees
+    source: str = ""  # where this was read: flags, a launcher
 
     def __str__(self) -> str:
         if self.count == 1:
@@ -47,9 +47,9 @@ class Place:
 
 
 def find_place(config: HostsConfig, environment: Mapping[str, str]) -> Place:
-    """This process's place: flags before JAX's variables before a launcher's; alone where none speaks of others.
+    """This process's place, by flags, then JAX's variables, then a launcher's; one process if none names others.
 
-    Raises ValueError where they say only a part.
+    Raises ValueError if they give only a part of it.
     """
     flags = {"coordinator": config.coordinator, "count": config.count or "", "index": config.index}
     sources = {
@@ -81,7 +81,7 @@ def find_place(config: HostsConfig, environment: Mapping[str, str]) -> Place:
 
 
 def _read_variables(environment: Mapping[str, str]) -> dict:
-    """What the variables say that JAX and the Kubernetes operators for it use."""
+    """Reads the variables that JAX and its Kubernetes operators use."""
     answers: dict = {}
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         answers["coordinator"] = address
@@ -92,7 +92,7 @@ def _read_variables(environment: Mapping[str, str]) -> dict:
 
 
 def _read_open_mpi(environment: Mapping[str, str]) -> dict:
-    """What mpirun sets; it says where process 0 is in version 4, or when all are on one host."""
+    """Reads what mpirun sets. It says where process 0 is only in version 4, or if all are on one host."""
     count = int(environment.get("OMPI_COMM_WORLD_SIZE", 1))
     if count == 1:
         return {}
@@ -109,7 +109,7 @@ def _read_open_mpi(environment: Mapping[str, str]) -> dict:
 
 
 def _read_slurm(environment: Mapping[str, str]) -> dict:
-    """What srun sets for each task. The shell of salloc and the script of sbatch are not tasks of the job."""
+    """Reads what srun sets for each task. The shell of salloc and the script of sbatch are not tasks of the job."""
     count = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if count == 1:
         tasks = int(environment.get("SLURM_NTASKS", 1))
@@ -133,31 +133,31 @@ def _read_slurm(environment: Mapping[str, str]) -> dict:
 
 
 def _read_kubernetes(environment: Mapping[str, str]) -> dict:
-    """What Kubernetes sets in each pod of an Indexed Job; the rest is for the manifest to say, in JAX's variables."""
+    """Reads what Kubernetes sets in each pod of an Indexed Job. The manifest must set the rest, in JAX's variables."""
     index = environment.get("JOB_COMPLETION_INDEX")
     return {} if index is None else {"index": int(index)}
 
 
 def _own_device(local_index: int, local_count: int, environment: Mapping[str, str]) -> dict:
-    """This process's accelerator among those of its host, which `local_count` processes share.
+    """This process's accelerator, if `local_count` processes share those of the host.
 
-    Empty where the launcher has divided the accelerators already, or the process has its host to itself.
+    Empty if the launcher has already divided the accelerators, or the process has its host to itself.
     """
     divided = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
     return {} if local_count == 1 or divided else {"devices": (local_index,)}
 
 
 def _choose_port(job: str) -> int:
-    """A port that is the same for all processes of a job, above those that Linux gives to connections."""
+    """A port that is the same for all processes of a job, above the range that Linux takes for outgoing connections."""
     return 61440 + zlib.crc32(job.encode()) % 4096
 
 
 @contextlib.contextmanager
 def process_group(config: HostsConfig) -> Iterator[None]:
-    """The time in which the processes of a run belong together. JAX must not have looked for devices before.
+    """Joins the processes of a run for the time of the block. JAX must not have looked for devices before.
 
-    Raises ValueError where this process's place is unclear, and OSError where the others cannot be met. When another
-    process fails in that time, this one ends.
+    Raises ValueError if this process's place is unclear, and OSError if the others cannot be reached. If another
+    process fails during the block, this one ends.
     """
     place = find_place(config, os.environ)
     if place.count == 1:
@@ -171,7 +171,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
         watch = threading.Thread(target=connection.watch, daemon=True)
         watch.start()
         try:
-            # Process 0 starts a service that nobody is told of; that of the coordinator outlives it.
+            # JAX starts a service in process 0, which nobody uses: the coordinator's outlives process 0.
             jax.distributed.initialize(
                 connection.service,
                 place.count,
@@ -197,7 +197,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_zero_first(block: str) -> Iterator[None]:
-    """Process 0 carries out the block of this name before the others begin it and find what process 0 wrote."""
+    """Lets process 0 finish the block of this name before the others begin it, and find what process 0 wrote."""
     import jax
 
     if jax.process_index() > 0:
@@ -208,10 +208,10 @@ def process_zero_first(block: str) -> Iterator[None]:
 
 
 def wait_for_processes(moment: str) -> None:
-    """Returns when every process of the run has come to this moment; at once where there is one process.
+    """Returns when every process of the run has called this for the same `moment`; at once for one process.
 
-    On CPU the first collective of a group of devices gives up when one of them is 30 seconds late (Gloo's rendezvous),
-    as a process is that compiles what another has read from the cache, or that reads weights from a slower disk.
+    On CPU the first collective of a group of devices gives up when one of them is 30 seconds late (Gloo's rendezvous).
+    A process may be late because it compiles what another read from the cache, or reads weights from a slower disk.
     """
     import jax
 
@@ -221,7 +221,7 @@ def wait_for_processes(moment: str) -> None:
 
 @contextlib.contextmanager
 def _run_coordinator(place: Place) -> Iterator[None]:
-    """The coordinator's process, if this is process 0."""
+    """Runs the coordinator's process during the block, if this is process 0."""
     if place.index != 0:
         yield
         return
@@ -268,7 +268,7 @@ class _CoordinatorConnection:
         self._send(end=reason)
 
     def watch(self) -> None:
-        """Waits until another process has failed, and then ends this one whatever it is doing."""
+        """Waits until another process has failed, and then ends this one, whatever it is doing."""
         message = self._receive() or {"verdict": f"{self._first_process} stopped answering, and the coordinator there"}
         if not self._left:
             ending = "every process ends here. The same command resumes after the newest checkpoint"
@@ -290,7 +290,7 @@ def _coordinator_host(place: Place) -> str:
 
 @contextlib.contextmanager
 def _connect_coordinator(place: Place) -> Iterator[_CoordinatorConnection]:
-    """Waits until all processes are there."""
+    """Connects to the coordinator, and waits until all processes have."""
     address, deadline = _coordinator_host(place).strip("[]"), time.monotonic() + PATIENCE_SECONDS
     if place.index == 0:
         print(f"waiting for {place.count - 1} more process(es) at {place.coordinator}", flush=True)
@@ -313,7 +313,7 @@ def _connect_coordinator(place: Place) -> Iterator[_CoordinatorConnection]:
 
 
 def _is_peer_failure(error: BaseException | None) -> bool:
-    """Whether this is what a collective raises when another process is gone: anything of XLA's but lack of memory."""
+    """Whether another process being gone may have raised this: any error of XLA's but lack of memory may mean that."""
     from jax.errors import JaxRuntimeError
 
     while error is not None:
@@ -324,7 +324,7 @@ def _is_peer_failure(error: BaseException | None) -> bool:
 
 
 def _schedule_exit(status: int) -> None:
-    """Lets this process print its error, and ends it even if a thread of it waits for the others."""
+    """Lets this process print its error, and ends it even if one of its threads waits for other processes."""
 
     def end() -> None:
         sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""What this project uses of JAX that has no public name, in one place.
+"""All uses of JAX's private names, in one place.
 
-Checked with jax and jaxlib 0.11.2 and 0.12.0. A new release of JAX is tried here first.
+Checked with jax and jaxlib 0.11.2 and 0.12.0. With a new release of JAX, check this file first.
 """
 
 import functools
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def has_started() -> bool:
-    """Whether this process has looked for devices, after which JAX reads no flag or variable any more.
+    """Whether JAX has looked for devices in this process: after that it reads no more flags or variables.
 
-    `jax.devices()` and the like answer only by starting what is asked about.
+    `jax.devices()` and the like cannot be asked, as they would start it.
     """
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bridge is not None and bridge.backends_are_initialized()
@@ -22,8 +22,8 @@ def has_started() -> bool:
 def serve_processes(address: str, count: int, shutdown_seconds: int) -> Any:
     """JAX's service through which `count` processes find one another; it ends when the returned object is dropped.
 
-    `jax.distributed.initialize` starts one in process 0 and in no other place, and it would die with that process
-    before the others could be told. Imports jaxlib alone, as the coordinator has no use for JAX.
+    `jax.distributed.initialize` can start one only in process 0, where it would die with that process before the others
+    could be told. This imports jaxlib alone, as the coordinator needs nothing else of JAX.
     """
     jaxlib = importlib.import_module("jaxlib._jax")
     return jaxlib.get_distributed_runtime_service(address, count, shutdown_timeout=shutdown_seconds)
@@ -32,17 +32,17 @@ def serve_processes(address: str, count: int, shutdown_seconds: int) -> Any:
 def wait_for_all(name: str, seconds: int) -> None:
     """Returns when every process of the run has called it with this name.
 
-    `multihost_utils.sync_global_devices` is a collective of the devices: Gloo and NCCL give one up after minutes,
-    where reading and tokenizing data may take hours.
+    `multihost_utils.sync_global_devices` is a collective of the devices, which Gloo and NCCL give up after minutes;
+    reading and tokenizing data may take hours.
     """
     distributed = importlib.import_module("jax._src.distributed")
     distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
 
 
 def gather_answers(question: str, answer: str, seconds: int) -> list[str]:
-    """What every process of the run answers to a question, by index. Each asks a question once.
+    """Gives this process's answer to a question, and returns those of all processes, by index. Each asks it once.
 
-    `multihost_utils.process_allgather` is a collective of the devices, which this is asked before.
+    `multihost_utils.process_allgather` cannot do it: it is a collective of the devices, which have not started yet.
     """
     state = importlib.import_module("jax._src.distributed").global_state
     state.client.key_value_set(f"{question}/{state.process_id}", answer)
@@ -53,10 +53,10 @@ def gather_answers(question: str, answer: str, seconds: int) -> list[str]:
 
 
 def replace_damaged_programs(report: Callable[[str], None]) -> None:
-    """Has JAX compile again what its cache holds in part, such as a program that a full disk cut off; reports its name.
+    """Makes JAX recompile a damaged program of its cache, such as one that a full disk cut off; reports its name.
 
-    JAX warns of it at every start and never replaces it, as it does not write over an entry. Process 0, which alone
-    writes, removes it here. JAX has no setting for that, and its warning does not name the file.
+    By itself, JAX warns of it at every start and never replaces it, as it does not overwrite an entry. Here process 0,
+    which alone writes, removes it. JAX has no setting for that, and its warning does not name the file.
     """
     module: Any = importlib.import_module("jax._src.compilation_cache")
     distributed = importlib.import_module("jax._src.distributed")

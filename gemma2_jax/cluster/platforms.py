@@ -1,7 +1,7 @@
-"""What a process needs set before JAX starts in it: XLA's flags, its share of GPU memory, a platform, a cache.
+"""Settings that a process needs before JAX starts: XLA's flags, the share of GPU memory, the platform, the cache.
 
-Importing the package sets nothing. Each command, and each function that a library user calls first, calls
-`prepare_process`.
+Importing the package sets nothing. Every command calls `prepare_process`, and so does every function that a user of the
+library may call first.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from gemma2_jax.cluster import jax_internals
 # library nothing but single matrix products.
 _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
-_ANSWER_SECONDS = 300  # that a process waits for what another has to say of the cache
+_ANSWER_SECONDS = 300  # for which a process waits for another's answer about the cache
 _CACHE_SWITCH, _CACHE_FOLDER = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"
 
 
 def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
-    """Imports JAX, with what this package needs set in this process. What the user has set is left as it is.
+    """Imports JAX with the settings that this package needs. Settings of the user are left as they are.
 
-    `cpu` has it compute on the CPU. Without it, the CPU is chosen where a CUDA plugin is installed and the machine has
-    no CUDA driver. `cache` keeps compiled programs on disk, see `enable_cache`. A second call changes nothing. Warns
-    where JAX had started before and computes with other flags.
+    `cpu` makes JAX compute on the CPU. Without it, the CPU is chosen if a CUDA plugin is installed and the machine has
+    no CUDA driver. `cache` keeps compiled programs on disk, see `enable_cache`. A second call changes nothing. Warns if
+    JAX had started before and computes with other settings.
     """
     if jax_internals.has_started():
         _warn_of_late_call()
@@ -46,7 +46,7 @@ def enable_cache() -> None:
     """Keeps compiled programs in a folder, from which the next process reads them instead of compiling them again.
 
     The folder is JAX_COMPILATION_CACHE_DIR, else gemma2_jax/xla in $XDG_CACHE_HOME or ~/.cache.
-    JAX_ENABLE_COMPILATION_CACHE=0 has every program compiled.
+    With JAX_ENABLE_COMPILATION_CACHE=0 nothing is kept, and every program is compiled.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -67,10 +67,10 @@ def _report_damage(program: str) -> None:
 
 
 def restrict_cache(index: int) -> None:
-    """Turns the cache off unless all processes of the run, of which this has that index, see the same folder of it.
+    """Turns the cache off unless all processes of the run see the same folder of it. `index` is that of this process.
 
-    XLA divides the search for a GPU's fastest kernels among the processes of a program. One that compiles it would wait
-    for one that has read it from a folder of its own.
+    XLA divides the search for a GPU's fastest kernels among the processes of a program. A process that compiles it
+    would wait for one that read it from a folder of its own and takes no part in the search.
     """
     import jax
 
@@ -104,14 +104,14 @@ def describe_cache() -> str:
 
 
 def describe_memory_fraction() -> str:
-    """The share of a GPU's memory that JAX takes, and the variable that says so."""
+    """The share of a GPU's memory that JAX takes, and the variable that sets it."""
     variable = _find_memory_variable()
     return f"{variable}={os.environ[variable]}" if variable else f"{_MEMORY_VARIABLES[0]} not set, which is 0.75"
 
 
 @contextlib.contextmanager
 def silence_stderr() -> Iterator[None]:
-    """Keeps what C++ writes to standard error from being seen."""
+    """Hides what C++ libraries write to standard error during the block."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -128,17 +128,17 @@ def _set_flags() -> None:
     if _FUSION_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_FLAG}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT".strip()
     if _find_memory_variable() is None:
-        # JAX takes three quarters unless told otherwise; the 5% that are left are for CUDA and NCCL.
+        # JAX takes three quarters unless told otherwise. The 5% that are left are for CUDA and NCCL.
         os.environ[_MEMORY_VARIABLES[0]] = "0.95"
 
 
 def _find_memory_variable() -> str | None:
-    """The variable that says which share of a GPU's memory JAX takes, if one does."""
+    """The variable that sets the share of a GPU's memory that JAX takes, or None if neither is set."""
     return next((name for name in _MEMORY_VARIABLES if os.environ.get(name)), None)
 
 
 def _warn_of_late_call() -> None:
-    """Says what JAX, which has started, was not told, where that matters on the platform that it computes on."""
+    """Warns of the settings that JAX started without, if they matter on the platform that it computes on."""
     import jax
 
     platform = jax.default_backend()
@@ -156,7 +156,7 @@ def _warn_of_late_call() -> None:
 
 
 def _lacks_driver() -> bool:
-    """Whether a CUDA plugin is installed and would find no CUDA driver; says so."""
+    """Whether a CUDA plugin is installed and the machine has no CUDA driver; prints it if so."""
     plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     plugged = importlib.util.find_spec("jax_plugins") and any(map(importlib.util.find_spec, plugins))
     if os.environ.get("JAX_PLATFORMS") or not plugged:
@@ -170,7 +170,7 @@ def _lacks_driver() -> bool:
 
 
 def _import_jax_on_cpu() -> None:
-    """Imports JAX for the CPU, without what a CUDA plugin says of a machine that has no GPU."""
+    """Imports JAX for the CPU, and hides what a CUDA plugin prints on a machine that has no GPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     with silence_stderr():
         import jax

@@ -108,9 +108,8 @@ def pack_documents(store: Store, *, length: int, packing: bool, concatenate: boo
 def _concatenate_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
     """Documents end to end, cut every `length` tokens. The last target of a row is the first token of the next."""
     lengths = ends - begins
-    document_ends = np.cumsum(
-        lengths
-    )  # positions are counted in the documents end to end, but for those "in the store"
+    # Positions are counted in the documents put end to end, where no comment says that they are in the store.
+    document_ends = np.cumsum(lengths)
     document_starts = document_ends - lengths
     rows = -(-(document_ends[-1] - 1) // length)  # the last token has no target, so it gets no row of its own
     stop = min(document_ends[-1], rows * length)

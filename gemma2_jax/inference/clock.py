@@ -1,4 +1,4 @@
-"""How fast tokens come, without the time that goes into compiling."""
+"""Measures how fast tokens are generated, without the time that goes into compiling."""
 
 import time
 
@@ -6,7 +6,7 @@ import jax.monitoring
 
 
 class Clock:
-    """Seconds, without those that JAX spends compiling from the clock's making on."""
+    """A clock in seconds that stands still while JAX compiles."""
 
     def __init__(self):
         self.compiling = 0.0
@@ -21,5 +21,5 @@ class Clock:
 
 
 def describe_speed(tokens: int, seconds: float) -> str:
-    """How many tokens there were, and how many a second."""
+    """The number of tokens and the tokens per second, in words."""
     return f"{tokens:,} tokens" + (f" at {tokens / seconds:,.0f} tokens/s" if tokens else "")

@@ -1,6 +1,7 @@
-"""What a checkpoint says of generation: the tokens that end a text, which are kept to, and how to draw it.
+"""What a checkpoint says of generation: which tokens end a text, and how to sample it.
 
-The latter is only offered. generation_config.json is read here; config.json was read when the checkpoint was opened.
+End tokens are obeyed; the sampling settings are only suggested to the user. This module reads generation_config.json;
+config.json was read when the checkpoint was opened.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 def stop_tokens(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> set[int]:
     """Tokens that end a text: every eos_token_id of the checkpoint and of the tokenizer, and a turn's end with `chat`.
 
-    Raises ValueError where an eos_token_id is no token.
+    Raises ValueError if an eos_token_id is not a token number.
     """
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)  # load_tokenizer made sure
@@ -37,7 +38,7 @@ def describe_stop(tokens: set[int], tokenizer: "PreTrainedTokenizerFast", max_ne
 
 
 def suggested_sampling(checkpoint: Checkpoint) -> dict[str, float]:
-    """The settings that the checkpoint suggests drawing with, by the names of `Sampling`; none where it does not."""
+    """The sampling settings that the checkpoint suggests, by the names of `Sampling`; empty if it suggests none."""
     generation = _read_generation(checkpoint)
     if generation.get("do_sample") is not True:
         return {}
@@ -46,7 +47,7 @@ def suggested_sampling(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def describe_suggestion(settings: dict[str, float]) -> str:
-    """A suggestion that is not followed, with the options that do."""
+    """A sentence that says that the suggested settings are not used, and which options would use them."""
     options = " ".join(f"--{name} {value}" for name, value in settings.items())
     return f"the most likely tokens are taken; the checkpoint suggests drawing them (do_sample), with {options}"
 
@@ -65,12 +66,12 @@ def _eos_tokens(config: dict[str, Any], source: str) -> set[int]:
 
 
 def _end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> int | None:
-    """The special token that the chat template writes after what the model said, if it writes one."""
+    """The special token that the chat template writes after the model's turn, if it writes one."""
     answer = "answer"
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         before, _, ending = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition(answer)
-    except TemplateError:  # it takes other conversations
+    except TemplateError:  # the template refuses this conversation
         return None
     tokens = tokenizer.backend_tokenizer.encode(ending, add_special_tokens=False).ids if before else []
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

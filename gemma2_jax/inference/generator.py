@@ -1,11 +1,12 @@
-"""Generation: prompts as tokens to their continuations as tokens, in compiled code, streamed.
+"""Generation: continues prompts of tokens with new tokens, in compiled code, and streams them.
 
-Two programs do it: one takes the prompts, the other up to `CHUNK` steps, until all rows have stopped. The host calls
-for a chunk before it fetches the tokens of the last one, so that the device does not wait for whoever reads them.
-Shapes are rounded up, so that few programs serve all lengths. Text, tokenizers and files are not known here.
+Two compiled programs do the work: one processes the prompts, the other takes up to `CHUNK` steps, or fewer if all rows
+stop. The host dispatches a chunk before it fetches the tokens of the chunk before, so that the device does not wait for
+the reader. Shapes are rounded up, so that few programs serve all lengths. Nothing here knows of text, tokenizers or
+files.
 
-A step reads every weight for one token of each row. That is why every layer has its own arrays here: cut out of a
-stack, each weight would be read and written once more.
+A step reads every weight for one token of each row. That is why every layer has its own arrays here: cutting a weight
+out of a stack would read and write it once more.
 """
 
 from collections.abc import Iterator, Sequence, Set as AbstractSet
@@ -23,7 +24,7 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.inference.sampling import GREEDY, Sampling, sample_tokens
 from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild_model, unstack_layers
 
-CHUNK = 16  # steps of one call: a longer chunk leaves the host less to do, and a reader waits longer
+CHUNK = 16  # steps of one call: with a longer chunk the host has less to do, and a reader waits longer
 PAD = 0  # token that fills a row once it has stopped
 
 Tokens = list[list[int]]  # of each row
@@ -32,7 +33,7 @@ Tokens = list[list[int]]  # of each row
 @partial(jax.tree_util.register_dataclass, data_fields=["token_B", "position_B", "stopped_B", "cache"], meta_fields=[])
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where each row is. The cache holds the tokens before `position_B`."""
+    """How far each row has come. The cache holds the tokens before `position_B`."""
 
     token_B: jax.Array  # int32: the newest token
     position_B: jax.Array  # int32: the newest token's position
@@ -41,10 +42,10 @@ class State:
 
 
 class Generator:
-    """A model laid out for generation: an array per layer, in the dtype it is computed in.
+    """A model laid out for generation: one array per layer, in the dtype it is computed in.
 
-    `weights` is emptied on the way, so that no more than one stacked array at a time is in memory twice. Adapters stay
-    adapters; a step is faster with them merged (`lora.merge_adapters`).
+    The constructor empties `weights`, so that at most one stacked array at a time is in memory twice. Adapters are not
+    merged; a step is faster if the caller merges them (`lora.merge_adapters`).
     """
 
     def __init__(self, graph: nnx.GraphDef, weights: Weights):
@@ -76,8 +77,8 @@ class Generator:
         """New tokens of every prompt, as they come: the first of each at once, then up to `CHUNK` at a time.
 
         A row ends after `max_new_tokens`, or with the first token of `stop`, and has no more tokens in later chunks.
-        Raises ValueError for a prompt that is empty, that the vocabulary does not have, or that would outgrow the
-        model's context.
+        Raises ValueError for a prompt that is empty, has tokens outside the vocabulary, or would outgrow the model's
+        context.
         """
         self._check(prompts, max_new_tokens)
         return self._stream(prompts, max_new_tokens, sampling.settings, np.array(sorted(stop), np.int32))
@@ -90,7 +91,7 @@ class Generator:
         slots = bucket_length(max(lengths_B) + max_new_tokens)
         state, new = _prefill(self.graph, self.weights, tokens_BT, lengths_B, stop, settings, slots=slots)
         remaining = max_new_tokens - 1
-        tokens, finished = _fetch_tokens(new)  # the reader's first token comes before a second program is compiled
+        tokens, finished = _fetch_tokens(new)  # so that the first token arrives before the second program is compiled
         yield tokens
         pending = None  # a chunk's tokens are fetched once the next chunk is dispatched
         while remaining > 0 and not finished:
@@ -125,7 +126,7 @@ class Generator:
 
 
 def bucket_length(length: int) -> int:
-    """The least of 32, 48, 64, 96, 128, 192, ... that is at least `length`: at most half as much again."""
+    """The smallest of 32, 48, 64, 96, 128, 192, ... that is not below `length`; from 32 on, less than 1.5 times it."""
     power = 1 << max(5, (int(length) - 1).bit_length())
     return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
 
@@ -144,7 +145,7 @@ def _prefill(graph, weights, tokens_BT, lengths_B, stop, settings, *, slots: int
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
 def _decode(graph, weights, state: State, steps, stop, settings):
-    """The state `steps` later, at most `CHUNK`, or when the last row stopped; and what `_fetch_tokens` takes."""
+    """The state after `steps` steps, `CHUNK` at most, or once all rows stopped; and what `_fetch_tokens` takes."""
     model: Gemma2 = nnx.merge(graph, weights)
 
     def is_unfinished(carry):
@@ -174,7 +175,7 @@ def _fetch_tokens(new) -> tuple[Tokens, bool]:
 
 
 def keeps_dtype(path: str) -> bool:
-    """Whether the model computes with a weight in the dtype that it is stored in: norms and adapters are such."""
+    """Whether the model computes with a weight in the dtype that it is stored in, as with norms and adapters."""
     return "norm/" in path or "/adapter/" in path
 
 

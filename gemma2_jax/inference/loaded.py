@@ -1,8 +1,8 @@
-"""A checkpoint of any format as a model on a mesh, and that model as a checkpoint again.
+"""Loads a checkpoint of any format as a model on a mesh, and saves such a model as a checkpoint.
 
-`load_model` reads of every weight the slices that this process's devices store, so that none is ever whole on one of
-them; `save_model` writes a layer at a time. Weights keep the dtype that they are stored in unless another is asked for,
-so that loading and saving changes no bit.
+`load_model` reads only the slices of a weight that this process's devices store, so that no device ever holds more;
+`save_model` writes a layer at a time. Weights keep the dtype that they are stored in unless another is asked for, so
+that loading and saving changes no bit.
 """
 
 import warnings
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a model's weights came from and where they lie. NNX compares it by identity."""
+    """Where a model's weights came from, and the mesh that holds them. NNX compares it by identity."""
 
     checkpoint: Checkpoint
     mesh: Mesh
@@ -49,7 +49,7 @@ class Origin:
 
 
 class LoadedModel(Gemma2):
-    """A Gemma2 that lies on a mesh and has a tokenizer. Its weights are those of `Gemma2`, with adapters if it has any.
+    """A Gemma2 on a mesh, with its tokenizer, and with adapters if the checkpoint has any.
 
     Calling it computes on its mesh, compiled once for each shape; inside a function that is being traced it is a plain
     Gemma2.
@@ -58,7 +58,7 @@ class LoadedModel(Gemma2):
     origin: Origin
 
     def _describe(self) -> list[str]:
-        if not hasattr(self, "origin"):  # it is being made
+        if not hasattr(self, "origin"):  # the model is still being constructed
             return super()._describe()
         adapter = [describe_adapter(self.adapter)] if self.adapter.kind != "none" else []
         place = f"on {describe_mesh(self.mesh)}, from {self.origin.checkpoint.path}"
@@ -84,7 +84,7 @@ class LoadedModel(Gemma2):
             return _logits(graph, weights, *inputs)[:B]
 
     def _check_tokens(self, tokens_BT) -> jax.Array:
-        """The tokens as an array, int32 [B, T]. Raises ValueError where they are none of this model's."""
+        """The tokens as an array, int32 [B, T]. Raises ValueError if they are no input for this model."""
         try:
             tokens = np.asarray(tokens_BT)
         except ValueError as error:
@@ -108,12 +108,12 @@ class LoadedModel(Gemma2):
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The adapter on the weights; its kind is "none" where there is none."""
+        """The adapter on the weights; its kind is "none" if there is none."""
         return self.origin.checkpoint.adapter
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer beside the weights. Raises ValueError where there is none."""
+        """The tokenizer beside the weights. Raises ValueError if there is none."""
         if self.origin.tokenizer is None:
             raise ValueError(
                 f"{self.origin.checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its "
@@ -128,13 +128,13 @@ def _logits(graph, weights, tokens_BT, positions_BT, segments_BT) -> jax.Array:
 
 
 def _pad_rows(x_BT: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Rows repeated at the end until every data and fsdp shard has as many."""
+    """Repeats the last row until every data and fsdp shard has the same number of rows."""
     missing = -len(x_BT) % (mesh.shape["data"] * mesh.shape["fsdp"])
     return np.concatenate([x_BT, x_BT[-1:].repeat(missing, 0)])
 
 
 def default_dtype() -> DType:
-    """What is computed in where nobody says: float32 on CPU, bfloat16 elsewhere."""
+    """The compute dtype if none is asked for: float32 on CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -144,7 +144,7 @@ def one_device_mesh() -> Mesh:
 
 
 def complete_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's config. Raises ValueError where the checkpoint is an adapter without its model."""
+    """The model's config. Raises ValueError if the checkpoint is an adapter without its model."""
     if checkpoint.model is None or not checkpoint.has_weights:
         base = f"its model, {checkpoint.base}," if checkpoint.base else "its model"
         raise ValueError(
@@ -155,14 +155,14 @@ def complete_config(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: DType | None = None) -> LoadedModel:
-    """The model of a checkpoint with its weights sharded over a mesh as `dims` says, adapters beside them.
+    """The model of a checkpoint, with its weights and adapters sharded over a mesh as `dims` says.
 
     Args:
-      checkpoint: what `open_checkpoint` found.
+      checkpoint: what `open_checkpoint` returned.
       mesh: by default the first device. A loaded model has no pipeline: stages become more fsdp shards.
       dtype: of matrix products and of the matrices in memory. None: products as `default_dtype`, weights as stored.
 
-    Raises ValueError where the checkpoint is an adapter without its model.
+    Raises ValueError if the checkpoint is an adapter without its model.
     """
     mesh = one_device_mesh() if mesh is None else _without_stages(mesh)
     skeleton = _model_skeleton(checkpoint, mesh, dtype or default_dtype())
@@ -175,9 +175,9 @@ def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: DType | 
 
 
 def wrap_weights(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DType) -> LoadedModel:
-    """The model of a checkpoint whose weights are in memory already, such as a run's, in their dtypes.
+    """The model of a checkpoint whose weights are already in memory, such as a run's, in their dtypes.
 
-    Stacks may be longer than the model has layers, as those of pipeline stages are: what follows is cut off.
+    Stacks may be longer than the model has layers, as those of pipeline stages are: the rest is cut off.
     """
     mesh = _without_stages(mesh)
     skeleton = _model_skeleton(checkpoint, mesh, dtype)
@@ -192,7 +192,7 @@ def wrap_weights(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DT
 def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) -> None:
     """Writes a model as a checkpoint, bit for bit; the folder appears whole or not at all.
 
-    Raises ValueError where the folder holds something already, the disk has no room, or the format does not hold what
+    Raises ValueError if the folder already holds something, the disk has no room, or the format cannot hold all that
     the model has.
     """
     if isinstance(model, LoadedModel):
@@ -218,7 +218,7 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
 def load_generator(checkpoint: Checkpoint, dtype: DType | None = None) -> Generator:
     """The model of a checkpoint, ready to generate, on the first device.
 
-    An adapter is added into the weights if it can be: beside them it slows down every step.
+    An adapter is merged into the weights if that is possible, as it would slow down every step.
     """
     model = load_model(checkpoint, dtype=dtype or default_dtype())
     adapter = model.adapter
@@ -244,7 +244,7 @@ def generate_texts(
 
 
 def _make_generator(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig) -> Generator:
-    """A generator of these weights, with the adapter merged where it can be. `weights` is emptied on the way."""
+    """A generator with these weights, and the adapter merged if that is possible. Empties `weights`."""
     if adapter.kind != "none" and not adapter.unmergeable_targets:
         model = rebuild_model(graph, weights)
         weights.clear()
@@ -256,7 +256,7 @@ def _make_generator(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfi
 
 
 def _without_stages(mesh: Mesh) -> Mesh:
-    """The same devices, in the same order, with stages as more fsdp shards."""
+    """The mesh with its stages turned into fsdp shards: the same devices, in the same order."""
     if mesh.shape["stage"] == 1:
         return mesh
     sizes = dict(mesh.shape) | {"stage": 1, "fsdp": mesh.shape["stage"] * mesh.shape["fsdp"]}

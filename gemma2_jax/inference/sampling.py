@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn. Another value of a setting compiles nothing; setting one that was unset does."""
+    """How a token is drawn. A new value of a setting needs no compilation; setting one that was unset does."""
 
     temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
     top_k: int | None = None  # draw from the k most likely tokens
-    top_p: float | None = None  # of those, from the fewest, most likely first, that have this much of the probability
-    seed: int = 0  # of the draws; those of a row do not depend on the other rows
+    top_p: float | None = None  # draw from the fewest most likely of those whose probabilities sum up to this
+    seed: int = 0  # of the draws; the draws of a row do not depend on the other rows
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -36,7 +36,7 @@ GREEDY = Sampling()
 
 
 def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
-    """Logits over the temperature, at -inf where top_k and then top_p leave a token out; ties stay together."""
+    """Logits divided by the temperature, -inf for tokens that top_k, then top_p exclude; of equal ones, none or all."""
     logits_BV = logits_BV / settings["temperature"]
     if settings.keys().isdisjoint(("top_k", "top_p")):
         return logits_BV
@@ -53,7 +53,7 @@ def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
 
 
 def sample_tokens(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
-    """The token, int32 [B], to stand at `position_B`: the most likely one, or a draw that row and position decide."""
+    """The token for `position_B`, int32 [B]: the most likely one, or a draw that depends on seed, row and position."""
     if not settings:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 

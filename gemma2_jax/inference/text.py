@@ -1,4 +1,4 @@
-"""Tokens of prompts, and text of tokens as they come. The tokenizer is given; nothing here computes."""
+"""Encodes prompts, and decodes tokens as they arrive, with a tokenizer that the caller gives."""
 
 from typing import TYPE_CHECKING
 
@@ -7,9 +7,9 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
-    """A prompt's tokens from <bos> on; with `chat` as a user's turn, with the model's turn opened after it.
+    """A prompt's tokens, beginning with <bos>; with `chat`, as a user's turn followed by the start of the model's.
 
-    Raises ValueError for `chat` where the tokenizer has no chat template.
+    Raises ValueError if `chat` is asked for and the tokenizer has no chat template.
     """
     if chat:
         if tokenizer.chat_template is None:
@@ -28,12 +28,12 @@ def decode_text(tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 class TextStream:
-    """The text of tokens that come a few at a time."""
+    """The text of tokens that arrive a few at a time."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._shown = 0  # characters that were given out
+        self._shown = 0  # characters that were returned so far
 
     @property
     def whole(self) -> str:
@@ -41,12 +41,12 @@ class TextStream:
         return decode_text(self._tokens, self._tokenizer)
 
     def add(self, tokens: list[int]) -> str:
-        """The text that these tokens complete. A character may wait for tokens yet to come."""
+        """The new text that these tokens complete. A character whose last token is missing is held back."""
         self._tokens += tokens
         return self._take(self.whole.rstrip("\ufffd"))
 
     def flush(self) -> str:
-        """The text that is left to show when no more tokens come."""
+        """The text that was held back, once no more tokens arrive."""
         return self._take(self.whole)
 
     def _take(self, text: str) -> str:

@@ -1,6 +1,6 @@
-"""The real training step at its real size, compiled for a described cluster, and what is read off the result.
+"""Compiles the real training step, at its real size, for a described cluster, and reads memory and traffic off it.
 
-Nothing is run, and nothing is said of time. `described_cluster.prepare_jax` must come before JAX is used.
+Nothing is run, and no running time is predicted. `described_cluster.prepare_jax` must be called before JAX is used.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class CompiledStep:
     compile_seconds: float
     arguments: int  # bytes of state and batch; the state's memory becomes the next state's
     temporaries: int  # bytes
-    outputs: int  # bytes of results that do not take an argument's place
+    outputs: int  # bytes of results that do not reuse an argument's memory
     text: str  # the compiled HLO
 
     @property
     def total(self) -> int:
-        """Bytes that the step needs at once."""
+        """Bytes of memory that the step needs in all."""
         return self.arguments + self.temporaries + self.outputs
 
     @property
@@ -65,12 +65,12 @@ def make_program(config: Config, gpus: int) -> Program:
 def compile_step(config: Config, gpus: int) -> CompiledStep:
     """The training step of `config`, compiled as the training loop compiles it, for `gpus` described H100s.
 
-    Raises ValueError where the run does not divide over the mesh, and ImportError without the extra `plan`.
+    Raises ValueError if the run does not divide over the mesh, and ImportError without the extra `plan`.
     """
     import jax
 
     program = make_program(config, gpus)
-    state, batch = program.state, program.batch  # before the mesh is set: optax runs small operations in here
+    state, batch = program.state, program.batch  # before the mesh is set, as optax runs small operations to make these
     with jax.set_mesh(program.mesh):
         start = time.perf_counter()
         traced = jax.jit(program.train_step, donate_argnums=0).trace(state, batch)

@@ -28,16 +28,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def prepare_jax() -> None:
-    """Imports JAX such that it neither looks for a GPU nor complains that there is none. Call it before using JAX."""
+    """Imports JAX so that it neither looks for a GPU nor complains that there is none. Call it before using JAX."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # without XLA's warnings: a plan says itself what does not fit
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA's: the plan itself says what does not fit
     platforms.prepare_process(cpu=True, cache=False)
 
 
 def describe_cluster(gpus: int) -> list:
-    """JAX devices that programs can be compiled for and that can run nothing: `gpus` H100s, eight to a host.
+    """JAX devices that programs can be compiled for but not run on: `gpus` H100s, eight to a host.
 
-    Raises ValueError for a number that hosts of eight do not give, and ImportError without the extra `plan`.
+    Raises ValueError if the number is neither 1 to 8 nor a multiple of 8 up to `MAX_GPUS`, and ImportError without the
+    extra `plan`.
     """
     hosts, remainder = divmod(gpus, GPUS_PER_HOST)
     if not 1 <= gpus <= MAX_GPUS or (hosts and remainder):

@@ -1,8 +1,8 @@
-"""What a plan says, as plain numbers: memory of one GPU by owner, traffic by mesh axis, and whether it fits.
+"""A plan as plain numbers: memory of one GPU by owner, traffic by mesh axis, and whether the step fits.
 
 A step is compiled for described GPUs in a process of its own (`plan_in_subprocess`), because JAX must be prepared for
-them before it is first used, and a script or a notebook has long used it. `python -m gemma2_jax.planning.report GPUS`
-is that process: a config as text comes in, a plan as JSON goes out.
+them before it is first used, and the caller may already have used it. `python -m gemma2_jax.planning.report GPUS` is
+that process: it reads a config as text and writes a plan as JSON.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ class Plan:
     total: int  # bytes that one GPU needs at once
     lower_seconds: float
     compile_seconds: float
-    layers_per_stage: int | None  # trips that are assumed of a loop whose count the compiler does not know
+    layers_per_stage: int | None  # the trip count assumed for loops whose count the compiler does not know
     collectives: tuple[Collective, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits in what XLA may take of an H100's 80 GB."""
+        """Whether the step fits in the part of an H100's 80 GB that XLA may allocate."""
         return self.total <= USABLE_BYTES
 
     @property
@@ -60,7 +60,7 @@ class Plan:
 
 
 def describe_fit(total: int) -> str:
-    """Whether so many bytes fit on an H100, and by how much."""
+    """Says whether `total` bytes fit on an H100, and by how much."""
     spare = USABLE_BYTES - total
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
 
@@ -71,7 +71,7 @@ def format_gib(size: int) -> str:
 
 
 def summarize_step(step: "CompiledStep") -> Plan:
-    """The plan that a compiled step gives."""
+    """The plan of a compiled step."""
     from gemma2_jax.planning.compiled_step import argument_bytes
 
     owners = argument_bytes(step.program) | {"temporaries": step.temporaries, "results": step.outputs}
@@ -89,9 +89,9 @@ def summarize_step(step: "CompiledStep") -> Plan:
 
 
 def plan_in_subprocess(config: Config, gpus: int) -> Plan:
-    """Compiles the training step of `config` for `gpus` H100s in a new process, whatever this one uses JAX for.
+    """Compiles the training step of `config` for `gpus` H100s in a new process; this one may have used JAX.
 
-    Raises ValueError where the run does not divide over the GPUs, and ImportError without the extra `plan`.
+    Raises ValueError if the run does not divide over the GPUs, and ImportError without the extra `plan`.
     """
     package = str(Path(configs.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -112,7 +112,7 @@ def plan_in_subprocess(config: Config, gpus: int) -> Plan:
 
 
 def _answer(config: Config, gpus: int) -> dict:
-    """The fields of a plan but its config, or the error that it ended with."""
+    """The fields of a plan without its config, or the error that planning ended with."""
     from gemma2_jax.planning.compiled_step import compile_step
 
     try:

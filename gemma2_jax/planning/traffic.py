@@ -1,10 +1,11 @@
 """What a compiled step sends over each axis of the mesh, read off its HLO text: kinds, sizes, and how often.
 
-Counts bytes; says nothing about how long they take. Bytes are those that each GPU sends with ring algorithms, by which
-NCCL's "bus bandwidth" is defined (NVIDIA/nccl-tests, doc/PERFORMANCE.md): of n GPUs, (n - 1) / n of the whole
-array in an all-gather, a reduce-scatter and an all-to-all, twice that in an all-reduce, all of it in a permutation.
+It counts bytes, and says nothing about how long they take. Bytes are those that each GPU sends with ring algorithms, by
+which NCCL's "bus bandwidth" is defined (NVIDIA/nccl-tests, doc/PERFORMANCE.md): each of n GPUs sends (n - 1) / n of the
+whole array in an all-gather, a reduce-scatter and an all-to-all, twice that in an all-reduce, all of it in a
+permutation.
 
-All branches of a conditional are counted. Sends and receives that XLA can be told to make of permutations are not read.
+All branches of a conditional are counted. Sends and receives, into which an option of XLA turns permutations, are not.
 """
 
 import math
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Bytes sent by each of n GPUs, for each byte of what the instruction yields.
+# Bytes sent by each of n GPUs, for each byte of the instruction's result.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,  # it yields a shard
+    "reduce-scatter": lambda n: n - 1,  # the result is a shard
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
     "ragged-all-to-all": lambda n: (n - 1) / n,  # at most
@@ -38,8 +39,8 @@ class Collective:
     kind: str  # all-gather, reduce-scatter, ...
     axes: str  # mesh axes along which its groups lie, such as "fsdp" or "data+fsdp"
     sent: float  # bytes that a GPU sends each time it runs
-    times: int | None  # how often a step runs it; None where the compiler does not know
-    loop: str  # the enclosing loop whose trip count the compiler does not know, if there is one
+    times: int | None  # how often a step runs it; None if the compiler does not know
+    loop: str  # the enclosing loop whose trip count the compiler does not know; empty if there is none
     where: str  # the operation of the program that it comes from
 
 
@@ -62,8 +63,8 @@ def read_traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | Non
     Args:
       text: `compiled.as_text()`.
       mesh: sizes of the mesh's axes in their order, `mesh.shape`.
-      layers_per_stage: trip count that is assumed for an outermost loop whose count is data, as where the stages of
-        a pipeline loop over their layers; None assumes nothing.
+      layers_per_stage: the trip count that is assumed for an outermost loop whose count the compiler does not know,
+        such as the loop of a pipeline stage over its layers; None assumes nothing.
     """
     entry, computations = _parse(text)
     found: list[Collective] = []
@@ -176,7 +177,7 @@ def _ints(text: str) -> list[int]:
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
-    """The axes along which members of a group differ; none where every group is one device."""
+    """The axes along which members of a group differ; empty if every group is one device."""
     place = np.stack(np.unravel_index(groups, tuple(mesh.values())), axis=-1)
     differs = (place != place[:, :1]).any(axis=(0, 1))
     return "+".join(name for name, differ in zip(mesh, differs, strict=True) if differ)
