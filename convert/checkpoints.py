@@ -171,7 +171,10 @@ def _open_folder(
 def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Array]:
     """The arrays of `wanted`, by path, in its shapes, dtypes and shardings (by default on the first device).
 
-    Stacks of layers may be wanted longer than they are stored; zeros then follow the last layer.
+    Stacks of layers may be wanted longer than they are stored; zeros then follow the last layer. The embedding may be
+    wanted with more rows, each of which is then the mean of those stored (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models"). transformers' resize_token_embeddings draws them from a normal
+    distribution about that mean with 1e-9 times the rows' covariance, which bfloat16 does not tell from the mean.
 
     Raises ValueError naming an array that the checkpoint lacks, or has in another shape.
     """
@@ -180,7 +183,8 @@ def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Arra
         if path not in shapes:
             raise ValueError(f"{checkpoint.path} has no {path}; it holds {_describe_sources(checkpoint)}")
         stored = shapes[path].shape
-        longer = path.startswith("blocks/") and stored == (stored[0], *want.shape[1:]) < want.shape
+        may_grow = path.startswith("blocks/") or path == "embedding"
+        longer = may_grow and stored == (stored[0], *want.shape[1:]) < want.shape
         if stored != want.shape and not longer:
             raise ValueError(
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape {stored}, and "
@@ -360,7 +364,8 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if config.adapter.kind == "none":
         _refuse_base(folder, config.model, base)
         whole = replace(run, sources=(OrbaxSource.open(params, table.MODEL, config.model, of_run=True),))
-        start = _open_if_folder(config.init, config.model)
+        # A run that has kept them needs nothing of where it started, which may be a model of fewer tokens.
+        start = None if run.hf and run.tokenizer else _open_if_folder(config.init, config.model)
         return _inherit_files(whole, start) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")

@@ -3,6 +3,7 @@
 `checkpoints` decides which of the two a folder is, and which rows of `formats.table` apply.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -114,15 +115,41 @@ class OrbaxSource:
 
 
 def load_array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array in the shape, dtype and sharding of `want`, with what `checkpoints.load_weights` says after its end."""
+    stored_shape = source.shapes[path].shape
+
+    @cache
+    def added_row() -> np.ndarray:
+        return _mean_row(source, path) if path == "embedding" else np.broadcast_to(0, stored_shape[1:])
+
     @cache  # devices that hold copies of a slice ask for it once each
     def read_slice(index: Index):
-        stored = [range(size)[span] for size, span in zip(source.shapes[path].shape, index, strict=True)]
-        shape = [len(range(size)[span]) for size, span in zip(want.shape, index, strict=True)]
-        if not stored[0]:
-            return np.zeros(shape, want.dtype)
-        part = source.read(path, tuple(slice(span.start, span.stop) for span in stored), want.dtype)
-        missing = shape[0] - len(part)
-        return np.pad(part, [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
+        rows, *rest = (range(size)[span] for size, span in zip(want.shape, index, strict=True))
+        spans = tuple(slice(span.start, span.stop) for span in rest)
+        count = len(range(stored_shape[0])[index[0]])
+        if count == len(rows):
+            return source.read(path, (slice(rows.start, rows.stop), *spans), want.dtype)
+        array = np.empty((len(rows), *map(len, rest)), want.dtype)
+        for part in _row_parts(source.shapes[path], rows.start, rows.start + count):  # so that it is not there twice
+            array[part.start - rows.start : part.stop - rows.start] = source.read(path, (part, *spans), want.dtype)
+        array[count:] = added_row()[spans]
+        return array
 
     sharding = want.sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(want.shape, sharding, read_slice)
+
+
+def _mean_row(source: Source, path: str) -> np.ndarray:
+    """The mean of all rows of an array, float64 [D]."""
+    stored = source.shapes[path]
+    total = np.zeros(stored.shape[1:])
+    for part in _row_parts(stored, 0, stored.shape[0]):
+        total += source.read(path, (part, *[slice(None)] * total.ndim), np.dtype(np.float32)).sum(0, dtype=np.float64)
+    return total / stored.shape[0]
+
+
+def _row_parts(stored: jax.ShapeDtypeStruct, start: int, stop: int) -> Iterator[slice]:
+    """The rows from `start` to `stop` in parts that are read at a time."""
+    step = orbax.rows_at_once(stored, stacked=False)
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

@@ -40,7 +40,7 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling"),
+        ("lock", "optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling", "tokenizer"),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),

@@ -24,6 +24,7 @@ from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.step import Batch, Program, State
+from gemma2_jax.training.tokenizer import grow_vocabulary, keep_tokenizer, load_run_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,11 @@ def train(config: Config) -> Result:
         lock_workdir(config.output),
         Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints,
     ):
+        tokenizer = load_run_tokenizer(config, source, resumes=checkpoints.latest is not None)
+        program = grow_vocabulary(program, source, tokenizer)
+        config = program.config
         changes = resume.claim_workdir(config, checkpoints.latest)
-        tokenizer = resume.keep_tokenizer(config, source, resumes=checkpoints.latest is not None)
+        keep_tokenizer(config, source, tokenizer)
         adapters = AdapterExports(config)
         if checkpoints.latest is not None and checkpoints.latest >= config.steps:
             state, _ = resume.start_state(program, source, checkpoints)

@@ -1,9 +1,7 @@
 """Where a run starts: its own newest checkpoint, else the weights it was given, else random ones."""
 
 import dataclasses
-import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,9 @@ import numpy as np
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, weight_name
-from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, locate_folder, open_checkpoint
-from gemma2_jax.convert.files.folder import atomic_folder, tokenizer_folder
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.formats.companions import copy_companions, load_tokenizer
-from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.data.batches import Batches
-from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.metrics import truncate_metrics
@@ -52,7 +46,8 @@ def open_source(config: Config) -> Checkpoint | None:
         raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
     for field in dataclasses.fields(config.model):
         configured, stored = getattr(config.model, field.name), getattr(source.model, field.name)
-        if configured != stored and field.name != "max_length":
+        grows = field.name == "vocab_size" and configured > stored  # which `tokenizer.grow_vocabulary` decides
+        if configured != stored and field.name != "max_length" and not grows:
             raise ValueError(
                 f"init {config.init} is a checkpoint of another model: its {field.name} is {stored}, and "
                 f"model.{field.name} is {configured}; choose the recipe of that model, or set model.{field.name}"
@@ -188,50 +183,6 @@ def config_differences(config: Config, path: Path) -> dict[str, str]:
 
 def _config_lines(config: Config) -> dict[str, str]:
     return dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
-
-
-def keep_tokenizer(config: Config, source: Checkpoint | None, *, resumes: bool):
-    """The run's tokenizer, whose files are copied to WORKDIR/tokenizer so that the run needs no others.
-
-    A run that resumes takes its own copy. Raises ValueError if there is no tokenizer, or it is not the model's.
-    """
-    copy = config.output / "tokenizer"
-    with hosts.process_zero_first("keep_tokenizer"):
-        folder = (resumes and tokenizer_folder(copy)) or _find_tokenizer(config, source)
-        tokenizer = load_tokenizer(folder)
-        if len(tokenizer) > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {folder} has {len(tokenizer)} entries and the model {config.model.vocab_size}; "
-                "use the model's own tokenizer"
-            )
-        if folder != copy and jax.process_index() == 0:
-            shutil.rmtree(copy, ignore_errors=True)
-            with atomic_folder(copy, 0) as partial_copy:
-                _write_tokenizer(partial_copy, config, source, tokenizer)
-    return tokenizer
-
-
-def _find_tokenizer(config: Config, source: Checkpoint | None) -> Path:
-    if config.data.tokenizer:
-        return locate_folder(config.data.tokenizer, weights=False)
-    if source and source.tokenizer:
-        return source.tokenizer
-    raise ValueError("no tokenizer: init has none beside its weights, so set data.tokenizer to a folder or hub id")
-
-
-def _write_tokenizer(copy: Path, config: Config, source: Checkpoint | None, tokenizer) -> None:
-    """Writes a tokenizer's files, the chat template that we gave it if they have none, and the model's config."""
-    copy_companions(Path(tokenizer.name_or_path), source.generation if source else None, copy)
-    template = copy / "chat_template.jinja"
-    if (
-        config.data.kind == "instructions"
-        and tokenizer.chat_template == gemma_chat_template()
-        and not template.exists()
-    ):
-        template.write_text(gemma_chat_template(), encoding="utf-8")
-    dtype = config.compute.trained_dtype if config.adapter.kind == "none" else config.compute.frozen_dtype
-    original = source.hf if source else None
-    (copy / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
 
 
 def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:

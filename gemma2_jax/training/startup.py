@@ -20,6 +20,7 @@ from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
 from gemma2_jax.training.step import Program
+from gemma2_jax.training.tokenizer import describe_vocabulary
 
 _PROMPT_WIDTH = 60  # characters of the suggested prompt, at most
 
@@ -58,6 +59,8 @@ def _describe_weights(startup: Startup) -> Iterator[tuple[str, str]]:
     yield "weights", config.init if config.init_adapter else origin
     if config.init_adapter:
         yield "adapter", f"{'started' if start_step else 'starts'} from {origin}"
+    if growth := describe_vocabulary(program, source):
+        yield "vocabulary", growth
     yield "parameters", describe_parameters(program)
     frozen = f", {config.compute.frozen_dtype} frozen" if program.frozen else ""
     yield "precision", f"{config.compute.dtype} compute, {config.compute.trained_dtype} trained{frozen}"

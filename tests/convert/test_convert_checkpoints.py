@@ -410,12 +410,13 @@ def test_a_run_s_own_tokenizer_and_config_come_first(hf, tmp_path):
     tokenizer = workdir / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("[]")
+    (tokenizer / "generation_config.json").write_text("{}")
     config = hf_config(BITING["2b"], "float32") | {"eos_token_id": [1, 107]}
     (tokenizer / "config.json").write_text(json.dumps(config))
     assert open_checkpoint(workdir).tokenizer == tokenizer
     target = _convert(workdir, tmp_path / "hf", "hf")
     assert (target / "tokenizer.json").read_text() == "[]"
-    assert (target / "generation_config.json").exists()
+    assert (target / "generation_config.json").read_text() == "{}"
     assert json.loads((target / "config.json").read_text())["eos_token_id"] == [1, 107]
     assert _are_same(_load_tensors(target), _load_tensors(hf["2b", "float32"]))
 

@@ -10,11 +10,12 @@ import pytest
 from peers import BITING, hf_model
 from small_runs import ROOT, small
 
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.config import Config
+from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import gemma_chat_template
-from gemma2_jax.training import resume
+from gemma2_jax.training.tokenizer import keep_tokenizer, load_run_tokenizer
 
 TINY = ROOT / "assets" / "tiny-gemma2"
 # Text that no program would write just so.
@@ -98,20 +99,26 @@ def tiny(tmp_path) -> Path:
     return put(tmp_path / "tiny", files)
 
 
+def keep(config: Config, source: Checkpoint, *, resumes: bool):
+    tokenizer = load_run_tokenizer(config, source, resumes=resumes)
+    keep_tokenizer(config, source, tokenizer)
+    return tokenizer
+
+
 def test_a_run_keeps_them_untouched(tiny, tmp_path):
     """Whatever becomes of the model's folder afterwards, until the run is started anew."""
     config = small("tiny_lora", tmp_path / "run", init=str(tiny))
     config = replace(config, data=replace(config.data, tokenizer=""))
     config.output.mkdir()
     given = found(tiny)
-    resume.keep_tokenizer(config, open_checkpoint(tiny), resumes=False)
+    keep(config, open_checkpoint(tiny), resumes=False)
     kept = config.output / "tokenizer"
     assert found(kept) == given
     assert json.loads((kept / "config.json").read_text())["num_hidden_layers"] == config.model.layers
     put(tiny, {"tokenizer_config.json": given["tokenizer_config.json"].replace(b"<pad>", b"<unk>")})
-    tokenizer = resume.keep_tokenizer(config, open_checkpoint(tiny), resumes=True)
+    tokenizer = keep(config, open_checkpoint(tiny), resumes=True)
     assert found(kept) == given and tokenizer.pad_token == "<pad>"
-    tokenizer = resume.keep_tokenizer(config, open_checkpoint(tiny), resumes=False)
+    tokenizer = keep(config, open_checkpoint(tiny), resumes=False)
     assert found(kept) == found(tiny) != given and tokenizer.pad_token == "<unk>"
 
 
@@ -122,9 +129,9 @@ def test_a_tokenizer_that_is_given_replaces_the_model_s(tiny, tmp_path):
     config = small("tiny_lora", tmp_path / "run", init=str(tiny))
     config = replace(config, data=replace(config.data, tokenizer=str(other)))
     config.output.mkdir()
-    resume.keep_tokenizer(config, open_checkpoint(tiny), resumes=False)
+    keep(config, open_checkpoint(tiny), resumes=False)
     expected = files | {"generation_config.json": FILES["generation_config.json"]}
     assert found(config.output / "tokenizer") == expected | {"chat_template.jinja": gemma_chat_template().encode()}
     config = replace(config, data=replace(config.data, kind="text"))
-    resume.keep_tokenizer(config, open_checkpoint(tiny), resumes=False)
+    keep(config, open_checkpoint(tiny), resumes=False)
     assert found(config.output / "tokenizer") == expected
