@@ -175,6 +175,9 @@ class _Header:
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= _MOST_ALIGNMENT:
             raise ValueError(f"its general.alignment is {alignment!r:.50}")
+        for name, place in places.items():
+            if place.start % alignment:
+                raise ValueError(f"{name} is {place.start:,} bytes after its header, which is not aligned")
         start = self.position + -self.position % alignment
         return metadata, {name: replace(place, start=start + place.start) for name, place in places.items()}
 

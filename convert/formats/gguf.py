@@ -92,7 +92,8 @@ class _Norm:
         return self.stored.shape
 
     def read(self, index: Index) -> np.ndarray:
-        return self.stored.read(index).astype(np.float32) - np.float32(1)
+        with np.errstate(invalid="ignore"):  # a damaged file may have any bits
+            return self.stored.read(index).astype(np.float32) - np.float32(1)
 
 
 def model_tensors(file: File) -> Tensors:

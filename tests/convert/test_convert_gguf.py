@@ -16,14 +16,12 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from peers import BITING
 from safetensors.numpy import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers.tokenization_utils_base import generate_merges
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read_array
 from gemma2_jax.convert.files import gguf as files, safetensors
-from gemma2_jax.convert.formats import gguf as formats, gguf_tokenizer, table
+from gemma2_jax.convert.formats import gguf as formats, table
 from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import peft_config
@@ -288,90 +286,16 @@ def test_a_merged_adapter_is_quantized_from_float32(tmp_path):
         assert read[gguf_name(name)].data.tobytes() == gguf.quantize(merged[name], Kind.Q8_0).tobytes()
 
 
-def gemma_tokenizer(folder: Path, merges: list[tuple[str, str]] | None = None) -> Path:
-    """A tokenizer built as Gemma's is: SentencePiece's BPE as transformers turns it into a tokenizer.json."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
-    pieces = [*special, "▁▁", *(f"<0x{byte:02X}>" for byte in range(256)), *JOINED, "a", "b", "c", "▁"]
-    vocab = {piece: number for number, piece in enumerate(pieces)}
-    scores = {"▁▁": 0.0} | {piece: -float(rank) for rank, piece in enumerate(JOINED)}
-    ranks = generate_merges(vocab, scores) if merges is None else merges
-    bpe = models.BPE(vocab, ranks, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in special if piece != "<mask>"])
-    tokenizer.add_tokens([AddedToken("<mask>", normalized=False), AddedToken("▁▁", normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {name: f"<{name[:3]}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ bos_token }}", **config})
-    )
-    return folder
-
-
-JOINED = ("ab", "▁a", "bc", "abc", "▁ab", "▁abc")  # the first to be joined first
-
-
-def test_gemma_s_tokenizer_has_the_scores_and_types_that_llama_cpp_s_converter_gives_it(tmp_path):
-    tokenizer = load_tokenizer(gemma_tokenizer(tmp_path / "tokenizer"))
-    found = gguf_tokenizer.tokenizer_metadata(tokenizer, 276)
-    pieces = list(zip(*(found[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "scores")), strict=True))
-    control, user_defined, byte, normal, unused = 3, 4, 6, 1, 5
-    assert pieces[:8] == [
-        ("<pad>", control, -1000.0),
-        ("<eos>", control, -1000.0),
-        ("<bos>", control, -1000.0),
-        ("<unk>", control, -1000.0),
-        ("<mask>", control, -1000.0),
-        ("<start_of_turn>", control, -1000.0),
-        ("<end_of_turn>", control, -1000.0),
-        ("  ", user_defined, -1000.0),
-    ]
-    assert pieces[8:264] == [(f"<0x{number:02X}>", byte, 0.0) for number in range(256)]
-    assert pieces[264:270] == [(piece, normal, -float(rank)) for rank, piece in enumerate(JOINED)]
-    assert pieces[270:] == [(piece, normal, -6.0) for piece in "abc▁"] + [
-        (f"[PAD{n}]", unused, -10000.0) for n in (274, 275)
-    ]
-    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("llama", "default")
-    assert "tokenizer.ggml.merges" not in found
-    assert gguf_tokenizer.merge_warnings(found) == []
-    with pytest.raises(ValueError, match="its tokenizer has 274 pieces, and its embedding 270 rows"):
-        gguf_tokenizer.tokenizer_metadata(tokenizer, 270)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda merges: merges[:-1], "1 such pairs that it never joins, and 0 merges in another order"),
-        (lambda merges: [*merges[1:4], *merges[:1], *merges[4:]], "0 such pairs that it never joins, and 1 merges in"),
-    ],
-)
-def test_merges_that_llama_cpp_takes_in_another_order_are_warned_of(change, message, tmp_path):
-    spec = json.loads((gemma_tokenizer(tmp_path / "whole") / "tokenizer.json").read_text())
-    merges = [pair for pair in spec["model"]["merges"] if pair != ["▁", "▁"]]  # which is an added token
-    assert list(dict.fromkeys(left + right for left, right in merges)) == list(JOINED)
-    changed = gemma_tokenizer(tmp_path / "changed", [tuple(pair) for pair in change(merges)])
-    (warning,) = gguf_tokenizer.merge_warnings(gguf_tokenizer.tokenizer_metadata(load_tokenizer(changed), 274))
-    assert message in warning
-
-
-def altered(source: Path, target: Path, changes: dict[str, object]) -> Path:
-    """A file with some keys changed, or without them where the value is None; its tensors are the same."""
-    reader = gguf.GGUFReader(source)
-    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    values = {name: value for name, value in (values | changes).items() if value is not None}
-    writer = gguf.GGUFWriter(target, str(values.pop("general.architecture")))
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for name, value in values.items():
-        add.get(type(value), writer.add_array)(name, value)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def altered(target: Path, changes: dict[str, object]) -> Path:
+    """A file of the tiny model's shape with some keys changed, or without them where the value is None; all zeros."""
+    metadata = formats.model_metadata(CONFIG, "tiny", "bfloat16") | {"tokenizer.ggml.model": "gpt2"} | changes
+    wanted = {}
+    for row in formats.MODEL:
+        dtype = "float32" if formats.is_norm(row.path) else "bfloat16"
+        wanted |= dict.fromkeys(row.names(CONFIG.layers), files.Wanted(table.tensor_shape(row, CONFIG), dtype))
+    parts = (np.zeros(want.shape, want.dtype) for want in wanted.values())
+    present = {key: value for key, value in metadata.items() if value is not None}
+    files.write_gguf(target, present, wanted, parts, lambda size: None)
     return target
 
 
@@ -393,15 +317,14 @@ def altered(source: Path, target: Path, changes: dict[str, object]) -> Path:
         ({"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 1.0}, "has no LoRA of Gemma 2"),
     ],
 )
-def test_what_is_no_gemma_2_is_refused_by_name(changes, message, written, tmp_path):
+def test_what_is_no_gemma_2_is_refused_by_name(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(altered(written["bfloat16"], tmp_path / "altered.gguf", changes))
+        open_checkpoint(altered(tmp_path / "altered.gguf", changes))
 
 
-def test_a_file_of_llama_cpp_s_own_converter_is_read_without_its_tokenizer(written, tmp_path):
+def test_a_file_of_llama_cpp_s_own_converter_is_read_without_its_tokenizer(tmp_path):
     """It has no tokenizer.json and does not say the base of RoPE."""
-    changes = {"tokenizer.huggingface.json": None, "gemma2.rope.freq_base": None}
-    path = altered(written["bfloat16"], tmp_path / "theirs.gguf", changes)
+    path = altered(tmp_path / "theirs.gguf", {"gemma2.rope.freq_base": None})
     checkpoint = open_checkpoint(path)
     assert checkpoint.model == CONFIG and checkpoint.tokenizer is None
     assert "its tokenizer ('gpt2') is not read" in checkpoint.notes[0]

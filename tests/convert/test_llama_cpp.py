@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_convert_gguf import CONFIG, LORA, TINY, gemma_tokenizer, peft_folder, write
+from test_convert_gguf import CONFIG, LORA, TINY, peft_folder, write
+from test_gguf_tokenizer import gemma_tokenizer
 
 from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.data import python_docs
