@@ -111,7 +111,7 @@ def stored_sharding(mesh: Mesh, letters: str, shape: Sequence[int]) -> NamedShar
 def constrain(x: jax.Array, letters: str, place: dims.Place = "used") -> jax.Array:
     """`x`, an activation or a weight at its use, spread over the current mesh (`jax.set_mesh`) as its dims say.
 
-    `place` is the column of the table that says how. Without a mesh, this and the other constraints give `x` back.
+    `place` is the column of the table that says how. Without a mesh, this and the other constraints return `x`.
     """
     axes = _auto_axes()
     return jax.lax.with_sharding_constraint(x, dims.used_spec(letters, x.shape, axes, place)) if axes else x
@@ -147,10 +147,10 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def balance_context(row_T: np.ndarray, shards: int) -> np.ndarray:
-    """What stands at the positions of rows, [..., T], in the order in which context shards hold it, an equal part each.
+    """Reorders rows, [..., T], so that each context shard, which holds an equal run of the result, has the same work.
 
-    Of 2 x shards pieces, shard i has piece i and the i-th from the end: under a causal mask all shards have the same
-    work (the order of Llama 3, arXiv:2407.21783, section 3.3.2).
+    Of 2 x shards pieces, shard i gets piece i and the i-th from the end: under a causal mask their work is equal (the
+    order of Llama 3, arXiv:2407.21783, section 3.3.2).
     """
     *rest, length = row_T.shape
     early, late = np.split(row_T.reshape(*rest, 2 * shards, length // (2 * shards)), 2, axis=-2)

@@ -2,13 +2,14 @@
 
 `attach_adapters` gives projections an `Adapter`; training with adapters is then training the variables of type
 `AdapterParam` where full training trains those of type `nnx.Param`. Shapes come from the projection's einsum: A has
-the contracted letters and R, B has R and the produced letters, DoRA's magnitude the produced letters. Adapters act
-on activations, so a frozen weight needs no gradient.
+the contracted letters (the weight's input dims) and R, B has R and the produced letters (its output dims), DoRA's
+magnitude the produced letters. Adapters act on activations, so a frozen weight needs no gradient.
 
-Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353; section 4.3: the norm is a
-constant to the gradient). Without dropout this agrees with Hugging Face PEFT. With `after_norm` it agrees with
-Megatron-Bridge, which applies the post-norm to the outputs of o and down before the adapter adds to them. With dropout,
-our DoRA drops inputs of the low-rank branch only.
+Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353; section 4.3: no gradient flows
+through the norm). Without dropout this agrees with Hugging Face PEFT. With `after_norm` it agrees with Megatron-Bridge,
+which applies the post-norm to the outputs of o and down before the adapter adds to them. Dropout acts on the inputs of
+the low-rank branch only. PEFT does the same for LoRA; for DoRA it also drops the inputs of the frozen weight, in the
+term by which the magnitude rescales that weight's output.
 """
 
 import fnmatch
@@ -28,11 +29,11 @@ from gemma2_jax.model.gemma2 import Einsum, Gemma2, activation_place, apply_weig
 
 
 class AdapterParam(nnx.Variable):
-    """A variable of an adapter: the filter of adapter training."""
+    """The type of every adapter variable; adapter training trains these."""
 
 
 def trainable_filter(config: AdapterConfig) -> nnx.filterlib.Filter:
-    """The filter that says which variables a run trains."""
+    """The filter that selects the variables that a run trains."""
     if config.kind == "none":
         return nnx.Param
     return nnx.Any(AdapterParam, lambda path, _: config.replaces("/".join(map(str, path))))
@@ -41,11 +42,11 @@ def trainable_filter(config: AdapterConfig) -> nnx.filterlib.Filter:
 class Adapter(nnx.Module):
     """The low-rank update of one projection, stacked over layers like its weight.
 
-    Of a projection "BTD,DNH->BTNH", the variables are a [L, D, R], uniform in +-1/sqrt(D), b [L, R, N, H], zero, and
-    for DoRA m [L, N, H], the column norms of the weight; all are float32. A new adapter changes nothing.
+    For a projection "BTD,DNH->BTNH", the variables are a [L, D, R], uniform in +-1/sqrt(D); b [L, R, N, H], zero; and
+    for DoRA m [L, N, H], the column norms of the weight. All are float32. A new adapter changes nothing.
 
-    In layers that have no adapter all of them are zero. The gradients of A and B are zero too then, so that they stay
-    zero in training; for m this is so because a layer whose m is all zero leaves the output as it is.
+    In layers that have no adapter all of them are zero, and stay zero in training: the gradients of A and B are
+    products with each other, and a layer whose m is all zero leaves the output as it is, so that m has no gradient.
     """
 
     def __init__(self, base: Einsum, name: str, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
@@ -53,9 +54,9 @@ class Adapter(nnx.Module):
         contracted = "".join(letter for letter in weight if letter not in outputs)
         produced = "".join(letter for letter in weight if letter in outputs)
         self.weight, self.contracted, self.produced = weight, contracted, produced
-        self.down, self.up = f"{inputs},{contracted}R->BTR", f"BTR,R{produced}->{outputs}"
-        # Where the projection has the model's width, the adapter works with positions spread as between blocks: tensor
-        # shards then sum up no more than [B, T, R] for it, and the sums of the projection itself stay as they are.
+        self.down_equation, self.up_equation = f"{inputs},{contracted}R->BTR", f"BTR,R{produced}->{outputs}"
+        # Inputs and outputs of the model's width keep their positions spread as between blocks, so tensor shards
+        # exchange only [B, T, R] for the adapter, and what they exchange for the projection itself does not change.
         self.input_place: Place = activation_place(inputs)
         self.output_place: Place = activation_place(outputs)
         self.scale, self.dropout = config.projection_scale(name), config.dropout
@@ -79,19 +80,19 @@ class Adapter(nnx.Module):
         """The adapted output, in the shape and dtype of y.
 
         Args:
-          x: the projection's input, in the compute dtype, [B, T, D] or what else its equation says.
-          y: the projection's output; with `after_norm`, what the post-norm made of it.
+          x: the projection's input, in the compute dtype, with the dims of its equation, such as [B, T, D].
+          y: the projection's output; with `after_norm`, the post-norm's output.
           w: the projection's weight in this layer.
-          key: for dropout; None for none.
+          key: for dropout; None for no dropout.
         """
         # The scale multiplies B, which is small, and not the activations.
         a, b = self.a[...], self.scale * self.b[...]
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low_BTR = constrain(apply_weight(self.down, x, a, self.input_place), "BTR", "between_blocks")
+        low_BTR = constrain(apply_weight(self.down_equation, x, a, self.input_place), "BTR", "between_blocks")
         low_BTR = constrain(low_BTR, "BTR", self.output_place)
-        y = y + apply_weight(self.up, low_BTR, b, self.output_place)
+        y = y + apply_weight(self.up_equation, low_BTR, b, self.output_place)
         if self.m is None:
             return y
         norm = jax.lax.stop_gradient(self._column_norms(w, self.a[...], self.b[...], ""))
@@ -116,7 +117,7 @@ class Adapter(nnx.Module):
         return jax.lax.map(merge_layer, (w_L, self.a[...], self.b[...], None if self.m is None else self.m[...]))
 
     def _magnitude_ratio(self, m, norm) -> jax.Array:
-        """What DoRA multiplies the columns of one layer with: one where the layer has no adapter, so that m is zero."""
+        """What DoRA multiplies the columns of one layer by; 1 in a layer without an adapter, where m is all zero."""
         if not self.lacks_layers:
             return m / norm
         adapted = jnp.any(m != 0)
@@ -125,24 +126,24 @@ class Adapter(nnx.Module):
     def _column_norms(self, w, a, b, layers: Literal["L", ""]) -> jax.Array:
         """Column norms of W + scale * A B, float32 of the produced letters, without forming that matrix.
 
-        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column. `layers` says whether the
-        arrays are of all layers, with L in front, or of one. Z is a second adapter rank.
+        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column. `layers` is "L" for arrays of
+        all layers, with L in front, and "" for those of one layer. Q is R under a second letter, for A^T A.
         """
         w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
         weight, contracted, produced = layers + self.weight, layers + self.contracted, layers + self.produced
         low_rank = f"{layers}R{self.produced}"
         a_w = jnp.einsum(f"{contracted}R,{weight}->{low_rank}", a, w, precision="highest")
-        gram = jnp.einsum(f"{contracted}R,{contracted}Z->{layers}RZ", a, a, precision="highest")
+        gram = jnp.einsum(f"{contracted}R,{contracted}Q->{layers}RQ", a, a, precision="highest")
         if not layers:  # in a step, where XLA would otherwise move A between devices for these small sums
             gram, a_w = constrain(gram, "RR"), constrain(a_w, low_rank)
-        b_gram = jnp.einsum(f"{layers}RZ,{layers}Z{self.produced}->{low_rank}", gram, b)
+        b_gram = jnp.einsum(f"{layers}RQ,{layers}Q{self.produced}->{low_rank}", gram, b)
         square = jnp.einsum(f"{weight},{weight}->{produced}", w, w, precision="highest")
         cross = jnp.sum(b * (2 * self.scale * a_w + self.scale**2 * b_gram), axis=len(layers))
         return jnp.sqrt(square + cross)
 
 
 def _keep_layers(x_L: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-    """A stack with zeros in place of all layers but these; no layers mean all."""
+    """The stack with zeros in all layers but these; empty `layers` keep all."""
     if not layers:
         return x_L
     kept = np.isin(np.arange(len(x_L)), layers)
@@ -150,9 +151,9 @@ def _keep_layers(x_L: jax.Array, layers: tuple[int, ...]) -> jax.Array:
 
 
 def attach_adapters(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives every projection that `config.targets` match an `Adapter`, drawn from `rngs.params`.
+    """Gives an `Adapter`, drawn from `rngs.params`, to every projection that `config.targets` match.
 
-    Kind "none" gives none. Raises ValueError where the model lacks what a pattern or `config.layers` names.
+    Does nothing for kind "none". Raises ValueError if the model lacks what a pattern or `config.layers` names.
     """
     if config.kind == "none":
         return
@@ -176,7 +177,7 @@ def attach_adapters(model: Gemma2, config: AdapterConfig, *, rngs: nnx.Rngs) -> 
 def merge_adapters(model: Gemma2) -> None:
     """Adds every adapter into its weight, in float32 and back to the weight's dtype, and removes it.
 
-    Raises ValueError where `check_mergeable` does.
+    Raises ValueError if an adapter is added after the post-norm.
     """
     bases = projections(model).items()
     adapted = [(name, base, base.adapter) for name, base in bases if isinstance(base.adapter, Adapter)]
