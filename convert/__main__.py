@@ -9,6 +9,7 @@ This is the command line only: it parses its arguments before it imports slow li
 what it wrote. JAX runs on the CPU here whatever the machine has, as there is nothing to compute but casts and merges.
 """
 
+import math
 import shlex
 import signal
 import sys
@@ -44,7 +45,7 @@ class Convert:
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder, .gguf file or Hub id to read")]
     # Folder to write, or .gguf file; it must not exist yet.
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     # Format to write. peft, megatron-adapter and gguf-adapter are the adapter alone; megatron is torch_dist, which
     # Megatron-Bridge loads; megatron-legacy is a file a rank; gguf is for llama.cpp and Ollama.
     to: Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
@@ -62,6 +63,9 @@ class Convert:
     tp: int = 1
     pp: int = 1  # pipeline stages that megatron-legacy has files for
 
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "src", "dst", "adapter", "hf_config")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
@@ -69,6 +73,9 @@ class Inspect:
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, or a Hub id
     hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
+
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "path", "hf_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +91,24 @@ class Verify:
     prompt: str | None = None  # compare their logits on this text too
     hf_config: str | None = None  # folder or Hub id with the config.json of Megatron checkpoints that have none
 
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "first", "second", "hf_config")
+        if not 0 <= self.atol < math.inf:
+            raise ValueError(f"atol is {self.atol}; it must be a finite number of at least 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
     """Convert a Hugging Face model to Megatron, as Megatron-Bridge's `import` does."""
 
     hf_model: str  # folder or Hub id
-    megatron_path: Path  # folder to write
+    megatron_path: str  # folder to write
     torch_dtype: DType | None = None  # dtype to write; None: as stored
     device_map: str | None = None  # no effect: conversions need no device
     trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
+
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "hf_model", "megatron_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +117,13 @@ class Export:
 
     hf_model: str  # folder or Hub id that has the model's config.json and tokenizer
     megatron_path: str  # folder to read
-    hf_path: Path  # folder to write
+    hf_path: str  # folder to write
     torch_dtype: DType | None = None  # dtype to write; None: as stored
     no_progress: _Flag = False  # show no bar
     trust_remote_code: _Flag = False  # no effect: no checkpoint's code is run
+
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "hf_model", "megatron_path", "hf_path")
 
 
 def main(program: str = "python -m gemma2_jax.convert") -> None:
@@ -221,8 +239,8 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with _progress_bar(job.size, shown=show_progress) as progress:
-        write_checkpoint(job, command.dst, progress)
-    print(f"wrote {command.dst}: {_summarize(job)}\n{_suggest_use(job, command.dst)}")
+        write_checkpoint(job, Path(command.dst), progress)
+    print(f"wrote {command.dst}: {_summarize(job)}\n{_suggest_use(job, Path(command.dst))}")
 
 
 def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str, ...] = ()) -> "Checkpoint":

@@ -610,6 +610,8 @@ def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     Raises ValueError where there is no such folder and no such model.
     """
+    if not str(path):
+        raise ValueError("the path of a checkpoint is empty; name its folder ('.' is the current one)")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

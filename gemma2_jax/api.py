@@ -7,7 +7,7 @@ first, which sets what JAX needs before it starts.
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -75,6 +75,8 @@ def load(
     from gemma2_jax.convert.checkpoints import open_checkpoint
     from gemma2_jax.inference.loaded import load_model
 
+    if dtype is not None and dtype not in get_args(DType):
+        raise ValueError(f"dtype is {dtype!r}; it may be {' or '.join(get_args(DType))}, or None")
     checkpoint = open_checkpoint(path, hf_config=hf_config)
     if adapter is not None:
         checkpoint = open_checkpoint(adapter, base=checkpoint)
@@ -108,8 +110,8 @@ def generate(
     from gemma2_jax.inference.loaded import generate_texts
     from gemma2_jax.inference.sampling import Sampling
 
-    if isinstance(prompts, str):
-        raise ValueError("prompts is a string; give a list of them, such as ['What is AI?']")
+    if isinstance(prompts, str) or not isinstance(prompts, Collection):
+        raise ValueError(f"prompts is {prompts!r}; give a list of strings, such as ['What is AI?']")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return generate_texts(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
 
@@ -129,6 +131,7 @@ def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: b
     from gemma2_jax.inference.loaded import save_model
 
     _check_format(format)
+    _check_path(path, "path")
     save_model(model, Path(path), format, merge=merge)
     return Path(path)
 
@@ -185,6 +188,11 @@ def _check_config(config: Any) -> None:
     if not isinstance(config, Config):
         given = f"recipe({config!r})" if isinstance(config, str) else "recipe('tiny_lora')"
         raise ValueError(f"config is {config!r}; give a Config, such as gemma2_jax.{given}")
+
+
+def _check_path(path: str | Path, name: str) -> None:
+    if not str(path):
+        raise ValueError(f"{name} is empty; name what to write")
 
 
 def _check_format(name: str) -> None:
@@ -285,6 +293,7 @@ def convert(
     from gemma2_jax.convert.writing import write_checkpoint
 
     _check_format(to)
+    _check_path(dst, "dst")
     source = open_checkpoint(src, hf_config=hf_config, drop=drop)
     if adapter is not None:
         source = open_checkpoint(adapter, base=source)

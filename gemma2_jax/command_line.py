@@ -43,6 +43,13 @@ def exit_usage(reason: str, program: str) -> NoReturn:
     sys.exit(2)
 
 
+def check_paths(command: Any, *names: str) -> None:
+    """Raises ValueError where one of these fields is an empty string, which would mean the current folder."""
+    for name in names:
+        if getattr(command, name) == "":
+            raise ValueError(f"{name} is empty; name a folder ('.' is the current one)")
+
+
 def fold(message: str) -> str:
     """A message for standard error, cut into lines between words where that is a terminal."""
     if not sys.stderr.isatty():

@@ -167,7 +167,7 @@ class AdapterConfig:
             raise ValueError(f"adapter.rank_pattern is {self.rank_pattern}; every rank must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if not self.targets and not self.modules_to_save:
+        if not any(self.targets) and not self.modules_to_save:
             raise ValueError("adapter.targets is empty; name at least one, for instance 'attn/q'")
         if list(self.layers) != sorted({layer for layer in self.layers if 0 <= layer < _MOST_LAYERS}):
             raise ValueError(f"adapter.layers is {self.layers}; give layers once each, in order, counted from 0")
@@ -257,11 +257,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be positive and finite")
         for name in ("min_lr", "warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
@@ -288,8 +288,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             lowest = 0 if f.name == "eval_every" else 1
-            if f.type is int and f.name != "seed" and getattr(self, f.name) < lowest:
-                raise ValueError(f"train.{f.name} is {getattr(self, f.name)}; it must be at least {lowest}")
+            if f.type is int and f.name != "seed" and not lowest <= (value := getattr(self, f.name)) < 2**31:
+                raise ValueError(f"train.{f.name} is {value}; it must be at least {lowest} and below 2**31")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2**32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +323,12 @@ class MeshConfig:
     fsdp: int = 1  # shards of weights and optimizer state, gathered layer by layer; also splits the batch
     context: int = 1  # shards of a row's positions, everywhere; also splits weights and optimizer state as fsdp does
     tensor: int = 1  # shards of heads, MLP width and vocabulary, and of positions between blocks
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        described = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        if any(size < 1 and size != -1 for size in sizes.values()) or [*sizes.values()].count(-1) > 1:
+            raise ValueError(f"mesh {described}: every axis must be at least 1, and at most one may be -1 (the rest)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,13 +382,18 @@ class Config:
     steps: int = 100  # optimizer steps
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if not 1 <= self.steps < 2**31:  # steps are counted in int32
+            raise ValueError(f"steps is {self.steps}; it must be at least 1 and below 2**31")
+        if not self.workdir:
+            raise ValueError("workdir is empty; name the folder to write to ('.' is the current one)")
         if self.train.sequence_length > self.model.max_length:
             raise ValueError(
                 f"train.sequence_length {self.train.sequence_length} is beyond the model's context of "
                 f"{self.model.max_length}; shorten it, or raise model.max_length if that is meant"
             )
+        model, ranks = self.model, [self.adapter.rank, *(rank for _, rank in self.adapter.rank_pattern)]
+        if max(ranks) > (widest := max(model.width, model.mlp_width, model.heads * model.head_width)):
+            raise ValueError(f"adapter.rank is {max(ranks)}, and no weight of the model is wider than {widest}")
         if self.init_adapter and not self.init:
             raise ValueError(f"init_adapter is {self.init_adapter}, and init is empty; set init to the model it is for")
         if self.train.export_adapter and not (self.init and self.adapter.kind != "none"):
@@ -471,6 +484,15 @@ def load_recipe(name: str) -> Config:
 def to_text(config: Config) -> str:
     """Every field as a line `group.field = value`: what `--print` shows and a run keeps as config.txt."""
     return "".join(f"{key} = {value!r}\n" for key, value in _flatten_fields(config))
+
+
+def from_file(path: Path) -> Config:
+    """The config in a run's config.txt. Raises ValueError naming the file where it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, as it is not UTF-8 ({error}); copy it again") from error
+    return from_text(text, str(path))
 
 
 def from_text(text: str, source: str = "config.txt") -> Config:

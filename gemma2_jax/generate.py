@@ -37,6 +37,9 @@ class Command:
     seed: int = 0  # of the draws
     dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
 
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "checkpoint", "adapter", "hf_config")
+
 
 def main(program: str = "python -m gemma2_jax.generate") -> None:
     """Parses, loads, generates; exits with a sentence where that cannot be done."""
@@ -60,13 +63,20 @@ def _generate(command: Command) -> None:
     checkpoint = _open_checkpoint(command)
     assert checkpoint.tokenizer is not None  # _open_checkpoint made sure
     tokenizer = load_tokenizer(checkpoint.tokenizer)
-    prompts = command.prompt or (sys.stdin.read(),)
+    prompts = command.prompt or (_read_prompt(),)
     tokens = [encode_prompt(prompt, tokenizer, chat=command.chat) for prompt in prompts]
     stop = stop_tokens(checkpoint, tokenizer, chat=command.chat)
     _print_defaults(command, checkpoint, stop, tokenizer)
     generator = load_generator(checkpoint, command.dtype)
     chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stop)
     _print_texts(prompts, sum(map(len, tokens)), chunks, tokenizer)
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text ({error}); give the prompt as UTF-8") from error
 
 
 def _open_checkpoint(command: Command) -> "Checkpoint":

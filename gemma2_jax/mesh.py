@@ -27,8 +27,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
     described = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise ValueError(f"mesh {described}: every axis must be at least 1, and at most one may be -1 (the rest)")
     if -1 in shape:
         product = math.prod(size for size in shape if size != -1)
         rest, remainder = divmod(len(devices), product)

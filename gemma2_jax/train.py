@@ -10,7 +10,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -49,9 +49,20 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: 
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
         recipe = _find_recipe(arguments, program)
         default = command(config=recipe, run=configs.load_recipe(recipe))
+        arguments = [_capitalize_boolean(argument, default.run) for argument in arguments]
     except ValueError as error:
         command_line.exit_usage(str(error), program)
     return command_line.parse(command, arguments, program, default)
+
+
+def _capitalize_boolean(argument: str, config: Config) -> str:
+    """--data.packing=false as --data.packing=False, as Megatron-Bridge's commands may write it."""
+    name, separator, value = argument.partition("=")
+    field: Any = config
+    for part in name.removeprefix("--").replace("-", "_").split("."):
+        field = getattr(field, part, None)
+    is_boolean = isinstance(field, bool) and value.lower() in ("true", "false")
+    return f"{name}{separator}{value.capitalize()}" if is_boolean else argument
 
 
 def main(program: str = PROGRAM) -> None:

@@ -44,7 +44,7 @@ def refusal(monkeypatch, capsys):
         ("train --config tiny_lora --optim.lr three", "--optim.lr FLOAT is not understood: could not convert string "
          "to float: 'three'."),
         ("train --config tiny_lora --steps", "--steps INT lacks its value."),
-        ("train --config tiny_lora --steps 0", "steps is 0; it must be at least 1."),
+        ("train --config tiny_lora --steps 0", "steps is 0; it must be at least 1 and below 2**31."),
         ("train --config tiny_lora wrong", "wrong is not an option, nor the value of one."),
         ("train tiny_lra", f"tiny_lra is not an option: a recipe is given as --config NAME; did you mean tiny_lora? "
          f"{RECIPES}"),
@@ -60,12 +60,21 @@ def refusal(monkeypatch, capsys):
         ("convert a b --to hff", "--to is 'hff'; did you mean hf? It may be orbax or hf or "),
         ("convert a b c --to hf", "c is not an option, nor the value of one."),
         ("convert inspect", "PATH must be given."),
+        ("convert verify a b --atol nan", "atol is nan; it must be a finite number of at least 0."),
+        ("convert verify a b --atol=-1", "atol is -1.0; it must be a finite number of at least 0."),
+        ("convert verify a b --hf-config=", "hf_config is empty; name a folder ('.' is the current one)."),
+        ("generate --checkpoint=", "checkpoint is empty; name a folder ('.' is the current one)."),
+        ("train --config tiny_lora --workdir=", "workdir is empty; name the folder to write to ('.' is the current "
+         "one)."),
+        ("train --config tiny_lora --mesh.data 0", "mesh data 0 x "),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(arguments, said, refusal):
     error = refusal(arguments)
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
-    program = {"tran": "", "convert inspect": " convert inspect"}.get(arguments, f" {arguments.split()[0]}")
+    command, subcommand = [*arguments.split(), ""][:2]
+    program = {"tran": "", "convert": " convert"}.get(command, f" {command}")
+    program += f" {subcommand}" if subcommand in ("inspect", "verify") else ""
     assert error.endswith(f" gemma2-jax{program} --help lists the options\n")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import subprocess
@@ -102,6 +103,35 @@ def test_no_evaluation_may_be_asked():
     ):
         with pytest.raises(ValueError, match=message):
             group(**fields)
+
+
+@pytest.mark.parametrize(
+    ("group", "fields", "message"),
+    [
+        ("optim", {"lr": math.inf}, "optim.lr is inf; it must be positive and finite"),
+        ("optim", {"weight_decay": math.inf}, "optim.weight_decay is inf; it must not be negative, nor infinite"),
+        ("mesh", {"tensor": 0}, "tensor 0: every axis must be at least 1"),
+        ("mesh", {"fsdp": -1}, "at most one may be -1"),
+        ("adapter", {"rank": 10**9}, "adapter.rank is 1000000000, and no weight of the model is wider than 9216"),
+        ("adapter", {"targets": ("",)}, "adapter.targets is empty"),
+        ("train", {"seed": 10**20}, "train.seed is 100000000000000000000; it must be"),
+        ("train", {"eval_batches": 2**31}, "train.eval_batches is 2147483648; it must be at least 1 and below 2**31"),
+        ("", {"steps": 10**12}, "steps is 1000000000000; it must be at least 1 and below 2**31"),
+        ("", {"workdir": ""}, "workdir is empty"),
+    ],
+)
+def test_values_that_no_run_can_have(group, fields, message):
+    recipe = configs.load_recipe("2b_lora")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(
+            recipe, **({group: dataclasses.replace(getattr(recipe, group), **fields)} if group else fields)
+        )
+
+
+def test_booleans_as_megatron_bridge_writes_them():
+    for value, packing in (("false", False), ("TRUE", True), ("False", False)):
+        assert train.parse(["--config", "9b_dora", f"data.packing={value}"]).run.data.packing is packing
+    assert train.parse(["--config", "9b_dora", "data.train=true"]).run.data.train == "true"
 
 
 def test_adapters_without_what_they_are_for():

@@ -1,9 +1,12 @@
 """How the next token is chosen from logits: the most likely one, or a draw after temperature, top-k and top-p."""
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
+_LOWEST_TEMPERATURE = 1e-6  # a logit over less would come near the end of float32, and none differs from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +19,19 @@ class Sampling:
     seed: int = 0  # of the draws; the draws of a row do not depend on the other rows
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; use 0 for the most likely token, or a positive one")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or unset to draw from all tokens")
+        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}; use 0 for the most likely token, or a finite number of at least "
+                f"{_LOWEST_TEMPERATURE}"
+            )
+        if self.top_k is not None and not 1 <= self.top_k < 2**31:
+            raise ValueError(
+                f"top_k is {self.top_k}; it must be at least 1 and below 2**31, or unset to draw from all tokens"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or unset")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**31")
 
     @property
     def settings(self) -> dict[str, float]:

@@ -9,8 +9,14 @@ if TYPE_CHECKING:
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
     """A prompt's tokens, beginning with <bos>; with `chat`, as a user's turn followed by the start of the model's.
 
-    Raises ValueError if `chat` is asked for and the tokenizer has no chat template.
+    Raises ValueError if `chat` is asked for and the tokenizer has no chat template, and for a prompt that is not text.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt is {prompt!r}; give a string")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's way to keep the bytes of an argument that are not UTF-8
+        raise ValueError(f"the prompt {prompt!r} has bytes that are not UTF-8; give it as UTF-8 text") from error
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --chat")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ from gemma2_jax.inference import generator as generators
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import CHUNK, Generator
 from gemma2_jax.inference.sampling import Sampling, filter_logits, sample_tokens
-from gemma2_jax.inference.text import TextStream
+from gemma2_jax.inference.text import TextStream, encode_prompt
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
@@ -310,10 +311,30 @@ def test_a_full_context_can_be_generated():
     assert len(found) == 28
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", 1e-300),
+        ("top_k", 0),
+        ("top_k", 10**11),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("seed", 10**20),
+        ("seed", -1),
+    ],
+)
 def test_bad_sampling_says_which(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(("prompt", "said"), [(None, "give a string"), ("\udcff\udcfe", "bytes that are not UTF-8")])
+def test_prompts_that_are_no_text(prompt, said):
+    with pytest.raises(ValueError, match=said):
+        encode_prompt(prompt, load_tokenizer(str(ASSETS)), chat=False)
 
 
 def test_text_comes_in_whole_characters():
