@@ -187,10 +187,25 @@ def build_store(
                 except OSError:
                     if not folder.exists():  # it exists if another process has finished before
                         raise
-    return Store(
-        tokens=np.memmap(folder / "tokens", np.int32, "r"),
-        learned=np.memmap(folder / "learned", np.bool_, "r"),
-        offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
+    return _open_store(folder)
+
+
+def _open_store(folder: Path) -> Store:
+    """The store in a folder. Raises ValueError where its files are not whole."""
+    reason = "its files are of unlike lengths"
+    try:
+        store = Store(
+            tokens=np.memmap(folder / "tokens", np.int32, "r"),
+            learned=np.memmap(folder / "learned", np.bool_, "r"),
+            offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
+        )
+        if len(store.tokens) == len(store.learned) == store.offsets[-1]:
+            return store
+    except (ValueError, OSError, EOFError, IndexError) as error:
+        reason = str(error) or type(error).__name__
+    raise ValueError(
+        f"the tokenized data in {folder} is damaged: {reason}; delete {folder.parent}, and the same command makes it "
+        "again"
     )
 
 

@@ -79,7 +79,7 @@ class Checkpoints:
         if size > free:
             raise OSError(
                 f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
-                f"make room, and the same command resumes after step {self.latest or 0}"
+                f"make room, and the same command {self._describe_next()}"
             )
         with self._explain_failures(), _delay_interrupts():
             self._manager.save(
@@ -102,20 +102,39 @@ class Checkpoints:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise OSError(
                 f"a checkpoint could not be written to {self.folder}: {reason}; "
-                f"once that is mended, the same command resumes after step {self.latest or 0}"
+                f"once that is mended, the same command {self._describe_next()}"
             ) from error
 
     def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
-        """A step's contents, shaped and placed like the abstract arrays given."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore_args(_nest_dicts(params)),
-                optimizer=_restore_args(_nest_dicts(optimizer)),
-                loop=ocp.args.JsonRestore(),
-            ),
+        """A step's contents, shaped and placed like the abstract arrays given. ValueError where they are damaged."""
+        args = ocp.args.Composite(
+            params=_restore_args(_nest_dicts(params)),
+            optimizer=_restore_args(_nest_dicts(optimizer)),
+            loop=ocp.args.JsonRestore(),
         )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+            raise
+        except Exception as error:  # Orbax raises KeyError, ValueError, OSError and others for damaged files
+            raise ValueError(self._describe_damage(step, error)) from error
         return _flatten_dicts(restored["params"]), _flatten_dicts(restored["optimizer"]), restored["loop"]
+
+    def _describe_damage(self, step: int, error: Exception) -> str:
+        folder = self.folder / str(step)
+        missing = [name for name in ("params", "optimizer", "loop") if not (folder / name).is_dir()]
+        said = (str(error) or repr(error)).splitlines()[0].partition(" [")[0]  # TensorStore adds its JSON
+        reason = f"it has no {' and no '.join(missing)}" if missing else said
+        earlier = [saved for saved in self._manager.all_steps() if saved < step]
+        next_start = f"go on from step {max(earlier)}" if earlier else "start from the beginning"
+        return (
+            f"the checkpoint {folder} is damaged or not whole: {reason.rstrip('.')}; copy that folder again, or delete "
+            f"it to {next_start}"
+        )
+
+    def _describe_next(self) -> str:
+        """What the same command does as things are."""
+        return "starts from the beginning" if self.latest is None else f"resumes after step {self.latest}"
 
 
 @contextmanager

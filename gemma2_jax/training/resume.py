@@ -126,7 +126,7 @@ def _check_changes(config: Config, path: Path) -> list[str]:
     changes = config_differences(config, path)
     forbidden = {key: text for key, text in changes.items() if not key.startswith(FREE_FIELDS)}
     if forbidden:
-        saved = configs.from_text(path.read_text(), str(path))
+        saved = configs.from_file(path)
         remedy = "Give that run's values, or another --workdir"
         if not any(key.startswith(("model.", "adapter.", "init")) for key in forbidden):
             remedy += describe_new_start(dataclasses.replace(saved, workdir=config.workdir))
@@ -172,7 +172,7 @@ def _check_same_options(config: Config, path: Path) -> None:
 def config_differences(config: Config, path: Path) -> dict[str, str]:
     """How the config differs from the one in a file, by field. Fields of `hosts` are not compared."""
     # The file is parsed and written again, so that a field that is newer than the file gets its default.
-    saved = configs.from_text(path.read_text(), str(path))
+    saved = configs.from_file(path)
     before, now = (_config_lines(config) for config in (saved, config))
     return {
         key: f"{key} was {before[key]} and is {now[key]}"

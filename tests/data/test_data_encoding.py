@@ -137,6 +137,19 @@ def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
     assert first.tokens.tolist() != other.tokens.tolist()
 
 
+@pytest.mark.parametrize("name", ["tokens", "learned", "offsets.npy"])
+def test_a_damaged_store_is_named(jsonl, tmp_path, tokenizer, name):
+    path, cache = jsonl({"text": "a"}, {"text": "b"}), tmp_path / "cache"
+    data = DataConfig(kind="text", train=path, eval=path)
+    encoding.build_store(data, "train", tokenizer, cache)
+    (file,) = cache.glob(f"train-*/{name}")
+    whole = file.read_bytes()
+    for end in (0, len(whole) // 2, len(whole) - 4):
+        file.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=f"data in {file.parent} is damaged: .*; delete {cache}, and the same"):
+            encoding.build_store(data, "train", tokenizer, cache)
+
+
 def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "_DOCUMENTS_PER_CALL", 1)
     path = jsonl({"text": "a"}, {"text": "b"}, "{")

@@ -219,7 +219,7 @@ def test_a_write_that_fails(tmp_path):
     )
     assert result.returncode == 1
     assert "error: a checkpoint could not be written to" in result.stderr
-    assert "the same command resumes after step 0" in result.stderr
+    assert "the same command starts from the beginning" in result.stderr
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest is None
 
