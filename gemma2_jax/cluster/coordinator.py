@@ -38,7 +38,7 @@ def enable_keepalive(connection: socket.socket) -> None:
 
 
 class Coordinator:
-    """Serves `count` processes until all are done, one has failed, or not all have arrived after `patience` seconds."""
+    """Serves `count` processes until all are done, one fails, or some have not arrived after `patience` seconds."""
 
     def __init__(self, count: int, patience: float):
         self._count, self._patience = count, patience

@@ -313,7 +313,7 @@ def _connect_coordinator(place: Place) -> Iterator[_CoordinatorConnection]:
 
 
 def _is_peer_failure(error: BaseException | None) -> bool:
-    """Whether another process being gone may have raised this: any error of XLA's but lack of memory may mean that."""
+    """Whether a collective may have raised this as another process is gone: any XLA error but lack of memory."""
     from jax.errors import JaxRuntimeError
 
     while error is not None:

@@ -50,7 +50,7 @@ def split_equation(equation: str) -> tuple[str, str, str]:
 
 
 def activation_place(letters: str) -> dims.Place:
-    """How activations with these dims are spread: those of the model's width as between blocks, others as in use."""
+    """The column of `dims.DIMS` for a projection's input or output: "between_blocks" if it has the model's width."""
     return "between_blocks" if "D" in letters else "used"
 
 
