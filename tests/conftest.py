@@ -46,7 +46,11 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled_once(of_all_workers: Path) -> Iterator[None]:
-    """Has a program compiled once, for modules whose tests train the same small models again and again."""
+    """Has a program compiled once, for modules whose tests train the same small models again and again.
+
+    The commands that they start read what is kept, and add to it what took long.
+    """
+    from jax._src.lru_cache import LRUCache
     from jax.experimental.compilation_cache import compilation_cache
 
     options = {
@@ -60,7 +64,10 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
             jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))  # for the commands that tests start
+            patch.setenv(name.upper(), str(value))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        # For each program it would read the age of every other, which takes longer than most take to be compiled.
+        patch.setattr(LRUCache, "_evict_if_needed", lambda *arguments, **sizes: None)
         compilation_cache.reset_cache()
         yield
     for name, value in before.items():

@@ -24,6 +24,8 @@ from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
 from gemma2_jax.model import lora
 from gemma2_jax.model.gemma2 import flatten_state
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny-gemma2"
 TOKENS = [2, 5, 17, 300, 301, 9]

@@ -54,7 +54,7 @@ def run(request, tmp_path_factory) -> Path:
             workdir=str(workdir),
             steps=4,
             data=replace(recipe.data, train=str(ROOT / "tests" / "fixtures" / "sums.jsonl"), eval_fraction=0.05),
-            optim=replace(recipe.optim, lr=0.02, min_lr=0.01, warmup_steps=0),
+            optim=replace(recipe.optim, lr=0.02, min_lr=0.01, warmup_steps=0, decay_steps=4),  # one program
             train=replace(recipe.train, **sizes, **saves),
         )
     )
@@ -217,7 +217,7 @@ def evaluations(workdir: Path) -> dict[int, float]:
 @pytest.mark.parametrize("run", ["lora"], indirect=True)
 def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
     """From the loss that it had; and what comes of it resumes and is exported, whatever became of its exports."""
-    config = going_on(run, adapter, tmp_path / "run", mesh=MeshConfig(data=4, tensor=2), steps=1)
+    config = going_on(run, adapter, tmp_path / "run", steps=1)
     loop.train(config)
     said = " ".join(capsys.readouterr().out.split())
     assert f"weights {TINY} adapter starts from peft {adapter} parameters" in said
