@@ -54,7 +54,7 @@ def run(request, tmp_path_factory) -> Path:
             workdir=str(workdir),
             steps=4,
             data=replace(recipe.data, train=str(ROOT / "tests" / "fixtures" / "sums.jsonl"), eval_fraction=0.05),
-            optim=replace(recipe.optim, lr=0.02, min_lr=0.01, warmup_steps=0, decay_steps=4),  # one program
+            optim=replace(recipe.optim, lr=0.02, min_lr=0.01, warmup_steps=0, decay_steps=4),
             train=replace(recipe.train, **sizes, **saves),
         )
     )
