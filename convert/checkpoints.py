@@ -580,7 +580,9 @@ def _open_if_folder(name: str | None, model: ModelConfig | None = None) -> Check
 
 
 def _is_folder(name: str) -> bool:
-    return Path(name).is_dir()
+    """Whether it is a folder, or a GGUF file, which stands for one."""
+    path = Path(name)
+    return path.is_dir() or (path.is_file() and _is_gguf(path))
 
 
 def _refuse_base(path: Path, model: ModelConfig, base: Checkpoint | None) -> None:

@@ -276,6 +276,12 @@ def test_an_adapter_is_what_llama_cpp_s_converter_makes_of_it_and_comes_back(nam
         assert tensor.tobytes() == tensors[key].tobytes()
 
 
+def test_an_adapter_finds_its_model_in_a_gguf_file(written, tmp_path):
+    source = open_checkpoint(peft_folder(tmp_path / "peft", LORA, written["float32"]))
+    lora = open_checkpoint(write(source, tmp_path / "lora.gguf", "gguf-adapter"))
+    assert source.has_weights and lora.has_weights and lora.tokenizer == written["float32"]
+
+
 def test_a_merged_adapter_is_quantized_from_float32(tmp_path):
     peft = open_checkpoint(peft_folder(tmp_path / "peft", LORA))
     write(peft, tmp_path / "hf", "hf", merge=True, dtype="float32")
