@@ -17,7 +17,7 @@ import pytest
 from small_runs import ROOT, saved_run
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import GEMMA2_TINY, AdapterConfig
+from gemma2_jax.config import GEMMA2_TINY
 from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Format, Job
@@ -74,18 +74,14 @@ def convert(source: Path, target: Path, to: Format, **options) -> Path:
 def exports(tmp_path_factory) -> list[Path]:
     """What is written of a run of full training, of one of an adapter, and of a model that was in Megatron's format."""
     folder = tmp_path_factory.mktemp("exports")
-    source = open_checkpoint(TINY)
-    rows, adapter = table.MODEL, AdapterConfig()
-    runs = {}
+    source, random, runs = open_checkpoint(TINY), np.random.default_rng(0), {}
     for kind in ("sft", "lora"):
         config = replace(configs.load_recipe(f"tiny_{kind}"), init=str(TINY), workdir=str(folder / kind))
-        if kind == "lora":
-            adapter, rows = config.adapter, table.table_rows(config.adapter)
-        random = np.random.default_rng(0)
-        shapes = table.array_shapes(rows, GEMMA2_TINY, adapter.rank)
-        weights = {path: random.normal(0, 0.02, shape).astype(np.float32) for path, shape in shapes.items()}
         if kind == "sft":
             weights = {path: np.asarray(w, np.float32) for path, w in load_weights(source, source.shapes).items()}
+        else:
+            shapes = table.array_shapes(table.table_rows(config.adapter), GEMMA2_TINY)
+            weights = {path: random.normal(0, 0.02, shape).astype(np.float32) for path, shape in shapes.items()}
         runs[kind] = saved_run(folder / kind, config, {1: weights})
         keep_tokenizer(config, source, load_run_tokenizer(config, source, resumes=False))
     return [
