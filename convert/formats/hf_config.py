@@ -33,6 +33,7 @@ _FIXED = {
     "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
 }
+_FLOATS = ("attn_softcap", "final_softcap", "norm_eps")
 _TOKENS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
@@ -66,6 +67,8 @@ def hf_config(config: ModelConfig, dtype: str, original: dict[str, Any] | None =
     """The config.json of a model stored as `dtype`, with those keys of `original` that do not describe the model."""
     scalar = config.query_pre_attn_scalar
     described = {key: getattr(config, field) for field, key in FIELDS.items()} | {
+        # transformers 5 wants a float, and Megatron's files may have 30 for 30.0.
+        **{FIELDS[field]: float(value) for field in _FLOATS if (value := getattr(config, field)) is not None},
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # transformers 5 wants an int
@@ -74,8 +77,8 @@ def hf_config(config: ModelConfig, dtype: str, original: dict[str, Any] | None =
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "layer_types": _layer_types(config),
-        "rope_theta": config.rope_theta,  # transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
+        "rope_theta": float(config.rope_theta),  # transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},  # transformers 5
         "torch_dtype": dtype,  # transformers 4
         "dtype": dtype,  # transformers 5
     }
