@@ -21,7 +21,7 @@ def describe(folder: Path) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").float()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     eos = model.generation_config.eos_token_id
     if adapter.is_file():
         import peft
