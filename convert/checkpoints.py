@@ -79,6 +79,10 @@ class Checkpoint:
         """The shape and the stored dtype of every array, by path."""
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
+    def find_source(self, path: str) -> Source:
+        """The source that an array is read from: of several that have it the last, as an adapter's replaces the base's."""
+        return next(source for source in reversed(self.sources) if path in source.shapes)
+
     @property
     def has_weights(self) -> bool:
         """Whether the whole model is there, and not only its config or an adapter."""
@@ -190,7 +194,7 @@ def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Arra
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape {stored}, and "
                 f"{want.shape} is wanted"
             )
-    return {path: load_array(_find_source(checkpoint, path), path, want) for path, want in wanted.items()}
+    return {path: load_array(checkpoint.find_source(path), path, want) for path, want in wanted.items()}
 
 
 def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
@@ -198,12 +202,8 @@ def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:
 
     Raises ValueError where the files are damaged.
     """
-    source = _find_source(checkpoint, path)
+    source = checkpoint.find_source(path)
     return source.read(path, index, source.shapes[path].dtype)
-
-
-def _find_source(checkpoint: Checkpoint, path: str) -> Source:
-    return next(source for source in reversed(checkpoint.sources) if path in source.shapes)
 
 
 def _orbax_root(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
-from gemma2_jax.convert.files.memory import Index, contiguous_copy
+from gemma2_jax.convert.files.memory import Index, contiguous_copy, copy_array, reuse_memory
 from gemma2_jax.convert.formats import (
     companions,
     gguf,
@@ -48,7 +48,7 @@ _MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.item
 _Q8_0_BYTES = 34 / 32  # of an element: a block of 32 has a scale of two bytes
 # Adapters that have one rank and one scale, and nothing but low-rank matrices.
 _UNIFORM_ADAPTERS = {"megatron-adapter": "an adapter of Megatron-Bridge's", "gguf-adapter": "an adapter of llama.cpp's"}
-_READ_AHEAD = 2  # how many parts reading runs ahead of writing
+_READ_AHEAD = 1  # how many parts reading runs ahead of writing; the largest, a matrix of 27B, has 340 MB
 
 Progress = Callable[[float], None]  # is called with the number of bytes written since the last call
 
@@ -366,10 +366,41 @@ class Job:
             return np.zeros(shape, want.dtype)
         return read_array(self.source, row.path, part.index).astype(want.dtype, copy=False)
 
+    def ordered_part(self, part: Part) -> np.ndarray:
+        """What `array_part` gives, in C order."""
+        matrix = self._transposed_matrix(part, part.row.letters[-2]) if part.row.stacked else None
+        return contiguous_copy(self.array_part(part)) if matrix is None else matrix[None]
+
     def tensor_part(self, part: Part) -> np.ndarray:
         """A part as Hugging Face's or PEFT's tensor of one layer, or as some rows of the tensor, in C order."""
+        matrix = self._transposed_matrix(part, part.row.groups[0]) if part.row.stacked else None
+        if matrix is not None:
+            return matrix
         array = self.array_part(part)
         return contiguous_copy(part.row.to_tensor(array[0] if part.row.stacked else array))
+
+    def _transposed_matrix(self, part: Part, first: str) -> np.ndarray | None:
+        """A layer's matrix with a row for each of the letter `first`, where it is stored with a column for each.
+
+        It is transposed a block at a time while it is read, so that it is in memory once. None where it is stored
+        otherwise, is no matrix of two letters, or is computed.
+        """
+        path, letters = part.row.path, part.row.letters[1:]
+        if self.merge or len(letters) != 2 or {*letters} != {*part.row.groups} or path not in self.source.shapes:
+            return None
+        source = self.source.find_source(path)
+        dim, step = source.stored_rows(path)
+        sizes = dict(zip(letters, self.shapes[path].shape[1:], strict=True))
+        if letters[dim - 1] == first:
+            return None
+        other = letters[dim - 1]
+        matrix = reuse_memory((sizes[first], sizes[other]), self.shapes[path].dtype)
+        for start in range(0, sizes[other], step):
+            columns = slice(start, min(start + step, sizes[other]))
+            index = (part.index[0], *(columns if letter == other else slice(None) for letter in letters))
+            block = source.read(path, index, source.shapes[path].dtype)[0]
+            copy_array(matrix[:, columns], block if letters[0] == first else block.T)
+        return matrix
 
     def tensor_shape(self, row: Row) -> jax.ShapeDtypeStruct:
         """The shape and the dtype of a row's tensor; for a stacked row, of one layer's."""

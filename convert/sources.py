@@ -23,6 +23,8 @@ from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.model.gemma2 import Abstract
 
+_BLOCK_BYTES = 8 << 20  # of rows that are read at once, where they are transposed: few enough to stay in the cache
+
 
 class Source(Protocol):
     """A store of arrays by our paths, such as blocks/attn/q/w, in our layouts."""
@@ -34,6 +36,10 @@ class Source(Protocol):
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """The slices `index` of an array, cast to `dtype`, on the host; not necessarily C-contiguous."""
+        ...
+
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        """The dim of an array or of a stack's layers whose rows lie one after another, and how many to read at once."""
         ...
 
 
@@ -87,6 +93,12 @@ class WeightTensor:
         layer = slice(self.layer, self.layer + 1), *[slice(None)] * (len(self.row.letters) - 1)
         return self.row.to_tensor(self.source.read(self.row.path, layer, self.dtype)[0])[index]
 
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        row, stored = self.rows[path], self.shapes[path]
+        dim = row.letters.index(row.groups[0][0])
+        row_bytes = stored.size * stored.dtype.itemsize // (stored.shape[dim] * (stored.shape[0] if row.stacked else 1))
+        return dim, max(1, _BLOCK_BYTES // row_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OrbaxSource:
@@ -112,6 +124,10 @@ class OrbaxSource:
         # Slices are counted in the shape given here, as the stored stack of a run may be longer.
         spans = tuple(range(size)[span] for size, span in zip(self.shapes[path].shape, index, strict=True))
         return self.reader.read(path, tuple(slice(span.start, span.stop) for span in spans)).astype(dtype, copy=False)
+
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        dim = int(path.startswith("blocks/"))
+        return dim, self.reader.chunk(path)[dim]
 
 
 def load_array(source: Source, path: str, want: jax.ShapeDtypeStruct) -> jax.Array:

@@ -11,7 +11,6 @@ import numpy as np
 from gemma2_jax.convert import writing_megatron
 from gemma2_jax.convert.files import gguf as gguf_files, orbax, safetensors
 from gemma2_jax.convert.files.folder import atomic_folder, atomic_path
-from gemma2_jax.convert.files.memory import contiguous_copy
 from gemma2_jax.convert.formats import gguf
 from gemma2_jax.convert.formats.companions import copy_companions
 from gemma2_jax.convert.formats.hf_config import hf_config
@@ -96,7 +95,7 @@ def _write_gguf(path: Path, job: Job, progress: Progress) -> None:
 
 def _write_orbax(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:
     writer = orbax.Writer(folder, {row.path: job.shapes[row.path] for row in rows})
-    arrays = read_ahead(lambda part: contiguous_copy(job.array_part(part)), job.parts(rows))
+    arrays = read_ahead(job.ordered_part, job.parts(rows))
     for part, array in zip(job.parts(rows), arrays, strict=True):
         writer.write(part.row.path, part.index, array)
         progress(array.nbytes)

@@ -92,25 +92,35 @@ def _write_chunks(writer: TorchDistWriter, job: Job, fusings: tuple[Fused, ...],
         for fused in fusings
         for parts in zip(*(list(job.parts((rows[name],))) for name in fused.parts), strict=True)
     ]
-    stream = read_ahead(lambda item: [job.tensor_part(part) for part in item[1]], fused_parts)
-    for (fused, parts), tensors in zip(fused_parts, stream, strict=True):
-        # Gate and up are chunks of their own, as Megatron has them, and so are the halves of every rank.
+    stream = _count_bytes(read_ahead(job.tensor_part, [part for _, parts in fused_parts for part in parts]), progress)
+    for fused, parts in fused_parts:
+        tensors = itertools.islice(stream, len(parts))
+        # Gate and up are chunks of their own, as Megatron has them, and so are the halves of every rank. As they are
+        # large, each is written before the next one is taken.
         if fused.rows == "halves":
             chunks = tensors
         elif fused.rows == "half_ranks":
-            chunks = np.split(fused.fuse(tensors, model.kv_heads, job.ranks[0]), 2 * job.ranks[0])
+            chunks = np.split(fused.fuse(list(tensors), model.kv_heads, job.ranks[0]), 2 * job.ranks[0])
         else:
-            chunks = [fused.fuse(tensors, model.kv_heads)]
+            chunks = [fused.fuse(list(tensors), model.kv_heads)]
+        sizes = [job.tensor_shape(part.row).shape for part in parts]
+        height = sizes[0][0] if fused.rows == "shared" else sum(size[0] for size in sizes)
         first, row = parts[0].index[0], 0
         for chunk in chunks:
             if fused.stacked:
-                shape = (model.layers, sum(map(len, chunks)), *chunk.shape[1:])
+                shape = (model.layers, height, *chunk.shape[1:])
                 writer.chunk(fused.key, shape, (first.start, row, *(0,) * (chunk.ndim - 1)), chunk[None])
             else:
-                shape = job.tensor_shape(parts[0].row).shape
-                writer.chunk(fused.key, shape, (first.start, *(0,) * (chunk.ndim - 1)), chunk)
+                writer.chunk(fused.key, sizes[0], (first.start, *(0,) * (chunk.ndim - 1)), chunk)
             row += len(chunk)
-        progress(sum(tensor.nbytes for tensor in tensors))
+            del chunk
+
+
+def _count_bytes(tensors: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        progress(tensor.nbytes)
+        yield tensor
+        del tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,17 +24,19 @@ def download(name: str, *, weights: bool) -> Path:
     from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
+    def download_files(patterns: list[str]) -> Path:
+        wanted = _SMALL_FILES + patterns
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_SUBFOLDERS))
+
     try:
-        for patterns in _WEIGHTS if weights else ([],):
-            wanted = _SMALL_FILES + patterns
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_SUBFOLDERS))
-            if not patterns or any(file for pattern in patterns for file in folder.glob(pattern)):
+        if not weights:
+            return download_files([])
+        for patterns in _WEIGHTS:
+            folder = download_files(patterns)
+            if any(file for pattern in patterns for file in folder.glob(pattern)):
                 return folder
-        files = [
-            file
-            for file in huggingface_hub.HfApi().list_repo_files(name, revision=folder.name)
-            if not file.startswith(".")
-        ]
+        listed = huggingface_hub.HfApi().list_repo_files(name)
+        files = [file for file in listed if not file.startswith(".")]
         raise ValueError(
             f"{name} has no weights that this program reads (safetensors, or pytorch_model.bin): it has "
             f"{', '.join(files[:10])}; name the model that it was made from"

@@ -301,3 +301,7 @@ class _ModelArrays:
         ranges = [range(size)[part] for size, part in zip(w.shape, index, strict=True)]
         part = _cut(w, [r.start for r in ranges], tuple(map(len, ranges)))
         return np.asarray(part).astype(dtype, copy=False)
+
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        dim = int(path.startswith("blocks/"))
+        return dim, self.weights[path].shape[dim]

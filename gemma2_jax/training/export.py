@@ -80,3 +80,7 @@ class _HostArrays:
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         return self.arrays[path][index].astype(dtype, copy=False)
+
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        dim = int(path.startswith("blocks/"))
+        return dim, self.arrays[path].shape[dim]

@@ -29,9 +29,10 @@ from small_runs import saved_run
 
 from gemma2_jax import config as configs, mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
+from gemma2_jax.convert import job, sources
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
-from gemma2_jax.convert.files import folder, orbax, safetensors
+from gemma2_jax.convert.files import folder, memory, orbax, safetensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.job import Format, Job
@@ -86,6 +87,25 @@ def test_round_trip_through_orbax_is_exact(hf, tmp_path, name, dtype):
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (back / file).read_bytes() == (hf[name, dtype] / file).read_bytes()
     assert back.joinpath("model.safetensors").stat().st_mode & 0o777 == (back / "config.json").stat().st_mode & 0o777
+
+
+def test_matrices_are_transposed_block_by_block(hf, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)  # 6 of 96 rows
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 2000)  # 5 of 36 rows
+    copied = []
+
+    def copy_counted(target, source):
+        copied.append(source.nbytes)
+        memory.copy_array(target, source)
+
+    monkeypatch.setattr(job, "copy_array", copy_counted)
+    stored = _convert(hf["2b", "float32"], tmp_path / "orbax", "orbax")
+    assert max(copied) <= 1000 and len(copied) > 3 * 3 * 10
+    copied.clear()
+    assert _are_same(_load_tensors(_convert(stored, tmp_path / "back", "hf")), _load_tensors(hf["2b", "float32"]))
+    assert max(copied) <= 2000 and len(copied) > 3 * 2 * 5
+    bfloat16 = _convert(stored, tmp_path / "bf16", "hf", dtype="bfloat16")
+    assert _are_same(_load_tensors(bfloat16), _load_tensors(hf["2b", "bfloat16"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

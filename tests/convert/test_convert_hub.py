@@ -59,7 +59,7 @@ class Hub:
         status, headers, body = 200, {}, b""
         if path == "/api/models/org/tiny/revision/main":
             body = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": []}).encode()
-        elif path == f"/api/models/org/tiny/tree/{COMMIT}":
+        elif path in (f"/api/models/org/tiny/tree/{COMMIT}", "/api/models/org/tiny/tree/main"):
             tree = [{"type": "file", "path": at, "size": len(b), "oid": "0"} for at, b in self.files.items()]
             body = json.dumps(tree).encode()
         elif name in self.files and self.refusal:
