@@ -194,3 +194,4 @@ def _write_file(
                 file.write(part.reshape(-1).view(np.uint8))
                 left -= part.nbytes
                 progress(part.nbytes)
+                del part  # before the next one is asked for, whose memory it may be
