@@ -80,7 +80,7 @@ class Checkpoint:
         return {path: shape for source in self.sources for path, shape in source.shapes.items()}
 
     def find_source(self, path: str) -> Source:
-        """The source that an array is read from: of several that have it the last, as an adapter's replaces the base's."""
+        """The source that an array is read from, which is the last that has it: an adapter's replaces the base's."""
         return next(source for source in reversed(self.sources) if path in source.shapes)
 
     @property
@@ -288,7 +288,7 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     def read_base(row: Row, layer: int | None) -> WeightTensor:
         if base is None or base.model is None or row.path not in base.shapes:
             raise ValueError(f"{folder} changes a part of {row.name} only, so that its model's weights are needed too")
-        return WeightTensor(source=_find_source(base, row.path), model=base.model, row=row, layer=layer)
+        return WeightTensor(source=base.find_source(row.path), model=base.model, row=row, layer=layer)
 
     def open_source(model: ModelConfig) -> Source:
         tensors = opened.tensors(adapted.adapter, model, read_base)
