@@ -69,6 +69,12 @@ class TensorSource:
         row = self.rows[path]
         return row.read_array(dims.dim_sizes(self.model, row.rank), dtype, self.tensors.read, index)
 
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        row, stored = self.rows[path], self.shapes[path]
+        dim = row.letters.index(row.groups[0][0])
+        row_bytes = stored.size * stored.dtype.itemsize // (stored.shape[dim] * (stored.shape[0] if row.stacked else 1))
+        return dim, max(1, _BLOCK_BYTES // row_bytes)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightTensor:
@@ -92,12 +98,6 @@ class WeightTensor:
             return self.source.read(self.row.path, index, self.dtype)
         layer = slice(self.layer, self.layer + 1), *[slice(None)] * (len(self.row.letters) - 1)
         return self.row.to_tensor(self.source.read(self.row.path, layer, self.dtype)[0])[index]
-
-    def stored_rows(self, path: str) -> tuple[int, int]:
-        row, stored = self.rows[path], self.shapes[path]
-        dim = row.letters.index(row.groups[0][0])
-        row_bytes = stored.size * stored.dtype.itemsize // (stored.shape[dim] * (stored.shape[0] if row.stacked else 1))
-        return dim, max(1, _BLOCK_BYTES // row_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
