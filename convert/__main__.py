@@ -143,6 +143,9 @@ def main(program: str = "python -m gemma2_jax.convert") -> None:
     platforms.prepare_process(cpu=True, cache=False)
     try:
         run(command)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        command_line.exit_closed_pipe()
     except (ValueError, OSError) as error:
         sys.exit(command_line.fold(f"error: {error}"))
 
@@ -215,8 +218,14 @@ def _import(command: Import) -> None:
 
 
 def _export(command: Export) -> None:
-    paths = {"src": command.megatron_path, "dst": command.hf_path, "hf_config": command.hf_model}
-    _convert(Convert(**paths, to="hf", dtype=command.torch_dtype), show_progress=not command.no_progress)
+    job = Convert(
+        src=command.megatron_path,
+        dst=command.hf_path,
+        hf_config=command.hf_model,
+        to="hf",
+        dtype=command.torch_dtype,
+    )
+    _convert(job, show_progress=not command.no_progress)
 
 
 _COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -306,7 +315,7 @@ def _suggest_use(job: "Job", target: Path) -> str:
         return f"load it with Megatron-LM: --load {target} --ckpt-format torch --finetune"
     if "adapter" in job.groups:
         return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
-    return f"train from it: python -m gemma2_jax.train --config NAME --init {target}"
+    return f"train from it: python -m gemma2_jax.train --config NAME --init {shlex.quote(str(target))}"
 
 
 def _vllm_command(job: "Job", base: str, target: Path) -> str:

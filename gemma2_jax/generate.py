@@ -47,7 +47,10 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
     command = command_line.parse(Command, arguments, program)
     platforms.prepare_process()
     try:
+        platforms.check_platform()
         _generate(command)
+    except BrokenPipeError:
+        command_line.exit_closed_pipe()
     except (ValueError, OSError) as error:
         sys.exit(command_line.fold(f"error: {error}"))
 

@@ -3,6 +3,8 @@
 Nothing here imports JAX before the arguments are understood, so that `--help`, `--print` and mistakes answer at once.
 """
 
+import contextlib
+import errno
 import itertools
 import os
 import re
@@ -66,10 +68,14 @@ def _capitalize_boolean(argument: str, config: Config) -> str:
 
 
 def main(program: str = PROGRAM) -> None:
-    """Parses, trains; ends with 0, 1 after an error that it names, 2 for arguments, or 130 after Ctrl-C or SIGTERM."""
+    """Parses and trains.
+
+    The status is 0, 1 after an error that it names, 2 for arguments that it does not understand, 130 after Ctrl-C or
+    SIGTERM, and 141 where nobody reads its standard output any more.
+    """
     command = parse(sys.argv[1:], program=program)
     if command.print:
-        print(configs.to_text(command.run), end="")
+        _print_config(command.run)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -79,8 +85,10 @@ def main(program: str = PROGRAM) -> None:
 
         with hosts.process_group(command.run.hosts):
             loop.train(command.run)
+    except (BrokenPipeError, SystemExit):  # rich raises the latter
+        _end_process(141, f"standard output was closed; {describe_interruption(command.run.output)}")
     except (ValueError, OSError, FloatingPointError) as error:
-        _end_process(1, f"error: {error}")
+        _end_process(1, f"error: {_describe_error(error, command.run.output)}")
     except KeyboardInterrupt:
         _end_process(130, describe_interruption(command.run.output))
 
@@ -98,9 +106,27 @@ def describe_interruption(workdir: Path) -> str:
     return f"{reached}; the checkpoint of step {max(saved)} is kept in {folder}, and the same command resumes after it"
 
 
+def _describe_error(error: Exception, workdir: Path) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"{error.filename or workdir} could not be written: {error.strerror}; make room, or give another --workdir"
+        )
+    return str(error)
+
+
+def _print_config(config: Config) -> None:
+    try:
+        print(configs.to_text(config), end="", flush=True)
+    except BrokenPipeError:
+        command_line.exit_closed_pipe()
+    except OSError as error:
+        _end_process(1, f"error: the config could not be written to standard output: {error.strerror}")
+
+
 def _end_process(status: int, message: str) -> NoReturn:
     """Ends this process now. Were the interpreter to end first, a step that a device still computes would abort it."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # standard output may be closed, or its disk full
+        sys.stdout.flush()
     print(command_line.fold(message), file=sys.stderr, flush=True)
     os._exit(status)
 
@@ -116,7 +142,8 @@ def _find_recipe(arguments: list[str], program: str) -> str:
         if re.match("--config(=|$)", argument)
     ]
     if len(values) > 1:
-        raise ValueError(f"--config is given {len(values)} times, as {' and '.join(values)}; give one of them")
+        given = " and ".join(value or "nothing" for value in values)
+        raise ValueError(f"--config is given {len(values)} times, as {given}; give one of them")
     if values and values[0] and not values[0].startswith("-"):
         return values[0]
     if {"--help", "-h"} & {*arguments}:

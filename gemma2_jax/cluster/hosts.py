@@ -161,6 +161,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
     """
     place = find_place(config, os.environ)
     if place.count == 1:
+        platforms.check_platform()
         yield
         return
     with _run_coordinator(place), _connect_coordinator(place) as connection:

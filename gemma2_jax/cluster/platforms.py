@@ -42,6 +42,22 @@ def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
         enable_cache()
 
 
+def check_platform() -> None:
+    """Raises ValueError where JAX_PLATFORMS names what this machine does not have. JAX finds its devices with it."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:
+        return
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of a plugin without its device
+        raise ValueError(
+            f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device; every machine has cpu. Set JAX_PLATFORMS=cpu, "
+            "or unset it to have JAX choose"
+        ) from error
+
+
 def enable_cache() -> None:
     """Keeps compiled programs in a folder, from which the next process reads them instead of compiling them again.
 
@@ -98,6 +114,13 @@ def describe_cache() -> str:
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return f"not kept: the processes do not all see one folder for them; {_CACHE_FOLDER} names one"
+    if "://" not in folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            return f"not kept: {folder} cannot be written to ({error.strerror}); {_CACHE_FOLDER} names another folder"
     if Path(folder).is_relative_to(Path.home()):
         folder = f"~/{Path(folder).relative_to(Path.home())}"
     return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)"

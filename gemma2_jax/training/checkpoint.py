@@ -74,12 +74,9 @@ class Checkpoints:
         Raises OSError where the disk has no room for it, or the step before it could not be written. An interrupt is
         raised when the write has started, so that the step is kept.
         """
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
+        if shortage := self.describe_shortage(params, optimizer):
             raise OSError(
-                f"the checkpoint of step {step} needs {decimal(size)}, and {self.folder} has {decimal(free)} free; "
-                f"make room, and the same command {self._describe_next()}"
+                f"the checkpoint of step {step} {shortage}; make room, and the same command {self._describe_next()}"
             )
         with self._explain_failures(), _delay_interrupts():
             self._manager.save(
@@ -92,6 +89,12 @@ class Checkpoints:
                     loop=ocp.args.JsonSave(loop),
                 ),
             )
+
+    def describe_shortage(self, params: Weights | Abstract, optimizer: Any) -> str:
+        """What a checkpoint of these needs and what the disk has, where that is less; else empty."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, optimizer)))
+        free = shutil.disk_usage(self.folder).free
+        return f"needs {decimal(size)}, and {self.folder} has {decimal(free)} free" if size > free else ""
 
     @contextmanager
     def _explain_failures(self) -> Iterator[None]:

@@ -91,6 +91,7 @@ def train(config: Config) -> Result:
                 compile_seconds=compile_seconds,
                 start_step=start_step,
                 changes=changes,
+                shortage=checkpoints.describe_shortage(program.params, program.state.optimizer),
             ),
         )
         log = metrics.Metrics(config, console, start_step=start_step)

@@ -173,12 +173,19 @@ def config_differences(config: Config, path: Path) -> dict[str, str]:
     """How the config differs from the one in a file, by field. Fields of `hosts` are not compared."""
     # The file is parsed and written again, so that a field that is newer than the file gets its default.
     saved = configs.from_file(path)
+    same = [name for name in ("init", "init_adapter") if _is_same_folder(getattr(saved, name), getattr(config, name))]
+    saved = dataclasses.replace(saved, **{name: getattr(config, name) for name in same})
     before, now = (_config_lines(config) for config in (saved, config))
     return {
         key: f"{key} was {before[key]} and is {now[key]}"
         for key in now
         if before[key] != now[key] and not key.startswith("hosts.")
     }
+
+
+def _is_same_folder(first: str, second: str) -> bool:
+    """Whether two paths name one folder, such as a relative and an absolute one."""
+    return bool(first and second) and Path(first).exists() and Path(first).resolve() == Path(second).resolve()
 
 
 def _config_lines(config: Config) -> dict[str, str]:

@@ -37,6 +37,7 @@ class Startup:
     compile_seconds: float  # of both steps
     start_step: int  # steps that the run has already taken
     changes: list[str]  # how the config differs from what it was when the run was last started
+    shortage: str  # of room for a checkpoint: `Checkpoints.describe_shortage`
 
 
 def print_startup(console: Console, startup: Startup) -> None:
@@ -104,6 +105,8 @@ def _describe_execution(startup: Startup) -> Iterator[tuple[str, str]]:
         yield "GPU flags", f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
     if os.environ.get("WANDB_API_KEY") and not config.train.wandb:
         yield "W&B", "not used, though WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there as well"
+    if startup.shortage:
+        yield "disk", f"too small: a checkpoint {startup.shortage}; make room before the next is due"
     if startup.changes:
         yield "changed", "; ".join(startup.changes)
 

@@ -124,6 +124,18 @@ def test_what_the_user_has_set_stays(tmp_path: Path):
     printed, _ = run(PREPARED, XLA_FLAGS="--xla_dump_hlo_as_text", JAX_ENABLE_COMPILATION_CACHE="0")
     assert printed[1].startswith("--xla_dump_hlo_as_text --xla_cpu_experimental_ynn_fusion_type=")
     assert printed[3:] == ["None", "not kept: JAX_ENABLE_COMPILATION_CACHE is off"]
+    printed, _ = run(PREPARED, JAX_COMPILATION_CACHE_DIR="/proc/nope")
+    assert printed[4].startswith("not kept: /proc/nope cannot be written to (")
+
+
+@pytest.mark.parametrize("asked", ["nope", "cuda"])
+def test_a_platform_that_is_not_there(asked):
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma2_jax.generate", "--checkpoint", "assets/tiny-gemma2", "--prompt", "a"],
+        env=os.environ | {"JAX_PLATFORMS": asked}, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    said = f"error: JAX_PLATFORMS is {asked!r}, and JAX finds no such device; every machine has cpu. Set JAX_PLATFORMS"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(said), done.stderr
 
 
 def test_a_program_that_was_kept_in_part(tmp_path: Path):

@@ -33,6 +33,17 @@ def whole(tmp_path_factory) -> Path:
     return workdir
 
 
+def test_a_disk_without_room_is_said(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert not checkpoints.describe_shortage(abstract(PARAMS), abstract(OPTIMIZER))
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=355))
+        said = f"needs 356 bytes, and {tmp_path}/checkpoints has 355 bytes free"  # 24 + 32 + 1 + 32 floats
+        assert checkpoints.describe_shortage(abstract(PARAMS), abstract(OPTIMIZER)) == said
+        with pytest.raises(OSError, match=f"step 1 {said}; make room, and the same command starts from the beginning"):
+            checkpoints.save(1, arrays(PARAMS), arrays(OPTIMIZER), {})
+
+
 @pytest.mark.parametrize(
     ("damaged", "reason"),
     [

@@ -106,6 +106,19 @@ def test_new_starts(tmp_path):
     assert resume.describe_new_start(full).endswith(": --init full --workdir NEW")
 
 
+def test_a_model_under_another_name_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = replace(small("tiny_lora", tmp_path), init="model")
+    path = tmp_path / "config.txt"
+    path.write_text(configs.to_text(config))
+    assert not resume.config_differences(replace(config, init=str(tmp_path / "model")), path)
+    assert [*resume.config_differences(replace(config, init="elsewhere"), path)] == ["init"]
+    path.write_bytes(b"steps = \xff")
+    with pytest.raises(ValueError, match=f"{path} is damaged, as it is not UTF-8"):
+        resume.config_differences(config, path)
+
+
 def test_suggested_prompts(tmp_path):
     """Of the data, of any kind, shortened; and none where the data is gone."""
     path = tmp_path / "data.jsonl"

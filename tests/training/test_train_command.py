@@ -45,6 +45,22 @@ def test_where_a_run_goes(environment, arguments, workdir):
     assert f"workdir = {workdir!r}" in printed.splitlines()
 
 
+def test_standard_output_that_takes_nothing():
+    """A pipe that nobody reads ends a command quietly, and a full disk with a sentence."""
+    show = [sys.executable, "-m", "gemma2_jax.train", "--config", "9b_lora", "--print"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(show, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the config could not be written to standard output: No space left")
+    reader, writer = os.pipe()
+    os.close(reader)
+    inspect = [sys.executable, "-m", "gemma2_jax.convert", "verify", "assets/tiny-gemma2", "assets/tiny-gemma2"]
+    for arguments in (show, inspect):
+        done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (141, "")
+    os.close(writer)
+
+
 def has_begun(workdir: Path, moment: str) -> bool:
     """Whether a run has come to the moment at which it is to be interrupted."""
     if moment == "compilation":
