@@ -163,6 +163,8 @@ def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
             group, dot, field = name.partition(".")
             near = [prefix + match for match in difflib.get_close_matches(name, types, n=2)]
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(prefix + n for n in types)}"
+            if groups := [] if prefix else _groups_with(node, name):
+                hint = f"did you mean {' or '.join(f'{known}=dict({name}=...)' for known in groups)}?"
             hint = f"give {group}=dict({field}=...)" if dot and group in types else hint
             raise ValueError(f"there is no {prefix}{name}; {hint}")
         if dataclasses.is_dataclass(getattr(node, name)):
@@ -173,6 +175,12 @@ def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
             raise ValueError(f"{prefix}{name} is {value!r}; it must be {configs.describe_type(types[name])}")
         values[name] = value
     return dataclasses.replace(node, **values)
+
+
+def _groups_with(config: Config, name: str) -> list[str]:
+    """The groups of a config that have a field of that name."""
+    groups = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [known for known, group in groups if dataclasses.is_dataclass(group) and hasattr(group, name)]
 
 
 def _change_group(group: Any, value: Any, name: str) -> Any:

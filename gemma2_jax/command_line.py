@@ -6,10 +6,13 @@ tyro parses; the sentences are ours, so that a mistake reads alike whoever finds
 import contextlib
 import difflib
 import io
+import os
 import re
 import shutil
 import sys
 import textwrap
+import typing
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -23,6 +26,8 @@ class _ParseFailure(Exception):
 def parse[T](kind: type[T], arguments: list[str], program: str, default: T | None = None) -> T:
     """The arguments of a command as a dataclass. Exits with `exit_usage` where they are not understood."""
     given: Any = {} if default is None else {"default": default}
+    if repeated := _find_repeated(kind, arguments):
+        exit_usage(repeated, program)
     try:
         with _catch_failures():
             return tyro.cli(kind, args=arguments, prog=program, **given)
@@ -41,6 +46,12 @@ def exit_usage(reason: str, program: str) -> NoReturn:
     end = "" if reason.endswith("?") else "."
     print(fold(f"error: {reason}{end} {program} --help lists the options"), file=sys.stderr)
     sys.exit(2)
+
+
+def exit_closed_pipe() -> NoReturn:
+    """Ends without a word, as Unix programs do when nobody reads their standard output: with 141, as of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+    sys.exit(141)
 
 
 def check_paths(command: Any, *names: str) -> None:
@@ -65,6 +76,21 @@ def suggest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _find_repeated(kind: type, arguments: list[str]) -> str:
+    """What is wrong where an option that is not a list of its values is given more than once; else empty."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    lists = {name for name, hint in hints.items() if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ())}
+    counts = Counter(_option_name(argument) for argument in arguments if re.match("--[a-z]", argument))
+    for name, count in counts.items():
+        if count > 1 and name.removeprefix("--").replace("-", "_") not in lists:
+            return f"{name} is given {count} times; give it once"
+    return ""
+
+
+def _option_name(argument: str) -> str:
+    return argument.partition("=")[0].replace("_", "-")
+
+
 def _catch_failures() -> contextlib.AbstractContextManager:
     """Has tyro raise _ParseFailure instead of printing a box.
 
@@ -80,7 +106,7 @@ def _raise_failure(event: Any) -> NoReturn:
 
 def _explain_failure(event: Any, arguments: list[str], options: list[str]) -> str:
     """What is wrong with the arguments. Unknown options come before the failures that may follow from them."""
-    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments if re.match("--[a-z]", argument)]
+    names = [_option_name(argument) for argument in arguments if re.match("--[a-z]", argument)]
     if unknown := [name for name in names if name not in options]:
         return "; ".join(f"there is no option {name}{_suggest_options(name, options)}" for name in unknown)
     kind = type(event).__name__

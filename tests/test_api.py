@@ -251,6 +251,7 @@ def test_trained_model_is_the_run(tmp_path):
     ("changes", "message"),
     [
         (dict(step=3), r"there is no step; did you mean steps\?"),
+        (dict(lr=1), r"there is no lr; did you mean optim=dict\(lr=...\)\?"),
         (dict(train=dict(batch_size=3)), "did you mean train.micro_batch_size or train.global_batch_size"),
         (dict(model=dict(zzz=3)), r"there is no model.zzz; there are model.layers, "),
         (dict(train=dict(global_batch_size=0)), "train.global_batch_size is 0"),

@@ -66,6 +66,11 @@ def refusal(monkeypatch, capsys):
         ("generate --checkpoint=", "checkpoint is empty; name a folder ('.' is the current one)."),
         ("train --config tiny_lora --workdir=", "workdir is empty; name the folder to write to ('.' is the current "
          "one)."),
+        ("train --config tiny_lora --steps 1 steps=2", "--steps is given 2 times; give it once."),
+        ("train --config= --config tiny_lora", "--config is given 2 times, as nothing and tiny_lora; give "
+         "one of them."),
+        ("generate --checkpoint a --prompt b --prompt c --top-k 1 --top_k=2", "--top-k is given 2 times; give it "
+         "once."),
         ("train --config tiny_lora --mesh.data 0", "mesh data 0 x "),
     ],
 )  # fmt: skip
