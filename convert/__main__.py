@@ -292,7 +292,7 @@ def _summarize(job: "Job") -> str:
 
 
 def _suggest_use(job: "Job", target: Path) -> str:
-    base = job.source.base
+    base, quoted = job.source.base, shlex.quote(str(target))
     if job.to == "hf":
         return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     if job.to == "peft":
@@ -304,18 +304,18 @@ def _suggest_use(job: "Job", target: Path) -> str:
             grown = f" after model.resize_token_embeddings({job.source.model.vocab_size})"
         return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}{grown}"
     if job.to == "gguf":
-        return f"run it: llama-cli -m {target}, or with Ollama: FROM {target} in a Modelfile"
+        return f"run it: llama-cli -m {quoted}, or with Ollama: FROM {target} in a Modelfile"
     if job.to == "gguf-adapter":
-        return f"run it: llama-cli -m MODEL.gguf --lora {target}, where MODEL.gguf is {base or 'its base model'}"
+        return f"run it: llama-cli -m MODEL.gguf --lora {quoted}, where MODEL.gguf is {base or 'its base model'}"
     if job.to == "megatron":
-        return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={target}"
+        return f"train from it with Megatron-Bridge: checkpoint.pretrained_checkpoint={quoted}"
     if job.to == "megatron-adapter":
         return _suggest_adapter_use(base, target)
     if job.to == "megatron-legacy":  # without --finetune it looks for the state of the optimizer and of the RNG
-        return f"load it with Megatron-LM: --load {target} --ckpt-format torch --finetune"
+        return f"load it with Megatron-LM: --load {quoted} --ckpt-format torch --finetune"
     if "adapter" in job.groups:
         return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
-    return f"train from it: python -m gemma2_jax.train --config NAME --init {shlex.quote(str(target))}"
+    return f"train from it: python -m gemma2_jax.train --config NAME --init {quoted}"
 
 
 def _vllm_command(job: "Job", base: str, target: Path) -> str:

@@ -42,7 +42,7 @@ Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron
 # Formats that hold an adapter and no weights, and where the same programs have weights.
 _ADAPTER_FORMATS = {"peft": "hf", "megatron-adapter": "megatron", "gguf-adapter": "gguf"}
 # Formats that hold weights and no adapter, and where the same programs have an adapter.
-_MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.items()} | {
+MODEL_FORMATS = {weights: adapter for adapter, weights in _ADAPTER_FORMATS.items()} | {
     "megatron-legacy": "megatron-adapter"
 }
 _Q8_0_BYTES = 34 / 32  # of an element: a block of 32 has a scale of two bytes
@@ -92,12 +92,12 @@ class Job:
             raise ValueError(
                 f"--to {self.to} writes the adapter alone, and --merge adds it into the weights; choose one of the two"
             )
-        if self.merge or self.to in _MODEL_FORMATS:
+        if self.merge or self.to in MODEL_FORMATS:
             lora.check_mergeable(self.source.adapter.unmergeable_targets)
-        if self.to in _MODEL_FORMATS and adapted and not self.merge:
+        if self.to in MODEL_FORMATS and adapted and not self.merge:
             raise ValueError(
                 f"{self.source.path} has an adapter, which --to {self.to} has no place for; "
-                f"choose --merge for one model, or --to {_MODEL_FORMATS[self.to]} for the adapter alone"
+                f"choose --merge for one model, or --to {MODEL_FORMATS[self.to]} for the adapter alone"
             )
         if self.to in _UNIFORM_ADAPTERS:
             self._check_uniform_adapter()
