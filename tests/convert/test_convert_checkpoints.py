@@ -345,7 +345,7 @@ def test_nothing_is_left_when_writing_fails_midway(hf, tmp_path, to):
 
 
 def test_two_conversions_of_one_name_do_not_meet(tmp_path):
-    """The second is refused while the first writes, and takes nothing from it; a third follows a killed one."""
+    """The second is refused while the first writes, and takes nothing from it."""
     target = tmp_path / "out"
     with folder.atomic_folder(target, 0) as partial_folder:
         (partial_folder / "weights").write_text("whole")
