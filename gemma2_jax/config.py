@@ -392,7 +392,8 @@ class Config:
                 f"{self.model.max_length}; shorten it, or raise model.max_length if that is meant"
             )
         model, ranks = self.model, [self.adapter.rank, *(rank for _, rank in self.adapter.rank_pattern)]
-        if max(ranks) > (widest := max(model.width, model.mlp_width, model.heads * model.head_width)):
+        widest = max(model.width, model.mlp_width, model.heads * model.head_width)
+        if self.adapter.kind != "none" and max(ranks) > widest:
             raise ValueError(f"adapter.rank is {max(ranks)}, and no weight of the model is wider than {widest}")
         if self.init_adapter and not self.init:
             raise ValueError(f"init_adapter is {self.init_adapter}, and init is empty; set init to the model it is for")

@@ -161,10 +161,15 @@ def options(count: int = 2) -> list[list[str]]:
 
 
 def two(config: Config, given: list[list[str]], environments: list[dict[str, str]] | None = None) -> list:
-    """Two processes of four devices each, started."""
+    """Two processes of four devices each, started; what is given to one takes the place of what the config says."""
+
+    def arguments(option: list[str]) -> list[str]:
+        names = {argument.partition("=")[0] for argument in option}
+        return [argument for argument in command("tiny_sft", config) if argument.partition("=")[0] not in names]
+
     return [
         subprocess.Popen(
-            [*command("tiny_sft", config), *option],
+            [*arguments(option), *option],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
