@@ -59,6 +59,8 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
         raise ValueError(describe_missing_tokenizer(Path(folder)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (ImportError, MemoryError):  # of this machine, not of the files
+        raise
     except Exception as error:  # the libraries raise KeyError, TypeError and Exception itself for damaged files
         raise ValueError(f"the tokenizer of {folder} is damaged ({error!r}); copy its files again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -117,7 +117,7 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
             raise
         except Exception as error:  # Orbax raises KeyError, ValueError, OSError and others for damaged files
             raise ValueError(self._describe_damage(step, error)) from error
@@ -131,8 +131,8 @@ class Checkpoints:
         earlier = [saved for saved in self._manager.all_steps() if saved < step]
         next_start = f"go on from step {max(earlier)}" if earlier else "start from the beginning"
         return (
-            f"the checkpoint {folder} is damaged or not whole: {reason.rstrip('.')}; copy that folder again, or delete "
-            f"it to {next_start}"
+            f"the checkpoint {folder} is damaged or not whole: {reason.rstrip('.')}; copy that folder again, or move "
+            f"it away to {next_start}"
         )
 
     def _describe_next(self) -> str:

@@ -62,7 +62,7 @@ def test_a_damaged_step_is_named(whole, damaged, reason, tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     said = (
         f"the checkpoint {workdir}/checkpoints/3 is damaged or not whole: {reason}.*; copy that folder again, or "
-        "delete it to go on from step 2"
+        "move it away to go on from step 2"
     )
     with Checkpoints(workdir, keep=2) as checkpoints:
         with pytest.raises(ValueError, match=said) as raised:
@@ -71,6 +71,6 @@ def test_a_damaged_step_is_named(whole, damaged, reason, tmp_path):
         shutil.rmtree(workdir / "checkpoints" / "2")
     with (
         Checkpoints(workdir, keep=2) as checkpoints,
-        pytest.raises(ValueError, match=r"or delete it to start from the beginning$"),
+        pytest.raises(ValueError, match=r"or move it away to start from the beginning$"),
     ):
         checkpoints.restore(3, abstract(PARAMS), abstract(OPTIMIZER))
