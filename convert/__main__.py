@@ -152,7 +152,7 @@ def main(program: str = "python -m gemma2_jax.convert") -> None:
 
 def _inspect(command: Inspect) -> None:
     from gemma2_jax.convert import describe
-    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.convert.opening import open_checkpoint
 
     describe.print_checkpoint(open_checkpoint(command.path, hf_config=command.hf_config))
 
@@ -254,7 +254,7 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
 
 def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str, ...] = ()) -> "Checkpoint":
     from gemma2_jax.convert import describe
-    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.convert.opening import open_checkpoint
 
     if adapter is None:
         checkpoint = open_checkpoint(src, hf_config=hf_config, drop=drop)
@@ -314,7 +314,9 @@ def _suggest_use(job: "Job", target: Path) -> str:
     if job.to == "megatron-legacy":  # without --finetune it looks for the state of the optimizer and of the RNG
         return f"load it with Megatron-LM: --load {quoted} --ckpt-format torch --finetune"
     if "adapter" in job.groups:
-        return f"load it: gemma2_jax.convert.checkpoints.open_checkpoint({str(target)!r})"
+        if "weights" in job.groups:
+            return f"load it: gemma2_jax.load({str(target)!r})"
+        return f"load it with its model: gemma2_jax.load({base or 'MODEL'!r}, adapter={str(target)!r})"
     return f"train from it: python -m gemma2_jax.train --config NAME --init {quoted}"
 
 

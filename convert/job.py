@@ -1,7 +1,7 @@
 """A conversion, described by an immutable object: its source, its format, its options, and the arrays to be written.
 
-`checkpoints` opens the source and reads its arrays; `model.lora` has the arithmetic of merging; `writing` writes.
-Arrays are read part by part. While a part is written the next ones are read, so that a few parts are in memory at a
+`opening` opens the source, `checkpoints` reads its arrays, `model.lora` merges and `writing` writes. Arrays are read
+part by part. While a part is written the next ones are read, so that a few parts are in memory at a
 time. The largest part is a matrix of a layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
 """
 

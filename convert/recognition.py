@@ -2,7 +2,7 @@
 
 `KINDS` is the table: a kind has a name, a way to find it by names of files, by config.json or by the first bytes of a
 file, and the sentence that the user gets. Another kind is another row. Formats that are read are listed in
-`checkpoints`, which asks here before it opens what other programs wrote; so no row may match a folder that can be read.
+`opening`, which asks here before it opens what other programs wrote; so no row may match a folder that can be read.
 """
 
 import os

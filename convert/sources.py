@@ -1,6 +1,6 @@
 """Arrays by our paths, read in slices from tensors that have other names, or from an Orbax checkpoint of our arrays.
 
-`checkpoints` decides which of the two a folder is, and which rows of `formats.table` apply.
+`opening` decides which of the two a folder is, and which rows of `formats.table` apply.
 """
 
 from collections.abc import Iterator

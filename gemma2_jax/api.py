@@ -72,7 +72,7 @@ def load(
     (1, 10, 4096)
     """
     platforms.prepare_process()
-    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.convert.opening import open_checkpoint
     from gemma2_jax.inference.loaded import load_model
 
     if dtype is not None and dtype not in get_args(DType):
@@ -228,7 +228,7 @@ class Result:
     @cached_property
     def model(self) -> "LoadedModel":
         """The trained model, with its adapter if it has one, from the weights that are on the devices."""
-        from gemma2_jax.convert.checkpoints import open_checkpoint
+        from gemma2_jax.convert.opening import open_checkpoint
         from gemma2_jax.inference.loaded import wrap_weights
 
         checkpoint = open_checkpoint(self.folder)
@@ -296,8 +296,8 @@ def convert(
     PosixPath('out/megatron')
     """
     platforms.prepare_process()
-    from gemma2_jax.convert.checkpoints import open_checkpoint
     from gemma2_jax.convert.job import Job
+    from gemma2_jax.convert.opening import open_checkpoint
     from gemma2_jax.convert.writing import write_checkpoint
 
     _check_format(to)

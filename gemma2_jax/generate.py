@@ -84,7 +84,7 @@ def _read_prompt() -> str:
 
 def _open_checkpoint(command: Command) -> "Checkpoint":
     """The checkpoint that the command names. Raises ValueError without its model or its tokenizer."""
-    from gemma2_jax.convert.checkpoints import open_checkpoint
+    from gemma2_jax.convert.opening import open_checkpoint
     from gemma2_jax.inference.loaded import complete_config
 
     model = open_checkpoint(command.checkpoint, hf_config=command.hf_config)

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import ModelConfig
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read_array
+from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "megatron"

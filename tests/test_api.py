@@ -18,8 +18,8 @@ from small_runs import shorten_python_docs
 
 import gemma2_jax as g2
 from gemma2_jax import api, config as configs
-from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.files.folder import copy_companions
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
 from gemma2_jax.model import lora
 from gemma2_jax.model.gemma2 import flatten_state

@@ -35,7 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
     "convert": (
-        ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",),
+        ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",), ("opening",),
         ("describe", "job", "known_changes"),
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),

@@ -17,7 +17,7 @@ import gemma2_jax as g2
 from gemma2_jax import config as configs, generate, megatron_bridge, train
 from gemma2_jax.config import Config
 from gemma2_jax.convert import __main__ as convert
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compare_checkpoints
 from gemma2_jax.data.encoding import load_tokenizer
 

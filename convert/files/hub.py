@@ -1,7 +1,7 @@
 """Downloads models from the Hugging Face Hub into its cache, or says in a sentence why that cannot be done.
 
 The library huggingface_hub takes the token from `hf auth login` or HF_TOKEN and the cache from HF_HOME, and downloads
-nothing where HF_HUB_OFFLINE is set. `checkpoints` knows what the files mean.
+nothing where HF_HUB_OFFLINE is set. `opening` knows what the files mean.
 """
 
 from pathlib import Path

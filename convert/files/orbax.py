@@ -3,7 +3,7 @@
 Orbax's own calls move whole arrays, and of a 27B model one stack of layers is 15 GB. Checkpoints are written as Orbax
 has them without OCDBT: an array a folder, in Zarr 2 (zarr-specs.readthedocs.io), uncompressed, as weights hardly
 shrink, and a chunk for a layer or for a part of one. Zarr 3 would have checksums, with which reading took three times
-as long. `checkpoints` knows which arrays there are.
+as long. `opening` knows which arrays there are.
 """
 
 import itertools

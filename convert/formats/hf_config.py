@@ -2,7 +2,7 @@
 
 Importing reads every number that a model's outputs depend on and defaults none of them. Options that this program does
 not have are refused by name rather than ignored. Exporting writes a file that transformers 4 and 5 both load. `table`
-has the weights; `checkpoints` reads the file.
+has the weights; `opening` reads the file.
 """
 
 import reprlib

@@ -11,8 +11,9 @@ import numpy as np
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, weight_name
-from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data.batches import Batches
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints

@@ -10,10 +10,11 @@ import jax
 
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
-from gemma2_jax.convert.checkpoints import Checkpoint, locate_folder
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files.folder import atomic_folder, tokenizer_folder
 from gemma2_jax.convert.formats.companions import copy_companions, load_tokenizer
 from gemma2_jax.convert.formats.hf_config import hf_config
+from gemma2_jax.convert.opening import locate_folder
 from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.training.step import Program
 

@@ -83,7 +83,7 @@ for run in range(3):
 HUB = """
 from gemma2_jax.cluster import platforms
 platforms.prepare_process()
-from gemma2_jax.convert import checkpoints
+from gemma2_jax.convert import opening
 from gemma2_jax.data import encoding
 from gemma2_jax.training import loop
 import huggingface_hub

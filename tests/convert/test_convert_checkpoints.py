@@ -31,11 +31,12 @@ from gemma2_jax import config as configs, mesh as meshes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import job, sources
 from gemma2_jax.convert.__main__ import main
-from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.files import folder, memory, orbax, safetensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,8 +21,9 @@ from small_runs import saved_run
 
 from gemma2_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from gemma2_jax.convert.__main__ import main
-from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.opening import open_checkpoint
 
 LEGACY, LM = FIXTURES / "legacy" / "A_bf16_tp2pp2", FIXTURES / "megatron_lm" / "A_f32_tp1pp1"
 OPTIMIZER = FIXTURES / "optimizer" / "A_bf16_tp1pp1"
@@ -338,7 +339,7 @@ import re, sys
 from pathlib import Path
 from gemma2_jax.cluster import platforms
 platforms.prepare_process(cpu=True, cache=False)
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.writing import write_checkpoint
 for source, target, to in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):

@@ -28,9 +28,10 @@ from strange_folders import (
 )
 
 from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
-from gemma2_jax.convert.checkpoints import open_checkpoint, read_array
+from gemma2_jax.convert.checkpoints import read_array
 from gemma2_jax.convert.formats import deepmind, table
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 MODEL = BITING["2b"]

@@ -15,7 +15,7 @@ from strange_folders import Edit, chain, configure, extend, rewrite, save_bin, s
 from torch.distributed.checkpoint import FileSystemWriter, save as save_distributed
 
 from gemma2_jax.convert import recognition
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

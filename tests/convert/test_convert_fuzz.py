@@ -32,13 +32,14 @@ from strange_folders import deepmind_tree, kaggle_tree, save_tree
 
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files import gguf as gguf_files, pickles, safetensors, torch_files
 from gemma2_jax.convert.files.pickles import Record
 from gemma2_jax.convert.formats import gguf, table
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 TINY = replace(

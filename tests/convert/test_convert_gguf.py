@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint, read_array
+from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import gguf as files, safetensors
 from gemma2_jax.convert.formats import gguf as formats, table
 from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 TINY = Path(__file__).parents[2] / "assets/tiny-gemma2"

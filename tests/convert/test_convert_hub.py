@@ -119,7 +119,7 @@ def test_downloaded_once_and_then_read_without_a_network(tmp_path):
     assert sorted(got) == sorted(NEEDED)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {name: hub.files[name] for name in NEEDED}
     assert hub.tokens == {"Bearer hf_secret"}
-    code = "from gemma2_jax.convert import checkpoints as c; print(c.open_checkpoint('org/tiny').path)"
+    code = "from gemma2_jax.convert import opening; print(opening.open_checkpoint('org/tiny').path)"
     without = download(tmp_path, environment), download(tmp_path, {"HF_HUB_OFFLINE": "1"}, code=code)
     assert {wait_for_folder(process) for process in without} == folders
 

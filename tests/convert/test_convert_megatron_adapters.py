@@ -37,9 +37,9 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import verify
-from gemma2_jax.convert.checkpoints import open_checkpoint
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 
 

@@ -35,9 +35,10 @@ from megatron_files import (
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
 from gemma2_jax.convert import verify
-from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.training.checkpoint import Checkpoints
 
 # A run that started from a checkpoint that does not say its config

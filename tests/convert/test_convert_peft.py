@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, dims
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
-from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.peft_config import peft_config, stored_config
 from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS

@@ -13,7 +13,7 @@ import pytest
 from test_convert_gguf import CONFIG, LORA, TINY, peft_folder, write
 from test_gguf_tokenizer import gemma_tokenizer
 
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data import python_docs
 from gemma2_jax.inference.loaded import LoadedModel, load_model
 

@@ -11,8 +11,9 @@ from peers import BITING, hf_model
 from small_runs import ROOT, small
 
 from gemma2_jax.config import Config
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import gemma_chat_template
 from gemma2_jax.training.tokenizer import keep_tokenizer, load_run_tokenizer

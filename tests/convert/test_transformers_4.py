@@ -18,9 +18,10 @@ from small_runs import ROOT, saved_run
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import GEMMA2_TINY
-from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint
+from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Format, Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import describe_missing_tokenizer, load_tokenizer
 from gemma2_jax.training.tokenizer import keep_tokenizer, load_run_tokenizer

@@ -12,7 +12,8 @@ from megatron_files import HF, PEFT, Tensors, load_tensors
 from safetensors.numpy import save_file
 
 from gemma2_jax.convert import verify
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 
 RNG = np.random.default_rng
 

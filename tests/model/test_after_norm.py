@@ -17,9 +17,10 @@ from peers import BITING, hf_model, state_dict, training_gradients
 from gemma2_jax import config as configs, generate
 from gemma2_jax.config import AdapterConfig, MeshConfig, ModelConfig
 from gemma2_jax.convert import __main__ as command
-from gemma2_jax.convert.checkpoints import Checkpoint, open_checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.inference.loaded import load_generator
 from gemma2_jax.model import gemma2 as model, lora

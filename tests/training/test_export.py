@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from gemma2_jax import config as configs, train
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig
-from gemma2_jax.convert import checkpoints
+from gemma2_jax.convert import checkpoints, opening
 from gemma2_jax.convert.files import safetensors as tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Job
@@ -68,7 +68,7 @@ def logits(graph, weights, tokens: np.ndarray) -> np.ndarray:
 
 def our_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits of any checkpoint, adapters apart, in float32."""
-    source = checkpoints.open_checkpoint(path)
+    source = opening.open_checkpoint(path)
 
     def create() -> Gemma2:
         whole = Gemma2(source.model, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
@@ -143,7 +143,7 @@ def test_adapters_that_a_run_exports_are_those_of_its_checkpoints(run, adapter):
     assert contents(run / "adapters" / "3") != contents(adapter)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (run / "tokenizer" / file).read_bytes() == contents(adapter)[file] == (TINY / file).read_bytes()
-    exported = checkpoints.open_checkpoint(run / "adapters" / "4")
+    exported = opening.open_checkpoint(run / "adapters" / "4")
     assert (exported.format, exported.base) == ("peft", str(TINY))
 
 
@@ -155,7 +155,7 @@ def going_on(run: Path, adapter: Path, workdir: Path, **changes) -> Config:
 
 def test_training_starts_from_an_adapter(run, adapter, tokens, peft_logits, tmp_path):
     """Of any format, on a mesh with stages that layers do not fill: the file's tensors, and peft's logits."""
-    write_checkpoint(Job(source=checkpoints.open_checkpoint(run), to="orbax"), tmp_path / "orbax")
+    write_checkpoint(Job(source=opening.open_checkpoint(run), to="orbax"), tmp_path / "orbax")
     shutil.rmtree(tmp_path / "orbax" / "weights")
     config = going_on(run, adapter, tmp_path / "run", mesh=MeshConfig(data=1, stage=4, tensor=2))
     program = Program(config, make_mesh(config.mesh))
@@ -198,7 +198,7 @@ def test_weights_trained_beside_an_adapter_resume_and_are_exported(tmp_path):
     for path, w in trained.items():
         np.testing.assert_array_equal(state.params[path], w, err_msg=path)
     (tmp_path / "run" / "config.txt").write_text(configs.to_text(config))
-    write_checkpoint(Job(source=checkpoints.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
+    write_checkpoint(Job(source=opening.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / tensors.ADAPTER)
     layers = {int(name.split(".")[4]) for name in stored if "lora_A" in name}
     norms = [name for name in stored if "layernorm" in name]
@@ -234,7 +234,7 @@ def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
     assert "adapter started from peft" in " ".join(capsys.readouterr().out.split())
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
     assert contents(folder / "1") == first
-    write_checkpoint(Job(source=checkpoints.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
+    write_checkpoint(Job(source=opening.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
     assert contents(folder / "2") == contents(tmp_path / "adapter")
 
 

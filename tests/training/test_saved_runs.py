@@ -8,7 +8,7 @@ import pytest
 from small_runs import lines_of
 
 from gemma2_jax import config as configs
-from gemma2_jax.convert.checkpoints import open_checkpoint
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.training import loop
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

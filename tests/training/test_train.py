@@ -19,7 +19,8 @@ from small_runs import ROOT, command, lines_of, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import Config, MeshConfig
-from gemma2_jax.convert.checkpoints import open_checkpoint, read_array
+from gemma2_jax.convert.checkpoints import read_array
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.checkpoint import Checkpoints

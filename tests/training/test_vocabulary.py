@@ -14,8 +14,9 @@ from small_runs import ROOT, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import GEMMA2_TINY, AdapterConfig, Config, MeshConfig
-from gemma2_jax.convert.checkpoints import load_weights, open_checkpoint, read_array
+from gemma2_jax.convert.checkpoints import load_weights, read_array
 from gemma2_jax.convert.job import Job
+from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compute_logits
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import load_tokenizer
