@@ -412,9 +412,11 @@ def test_a_process_that_fails_is_named(option, reason, tmp_path):
     ended = ends(two(fsdp(tmp_path / "run"), [first, [*second, option.format(tmp_path)]]))
     assert [status for status, _, _ in ended] == [1, 1], ended
     assert re.search(
-        rf"^error: process 1 on \S+ \(pid \d+\) failed: \S*{reason}.*; every process ends here", ended[0][2]
+        rf"^error: process 1 on \S+ \(pid \d+\) failed: \S*{reason}.*; every process ends here",
+        ended[0][2],
+        re.MULTILINE,
     )
-    assert re.search(rf"^error: \S*{reason}", ended[1][2])
+    assert re.search(rf"^error: \S*{reason}", ended[1][2], re.MULTILINE)
     for _, _, error in ended:
         assert "Traceback" not in error
         assert "stack trace" not in error
