@@ -222,10 +222,13 @@ class DataConfig:
     eval: str = ""  # held-out data, likewise; empty: a share of the training data, chosen by hash
     eval_fraction: float = 0.02  # share of the documents, at least one, held out when eval is empty; 0: none
     tokenizer: str = ""  # a directory or hub id; empty: the one beside the initial weights
-    text_key: str = "text"  # column of plain text (kind text)
-    prompt_key: str = "prompt"  # column of prompts (kind instructions, when there is no messages column)
-    completion_key: str = "completion"  # column of completions, likewise
-    prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of prompt_key
+    columns: str = ""  # what its columns hold, where their names do not tell: prompt=q,completion=a or text=body
+    prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of a prompt
+    # Of consecutive turns of one role, where the chat template does not take them: an error, or one turn.
+    repeated_roles: Literal["refuse", "merge"] = "refuse"
+    on_bad: Literal["stop", "skip"] = (
+        "stop"  # of documents that cannot be trained on: the first is an error, or counted
+    )
     packing: bool = True  # several documents share a row, and attend only to themselves
     seed: int = 1234  # of the order of documents
 
@@ -234,6 +237,13 @@ class DataConfig:
             raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32")
+        if self.columns and not re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", self.columns):
+            raise ValueError(f"data.columns is {self.columns!r}; it must be like prompt=question,completion=answer")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` by what they hold: {"prompt": "question"}."""
+        return dict(pair.split("=") for pair in self.columns.split(",")) if self.columns else {}
 
     @property
     def has_eval(self) -> bool:
@@ -509,6 +519,7 @@ def from_text(text: str, source: str = "config.txt") -> Config:
         if not separator:
             raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`")
     types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    _rename_old_fields(groups.get("data", {}))
     try:
         nested = {name: kind(**groups.pop(name, {})) for name, kind in types.items()}
         config = Config(**nested, **groups.pop("", {}))
@@ -524,6 +535,14 @@ def from_text(text: str, source: str = "config.txt") -> Config:
                 value = reprlib.repr(getattr(node, f.name))
                 raise ValueError(f"{source}: {f.name} is {value}; it must be {describe_type(f.type)}")
     return config
+
+
+def _rename_old_fields(data: dict) -> None:
+    """Puts the columns that runs up to 0.1 kept in fields of their own where they are now."""
+    columns = {name: data.pop(f"{name}_key", name) for name in ("text", "prompt", "completion")}
+    renamed = [f"{name}={column}" for name, column in columns.items() if column != name]
+    if renamed:
+        data["columns"] = ",".join(renamed)
 
 
 def matches_type(value: Any, kind: Any) -> bool:

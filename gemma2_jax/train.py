@@ -46,7 +46,7 @@ class Command(Recipe):
 def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: str = PROGRAM) -> C:
     """The command that these arguments give. Exits with a message where they are not understood."""
     try:
-        arguments = megatron_bridge.translate_arguments(arguments)
+        arguments = megatron_bridge.translate_arguments(_join_columns(arguments))
         arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
         recipe = _find_recipe(arguments, program)
@@ -55,6 +55,17 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: 
     except ValueError as error:
         command_line.exit_usage(str(error), program)
     return command_line.parse(command, arguments, program, default)
+
+
+def _join_columns(arguments: list[str]) -> list[str]:
+    """--data.columns prompt=q as one argument, since prompt=q by itself would be taken for a field."""
+    words: list[str] = []
+    for argument in arguments:
+        if words and words[-1] == "--data.columns":
+            words[-1] = f"{words[-1]}={argument}"
+        else:
+            words.append(argument)
+    return words
 
 
 def _capitalize_boolean(argument: str, config: Config) -> str:

@@ -205,3 +205,22 @@ def test_help_lists_every_field():
     for first in ("--config", "--workdir", "--steps", "--init", "--print"):
         assert first in text
     assert "peak learning rate (default: 0.0001)" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.columns", "prompt=q,completion=a"],
+        ["--data.columns=prompt=q,completion=a"],
+        ["data.columns=prompt=q,completion=a"],
+    ],
+)
+def test_columns_on_the_command_line(arguments):
+    run = train.parse(["--config", "tiny_lora", *arguments, "steps=3"]).run
+    assert (run.data.column_names, run.steps) == ({"prompt": "q", "completion": "a"}, 3)
+
+
+def test_columns_of_earlier_runs():
+    text = configs.to_text(configs.load_recipe("tiny_lora"))
+    old = "data.text_key = 'text'\ndata.prompt_key = 'q'\ndata.completion_key = 'completion'\n"
+    assert configs.from_text(text.replace("data.columns = ''\n", old)).data.column_names == {"prompt": "q"}

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import python_docs, sources
+from gemma2_jax.data.chat import open_chat_format, split_conversation
+from gemma2_jax.data.records import BadRecord, Example
+from gemma2_jax.data.report import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -93,20 +95,20 @@ def gemma_chat_template() -> str:
 
 
 def encode_examples(
-    examples: Sequence[sources.Example], tokenizer: "PreTrainedTokenizerFast"
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", data: DataConfig, report: Report
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Yields each document's tokens from <bos> to <eos>, and which of them count in the loss when predicted.
 
     A prompt and its completion are encoded separately and joined as they are, with no space between and no chat format.
-    So are the turns of a conversation, which the tokenizer's chat template writes. Raises ValueError naming the
-    document if the template refuses it.
+    So are the turns of a conversation, which the tokenizer's chat template writes. A document that the template refuses
+    is an error that names it or is counted in the report, as `data.on_bad` says.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(bos, int) and isinstance(eos, int)  # load_tokenizer made sure
-    documents = [_split_example(example, tokenizer) for example in examples]
-    texts = [text for pieces in documents for text, _ in pieces]
+    documents = list(_split_examples(examples, tokenizer, data, report))
+    texts = [text for _, pieces in documents for text, _ in pieces]
     encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-    for example, pieces in zip(examples, documents, strict=True):
+    for example, pieces in documents:
         tokens: list[int] = []
         learned: list[bool] = []
         for _, is_learned in pieces:
@@ -117,47 +119,27 @@ def encode_examples(
             tokens.insert(0, bos)
             learned.insert(0, False)
         learned[0] = False  # nothing comes before it to predict it from
-        eos_is_learned = not example.messages or example.messages[-1]["role"] == "assistant"
-        yield [*tokens, eos], [*learned, eos_is_learned]
+        last = example.turns[-1] if example.turns else None
+        report.shapes[example.shape] += 1
+        yield [*tokens, eos], [*learned, last is None or (last.role == "assistant" and last.is_learned)]
 
 
-def _split_example(example: sources.Example, tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """Splits a document into texts to be encoded separately, and says of each whether it is learned."""
-    if not example.messages:
-        return [(example.prompt, False), (example.completion, True)]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{example.where}: 'messages' need a chat template, which {tokenizer.name_or_path} does not have; "
-            "set data.tokenizer to one that has, such as google/gemma-2-2b-it"
-        )
-    try:
-        return _split_conversation(list(example.messages), tokenizer)
-    except (TemplateError, ValueError) as error:
-        raise ValueError(f"{example.where}: the chat template does not take these messages: {error}") from error
-
-
-def _split_conversation(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> list[tuple[str, bool]]:
-    """Splits a conversation, as the chat template writes it, before and after what the assistant says.
-
-    The model learns what follows the generation prompt (`add_generation_prompt`), up to the end-of-turn token but
-    without the newline that the template adds after it: that is what it is to generate.
-    """
-
-    def format_messages(messages: list[dict[str, str]], cue: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
-
-    whole, done = format_messages(messages), ""
-    pieces = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+def _split_examples(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", data: DataConfig, report: Report
+) -> Iterator[tuple[Example, list[tuple[str, bool]]]]:
+    """Yields each document, split into texts to be encoded separately, and of each whether it is learned."""
+    chat = None
+    for example in examples:
+        if not example.turns:
+            yield example, [(example.prompt, False), (example.completion, True)]
             continue
-        before = format_messages(messages[:turn], cue=True)
-        after = (format_messages(messages[: turn + 1]) if turn + 1 < len(messages) else whole).rstrip()
-        if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-            raise ValueError(f"it writes what leads up to message {turn + 1} in another way when more follows")
-        pieces += [(before.removeprefix(done), False), (after.removeprefix(before), True)]
-        done = after
-    return [*pieces, (whole.removeprefix(done), False)]
+        chat = chat or open_chat_format(tokenizer, data.repeated_roles)
+        try:
+            pieces = split_conversation(example, chat, report)
+        except BadRecord as error:
+            sources.reject(error, data, report)
+        else:
+            yield example, pieces
 
 
 def build_store(
@@ -215,7 +197,7 @@ def _write_store(
     folder: Path, data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", *, show: bool
 ) -> None:
     folder.mkdir()
-    offsets = array("q", [0])
+    offsets, report = array("q", [0]), Report()
     columns = (TextColumn("documents"), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True, quiet=not show)
     purpose = "training" if split == "train" else "held-out"
@@ -224,8 +206,11 @@ def _write_store(
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with (folder / "tokens").open("wb") as tokens_file, (folder / "learned").open("wb") as learned_file, progress:
         task = progress.add_task("", total=None)
-        for examples in itertools.batched(sources.read_examples(data, split), _DOCUMENTS_PER_CALL):
-            tokens, learned = zip(*encode_examples(examples, tokenizer), strict=True)
+        for examples in itertools.batched(sources.read_examples(data, split, report), _DOCUMENTS_PER_CALL):
+            encoded = list(encode_examples(examples, tokenizer, data, report))
+            if not encoded:
+                continue
+            tokens, learned = zip(*encoded, strict=True)
             np.fromiter(itertools.chain(*tokens), np.int32).tofile(tokens_file)
             np.fromiter(itertools.chain(*learned), np.bool_).tofile(learned_file)
             offsets.extend(itertools.islice(itertools.accumulate(map(len, tokens), initial=offsets[-1]), 1, None))
@@ -235,6 +220,8 @@ def _write_store(
             f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on; give a smaller "
             "one, or 0 to hold out none, or other data as --data.eval"
         )
+    for sentence in report.describe():
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
 
 
@@ -245,7 +232,7 @@ def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedT
         contents: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
     else:
         contents = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.find_files(source)]
-    choices = [data.kind, data.text_key, data.prompt_key, data.completion_key, data.prompt_template]
+    choices = [data.kind, data.columns, data.prompt_template, data.repeated_roles, data.on_bad]
     share = None if data.eval else data.eval_fraction
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
     everything = json.dumps([_FORMAT, split, choices, share, contents, ids, tokenizer.backend_tokenizer.to_str()])

@@ -1,42 +1,24 @@
 """Where documents come from: the built-in python_docs, or JSONL and Parquet files, read one by one.
 
-However a document is stored, it is read as an `Example`; a malformed one is an error that names its file and line. This
-module also decides which documents of a source are held out, by a hash of each, so that their order does not matter.
-Tokens are made in `encoding`.
+What is read is a record, of which `records` makes a document; one of which it makes none is an error that names its
+file and line, or is left out and counted. This module also decides which documents of a source are held out, by a hash
+of each, so that their order does not matter. Tokens are made in `encoding`.
 """
 
 import glob
-import hashlib
 import json
 import math
-import string
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import python_docs
+from gemma2_jax.data.records import BadRecord, Example, make_example
+from gemma2_jax.data.report import Report
 
 Split = Literal["train", "eval"]
 PYTHON_DOCS = "python-docs"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One document: a prompt and its completion, of which the completion is learned; or a conversation's messages."""
-
-    where: str  # file:line, for errors
-    prompt: str = ""  # empty for plain text
-    completion: str = ""
-    messages: tuple[dict[str, str], ...] = ()  # each with "role" and "content"; if any, they are the document
-    name: str = ""  # of the document, where its source has names
-
-    @property
-    def digest(self) -> int:
-        """A hash of the document's name, or of its text if it has no name: evenly distributed below 2**64."""
-        key = self.name or json.dumps([self.prompt, self.completion, self.messages])
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
 def open_source(data: DataConfig, split: Split) -> str:
@@ -44,14 +26,14 @@ def open_source(data: DataConfig, split: Split) -> str:
     return data.eval if split == "eval" and data.eval else data.train
 
 
-def read_examples(data: DataConfig, split: Split) -> Iterator[Example]:
+def read_examples(data: DataConfig, split: Split, report: Report | None = None) -> Iterator[Example]:
     """The documents of one split, read lazily and in a fixed order.
 
     If a share of the training data is held out, it is the documents with the lowest digests, at least one. Raises
-    ValueError if the source has no files, or for a document that lacks what `data` asks for, naming its file and line
-    (JSONL) or row (Parquet), counted from 1.
+    ValueError if the source has no files. A record that makes no document is an error that names its file and line
+    (JSONL) or row (Parquet), counted from 1, or is counted in `report`, as `data.on_bad` says.
     """
-    examples = _read_source(data, open_source(data, split))
+    examples = _read_source(data, open_source(data, split), report or Report())
     if data.eval:
         yield from examples
         return
@@ -66,7 +48,7 @@ def _digest_bound(data: DataConfig) -> float:
     if not data.eval_fraction:
         return 0
     bound, lowest = data.eval_fraction * 2**64, math.inf
-    for example in _read_source(data, data.train):
+    for example in _read_source(data, data.train, Report()):
         if example.digest < bound:
             return bound
         lowest = min(lowest, example.digest)
@@ -89,42 +71,62 @@ def find_files(pattern: str) -> list[Path]:
     return [Path(path) for path in sorted(paths)]
 
 
-def _read_source(data: DataConfig, source: str) -> Iterator[Example]:
+def reject(error: BadRecord, data: DataConfig, report: Report) -> None:
+    """Counts a record that makes no document. Raises ValueError instead where `data.on_bad` is to stop."""
+    if data.on_bad == "stop":
+        raise ValueError(f"{error}; --data.on_bad skip leaves such documents out, and counts them") from error
+    report.drop(error.reason, str(error))
+
+
+def _read_source(data: DataConfig, source: str, report: Report) -> Iterator[Example]:
     """All documents of a source."""
-    return _read_python_docs(data) if source == PYTHON_DOCS else _read_files(data, source)
+    for where, record, name in _read_python_docs(data) if source == PYTHON_DOCS else _read_files(source):
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            example = make_example(record, where, data, name)
+        except BadRecord as error:
+            reject(error, data, report)
+        else:
+            yield example
 
 
-def _read_python_docs(data: DataConfig) -> Iterator[Example]:
+Records = Iterator[tuple[str, object, str]]  # where a record is, the record or what is wrong with it, and its name
+
+
+def _read_python_docs(data: DataConfig) -> Records:
     if data.kind == "text":
         for name, text in python_docs.python_documents().items():
-            yield Example(where=f"{PYTHON_DOCS}: {name}", name=name, completion=text)
+            yield f"{PYTHON_DOCS}: {name}", {"text": text}, name
     else:
         for name, record in python_docs.python_instructions().items():
-            yield Example(where=f"{PYTHON_DOCS}: {name}", name=name, messages=tuple(record["messages"]))
+            yield f"{PYTHON_DOCS}: {name}", record, name
 
 
-def _read_files(data: DataConfig, pattern: str) -> Iterator[Example]:
+def _read_files(pattern: str) -> Records:
     for path in find_files(pattern):
         where = ""
         for where, record in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
-            yield _make_example(data, where, record)
+            yield where, record, ""
         if not where:
             raise ValueError(f"{path} is empty; remove it, or write one document per line or row")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    blank = 0  # the first of the blank lines above, which are nothing at the end of a file
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             if not line.strip():
-                raise ValueError(f"{where}: the line is blank; remove it")
+                blank = blank or number
+                continue
+            if blank:
+                yield f"{path}:{blank}", BadRecord(f"{path}:{blank}", "blank line", "the line is blank; remove it")
+                blank = 0
             try:
-                record = json.loads(line)
-            except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-                raise ValueError(f"{where}: not JSON ({error}); each line holds one JSON object") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: holds a {type(record).__name__}; each line holds one JSON object")
-            yield where, record
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
+                yield where, BadRecord(where, "not JSON", f"not JSON ({error}); each line holds one JSON object")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -142,74 +144,3 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", record
-
-
-def _make_example(data: DataConfig, where: str, record: dict) -> Example:
-    if data.kind == "text":
-        if data.text_key not in record and (record.keys() & {"messages", data.prompt_key}):
-            raise ValueError(
-                f"{where}: has no {data.text_key!r} (data.text_key); it has {_list_columns(record)}; to train on "
-                "prompts and their answers, give --data.kind instructions"
-            )
-        return Example(where=where, completion=_read_nonempty_text(record, data.text_key, "text_key", where))
-    if data.prompt_template:
-        return Example(
-            where=where,
-            prompt=_fill_template(data.prompt_template, record, where),
-            completion=_read_nonempty_text(record, data.completion_key, "completion_key", where),
-        )
-    if record.get("messages") is not None:
-        return Example(where=where, messages=_check_messages(record["messages"], where))
-    if data.prompt_key not in record:
-        has_text = isinstance(record.get(data.text_key), str)
-        raise ValueError(
-            f"{where}: has neither 'messages' nor {data.prompt_key!r} (data.prompt_key); it has {_list_columns(record)}"
-            + (f"; to train on its {data.text_key!r} as plain text, give --data.kind text" if has_text else "")
-        )
-    return Example(
-        where=where,
-        prompt=_read_text(record, data.prompt_key, "prompt_key", where),
-        completion=_read_nonempty_text(record, data.completion_key, "completion_key", where),
-    )
-
-
-def _read_text(record: dict, key: str, setting: str, where: str) -> str:
-    if key not in record:
-        raise ValueError(f"{where}: has no {key!r} (data.{setting}); it has {_list_columns(record)}")
-    if not isinstance(record[key], str):
-        raise ValueError(f"{where}: {key!r} is of type {type(record[key]).__name__}; it must be a string")
-    return record[key]
-
-
-def _read_nonempty_text(record: dict, key: str, setting: str, where: str) -> str:
-    text = _read_text(record, key, setting, where)
-    if not text.strip():
-        raise ValueError(f"{where}: {key!r} is empty, which leaves nothing to learn; remove the document")
-    return text
-
-
-def _fill_template(template: str, record: dict, where: str) -> str:
-    try:
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
-    except ValueError as error:
-        raise ValueError(f"data.prompt_template {template!r}: {error}; write a brace itself twice") from error
-    return template.format_map({key: _read_text(record, key, "prompt_template", where) for key in keys})
-
-
-def _check_messages(messages: object, where: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(messages, list):
-        raise ValueError(f"{where}: 'messages' is of type {type(messages).__name__}; it must be a list")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{where}: message {number} must have a 'role' and a 'content', both strings")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{where}: message {number} is an empty answer; remove the document")
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages))
-        remedy = f"its roles are {roles}; name the one to learn from 'assistant'" if roles else "it has no messages"
-        raise ValueError(f"{where}: no message has the role 'assistant', which leaves nothing to learn: {remedy}")
-    return tuple(messages)
-
-
-def _list_columns(record: dict) -> str:
-    return ", ".join(map(repr, record)) or "no columns"

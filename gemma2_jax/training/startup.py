@@ -187,8 +187,8 @@ def suggest_prompt(data: DataConfig) -> str:
         example = next(sources.read_examples(data, "eval" if data.has_eval else "train"))
     except (ValueError, OSError, StopIteration):
         return "--prompt TEXT"  # the data has moved since it was tokenized
-    if example.messages:
-        text = next((message["content"] for message in example.messages if message["role"] != "assistant"), "")
+    if example.turns:
+        text = next((turn.content for turn in example.turns if turn.role != "assistant"), "")
         return f"--chat --prompt {shlex.quote(_shorten(text))}"
     return f"--prompt {shlex.quote(_shorten(example.prompt or example.completion))}"
 

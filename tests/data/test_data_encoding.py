@@ -7,20 +7,29 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import encoding
-from gemma2_jax.data.sources import Example
+from gemma2_jax.data import chat, encoding
+from gemma2_jax.data.records import Example, Turn
+from gemma2_jax.data.report import Report
+
+
+def encode(tokenizer, *documents, report=None, **choices):
+    return list(encoding.encode_examples(documents, tokenizer, DataConfig(**choices), report or Report()))
 
 
 def encoded(tokenizer, **document):
     """The tokens as strings, and those of them that are learned, by position."""
-    ((ids, learned),) = encoding.encode_examples([Example(where="a:1", **document)], tokenizer)
+    ((ids, learned),) = encode(tokenizer, Example(where="a:1", **document))
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert len(tokens) == len(learned)
     return tokens, {at: tokens[at] for at in range(len(tokens)) if learned[at]}
 
 
 def talk(*contents):
-    return tuple({"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents))
+    return tuple(Turn(role=("user", "assistant")[turn % 2], content=text) for turn, text in enumerate(contents))
+
+
+def as_messages(turns):
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 def test_text_is_learned_whole(tokenizer):
@@ -36,7 +45,7 @@ def test_completion_is_learned_and_the_prompt_is_not(tokenizer):
 
 
 def test_answers_are_learned_in_every_turn(tokenizer):
-    tokens, learned = encoded(tokenizer, messages=talk("if", "or ", "in", "is"))
+    tokens, learned = encoded(tokenizer, turns=talk("if", "or ", "in", "is"))
     assert tokens == [
         *("<bos>", "<start_of_turn>", "user", "Ċ", "if", "<end_of_turn>", "Ċ"),
         *("<start_of_turn>", "mode", "l", "Ċ", "or", "<end_of_turn>", "Ċ"),
@@ -47,13 +56,13 @@ def test_answers_are_learned_in_every_turn(tokenizer):
 
 
 def test_a_conversation_is_what_the_template_writes(tokenizer):
-    messages = talk("a\n\n b", "  c\n", "d", "<e>\n\n")
-    ((ids, _),) = encoding.encode_examples([Example(where="a:1", messages=messages)], tokenizer)
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False) + "<eos>"
+    turns = talk("a\n\n b", "  c\n", "d", "<e>\n\n")
+    ((ids, _),) = encode(tokenizer, Example(where="a:1", turns=turns))
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(as_messages(turns), tokenize=False) + "<eos>"
 
 
 def test_what_follows_the_last_answer_is_not_learned(tokenizer):
-    _, learned = encoded(tokenizer, messages=talk("if", "or", "in"))
+    _, learned = encoded(tokenizer, turns=talk("if", "or", "in"))
     assert learned == {11: "or", 12: "<end_of_turn>"}
 
 
@@ -62,30 +71,30 @@ def test_bos_comes_once(tokenizer):
     assert tokens == ["<bos>", "if", "x", "<eos>"]
     assert learned == {2: "x", 3: "<eos>"}
     assert encoded(tokenizer, completion="<bos>x") == (["<bos>", "x", "<eos>"], {1: "x", 2: "<eos>"})
-    tokens, _ = encoded(tokenizer, messages=talk("if", "or"))
+    tokens, _ = encoded(tokenizer, turns=talk("if", "or"))
     assert tokens.count("<bos>") == 1
 
 
 def test_batches_of_documents_do_not_mix(tokenizer):
     documents = [
         Example(where="a:1", completion="if x"),
-        Example(where="a:2", messages=talk("if", "or", "in", "is")),
+        Example(where="a:2", turns=talk("if", "or", "in", "is")),
         Example(where="a:3", prompt="if", completion="x"),
     ]
-    one_by_one = [next(encoding.encode_examples([document], tokenizer)) for document in documents]
-    assert list(encoding.encode_examples(documents, tokenizer)) == one_by_one
+    one_by_one = [encode(tokenizer, document)[0] for document in documents]
+    assert encode(tokenizer, *documents) == one_by_one
 
 
 def test_messages_that_the_template_does_not_take_are_named(tokenizer):
     with pytest.raises(ValueError, match=r"a:1: the chat template does not take these messages: .*must alternate"):
-        encoded(tokenizer, messages=talk("if", "or")[1:])
+        encoded(tokenizer, turns=talk("if", "or")[1:])
     other = copy.copy(tokenizer)
     other.chat_template = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"
     with pytest.raises(ValueError, match=r"a:1: .*message 2 in another way when more follows"):
-        encoded(other, messages=talk("if", "or", "in", "is"))
+        encoded(other, turns=talk("if", "or", "in", "is"))
     other.chat_template = None
-    with pytest.raises(ValueError, match=r"a:1: 'messages' need a chat template, .*set data.tokenizer"):
-        encoded(other, messages=talk("if", "or"))
+    with pytest.raises(ValueError, match=r"a:1: a conversation needs a chat template, .*set data.tokenizer"):
+        encoded(other, turns=talk("if", "or"))
 
 
 def test_tokenizers_that_will_not_do_are_errors(tmp_path):
@@ -128,7 +137,7 @@ def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path,
     assert build() == 2
 
 
-@pytest.mark.parametrize("choices", [{"kind": "instructions"}, {"text_key": "prompt"}, {"eval": ""}])
+@pytest.mark.parametrize("choices", [{"kind": "instructions"}, {"columns": "text=prompt"}, {"eval": ""}])
 def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
     path = jsonl(*({"text": f"if {number}", "prompt": "x", "completion": "y"} for number in range(200)))
     data = DataConfig(kind="text", train=path, eval=path)
@@ -165,3 +174,46 @@ def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
         encoding.build_store(data, "train", tokenizer, tmp_path / "cache")
     whole = encoding.build_store(replace(data, eval_fraction=0.0), "train", tokenizer, tmp_path / "cache")
     assert len(whole.offsets) == 2
+
+
+SYSTEM = Turn(role="system", content="is")
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected", "said"),
+    [
+        ((SYSTEM, *talk("if", "or")), talk("is\n\nif", "or"), chat.SYSTEM_MOVED),
+        ((*talk("if", "or"), SYSTEM, *talk("x", "y")), talk("if", "or", "is\n\nx", "y"), chat.SYSTEM_MOVED),
+        ((SYSTEM, *talk("if", "or")[1:]), talk("is", "or"), chat.SYSTEM_MOVED),
+        ((*talk("if"), *talk("x", "or")), talk("if\n\nx", "or"), chat.TURNS_MERGED),
+        ((*talk("if", "or"), *talk("x", "y")[1:]), talk("if", "or\n\ny"), chat.TURNS_MERGED),
+    ],
+)
+def test_conversations_that_gemmas_template_does_not_take(tokenizer, turns, expected, said):
+    report = Report()
+    ((ids, _),) = encode(tokenizer, Example(where="a:1", turns=turns), repeated_roles="merge", report=report)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(as_messages(expected), tokenize=False) + "<eos>"
+    assert {what: (finding.count, finding.first) for what, finding in report.changed.items()} == {said: (1, "a:1")}
+
+
+def test_consecutive_turns_of_one_role_are_refused_or_left_out(tokenizer):
+    twice = Example(where="a:1", turns=(*talk("if"), *talk("x", "or")), shape="messages")
+    with pytest.raises(ValueError, match=r"a:1: .*must alternate.*; --data.repeated_roles merge joins .*on_bad skip"):
+        encode(tokenizer, twice)
+    report = Report()
+    kept = encode(tokenizer, twice, Example(where="a:2", completion="x", shape="text"), on_bad="skip", report=report)
+    assert len(kept) == 1 and report.documents == 1
+    assert report.dropped["refused by the chat template"].count == 1
+    (sentence,) = report.describe()
+    assert sentence.startswith(
+        "1 document left out (refused by the chat template); the first is a:1: the chat template"
+    )
+
+
+def test_a_template_that_takes_more_is_left_to_it(tokenizer):
+    other = copy.copy(tokenizer)
+    cue = "{% if add_generation_prompt %}[assistant]{% endif %}"
+    other.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}" + cue
+    turns = (SYSTEM, *talk("if"), Turn(role="tool", content="x"), *talk("y", "or"))
+    ((ids, _),) = encode(other, Example(where="a:1", turns=turns))
+    assert other.decode(ids) == "<bos>[system]is;[user]if;[tool]x;[user]y;[assistant]or;<eos>"

@@ -8,8 +8,11 @@ from pyarrow import parquet
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
+from gemma2_jax.data.records import Example, Turn
+from gemma2_jax.data.report import Report
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+TURNS = (Turn(role="user", content="Hi"), Turn(role="assistant", content="Yo"))
 
 
 def read(path, **choices):
@@ -19,17 +22,17 @@ def read(path, **choices):
 
 def test_text(jsonl):
     path = jsonl({"text": "a"}, {"text": "b\n", "id": 1})
-    assert [(e.prompt, e.completion, e.messages) for e in read(path, kind="text")] == [("", "a", ()), ("", "b\n", ())]
+    assert [(e.prompt, e.completion, e.turns) for e in read(path, kind="text")] == [("", "a", ()), ("", "b\n", ())]
     assert [e.where for e in read(path, kind="text")] == [f"{path}:1", f"{path}:2"]
 
 
 def test_instructions(jsonl):
     (pair,) = read(jsonl({"prompt": "Q ", "completion": "A"}))
-    assert (pair.prompt, pair.completion, pair.messages) == ("Q ", "A", ())
-    (pair,) = read(jsonl({"q": "Q", "a": "A"}), prompt_key="q", completion_key="a")
+    assert (pair.prompt, pair.completion, pair.turns) == ("Q ", "A", ())
+    (pair,) = read(jsonl({"q": "Q", "a": "A"}), columns="prompt=q,completion=a")
     assert (pair.prompt, pair.completion) == ("Q", "A")
     (talk,) = read(jsonl({"messages": TALK, "prompt": "unused"}))
-    assert (talk.messages, talk.completion) == (tuple(TALK), "")
+    assert (talk.turns, talk.completion) == (TURNS, "")
     (filled,) = read(
         jsonl({"context": "C{}", "question": "Q?", "completion": "A"}),
         prompt_template="{{}} Context: {context} Question: {question} Answer:",
@@ -49,9 +52,9 @@ def test_directories_and_globs_are_read_in_the_order_of_names(jsonl, tmp_path):
 def test_parquet_holds_the_same(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"messages": [TALK], "id": [7]}), path)
-    assert read(path) == [sources.Example(where=f"{path} row 1", messages=tuple(TALK))]
+    assert read(path) == [Example(where=f"{path} row 1", turns=TURNS, shape="messages")]
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    with pytest.raises(ValueError, match=r"a.parquet row 2: 'text' is of type NoneType; it must be a string"):
+    with pytest.raises(ValueError, match=r"a.parquet row 2: has no columns, or nulls alone"):
         read(path, kind="text")
     path.write_text("not that")
     with pytest.raises(ValueError, match=r"a.parquet: not Parquet"):
@@ -72,22 +75,31 @@ GOOD = {"prompt": "Q", "completion": "A"}
     ("bad", "message"),
     [
         ('{"prompt": ', "not JSON .*each line holds one JSON object"),
-        ("[1]", "holds a list; each line holds one JSON object"),
+        ("[1]", "holds a list; a document is a JSON object"),
         ("", "the line is blank; remove it"),
         ("  ", "the line is blank; remove it"),
-        ({"question": "Q"}, "has neither 'messages' nor 'prompt' .*it has 'question'"),
-        ({"prompt": "Q", "answer": "A"}, r"has no 'completion' \(data.completion_key\); it has 'prompt', 'answer'"),
-        ({"prompt": 1, "completion": "A"}, "'prompt' is of type int; it must be a string"),
-        ({"prompt": "Q", "completion": ["A"]}, "'completion' is of type list; it must be a string"),
+        ({"question": "Q"}, "its columns 'question' are none of a document's .*give|say what they are, such as"),
+        (
+            {"prompt": "Q", "answer": "A"},
+            "its columns 'prompt', 'answer' .* --data.columns prompt=prompt,completion=answer",
+        ),
+        (
+            {"prompt": 1, "completion": "A"},
+            "'prompt' and 'completion' are of type int and str; they must be two strings",
+        ),
+        ({"prompt": "Q", "completion": ["A"]}, "'prompt' and 'completion' are of type str and list"),
         ({"prompt": "Q", "completion": " \n"}, "'completion' is empty"),
         ({"messages": "Q"}, "'messages' is of type str; it must be a list"),
-        ({"messages": [*TALK, {"role": "user"}]}, "message 3 must have a 'role' and a 'content', both strings"),
+        (
+            {"messages": [*TALK, {"role": "user"}]},
+            "message 3 has 'role'; it must have 'role' and 'content', or 'from' and",
+        ),
         (
             {"messages": TALK[:1]},
             "no message has the role 'assistant', .*: its roles are 'user'; name the one to learn",
         ),
         ({"messages": []}, "no message has the role 'assistant', .*: it has no messages"),
-        ({"text": "a"}, r"has neither .*it has 'text'; to train on its 'text' as plain text, give --data.kind text"),
+        ({"text": "a"}, "its columns 'text' are none .*; to train on its 'text' as plain text, give --data.kind text"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
     ],
 )
@@ -103,13 +115,16 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 
 
 def test_malformed_text_and_templates_are_named(jsonl):
-    with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'text' \(data.text_key\); it has 'body'"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.jsonl:1: has no 'text'; it has 'body'; name .* --data.columns text=body",
+    ):
         read(jsonl({"body": "a"}), kind="text")
     with pytest.raises(ValueError, match=r"it has 'prompt', 'completion'; .*, give --data.kind instructions"):
         read(jsonl(GOOD), kind="text")
     with pytest.raises(ValueError, match=r"data.jsonl:1: 'text' is empty"):
         read(jsonl({"text": ""}), kind="text")
-    with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'x' \(data.prompt_template\); it has 'prompt', "):
+    with pytest.raises(ValueError, match=r"data.jsonl:1: has no 'x'; it has 'prompt', "):
         read(jsonl(GOOD), prompt_template="{x}")
     with pytest.raises(ValueError, match=r"data.prompt_template '\{x': .*; write a brace itself twice"):
         read(jsonl(GOOD), prompt_template="{x")
@@ -151,3 +166,19 @@ def test_of_few_documents_one_is_held_out(jsonl):
     nothing = DataConfig(kind="text", train=data.train, eval_fraction=0.0)
     assert not list(sources.read_examples(nothing, "eval"))
     assert len(list(sources.read_examples(nothing, "train"))) == 60
+
+
+def test_bad_records_are_left_out_and_counted(jsonl):
+    report = Report()
+    path = jsonl(GOOD, "", "{", "", GOOD | {"completion": " "}, GOOD, "", "")
+    data = DataConfig(train=path, eval="python-docs", on_bad="skip")
+    assert [e.where for e in sources.read_examples(data, "train", report)] == [f"{path}:1", f"{path}:6"]
+    assert {reason: (found.count, found.first.partition(": ")[0]) for reason, found in report.dropped.items()} == {
+        "blank line": (2, f"{path}:2"),
+        "not JSON": (1, f"{path}:3"),
+        "empty": (1, f"{path}:5"),
+    }
+
+
+def test_blank_lines_at_the_end_are_nothing(jsonl):
+    assert len(read(jsonl(GOOD, GOOD, "", ""))) == 2
