@@ -12,12 +12,13 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import tensorstore as ts
 
-from gemma2_jax.convert.files.memory import Index, contiguous_copy, reserve_disk
+from gemma2_jax.convert.files.memory import Index, contiguous_copy, read_bytes, reserve_disk
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.model.gemma2 import Abstract
 
@@ -30,10 +31,14 @@ _MOST_FOLDERS = 20  # in a folder, that are searched for a checkpoint
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:
-    """How many rows of an array, or of each layer of a stack, make up a chunk."""
+    """How many rows of an array, or of each layer of a stack, make up a chunk.
+
+    Chunks have about the same number of rows, as each takes as much disk as the largest.
+    """
     dim = 1 if stacked else 0
     row = math.prod(want.shape[dim + 1 :]) * want.dtype.itemsize
-    return max(1, min(want.shape[dim], CHUNK_BYTES // row))
+    chunks = math.ceil(want.shape[dim] / max(1, CHUNK_BYTES // row))
+    return math.ceil(want.shape[dim] / chunks)
 
 
 class Reader:
@@ -81,10 +86,35 @@ class Reader:
         return tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or store.shape)
 
     def _read(self, store: ts.TensorStore, index: Index, path: str) -> np.ndarray:
+        part = self._read_file(store, index, path)
         try:
-            return np.asarray(store[index].read().result())
+            return np.asarray(store[index].read().result()) if part is None else part
         except ValueError as error:
             raise self._damaged(path, error) from error
+
+    def _read_file(self, store: ts.TensorStore, index: Index, path: str) -> np.ndarray | None:
+        """The slices `index` where they lie in one chunk, whose file is as `Writer` has it; otherwise None.
+
+        TensorStore could read them too, but always the whole chunk and into fresh memory, which takes several times as
+        long. It is left the files of a wrong size, as it says what is wrong.
+        """
+        chunk, dtype = self.chunk(path), store.dtype.numpy_dtype
+        if self._ocdbt or not chunk or store.spec().to_json().get("metadata") != _metadata(store.shape, chunk, dtype):
+            return None
+        spans = [range(size)[span] for size, span in zip(store.shape, index, strict=True)]
+        numbers = [span.start // size for span, size in zip(spans, chunk, strict=True)]
+        file = self._folder / self._names[path] / ".".join(map(str, numbers))
+        ends = [(number + 1) * size for number, size in zip(numbers, chunk, strict=True)]
+        size = math.prod(chunk) * dtype.itemsize
+        if not all(span.stop <= end for span, end in zip(spans, ends, strict=True)) or not _has_size(file, size):
+            return None
+        # The file has one row after another of the first dim that is not 1.
+        dim = next((dim for dim, size in enumerate(chunk) if size > 1), len(chunk) - 1)
+        row = math.prod(chunk[dim + 1 :]) * dtype.itemsize
+        data = read_bytes(file, spans[dim].start % chunk[dim] * row, len(spans[dim]) * row)
+        whole = data.view(dtype).reshape(*chunk[:dim], len(spans[dim]), *chunk[dim + 1 :])
+        rest = zip(spans[dim + 1 :], chunk[dim + 1 :], strict=True)
+        return whole[(..., *(slice(span.start % size, span.start % size + len(span)) for span, size in rest))]
 
     def _open(self, path: str) -> ts.TensorStore:
         if path in self._stores:
@@ -180,19 +210,8 @@ class Writer:
         handler.close()
         for path, want in shapes.items():
             dim = int(_stacked(path))
-            metadata = {
-                "zarr_format": 2,
-                "shape": want.shape,
-                "chunks": (*(1,) * dim, rows_at_once(want, _stacked(path)), *want.shape[dim + 1 :]),
-                # These are TensorStore's names of dtypes.
-                "dtype": "bfloat16" if want.dtype == "bfloat16" else np.dtype(want.dtype).str,
-                "compressor": None,
-                "filters": None,
-                "fill_value": None,
-                "order": "C",
-                "dimension_separator": ".",
-            }
-            (folder / _name(path) / ".zarray").write_text(json.dumps(metadata))
+            chunk = (*(1,) * dim, rows_at_once(want, _stacked(path)), *want.shape[dim + 1 :])
+            (folder / _name(path) / ".zarray").write_text(json.dumps(_metadata(want.shape, chunk, want.dtype)))
 
     def write(self, path: str, index: Index, part: np.ndarray) -> None:
         """Writes the slices `index` of an array: a layer of a stack, or rows that begin and end where chunks do."""
@@ -210,6 +229,25 @@ class Writer:
                 file.write(chunk.reshape(-1).view(np.uint8))
                 if len(chunk) < rows:  # the last chunk is filled up
                     file.write(bytes((rows - len(chunk)) * chunk[0].nbytes))
+
+
+def _metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    """Zarr's metadata of an array whose chunks are files of their elements as they are in memory, in C order."""
+    return {
+        "zarr_format": 2,
+        "shape": list(shape),
+        "chunks": list(chunk),
+        "dtype": "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).str,  # as TensorStore calls them
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+        "order": "C",
+        "dimension_separator": ".",
+    }
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _stacked(path: str) -> bool:

@@ -7,7 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,8 @@ def test_round_trip_through_orbax_is_exact(hf, tmp_path, name, dtype):
 def test_matrices_are_transposed_block_by_block(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)  # 6 of 96 rows
     monkeypatch.setattr(orbax, "CHUNK_BYTES", 2000)  # 5 of 36 rows
+    monkeypatch.setattr(memory, "_ROWS", 4)
+    monkeypatch.setattr(memory, "_COLUMNS", 7)
     copied = []
 
     def copy_counted(target, source):
@@ -107,6 +109,42 @@ def test_matrices_are_transposed_block_by_block(hf, tmp_path, monkeypatch):
     assert max(copied) <= 2000 and len(copied) > 3 * 2 * 5
     bfloat16 = _convert(stored, tmp_path / "bf16", "hf", dtype="bfloat16")
     assert _are_same(_load_tensors(bfloat16), _load_tensors(hf["2b", "bfloat16"]))
+
+
+def test_parts_of_chunks_are_read_from_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax, "CHUNK_BYTES", 200)  # at most 5 rows of 10
+    stack, norm = np.arange(2 * 9 * 10, dtype=np.float32).reshape(2, 9, 10), np.arange(7).astype(jnp.bfloat16)
+    writer = orbax.Writer(tmp_path / "out", {"blocks/w": stack, "norm": norm})
+    for layer in range(2):
+        writer.write("blocks/w", (slice(layer, layer + 1), slice(0, 9), slice(0, 10)), stack[layer : layer + 1])
+    writer.write("norm", (slice(0, 7),), norm)
+    reader, calls = orbax.Reader(tmp_path / "out"), []
+    read_bytes = orbax.read_bytes
+    monkeypatch.setattr(orbax, "read_bytes", lambda *place: calls.append(place[1:]) or read_bytes(*place))
+    folder = tmp_path / "out" / "blocks.w"
+    for index, place in (
+        ((slice(1, 2), slice(5, 8), slice(None)), (0, 120)),  # in the last chunk, which has 4 rows of 5
+        ((slice(0, 1), slice(1, 5), slice(3, 9)), (40, 160)),
+        ((slice(0, 1), slice(3, 7), slice(None)), None),  # in two chunks, which TensorStore joins
+        ((slice(0, 2), slice(0, 3), slice(None)), None),
+    ):
+        calls.clear()
+        np.testing.assert_array_equal(reader.read("blocks/w", index), stack[index])
+        assert calls == ([] if place is None else [place]), index
+    np.testing.assert_array_equal(reader.read("norm", (slice(2, 6),)), norm[2:6])
+    assert calls == [(4, 8)]
+    os.truncate(folder / "1.1.0", 199)
+    (folder / "0.0.0").unlink()
+    for layer, start in ((1, 5), (0, 0)):
+        with pytest.raises(ValueError, match=r"out: blocks/w is damaged \(.*\); copy it again"):
+            reader.read("blocks/w", (slice(layer, layer + 1), slice(start, start + 2), slice(None)))
+    metadata = json.loads((folder / ".zarray").read_text())
+    for key, value in {"order": "F", "dtype": ">f4", "compressor": {"id": "zlib", "level": 1}}.items():
+        calls.clear()
+        (folder / ".zarray").write_text(json.dumps(metadata | {key: value}))
+        with suppress(ValueError):  # what is stored is not of this kind
+            orbax.Reader(tmp_path / "out").read("blocks/w", (slice(1, 2), slice(0, 2), slice(None)))
+        assert calls == [], key
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
