@@ -31,7 +31,7 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.checkpoints import Checkpoint, attach_base, inherit_files, refuse_base
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
-from gemma2_jax.convert.files.folder import generation_file, tokenizer_folder
+from gemma2_jax.convert.files.folder import generation_file, has_model_only, tokenizer_folder
 from gemma2_jax.convert.files.gguf import open_file
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import Tensors, open_tensors
@@ -78,9 +78,18 @@ def open_checkpoint(
         raise ValueError(f"{folder} is named as its own base model, directly or by what it names; name the real one")
     token = _OPENING.set((*opening, folder.resolve()))
     try:
-        return _open_folder(folder, base, hf_config, model, drop)
+        return _note_tokenizer(_open_folder(folder, base, hf_config, model, drop))
     finally:
         _OPENING.reset(token)
+
+
+def _note_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a note where its tokenizer.json is made from another file."""
+    place = checkpoint.tokenizer
+    note = f"{place} has tokenizer.model and no tokenizer.json, which is made from it"
+    if place is None or not has_model_only(place) or note in checkpoint.notes:
+        return checkpoint
+    return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
 # The folders whose opening led to the opening of the present one, so that a circle of base models is found.

@@ -47,6 +47,7 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
     if job.to.startswith("megatron"):
         writing_megatron.write_megatron(folder, target, job, progress)
         return
+    copy_companions(source.tokenizer, source.generation, folder)  # first, as a tokenizer may be damaged
     if job.to != "peft":
         dtype = job.shapes["embedding"].dtype.name
         safetensors.write_json(folder / "config.json", hf_config(model, dtype, source.hf))
@@ -58,7 +59,6 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
             _write_orbax(folder / name, job, rows, progress)
         else:
             _write_safetensors(folder, job, rows, progress)
-    copy_companions(source.tokenizer, source.generation, folder)
 
 
 def _write_safetensors(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:

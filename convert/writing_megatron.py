@@ -30,6 +30,9 @@ def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> 
     assert model is not None
     iteration = folder / "iter_0000000"
     iteration.mkdir()
+    if source.tokenizer or source.generation:  # first, as a tokenizer may be damaged
+        (iteration / "tokenizer").mkdir()
+        copy_companions(source.tokenizer, source.generation, iteration / "tokenizer")
     dtype = next(iter(job.shapes.values())).dtype.name
     if job.to == "megatron-legacy":
         _write_legacy(iteration, job, dtype, progress)
@@ -61,9 +64,6 @@ def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> 
             with path.open("wb") as file:
                 torch_files.save_torch(file, content)
     (folder / megatron.TRACKER).write_text("0")
-    if source.tokenizer or source.generation:
-        (iteration / "tokenizer").mkdir()
-        copy_companions(source.tokenizer, source.generation, iteration / "tokenizer")
 
 
 def pretrained_checkpoint(base: str, target: Path) -> Path:

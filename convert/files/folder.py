@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 # What transformers and servers read as one tokenizer. Each of its main files is one without the other.
-_TOKENIZER_MAIN = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _TOKENIZER += ("additional_chat_templates/*.jinja",)
 _GENERATION = "generation_config.json"
@@ -111,7 +111,12 @@ def _lock(descriptor: int) -> None:
 
 def tokenizer_folder(folder: Path) -> Path | None:
     """This folder if it holds a tokenizer."""
-    return folder if any((folder / name).is_file() for name in _TOKENIZER_MAIN) else None
+    return folder if any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)) else None
+
+
+def has_model_only(folder: Path) -> bool:
+    """Whether a folder's tokenizer is SentencePiece's model, without the file that is made of it."""
+    return (folder / TOKENIZER_MODEL).is_file() and not (folder / TOKENIZER_JSON).is_file()
 
 
 def generation_file(folder: Path) -> Path | None:

@@ -49,44 +49,35 @@ class Store:
     offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: str | Path, origin: str | Path | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer in a folder, with Gemma's chat template if it has Gemma's turn tokens and no template of its own.
+
+    `origin` is the place that it was unpacked from, if it was.
 
     Raises ValueError if there is no tokenizer, or none that can be used.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    origin = origin or folder
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(describe_missing_tokenizer(Path(folder)))
+        raise ValueError(f"{origin} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (ImportError, MemoryError):  # of this machine, not of the files
         raise
     except Exception as error:  # the libraries raise KeyError, TypeError and Exception itself for damaged files
-        raise ValueError(f"the tokenizer of {folder} is damaged ({error!r}); copy its files again") from error
+        raise ValueError(f"the tokenizer of {origin} is damaged ({error!r}); copy its files again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}/tokenizer_config.json asks for a tokenizer that does not read tokenizer.json")
+        raise ValueError(f"{origin}/tokenizer_config.json asks for a tokenizer that does not read tokenizer.json")
     if tokenizer.chat_template is None and tokenizer.convert_tokens_to_ids(_TURNS) != [tokenizer.unk_token_id] * 2:
         # Tokenizers of models that are not instruction-tuned have the tokens, but not the template.
         tokenizer.chat_template = gemma_chat_template()
-        logger.warning("%s has no chat template; conversations are written in Gemma's format", folder)
+        logger.warning("%s has no chat template; conversations are written in Gemma's format", origin)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {folder} has no bos_token or no eos_token; a document needs both")
+        raise ValueError(f"the tokenizer of {origin} has no bos_token or no eos_token; a document needs both")
+    tokenizer.name_or_path = str(origin)
     return tokenizer
-
-
-def describe_missing_tokenizer(folder: Path) -> str:
-    """Why a folder has no tokenizer that can be read, and how to make one from what it has."""
-    if not (folder / "tokenizer.model").is_file():
-        return f"{folder} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json"
-    # transformers 5.24 splits runs of spaces, and symbols such as <table>, unlike SentencePiece and version 4.
-    return (
-        f"{folder} has tokenizer.model and no tokenizer.json; copy that file of its model there, or make it in an "
-        "environment of its own: pip install 'transformers>=4.57,<5' sentencepiece protobuf, and then python -c "
-        f"\"import transformers; transformers.AutoTokenizer.from_pretrained('{folder}').backend_tokenizer.save("
-        f"'{folder}/tokenizer.json')\" (transformers 5 would make other tokens of it than SentencePiece does)"
-    )
 
 
 def gemma_chat_template() -> str:

@@ -26,6 +26,7 @@ from strange_folders import (
     save_tree,
     to_numpy,
 )
+from test_sentencepiece import make_model, save_model
 
 from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 from gemma2_jax.convert.checkpoints import read_array
@@ -207,17 +208,21 @@ def test_the_layout_of_google_deepmind_is_read(saved, arrays, tmp_path, naming, 
     content = {"flat": kaggle_tree(tree), "nested": nested, "state": {"params": nested}}[naming]
     top = tmp_path / "1"
     save_tree(top / "gemma2-2b", content, **options)
-    (top / "tokenizer.model").write_text("pieces")
+    save_model(top, make_model().SerializeToString())
     with pytest.raises(ValueError, match="the shapes of neither Gemma 2 2B, 9B nor 27B; give --hf-config"):
         open_checkpoint(top)
     notes = _assert_same(top, arrays, hf_config=saved)
-    assert notes == ("the last 128 rows of its embedding pad a vocabulary of 384, and are left out",)
+    assert notes == (
+        "the last 128 rows of its embedding pad a vocabulary of 384, and are left out",
+        f"{top} has tokenizer.model and no tokenizer.json, which is made from it",
+    )
     _assert_same(top / "gemma2-2b", arrays, model=MODEL)
     shutil.copy(saved / "config.json", top / "gemma2-2b")
     found = open_checkpoint(top / "gemma2-2b")
     assert (found.format, found.model, found.hf is not None) == ("deepmind", MODEL, True)
     write_checkpoint(Job(source=open_checkpoint(top, hf_config=saved), to="hf"), tmp_path / "hf")
     _assert_same(tmp_path / "hf", arrays)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
     assert (tmp_path / "hf" / "tokenizer.model").read_text() == "pieces"
 
 

@@ -5,6 +5,8 @@ environment that runs it.
 """
 
 import json
+import random
+import shutil
 import site
 import subprocess
 import sys
@@ -20,19 +22,19 @@ from gemma2_jax import config as configs
 from gemma2_jax.config import GEMMA2_TINY
 from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
-from gemma2_jax.data.encoding import describe_missing_tokenizer, load_tokenizer
 from gemma2_jax.training.tokenizer import keep_tokenizer, load_run_tokenizer
 
 pytestmark = pytest.mark.exhaustive
 
 TINY = ROOT / "assets" / "tiny-gemma2"
 PROGRAM = ROOT / "tests" / "load_exports.py"
-# A model with traits of Gemma's: bytes for what it lacks, and symbols that are found before anything is merged.
+# A tokenizer with traits of Gemma's: bytes for what it lacks, and symbols that are found before anything is merged.
 TRAIN = """
-import io, sys
+import io, json, sys
 import sentencepiece
 model = io.BytesIO()
 sentencepiece.SentencePieceTrainer.train(
@@ -44,7 +46,7 @@ sentencepiece.SentencePieceTrainer.train(
 )
 open(sys.argv[2] + "/tokenizer.model", "wb").write(model.getvalue())
 pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-print(pieces.encode(sys.argv[3]))
+print(pieces.encode(json.loads(sys.argv[3])))
 """
 
 
@@ -104,15 +106,21 @@ def test_exports_load_in_both(python, exports):
     assert all(found == new[str(TINY)] for found in (*old.values(), *new.values()))
 
 
-def test_a_tokenizer_json_is_made_as_the_error_says(python, tmp_path):
-    """The commands in the sentence, done: what is read of the file then is what SentencePiece gives."""
-    text = "The  layers\n\n\n   of    Gemma <start_of_turn>\théllo 漢字 42 <table>"
+def test_a_tokenizer_model_gives_sentencepiece_s_tokens_in_both(python, tmp_path):
+    """Of a model that SentencePiece trained, and in transformers 4.57 too, from the tokenizer.json of an export."""
+    bits = ["The  layers", "\n\n\n", "   of    ", "Gemma", "<start_of_turn>", "\t\t", "héllo", "漢字", "🙂👩‍🚀", " ",
+            "42", "<table>", " " * 40, "\r\n", "\0", "▁▁", " convert(", "_layer_module"]  # fmt: skip
+    chance = random.Random(0)
+    texts = bits + ["".join(chance.choices(bits, k=chance.randrange(2, 12))) for _ in range(200)]
+    source = shutil.copytree(TINY, tmp_path / "source", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     (tmp_path / "train.py").write_text(TRAIN)
-    names = ("bos", "eos", "pad", "unk")
-    settings = {f"{name}_token": f"<{name}>" for name in names} | {"tokenizer_class": "GemmaTokenizer"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
-    pieces = run(python, tmp_path / "train.py", ROOT / "docs" / "architecture.md", tmp_path, text)
-    code = describe_missing_tokenizer(tmp_path).partition('python -c "')[2].partition('"')[0]
-    run(python, "-c", code)
-    assert load_tokenizer(tmp_path)(text)["input_ids"] == [2, *json.loads(pieces)]
+    expected = json.loads(
+        run(python, tmp_path / "train.py", ROOT / "docs" / "architecture.md", source, json.dumps(texts))
+    )
+    tokenizer = load_tokenizer(source)
+    assert [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] == expected
+    export = convert(source, tmp_path / "export", "hf")
+    code = "import json, sys, transformers as t; tokenizer = t.AutoTokenizer.from_pretrained(sys.argv[1]); print(["
+    code += "tokenizer(text, add_special_tokens=False)['input_ids'] for text in json.loads(sys.argv[2])])"
+    for interpreter in (python, sys.executable):
+        assert json.loads(run(interpreter, "-c", code, export, json.dumps(texts))) == expected
