@@ -94,7 +94,7 @@ def _open_checkpoint(command: Command) -> "Checkpoint":
         raise ValueError(
             f"{checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there"
         )
-    for note in checkpoint.notes if command.adapter else ():
+    for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
     if targets := checkpoint.adapter.unmergeable_targets:
         print(

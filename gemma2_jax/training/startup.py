@@ -60,6 +60,8 @@ def _describe_weights(startup: Startup) -> Iterator[tuple[str, str]]:
     yield "weights", config.init if config.init_adapter else origin
     if config.init_adapter:
         yield "adapter", f"{'started' if start_step else 'starts'} from {origin}"
+    for note in source.notes if source else ():
+        yield "note", note
     if growth := describe_vocabulary(program, source):
         yield "vocabulary", growth
     yield "parameters", describe_parameters(program)

@@ -21,6 +21,7 @@ import torch
 import transformers
 from flax import nnx
 from peers import BITING, hf_model, state_dict
+from strange_folders import configure
 
 from gemma2_jax import generate, mesh as meshes
 from gemma2_jax.config import GEMMA2_TINY, MeshConfig
@@ -427,8 +428,10 @@ def test_command_ends_with_any_eos_token_of_the_checkpoint(checkpoint, command, 
         "the most likely tokens are taken; the checkpoint suggests drawing them (do_sample), with --temperature 0.7 "
         "--top_k 64 --top_p 0.95"
     )
+    configure(tie_word_embeddings=False)(folder)
     _, said = command("--checkpoint", folder, "--prompt", "The", "--max-new-tokens", 40, "--temperature", 0.7)
     assert "suggests" not in said
+    assert "note: its config unties the output matrix, which is the embedding all the same\n" in said
 
 
 INSTRUCT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end_of_turn>\n{% endfor %}"

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from small_runs import ROOT, lines_of, small
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig
+from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.training import loop, resume, startup
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -117,6 +121,14 @@ def test_a_model_under_another_name_is_the_same(tmp_path, monkeypatch):
     path.write_bytes(b"steps = \xff")
     with pytest.raises(ValueError, match=f"{path} is damaged, as it is not UTF-8"):
         resume.config_differences(config, path)
+
+
+def test_notes_on_the_weights_are_said(tmp_path):
+    config = small("tiny_sft", tmp_path, init="model")
+    program = SimpleNamespace(config=config, params={"embedding": np.ones(3)}, frozen={})
+    source = Checkpoint(format="huggingface", path=Path("model"), model=config.model, notes=("one", "another"))
+    lines = [*startup._describe_weights(SimpleNamespace(program=program, source=source, start_step=0))]
+    assert lines[1:4] == [("weights", "huggingface model"), ("note", "one"), ("note", "another")]
 
 
 def test_suggested_prompts(tmp_path):
