@@ -116,12 +116,12 @@ class Job:
         if self.to not in _ADAPTER_FORMATS and source.lacks_base:
             raise ValueError(
                 f"{source.describe_missing_base()}, and --to {self.to} writes them too; give that model as SRC and "
-                f"this adapter as --adapter {source.path}"
+                f"this adapter as --adapter {shlex.quote(str(source.path))}"
             )
         if source.model is None:
             raise ValueError(
                 f"{source.describe_missing_base()}; give that model as SRC and this adapter as --adapter "
-                f"{source.path}, or the folder of the model's config.json as --hf-config"
+                f"{shlex.quote(str(source.path))}, or the folder of the model's config.json as --hf-config"
             )
 
     def _check_uniform_adapter(self) -> None:
@@ -160,7 +160,7 @@ class Job:
             if not self.depends_on_ranks:
                 raise ValueError(f"--to {self.to} is read at any parallelism; leave out --tp and --pp")
             if stages != 1:
-                raise ValueError(f"--to {self.to} is read at any pipeline parallelism; leave out --pp")
+                raise ValueError(f"--to {self.to} is read at any pipeline parallelism, so that --pp must be 1")
         sizes = {f"the model's {name}": getattr(model, name) for name in ("kv_heads", "mlp_width", "vocab_size")}
         if self.to == "megatron-adapter":
             sizes |= {"the adapter's rank": self.adapter.rank, "half of the model's mlp_width,": model.mlp_width // 2}

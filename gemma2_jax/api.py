@@ -6,8 +6,11 @@ first, which sets what JAX needs before it starts.
 
 import dataclasses
 import difflib
+import logging
+import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,11 +22,14 @@ from gemma2_jax.config import Config, DType, FileDType, MeshConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from gemma2_jax.convert.checkpoints import Checkpoint
     from gemma2_jax.convert.job import Format
     from gemma2_jax.inference.loaded import LoadedModel
     from gemma2_jax.model.gemma2 import Gemma2
     from gemma2_jax.planning.report import Plan
     from gemma2_jax.training.step import Program, State
+
+logger = logging.getLogger(__name__)
 
 
 def mesh(
@@ -77,10 +83,54 @@ def load(
 
     if dtype is not None and dtype not in get_args(DType):
         raise ValueError(f"dtype is {dtype!r}; it may be {' or '.join(get_args(DType))}, or None")
-    checkpoint = open_checkpoint(path, hf_config=hf_config)
-    if adapter is not None:
-        checkpoint = open_checkpoint(adapter, base=checkpoint)
-    return load_model(checkpoint, mesh, dtype)
+    with _arguments_named():
+        checkpoint = open_checkpoint(path, hf_config=hf_config)
+        if adapter is not None:
+            checkpoint = open_checkpoint(adapter, base=checkpoint)
+        _log_notes(checkpoint)
+        return load_model(checkpoint, mesh, dtype)
+
+
+def _log_notes(checkpoint: "Checkpoint") -> None:
+    for note in checkpoint.notes:
+        logger.warning("%s: %s", checkpoint.path, _name_arguments(note))
+
+
+@contextmanager
+def _arguments_named(**renamed: str) -> Iterator[None]:
+    """Has a ValueError of the block name arguments of the function in place of options of a command."""
+    try:
+        yield
+    except ValueError as error:
+        if len(error.args) == 1:
+            error.args = (_name_arguments(str(error), **renamed),)
+        raise
+
+
+# A whole command, which stays as it is, or an option with what may be its value.
+_OPTION = re.compile(
+    r"(?P<command>python -m [^;,)`]+)"
+    r"|--(?P<name>to|dtype|adapter|drop|merge|chat|hf-config|tp|pp)\b(?: (?P<value>'[^']*'|[\w/.~][\w/.~-]*(?<!\.)))?"
+)
+_ARGUMENTS = {"hf-config": "hf_config", "tp": "ranks[0]", "pp": "ranks[1]", "merge": "merge=True", "chat": "chat=True"}
+
+
+def _name_arguments(message: str, **renamed: str) -> str:
+    """A message about options of a command, with a function's arguments in their place: --to hf is to='hf'."""
+
+    def name_argument(match: re.Match[str]) -> str:
+        option, value = match["name"], match["value"]
+        if match["command"]:
+            return match[0]
+        name = renamed.get(option) or _ARGUMENTS.get(option, option)
+        if option in ("to", "dtype", "adapter") and value:
+            return f"{name}={value.strip("'")!r}"
+        if option == "drop" and value and value.startswith("'"):
+            return f"{name}=[{value}]"
+        return name + match[0].removeprefix(f"--{option}")
+
+    named = _OPTION.sub(name_argument, message).replace("ranks[0] and ranks[1]", "ranks").replace("as SRC", "as src")
+    return re.sub(r"(merge=True) (\w+=)", r"\1, \2", named)
 
 
 def generate(
@@ -132,7 +182,8 @@ def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: b
 
     _check_format(format)
     _check_path(path, "path")
-    save_model(model, Path(path), format, merge=merge)
+    with _arguments_named(to="format"):
+        save_model(model, Path(path), format, merge=merge)
     return Path(path)
 
 
@@ -302,13 +353,15 @@ def convert(
 
     _check_format(to)
     _check_path(dst, "dst")
-    source = open_checkpoint(src, hf_config=hf_config, drop=drop)
-    if adapter is not None:
-        source = open_checkpoint(adapter, base=source)
-    job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)
-    for sentence in job.warnings:
-        warnings.warn(sentence, stacklevel=2)
-    write_checkpoint(job, Path(dst))
+    with _arguments_named():
+        source = open_checkpoint(src, hf_config=hf_config, drop=drop)
+        if adapter is not None:
+            source = open_checkpoint(adapter, base=source)
+        _log_notes(source)
+        job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)
+        for sentence in job.warnings:
+            warnings.warn(_name_arguments(sentence), stacklevel=2)
+        write_checkpoint(job, Path(dst))
     return Path(dst)
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from compilers import needs_plugin
 from flax import nnx
 from peers import BITING, hf_model
 from small_runs import shorten_python_docs
+from strange_folders import configure
 
 import gemma2_jax as g2
 from gemma2_jax import api, config as configs
@@ -277,10 +279,36 @@ def test_recipes_take_groups_and_fields():
     assert found == expected
 
 
+ADAPTER = ROOT / "tests/fixtures/megatron/peft/A_f32_lora_hfpeft"
+
+
 def test_an_adapter_alone_asks_for_its_model():
-    folder = ROOT / "tests/fixtures/megatron/peft/A_f32_lora_hfpeft"
-    with pytest.raises(ValueError, match=r"is an adapter, and its model.*give both"):
-        g2.load(folder)
+    with pytest.raises(ValueError, match=r"is an adapter, and its model.*give both: python -m gemma2_jax.gen"):
+        g2.load(ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("src", "options", "message"),
+    [
+        (TINY, dict(to="peft"), "has no adapter, and to='peft' writes nothing else; write its weights with to='hf'"),
+        (TINY, dict(to="hf", merge=True), "has no adapter; leave out merge=True"),
+        (TINY, dict(to="orbax", ranks=(2, 1)), "to='orbax' is read at any parallelism; leave out ranks"),
+        (TINY, dict(to="hf", dtype="float16"), "dtype='float16' goes with to='gguf' only; choose float32 or bfloat16"),
+        (TINY, dict(to="hf", drop=["v_head.*"]), "drop=['v_head.*'] fits none of the 68 tensors"),
+        (ADAPTER, dict(to="hf"), "and to='hf' writes them too; give that model as src and this adapter as adapter='/"),
+    ],
+)
+def test_refusals_name_the_arguments_and_no_options(src, options, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        g2.convert(src, tmp_path / "out", **options)
+    assert "--" not in str(refused.value)
+
+
+def test_notes_are_logged(tmp_path, caplog):
+    folder = shutil.copytree(TINY, tmp_path / "tiny")
+    configure(tie_word_embeddings=False)(folder)
+    g2.convert(folder, tmp_path / "out", to="orbax")
+    assert caplog.messages == [f"{folder}: its config unties the output matrix, which is the embedding all the same"]
 
 
 def test_commands_are_listed_and_found():

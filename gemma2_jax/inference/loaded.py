@@ -5,6 +5,7 @@
 that loading and saving changes no bit.
 """
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats.companions import load_tokenizer
-from gemma2_jax.convert.job import MODEL_FORMATS, Format, Job
+from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import Generator, keeps_dtype
@@ -147,9 +148,10 @@ def complete_config(checkpoint: Checkpoint) -> ModelConfig:
     """The model's config. Raises ValueError if the checkpoint is an adapter without its model."""
     if checkpoint.model is None or not checkpoint.has_weights:
         base = f"its model, {checkpoint.base}," if checkpoint.base else "its model"
+        path = str(checkpoint.path)
         raise ValueError(
-            f"{checkpoint.path} is an adapter, and {base} is not at hand; give both: --checkpoint MODEL --adapter "
-            f"{checkpoint.path}, or load(MODEL, adapter={str(checkpoint.path)!r})"
+            f"{path} is an adapter, and {base} is not at hand; give both: python -m gemma2_jax.generate --checkpoint "
+            f"MODEL --adapter {shlex.quote(path)}, or load(MODEL, adapter={path!r})"
         )
     return checkpoint.model
 
@@ -207,11 +209,6 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
         )
     if checkpoint.adapter.kind == "none" and any("/adapter/" in path for path in weights):
         raise ValueError("the model has adapters that it was not loaded with; merge them first (lora.merge_adapters)")
-    if checkpoint.adapter.kind != "none" and to in MODEL_FORMATS and not merge:
-        raise ValueError(
-            f"the model has an adapter, which format={to!r} has no place for; give merge=True for one model, or "
-            f"format={MODEL_FORMATS[to]!r} for the adapter alone"
-        )
     # "run" would mean another dtype than the model's own.
     source = replace(checkpoint, format="huggingface", model=model.config, sources=(_ModelArrays(weights),))
     job = Job(source=source, to=to, merge=merge)

@@ -262,7 +262,7 @@ def test_a_canonical_adapter_is_written_for_the_ranks_that_load_it(ranks, tmp_pa
     ("change", "ranks", "message"),
     [
         ((), (2, 1), "is read at any parallelism; leave out --tp and --pp"),
-        (("up",), (2, 2), "is read at any pipeline parallelism; leave out --pp"),
+        (("up",), (2, 2), "is read at any pipeline parallelism, so that --pp must be 1"),
         (("k",), (4, 1), "kv_heads 2 cannot be divided into 4"),
     ],
 )
