@@ -16,7 +16,7 @@ from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.sources import Source, load_array
-from gemma2_jax.model.gemma2 import Abstract
+from gemma2_jax.dims import Abstract
 
 
 @dataclass(frozen=True, kw_only=True)

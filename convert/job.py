@@ -1,6 +1,6 @@
 """A conversion, described by an immutable object: its source, its format, its options, and the arrays to be written.
 
-`opening` opens the source, `checkpoints` reads its arrays, `model.lora` merges and `writing` writes. Arrays are read
+`opening` opens the source, `checkpoints` reads its arrays, `merging` merges and `writing` writes. Arrays are read
 part by part. While a part is written the next ones are read, so that a few parts are in memory at a
 time. The largest part is a matrix of a layer, or as many rows of the embedding as make up a chunk of `files.orbax`.
 """
@@ -11,17 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gemma2_jax import dims
 from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
-from gemma2_jax.convert.checkpoints import Abstract, Checkpoint, read_array
+from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, copy_array, reuse_memory
 from gemma2_jax.convert.formats import (
@@ -34,9 +33,7 @@ from gemma2_jax.convert.formats import (
     vllm,
 )
 from gemma2_jax.convert.formats.table import Row
-from gemma2_jax.model import lora
-from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
-from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.dims import Abstract
 
 Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
 # Formats that hold an adapter and no weights, and where the same programs have weights.
@@ -92,7 +89,9 @@ class Job:
             raise ValueError(
                 f"--to {self.to} writes the adapter alone, and --merge adds it into the weights; choose one of the two"
             )
-        if self.merge or self.to in MODEL_FORMATS:
+        if self.source.adapter.unmergeable_targets and (self.merge or self.to in MODEL_FORMATS):
+            from gemma2_jax.model import lora
+
             lora.check_mergeable(self.source.adapter.unmergeable_targets)
         if self.to in MODEL_FORMATS and adapted and not self.merge:
             raise ValueError(
@@ -445,27 +444,11 @@ class Job:
         return np.asarray(merged)[(slice(None), *rest)]
 
     @cached_property
-    def _merge(self) -> Callable:
-        """`model.lora`'s merging of one projection, as a function of arrays: `merge(name, dtype, w=, a=, b=, m=)`."""
+    def _merge(self) -> Callable[..., jax.Array]:
+        from gemma2_jax.convert import merging
+
         assert self.source.model is not None
-        skeleton = nnx.eval_shape(partial(_create_adapted, self.source.model, self.source.adapter))
-        adapters = {name: projection.adapter for name, projection in lora.projections(skeleton).items()}
-
-        @partial(jax.jit, static_argnums=(0, 1))
-        def merge(name: str, dtype: np.dtype, w: jax.Array, **variables: jax.Array) -> jax.Array:
-            adapter = adapters[name]
-            assert isinstance(adapter, lora.Adapter)
-            graph, _ = nnx.split(adapter)
-            return nnx.merge(graph, nnx.State(variables)).merged_weight(w, dtype)
-
-        return merge
-
-
-def _create_adapted(model: ModelConfig, adapter: AdapterConfig) -> Gemma2:
-    rngs = nnx.Rngs(0)
-    gemma = Gemma2(model, attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=rngs)
-    lora.attach_adapters(gemma, adapter, rngs=rngs)
-    return gemma
+        return merging.create_merge(self.source.model, self.source.adapter)
 
 
 def read_ahead[X, Y](function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:

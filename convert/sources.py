@@ -21,7 +21,7 @@ from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.tensors import Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
-from gemma2_jax.model.gemma2 import Abstract
+from gemma2_jax.dims import Abstract
 
 _BLOCK_BYTES = 8 << 20  # of rows that are read at once, where they are transposed: few enough to stay in the cache
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from jax.sharding import PartitionSpec
 
 from gemma2_jax.config import ModelConfig
 
+Abstract = dict[str, jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of arrays, by path
 Axes = tuple[str, ...]
 Place = Literal["used", "between_blocks", "for_logits"]  # the columns that say how activations are spread
 

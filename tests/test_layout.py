@@ -36,7 +36,7 @@ ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
     "convert": (
         ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",), ("opening",),
-        ("describe", "job", "known_changes"),
+        ("describe", "merging", "known_changes"), ("job",),
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (

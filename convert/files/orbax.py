@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, read_bytes, reserve_disk
 from gemma2_jax.convert.files.safetensors import read_json
-from gemma2_jax.model.gemma2 import Abstract
+from gemma2_jax.dims import Abstract
 
 CHUNK_BYTES = 64 << 20  # arrays are stored in chunks of this size, so that a device reads little more than its slice
 METADATA = "_METADATA"  # Orbax's file about the whole checkpoint
@@ -201,12 +201,11 @@ class Writer:
         # Imported here: importing the library adds a handler to the root logger, and reading does without it.
         import orbax.checkpoint as ocp
         from etils import epath
-        from flax.traverse_util import unflatten_dict
 
         # Orbax writes what it keeps beside the arrays; their own metadata is then replaced by what we want.
         tree = {path: np.zeros((1,) * len(want.shape), want.dtype) for path, want in shapes.items()}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        handler.save(epath.Path(folder.absolute()), args=ocp.args.PyTreeSave(unflatten_dict(tree, sep="/")))
+        handler.save(epath.Path(folder.absolute()), args=ocp.args.PyTreeSave(ocp.tree.from_flat_dict(tree, sep="/")))
         handler.close()
         for path, want in shapes.items():
             dim = int(_stacked(path))

@@ -27,6 +27,7 @@ from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.dims import Abstract
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.generator import Generator, keeps_dtype
 from gemma2_jax.inference.sampling import Sampling
@@ -34,7 +35,7 @@ from gemma2_jax.inference.text import decode_text, encode_prompt
 from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
-from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights, flatten_state, rebuild_model, weight_dims
+from gemma2_jax.model.gemma2 import Gemma2, Weights, flatten_state, rebuild_model, weight_dims
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

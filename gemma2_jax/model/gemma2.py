@@ -30,7 +30,6 @@ Rope = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles: `rope_an
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, S, H] of each layer: `attention.xla.attend_cached`
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
-Abstract = dict[str, jax.ShapeDtypeStruct]  # their shapes, dtypes and shardings
 
 INIT_STD = 0.02
 

@@ -26,7 +26,8 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from rich.filesize import decimal
 
 from gemma2_jax.convert.files.orbax import CHUNK_BYTES
-from gemma2_jax.model.gemma2 import Abstract, Weights
+from gemma2_jax.dims import Abstract
+from gemma2_jax.model.gemma2 import Weights
 
 
 class Checkpoints:

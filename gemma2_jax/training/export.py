@@ -17,7 +17,8 @@ from gemma2_jax.convert.files.folder import generation_file
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.writing import write_checkpoint
-from gemma2_jax.model.gemma2 import Abstract, Weights
+from gemma2_jax.dims import Abstract
+from gemma2_jax.model.gemma2 import Weights
 
 
 class AdapterExports:

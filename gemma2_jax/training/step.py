@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
 from gemma2_jax.config import Config
+from gemma2_jax.dims import Abstract
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
-from gemma2_jax.model.gemma2 import Abstract, Gemma2, Weights
+from gemma2_jax.model.gemma2 import Gemma2, Weights
 from gemma2_jax.training import optim
 from gemma2_jax.training.pipeline import Batch, Pipeline
 

@@ -29,7 +29,10 @@ import gemma2_jax.convert, gemma2_jax.convert.__main__
 assert process_state() == before
 assert "jax" not in sys.modules
 # These libraries change the environment and the warnings' filters when they are imported.
-import jax, flax.nnx, numpy, tensorstore
+import jax, numpy, tensorstore
+import gemma2_jax.convert.opening, gemma2_jax.convert.writing
+assert "flax" not in sys.modules, "slow, and nothing is merged"
+import flax.nnx
 before = process_state()
 paths = sys.modules["gemma2_jax.convert"].__path__
 names = [name for _, name, _ in pkgutil.walk_packages(paths, "gemma2_jax.convert.")]
