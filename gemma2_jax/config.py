@@ -218,9 +218,12 @@ class DataConfig:
     """What is trained on, and how it becomes rows of tokens."""
 
     kind: Literal["text", "instructions"] = "instructions"  # loss on every token, or on completions only
-    train: str = "python-docs"  # built-in python-docs, or JSONL/Parquet: a file, a directory or a glob
-    eval: str = ""  # held-out data, likewise; empty: a share of the training data, chosen by hash
-    eval_fraction: float = 0.02  # share of the documents, at least one, held out when eval is empty; 0: none
+    # Built-in python-docs; files of JSON, CSV, text, Parquet or Arrow: one, a folder, a glob or a URL; a Hub data set.
+    train: str = "python-docs"
+    eval: str = ""  # held-out data, likewise; empty: train's split for it, or else a share, chosen by hash
+    eval_fraction: float = 0.02  # share of the documents, at least one, held out where no split is; 0: nothing is
+    subset: str = ""  # of a data set of the Hub that has several, such as main of openai/gsm8k
+    split: str = "train"  # that is trained on, of folders and of data sets of the Hub: train, validation, train_sft...
     tokenizer: str = ""  # a directory or hub id; empty: the one beside the initial weights
     columns: str = ""  # what its columns hold, where their names do not tell: prompt=q,completion=a or text=body
     prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of a prompt
@@ -237,6 +240,11 @@ class DataConfig:
             raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed is {self.seed}; it must be at least 0 and below 2**32")
+        if not re.fullmatch(r"\w+([.-]\w+)*", self.split):
+            raise ValueError(
+                f"data.split is {self.split!r}; it must be the name of a split, such as train or validation; to train "
+                "on a part of one, give fewer steps"
+            )
         if self.columns and not re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", self.columns):
             raise ValueError(f"data.columns is {self.columns!r}; it must be like prompt=question,completion=answer")
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import python_docs, sources
+from gemma2_jax.data import sources
 from gemma2_jax.data.chat import open_chat_format, split_conversation
 from gemma2_jax.data.records import BadRecord, Example
 from gemma2_jax.data.report import Report
@@ -193,7 +192,8 @@ def _write_store(
     console = Console(stderr=True, quiet=not show)
     purpose = "training" if split == "train" else "held-out"
     message = f"tokenizing {purpose} data from {sources.open_source(data, split)}"
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    for sentence in (message, *sources.choose_places(data, split).notes):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with (folder / "tokens").open("wb") as tokens_file, (folder / "learned").open("wb") as learned_file, progress:
         task = progress.add_task("", total=None)
@@ -218,11 +218,7 @@ def _write_store(
 
 def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast") -> str:
     """A digest of everything that the tokens of a split depend on."""
-    source = sources.open_source(data, split)
-    if source == sources.PYTHON_DOCS:
-        contents: list = [sys.version, Path(python_docs.__file__).read_text(encoding="utf-8")]
-    else:
-        contents = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources.find_files(source)]
+    contents = sources.fingerprint(data, split)
     choices = [data.kind, data.columns, data.prompt_template, data.repeated_roles, data.on_bad]
     share = None if data.eval else data.eval_fraction
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]

@@ -1,0 +1,124 @@
+"""Records of Parquet and Arrow files, read a few rows at a time; and how many rows each group or batch of a file has.
+
+Arrow files are those of IPC, as files or as streams: `datasets` writes streams, in save_to_disk and in its cache.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma2_jax.data.files import is_url, open_file
+from gemma2_jax.data.records import BadRecord
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from gemma2_jax.data.places import Part
+
+_MAX_ROWS, _BATCH_BYTES = 1024, 1 << 24  # of the rows that are Python objects at one time
+_ARROW_FILE = b"ARROW1"  # how a file of Arrow's IPC begins, and a stream does not
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Rows that lie together in a file: a row group of Parquet, a record batch of Arrow."""
+
+    rows: int
+    size: int  # bytes of their values
+
+
+def list_groups(path: str, label: str) -> list[Group]:
+    """The groups of rows of a file, in their order. Raises ValueError where it is damaged."""
+    with _open(path, label) as file:
+        if path.endswith(".parquet"):
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            return [Group(rows=group.num_rows, size=group.total_byte_size) for group in groups]
+        return [Group(rows=batch.num_rows, size=batch.nbytes) for batch in _read_batches(file, 0, None)]
+
+
+def read_rows(part: "Part") -> Iterator[tuple[str, object]]:
+    """Yields where a row is, and the row, of some groups of a file. Raises ValueError where the file is damaged."""
+    number = part.number - 1
+    with _open(part.path, part.label) as file:
+        for batch in _read_slices(file, part):
+            for row in _to_rows(batch):
+                number += 1
+                where = f"{part.label} row {number}"
+                if isinstance(row, UnicodeDecodeError):
+                    row = BadRecord(where, "not UTF-8", f"has a text that is not UTF-8 ({row}); convert it")
+                yield where, row
+
+
+@contextlib.contextmanager
+def _open(path: str, label: str) -> Iterator[Any]:
+    """A ParquetFile, or a reader of Arrow's IPC. Raises ValueError for what pyarrow raises of damaged files."""
+    try:
+        import pyarrow
+        from pyarrow import ipc, parquet
+    except ImportError as error:
+        raise ValueError(f"{label} needs pyarrow: pip install 'gemma2-jax[parquet]'") from error
+    kind = "Parquet" if path.endswith(".parquet") else "Arrow"
+    with contextlib.ExitStack() as stack:
+        try:
+            if kind == "Parquet":
+                yield stack.enter_context(parquet.ParquetFile(stack.enter_context(open_file(path))))
+                return
+            file = stack.enter_context(open_file(path))
+            is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
+            source = stack.enter_context(file if is_url(path) else pyarrow.memory_map(path))
+            yield stack.enter_context(ipc.open_file(source) if is_file else ipc.open_stream(source))
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{label}: not {kind}, or cut short ({_shorten(error)}); copy it again") from error
+        except OSError as error:
+            if error.errno is not None:  # of the disk, not of what the file holds
+                raise
+            raise ValueError(f"{label}: damaged ({_shorten(error)}); copy it again") from error
+
+
+def _shorten(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _read_slices(file: Any, part: "Part") -> Iterator["pyarrow.RecordBatch"]:
+    """The rows of the part's groups, in batches that take little memory as Python objects."""
+    if part.ending == ".parquet":
+        stop = file.metadata.num_row_groups if part.stop is None else part.stop
+        for group in range(part.start, stop):
+            described = file.metadata.row_group(group)
+            rows = _count_rows(described.num_rows, described.total_byte_size)
+            yield from file.iter_batches(batch_size=rows, row_groups=[group])
+        return
+    for batch in _read_batches(file, part.start, part.stop):
+        rows = _count_rows(batch.num_rows, batch.nbytes)
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
+
+
+def _count_rows(rows: int, size: int) -> int:
+    """How many rows take about _BATCH_BYTES, of so many that take so much."""
+    return max(1, min(_MAX_ROWS, rows * _BATCH_BYTES // max(size, 1)))
+
+
+def _read_batches(file: Any, start: int, stop: int | None) -> Iterator["pyarrow.RecordBatch"]:
+    if hasattr(file, "get_batch"):
+        for number in range(start, file.num_record_batches if stop is None else stop):
+            yield file.get_batch(number)
+        return
+    number = 0
+    with contextlib.suppress(StopIteration):
+        while stop is None or number < stop:
+            batch = file.read_next_batch()  # of a stream, those before are passed too
+            if number >= start:
+                yield batch
+            number += 1
+
+
+def _to_rows(batch: "pyarrow.RecordBatch") -> list:
+    """The rows as dictionaries; a row of which a text is not UTF-8 is the error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for number in range(batch.num_rows) for row in _to_rows(batch.slice(number, 1))]

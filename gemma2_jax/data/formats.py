@@ -1,0 +1,349 @@
+"""Records of text files, read one by one in bounded memory: JSON lines or an array, CSV and TSV, plain text.
+
+Each may be compressed by gzip or Zstandard. People rename files, so which JSON it is is found in its first bytes.
+`columnar` reads Parquet and Arrow. A reader yields where a record is, and the record or what is wrong with it.
+"""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gemma2_jax.data.files import BUFFER_BYTES, open_file
+from gemma2_jax.data.records import BadRecord
+
+if TYPE_CHECKING:
+    from gemma2_jax.data.places import Part
+
+Located = Iterator[tuple[str, object]]  # where a record is, and the record or a BadRecord
+MAX_BYTES = 1 << 28  # of one record
+_HEAD_BYTES = 1 << 16
+_SIZE = f"longer than {MAX_BYTES >> 20} MiB, the most that a document may be"
+_ENCODINGS = (  # byte order marks, and how text without them begins
+    (rb"\xff\xfe\x00\x00|[^\x00]\x00\x00\x00", "UTF-32LE"),
+    (rb"\x00\x00\xfe\xff|\x00\x00\x00[^\x00]", "UTF-32BE"),
+    (rb"\xff\xfe|[^\x00]\x00[^\x00]\x00", "UTF-16LE"),
+    (rb"\xfe\xff|\x00[^\x00]\x00[^\x00]", "UTF-16BE"),
+)
+_FOREIGN = (  # how files of other formats begin
+    (b"\x1f\x8b", "compressed by gzip", ".gz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", ".zst"),
+    (b"PAR1\x15", "Parquet", ".parquet"),
+    (b"ARROW1\x00", "Arrow", ".arrow"),
+    (b"PK\x03\x04", "a ZIP archive or an Excel sheet", ""),
+    (b"SQLite format 3", "an SQLite database", ""),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", ""),
+)
+
+
+def read_text_file(part: "Part") -> Located:
+    """The records of a part of a text file. Raises ValueError where its file is damaged, or of another encoding."""
+    try:
+        with open_file(part.path) as file, _decompress(file, part) as stream:
+            yield from _READERS[part.ending](_skip_mark(stream, part) if part.start == 0 else stream, part)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(_describe_damage(part, error)) from error
+    except OSError as error:
+        if part.compression and error.errno is None:  # pyarrow's for damaged Zstandard
+            raise ValueError(_describe_damage(part, error)) from error
+        raise
+
+
+def _describe_damage(part: "Part", error: Exception) -> str:
+    return f"{part.label} is damaged or cut short ({error}); copy it again, or compress its documents again"
+
+
+def _decompress(file: io.BufferedReader, part: "Part") -> io.BufferedReader:
+    if part.compression == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER_BYTES)
+    if part.compression == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ValueError(f"{part.label} needs pyarrow: pip install 'gemma2-jax[parquet]'") from error
+        compressed = pyarrow.PythonFile(file, mode="r")
+        return io.BufferedReader(pyarrow.CompressedInputStream(compressed, "zstd"), BUFFER_BYTES)
+    return file
+
+
+def _skip_mark(stream: io.BufferedReader, part: "Part") -> io.BufferedReader:
+    """The stream after a byte order mark of UTF-8. Raises ValueError for other encodings, and for other formats."""
+    head = stream.peek(_HEAD_BYTES)
+    for beginning, name, ending in _FOREIGN:
+        if head.startswith(beginning):
+            remedy = f"name it so that it ends with {ending}" if ending else "give what it was made from"
+            raise ValueError(f"{part.label} is {name}; {remedy}")
+    for pattern, encoding in _ENCODINGS:
+        if re.match(pattern, head, re.DOTALL):
+            raise ValueError(
+                f"{part.label} is {encoding}, and documents are read as UTF-8: iconv -f {encoding} -t UTF-8 "
+                f"{part.path} > utf8{part.ending}"
+            )
+    if head.startswith(b"\xef\xbb\xbf"):
+        stream.read(3)
+    return stream
+
+
+def _read_json(stream: io.BufferedReader, part: "Part") -> Located:
+    return {"array": _read_array, "values": _read_values, "lines": _read_lines}[find_layout(stream, part)](stream, part)
+
+
+def find_layout(stream: io.BufferedReader, part: "Part") -> str:
+    """Whether JSON is an array, values that may each take many lines, or values one to a line; without reading it."""
+    if part.start:
+        return "lines"
+    head = stream.peek(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"["):
+        return "array"
+    line, newline, _ = head.partition(b"\n")
+    if newline and head.startswith(b"{") and (line.strip() == b"{" or (part.ending == ".json" and not _is_json(line))):
+        return "values"
+    return "lines"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_lines(stream: io.BufferedReader, part: "Part") -> Located:
+    blank = 0  # the first of the blank lines above, which are nothing at the end of a file
+    if part.start:
+        stream.seek(part.start)
+    number, position = part.number - 1, stream.tell() if part.stop else 0
+    while (part.stop is None or position < part.stop) and (line := stream.readline(MAX_BYTES)):
+        number, position = number + 1, position + len(line)
+        if line.isspace():
+            blank = blank or number
+            continue
+        if blank:
+            where = f"{part.label}:{blank}"
+            yield where, BadRecord(where, "blank line", "the line is blank; remove it")
+            blank = 0
+        where = f"{part.label}:{number}"
+        if len(line) == MAX_BYTES and not line.endswith(b"\n"):
+            position += _skip_line(stream)
+            yield where, BadRecord(where, "too long", f"the line is {_SIZE}; each line holds one JSON object")
+            continue
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
+            yield where, BadRecord(where, "not JSON", f"not JSON ({error}); each line holds one JSON object")
+
+
+def _skip_line(stream: io.BufferedReader) -> int:
+    """Reads to the end of a line; how many bytes that was."""
+    skipped = 0
+    while line := stream.readline(BUFFER_BYTES):
+        skipped += len(line)
+        if line.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _read_values(stream: io.BufferedReader, part: "Part") -> Located:
+    """JSON values one after another, each over as many lines as it takes."""
+    with _decode(stream) as text:
+        scanner = _Scanner(text, part.label)
+        while scanner.skip_space():
+            yield scanner.read_value()
+
+
+def _read_array(stream: io.BufferedReader, part: "Part") -> Located:
+    """The values of one JSON array."""
+    with _decode(stream) as text:
+        scanner = _Scanner(text, part.label)
+        scanner.skip_space()
+        scanner.take("[", "an array")
+        if scanner.skip_space() != "]":
+            yield scanner.read_value()
+            while scanner.skip_space() != "]":
+                scanner.take(",", "a comma, or the end of the array,")
+                if scanner.skip_space() == "]":
+                    scanner.refuse("a comma comes before the end of the array")
+                yield scanner.read_value()
+        scanner.take("]", "the end of the array")
+        if scanner.skip_space():
+            scanner.refuse("more follows the end of the array")
+
+
+@contextlib.contextmanager
+def _decode(stream: io.BufferedReader) -> Iterator[io.TextIOWrapper]:
+    """The stream as text. Bytes that are not UTF-8 become halves of surrogate pairs, which are looked for later."""
+    text = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
+    try:
+        yield text
+    finally:
+        text.detach()  # who opened the stream closes it
+
+
+class _Scanner:
+    """Takes JSON values from text that is read in parts, of which the part that is not yet taken is kept."""
+
+    _SPACE = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, text: io.TextIOWrapper, label: str) -> None:
+        self._text, self._label, self._decode = text, label, json.JSONDecoder().raw_decode
+        self._buffer, self._position, self._line, self._ended = "", 0, 1, False
+
+    def _read_more(self) -> None:
+        """Makes the buffer longer, by as much as it has, so that long values are not decoded too often."""
+        rest = self._buffer[self._position :]
+        if len(rest) > MAX_BYTES:
+            self.refuse(f"the value is {_SIZE}; {self._suggest_lines()}")
+        more = self._text.read(max(BUFFER_BYTES, len(rest)))
+        self._buffer, self._position, self._ended = rest + more, 0, not more
+
+    def _advance(self, position: int) -> None:
+        self._line += self._buffer.count("\n", self._position, position)
+        self._position = position
+
+    def skip_space(self) -> str:
+        """The next character that is not space, which is not taken; "" at the end."""
+        while True:
+            match = self._SPACE.match(self._buffer, self._position)
+            assert match is not None
+            self._advance(match.end())
+            if self._position < len(self._buffer) or self._ended:
+                return self._buffer[self._position : self._position + 1]
+            self._read_more()
+
+    def take(self, character: str, name: str) -> None:
+        """Takes a character that has to come next."""
+        if (found := self._buffer[self._position : self._position + 1]) != character:
+            self.refuse(f"{name} was to come, and {found!r} came" if found else f"the file ends before {name}")
+        self._position += 1
+
+    def read_value(self) -> tuple[str, object]:
+        """Takes the next value; where it begins, and the value."""
+        where = f"{self._label}:{self._line}"
+        while True:
+            try:
+                value, end = self._decode(self._buffer, self._position)
+            except RecursionError as error:
+                self.refuse(str(error))
+            except json.JSONDecodeError as error:
+                # A value whose end has not been read looks malformed at the buffer's end, or in an open string.
+                is_open = error.msg.startswith("Unterminated string")
+                is_near = error.pos >= len(self._buffer) - len("-Infinity")
+                if self._ended or not (is_near or is_open):
+                    at_end = is_open or error.pos >= len(self._buffer)
+                    self._advance(min(error.pos, len(self._buffer)))
+                    self.refuse("the file ends within a value" if at_end else error.msg)
+            else:
+                if end < len(self._buffer) or self._ended:
+                    text = self._buffer[self._position : end]
+                    self._advance(end)
+                    return where, value if _is_unicode(text) else _refuse_bytes(where)
+            self._read_more()
+
+    def refuse(self, reason: str) -> None:
+        """Raises ValueError: nothing after this place can be read."""
+        raise ValueError(
+            f"{self._label}:{self._line}: not JSON ({reason}), and nothing after it can be told apart; mend the file"
+        )
+
+    def _suggest_lines(self) -> str:
+        return f"write one document to a line, as jq -c '.[]' {self._label} > documents.jsonl does"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_bytes(where: str) -> BadRecord:
+    return BadRecord(
+        where, "not UTF-8", "has bytes that are not UTF-8; convert the file, as iconv -f WINDOWS-1252 -t UTF-8 does"
+    )
+
+
+def _read_table(stream: io.BufferedReader, part: "Part") -> Located:
+    """The rows of a file whose first line names the columns, separated by commas, tabs or semicolons."""
+    csv.field_size_limit(MAX_BYTES)
+    first = stream.peek(_HEAD_BYTES).lstrip(b"\xef\xbb\xbf").partition(b"\n")[0]
+    usual = b"\t" if part.ending == ".tsv" else b","
+    separator = max((usual, b",", b"\t", b";"), key=first.count).decode()
+    with _decode(stream) as text:
+        yield from _read_rows(csv.reader(text, delimiter=separator, strict=True), part)
+
+
+def _read_rows(rows: Any, part: "Part") -> Located:
+    blank = 0
+    header: list[str] = []
+    while True:
+        line = rows.line_num + 1
+        where = f"{part.label}:{line}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise ValueError(f"{where}: a quote in this row is not closed before the end of the file") from error
+            yield where, BadRecord(where, "not CSV", f"not CSV ({error}); a quote within quotes is written twice")
+            continue
+        if not row:
+            blank = blank or line
+            continue
+        if not header:
+            header = _check_header(row, part)
+            continue
+        if blank:
+            yield (
+                f"{part.label}:{blank}",
+                BadRecord(f"{part.label}:{blank}", "blank line", "the line is blank; remove it"),
+            )
+            blank = 0
+        yield where, _make_row(row, header, where)
+
+
+def _check_header(header: list[str], part: "Part") -> list[str]:
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{part.label} has two columns {twice[0]!r}; its first line must name each column once")
+    if not all(map(_is_unicode, header)):
+        raise ValueError(str(_refuse_bytes(part.label)))
+    return header
+
+
+def _make_row(row: list[str], header: list[str], where: str) -> object:
+    if len(row) != len(header):
+        return BadRecord(
+            where, "columns", f"has {len(row)} columns, and the first line names {len(header)}; quote what has commas"
+        )
+    return dict(zip(header, row, strict=True)) if _is_unicode("".join(row)) else _refuse_bytes(where)
+
+
+def _read_text(stream: io.BufferedReader, part: "Part") -> Located:
+    """One document: all of the file."""
+    text = stream.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f'{part.label} is {_SIZE}; write its documents as lines {{"text": ...}} of a .jsonl file')
+    try:
+        yield part.label, {"text": text.decode()}
+    except UnicodeDecodeError:
+        yield part.label, _refuse_bytes(part.label)
+
+
+_READERS = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".txt": _read_text,
+}
+COMPRESSIONS = (".gz", ".zst")
+LINE_ENDINGS = (".jsonl", ".ndjson", ".json")  # of files that may have a record to a line
+TEXT_ENDINGS = tuple(_READERS)

@@ -1,0 +1,294 @@
+"""Where the documents of a source lie: which files are trained on or held out, and how they are cut into pieces.
+
+A source is a file, a folder, a glob, a URL of such, or a data set of the Hub. `files` and `hub` list what there is;
+`formats` and `columnar` read it. Pieces are independent, so that several processes can read a source.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data import columnar, files, formats, hub, splits
+from gemma2_jax.data.files import File
+
+Record = tuple[str, object, str]  # where it is, the record or the BadRecord that it is, and its name
+_ENDINGS = (*formats.TEXT_ENDINGS, ".parquet", ".arrow")
+_SPLIT_ORDER = (splits.HELD_OUT, "test", "train", "")  # of what is held out from a source of held-out data
+_COUNTED_BYTES = 1 << 22  # of a file, in which lines are counted at one time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A file of documents."""
+
+    path: str  # a path, or a URL
+    size: int  # bytes
+    mark: str  # changes when the content does
+    label: str  # what messages call it
+
+    @property
+    def ending(self) -> str:
+        """What its name ends with, which says its format, without that of a compression."""
+        return split_ending(self.path)[0]
+
+    @property
+    def compression(self) -> str:
+        """What its name ends with where it is compressed: .gz or .zst."""
+        return split_ending(self.path)[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part(Place):
+    """A run of the documents of a file."""
+
+    start: int = 0  # the byte, row group or record batch that it begins with
+    stop: int | None = None  # that which it ends before; None: the file's end
+    number: int = 1  # of its first line or row
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its file."""
+        return self.start == 0 and self.stop is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What one process reads at a time: a part of a large file, or several small files."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is taken of a source."""
+
+    places: tuple[Place, ...]
+    notes: tuple[str, ...]  # sentences on what of the source is not taken
+
+
+def split_ending(path: str) -> tuple[str, str]:
+    """What a name ends with: its format's ending, and its compression's or ""."""
+    name = PurePosixPath(urlsplit(path).path if files.is_url(path) else path).name.lower()
+    compression = next((ending for ending in formats.COMPRESSIONS if name.endswith(ending)), "")
+    return PurePosixPath(name.removesuffix(compression)).suffix, compression
+
+
+def choose_training(data: DataConfig) -> tuple[Choice, Choice]:
+    """What is trained on of `data.train`, and what is held out by its splits. Raises ValueError if there is nothing."""
+    source, asked = data.train, splits.name_split(data.split)
+    found, notes = _search(source, data)
+    unnamed = found.get("", []) if asked == "train" else []
+    chosen = sorted([*found.get(asked, []), *unnamed], key=lambda place: place.path)
+    others = {name: found[name] for name in sorted(found) if name not in (asked, "")}
+    if not chosen:
+        has = f"it has {', '.join(others)}: --data.split {next(iter(others))}" if others else "no name there tells one"
+        raise ValueError(f"{source} has no split {data.split!r}; {has}")
+    held_out = others.pop(splits.HELD_OUT, []) if not data.eval and data.eval_fraction else []
+    notes += tuple(
+        f"{source}: its split {name} ({_name_places(places)}) is left out; --data.split {name} trains on it"
+        for name, places in others.items()
+    )
+    described = f"the split {splits.HELD_OUT} of {source} is held out ({_name_places(held_out)})" if held_out else ""
+    return (
+        Choice(places=tuple(chosen), notes=notes),
+        Choice(places=tuple(held_out), notes=(described,) if described else ()),
+    )
+
+
+def choose_held_out(data: DataConfig) -> Choice:
+    """What is held out of `data.eval`: its validation split, else that for tests, else all of it."""
+    found, notes = _search(data.eval, data)
+    name = next((name for name in _SPLIT_ORDER if name in found), next(iter(found)))
+    if others := [split for split in found if split != name]:
+        left = ", ".join(split or "files of no split" for split in others)
+        notes += (f"{data.eval}: its split {name} ({_name_places(found[name])}) is held out, and {left} is left out",)
+    return Choice(places=tuple(found[name]), notes=notes)
+
+
+def _name_places(places: Sequence[Place]) -> str:
+    return places[0].label if len(places) == 1 else f"{len(places):,} files, such as {places[0].label}"
+
+
+def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tuple[str, ...]]:
+    """The places of a source by their split, "" where no name tells it; and what is to be said of others."""
+    is_known = split_ending(source)[0] in _ENDINGS
+    if hub.is_hub_name(source) and not is_known and not os.path.exists(source):
+        return _search_hub(source, data), ()
+    if data.subset:
+        raise ValueError(f"data.subset {data.subset!r} is of a data set of the Hub, and {source} is none; leave it out")
+    found = files.list_files(source)
+    is_glob = files.has_wildcard(source)
+    is_folder = not is_glob and not (found and found[0].below == "")
+    taken = [file for file in found if split_ending(file.path)[0] in _ENDINGS]
+    passed = [file for file in found if split_ending(file.path)[0] not in _ENDINGS]
+    known = f"{', '.join(_ENDINGS)}, and text also with {' or '.join(formats.COMPRESSIONS)}"
+    if passed and not (is_folder and taken):
+        raise ValueError(f"{passed[0].path} is none of the formats that are read ({known}); convert or rename it")
+    if not taken:
+        raise ValueError(
+            f"no data at {source!r}: give 'python-docs', a file ({known}), a folder or a glob of such, a URL, or a "
+            "data set of the Hub, such as tatsu-lab/alpaca"
+        )
+    if is_folder:
+        taken, more = _pass_over(source, taken)
+        passed += more
+    # Who names a split in a glob has chosen.
+    asked = splits.name_split(data.split)
+    is_chosen = not is_folder and (not is_glob or splits.has_split(files.wildcard_part(source)))
+    by_split: dict[str, list[Place]] = {}
+    is_dictionary = os.path.exists(os.path.join(source, "dataset_dict.json"))  # of datasets: a folder is a split
+    for file in taken:
+        split = asked if is_chosen else splits.find_split(file.below, data.split)
+        if is_dictionary:
+            split = splits.name_split(file.below.partition("/")[0])
+        by_split.setdefault(split, []).append(_make_place(file))
+    notes = (f"{source}: {_count_files(passed)} passed over, such as {passed[0].path}",) if passed else ()
+    return by_split, notes
+
+
+def _search_hub(name: str, data: DataConfig) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for split, cached in hub.find_splits(name, data.subset).items():
+        labels = [f"{name} {split}" if len(cached) == 1 else f"{name} {split} {file.below}" for file in cached]
+        places = [_make_place(file, label) for file, label in zip(cached, labels, strict=True)]
+        found.setdefault(splits.name_split(split), []).extend(places)
+    return found
+
+
+def _make_place(file: File, label: str = "") -> Place:
+    return Place(path=file.path, size=file.size, mark=file.mark, label=label or file.path)
+
+
+def _pass_over(source: str, found: list[File]) -> tuple[list[File], list[File]]:
+    """Of a folder's files, those that are documents; and those that are not, such as notes beside them."""
+    taken = found
+    if any(split_ending(file.path)[0] != ".txt" for file in found):
+        taken = [file for file in found if split_ending(file.path)[0] != ".txt"]
+    listed = {}  # of folders that datasets has written: which of their files belong to the data set
+    if not files.is_url(source):
+        for folder in {os.path.dirname(file.path) for file in taken if file.path.endswith(".arrow")}:
+            listed |= _read_state(folder)
+    taken = [file for file in taken if file.path not in listed or listed[file.path]]
+    return taken, [file for file in found if file not in taken]
+
+
+def _read_state(folder: str) -> dict[str, bool]:
+    """Of the Arrow files in a folder of save_to_disk, whether they belong to the data set, as its state.json says.
+
+    A data set that was saved there before leaves files of its own. Raises ValueError where one is missing.
+    """
+    state = Path(folder, "state.json")
+    if not state.exists():
+        return {}
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{state} is damaged ({error!r}); save the data set again") from error
+    present = {path.name: str(path) for path in Path(folder).glob("*.arrow")}
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"{folder} lacks {missing[0]}, which its state.json names; copy or save the data set again")
+    return {path: name in names for name, path in present.items()}
+
+
+def _count_files(found: Sequence[File]) -> str:
+    return f"{len(found):,} file{' is' if len(found) == 1 else 's are'}"
+
+
+def fingerprint(place: Place) -> tuple[str, int, str]:
+    """What is another when the content of a place is another: its name, its size and its mark."""
+    is_local = not files.is_url(place.path) and place.label == place.path
+    return os.path.realpath(place.path) if is_local else place.label, place.size, place.mark
+
+
+def list_pieces(places: Sequence[Place], piece_bytes: int) -> list[Piece]:
+    """The documents of these places in pieces of about so many bytes, in a fixed order.
+
+    Local files of lines are cut at the ends of lines, Parquet at row groups, Arrow at record batches; other files are
+    not cut. Small files share a piece. Raises ValueError where a file that is to be cut is damaged.
+    """
+    pieces: list[Piece] = []
+    parts: list[Part] = []
+    for place in places:
+        for part in _cut(place, piece_bytes):
+            if parts and sum(part.size for part in parts) + part.size > piece_bytes:
+                pieces.append(Piece(parts=tuple(parts)))
+                parts = []
+            parts.append(part)
+    return [*pieces, Piece(parts=tuple(parts))] if parts else pieces
+
+
+def _cut(place: Place, piece_bytes: int) -> Iterator[Part]:
+    whole = Part(path=place.path, size=place.size, mark=place.mark, label=place.label)
+    if place.size <= piece_bytes or place.compression:
+        yield whole
+    elif place.ending in (".parquet", ".arrow"):
+        yield from _cut_groups(whole, piece_bytes)
+    elif place.ending in formats.LINE_ENDINGS and not files.is_url(place.path):
+        yield from _cut_lines(whole, piece_bytes)
+    else:
+        yield whole
+
+
+def _cut_groups(whole: Part, piece_bytes: int) -> Iterator[Part]:
+    groups = columnar.list_groups(whole.path, whole.label)
+    start, number, rows, size = 0, 1, 0, 0
+    for stop, group in enumerate(groups, start=1):
+        rows, size = rows + group.rows, size + group.size
+        if size >= piece_bytes or stop == len(groups):
+            yield replace(whole, start=start, stop=stop, number=number, size=size)
+            start, number, rows, size = stop, number + rows, 0, 0
+    if not groups:
+        yield whole
+
+
+def _cut_lines(whole: Part, piece_bytes: int) -> Iterator[Part]:
+    with open(whole.path, "rb") as file:
+        if formats.find_layout(file, whole) != "lines":
+            yield whole
+            return
+        start, number = 0, 1
+        while start + piece_bytes < whole.size and (stop := _find_line_end(file, start + piece_bytes)) < whole.size:
+            yield replace(whole, start=start, stop=stop, number=number, size=stop - start)
+            start, number = stop, number + _count_lines(file, start, stop)
+        yield replace(whole, start=start, number=number, size=whole.size - start)
+
+
+def _find_line_end(file: BufferedReader, position: int) -> int:
+    """Where the first line ends that ends after a position and is not blank; blank ones are told of with the next."""
+    file.seek(position)
+    has_text = False
+    while chunk := file.readline(files.BUFFER_BYTES):
+        has_text = has_text or not chunk.isspace()
+        if has_text and chunk.endswith(b"\n"):
+            break
+    return file.tell()
+
+
+def _count_lines(file: BufferedReader, start: int, stop: int) -> int:
+    file.seek(start)
+    sizes = [min(_COUNTED_BYTES, stop - position) for position in range(start, stop, _COUNTED_BYTES)]
+    return sum(file.read(size).count(b"\n") for size in sizes)
+
+
+def read_piece(piece: Piece) -> Iterator[Record]:
+    """The records of a piece, read lazily: where each is, the record or a BadRecord, and its name.
+
+    Raises ValueError for a file that is empty, damaged, or not what its name says, and OSError where it cannot be read.
+    """
+    for part in piece.parts:
+        read = columnar.read_rows if part.ending in (".parquet", ".arrow") else formats.read_text_file
+        where = ""
+        for where, record in read(part):
+            yield where, record, ""
+        if not where and part.is_whole:
+            raise ValueError(f"{part.label} is empty; remove it, or write one document per line or row")
