@@ -233,6 +233,9 @@ class DataConfig:
         "stop"  # of documents that cannot be trained on: the first is an error, or counted
     )
     packing: bool = True  # several documents share a row, and attend only to themselves
+    # Of rows: documents shuffled and packed, or as Megatron-LM reads its .bin and .idx files, sample for sample.
+    order: Literal["shuffled", "megatron"] = "shuffled"
+    splits: str = ""  # of .bin and .idx files: documents trained on, held out and left, as 9999,8,2; else eval_fraction
     seed: int = 1234  # of the order of documents
 
     def __post_init__(self) -> None:
@@ -247,6 +250,11 @@ class DataConfig:
             )
         if self.columns and not re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", self.columns):
             raise ValueError(f"data.columns is {self.columns!r}; it must be like prompt=question,completion=answer")
+        if self.splits and self.eval:
+            raise ValueError(f"data.splits {self.splits} and data.eval {self.eval} both say what is held out; give one")
+        number = r"\d+(\.\d+)?"
+        if self.splits and (not re.fullmatch(f"{number}(,{number}){{0,2}}", self.splits) or not self.shares[0]):
+            raise ValueError(f"data.splits is {self.splits!r}; it must be like 9999,8,2: trained on, held out and left")
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -254,9 +262,19 @@ class DataConfig:
         return dict(pair.split("=") for pair in self.columns.split(",")) if self.columns else {}
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """How much of an indexed data set is trained on, held out and neither; they need not add up to 1."""
+        if self.eval:
+            return 1.0, 0.0, 0.0
+        if not self.splits:
+            return 1 - self.eval_fraction, self.eval_fraction, 0.0
+        given = tuple(map(float, self.splits.split(",")))
+        return given + (0.0,) * (3 - len(given))
+
+    @property
     def has_eval(self) -> bool:
         """Whether there are held-out documents."""
-        return bool(self.eval) or self.eval_fraction > 0
+        return bool(self.eval) or self.shares[1] > 0
 
 
 @dataclass(frozen=True, kw_only=True)

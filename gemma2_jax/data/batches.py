@@ -14,14 +14,17 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import encoding, packing, sources
+from gemma2_jax.data import encoding, megatron_order, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
+from gemma2_jax.data.indexed import find_prefix
+from gemma2_jax.data.megatron_order import MegatronRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["Batches", "EvalBatches", "Layout", "eval_batches", "load_tokenizer", "train_batches"]
 
+AnyRows = packing.Rows | MegatronRows
 Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # rows are cheap to make, batches may be large
 
@@ -49,13 +52,19 @@ class Layout:
 
 
 class Batches:
-    """An endless iterator of training batches: epochs follow each other without a gap, each in another order."""
+    """An endless iterator of training batches: epochs follow each other without a gap, each in another order.
 
-    def __init__(self, rows: packing.Rows, layout: Layout, *, seed: int) -> None:
+    Rows in Megatron's order are as many as the run takes, and are taken once, as they come.
+    """
+
+    def __init__(self, rows: AnyRows, layout: Layout, *, seed: int) -> None:
         self.rows = rows
         self.layout = layout
+        dataset = grain.MapDataset.source(rows)
+        if isinstance(rows, packing.Rows):
+            dataset = dataset.shuffle(seed).repeat()
         # All shares of all batches in order; each reader takes every share_count-th of them.
-        shares = grain.MapDataset.source(rows).shuffle(seed).repeat().batch(layout.share_rows, drop_remainder=True)
+        shares = dataset.batch(layout.share_rows, drop_remainder=True)
         self._batches = iter(shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
 
     def __iter__(self) -> "Batches":
@@ -79,19 +88,24 @@ class Batches:
 
     def _identity(self) -> dict:
         rows, batch_size = self.rows, self.layout.batch_size
+        if isinstance(rows, MegatronRows):  # of more rows of the same order, the first are the same
+            return {"order": rows.identity, "length": rows.length, "batch_size": batch_size}
         return {"rows": len(rows), "length": rows.length, "tokens": rows.tokens, "batch_size": batch_size}
 
     @property
     def summary(self) -> str:
         """The rows in a line, and how long an epoch is."""
-        return f"{_describe_rows(self.rows)}; an epoch is {len(self.rows) / self.layout.batch_size:,.1f} steps"
+        steps = f"{len(self.rows) / self.layout.batch_size:,.1f} steps"
+        if isinstance(self.rows, MegatronRows):
+            return f"{self.rows.summary}; {steps}"
+        return f"{_describe_rows(self.rows)}; an epoch is {steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
     """The batches of an evaluation, the same each time; the last is filled up with padding."""
 
-    rows: packing.Rows
+    rows: AnyRows
     layout: Layout
     max_batches: int
 
@@ -110,28 +124,72 @@ class EvalBatches:
     @property
     def summary(self) -> str:
         """The rows in a line, and how many batches of them are read."""
-        return f"{_describe_rows(self.rows)}; {_count(len(self), 'batch', 'batches')} of them evaluated"
+        rows = self.rows.summary if isinstance(self.rows, MegatronRows) else _describe_rows(self.rows)
+        return f"{rows}; {_count(len(self), 'batch', 'batches')} of them evaluated"
 
 
-def train_batches(data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path) -> Batches:
+def train_batches(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path, steps: int = 1
+) -> Batches:
     """Batches of the training data, whose tokens are kept in `cache`: arrays [B, T] with the rows of one share.
 
-    Raises ValueError if data is missing or malformed, or if no document of it can be trained on.
+    `steps` is how many of them the run takes, on which Megatron's order depends, and no other. Raises ValueError if
+    data is missing or malformed, or if no document of it can be trained on.
     """
+    if data.order == "megatron":
+        return Batches(_order_rows(data, "train", tokenizer, layout, cache, steps), layout, seed=data.seed)
     return Batches(_pack_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
 
 
 def eval_batches(
-    data: DataConfig, tokenizer: "PreTrainedTokenizerFast", layout: Layout, *, cache: Path, max_batches: int
+    data: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    layout: Layout,
+    *,
+    cache: Path,
+    max_batches: int,
+    evaluations: int = 1,
 ) -> EvalBatches:
-    """The first `max_batches` batches of the held-out data; otherwise as `train_batches`."""
-    rows = _pack_rows(data, "eval", tokenizer, layout, cache)
+    """The first `max_batches` batches of the held-out data; otherwise as `train_batches`.
+
+    Megatron's order depends on how many evaluations there are, as Megatron reads on in each.
+    """
+    if data.order == "megatron":
+        rows: AnyRows = _order_rows(data, "eval", tokenizer, layout, cache, evaluations * max_batches)
+    else:
+        rows = _pack_rows(data, "eval", tokenizer, layout, cache)
     return EvalBatches(rows=rows, layout=layout, max_batches=max_batches)
+
+
+def _order_rows(
+    data: DataConfig,
+    split: sources.Split,
+    tokenizer: "PreTrainedTokenizerFast",
+    layout: Layout,
+    cache: Path,
+    batches: int,
+) -> MegatronRows:
+    pad = tokenizer.pad_token_id
+    request = megatron_order.Request(
+        data=data,
+        split=split,
+        rows=batches * layout.batch_size,
+        length=layout.sequence_length,
+        pad=pad if isinstance(pad, int) else -1,  # as Megatron has it where the tokenizer has none
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        cache=cache,
+    )
+    return megatron_order.open_rows(request)
 
 
 def _pack_rows(
     data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", layout: Layout, cache: Path
 ) -> packing.Rows:
+    if data.splits and find_prefix(sources.open_source(data, split)) is None:
+        raise ValueError(
+            f"data.splits {data.splits} divides .bin and .idx files, and {sources.open_source(data, split)} is none; "
+            "--data.eval_fraction holds out a share of it"
+        )
     store = encoding.build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
     try:
         return packing.pack_documents(
@@ -157,10 +215,11 @@ def _describe_rows(rows: packing.Rows) -> str:
 
 def _describe_identity(identity: dict) -> str:
     """In words, what `Batches.get_state` keeps to recognize its rows."""
-    return (
-        f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens, "
-        f"{identity['batch_size']:,} to a batch"
-    )
+    if "order" in identity:
+        rows = f"rows of {identity['length']:,} in Megatron's order {identity['order']} (which depends on steps)"
+    else:
+        rows = f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens"
+    return f"{rows}, {identity['batch_size']:,} to a batch"
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

@@ -194,7 +194,16 @@ def open_data(program: Program, tokenizer) -> tuple[Batches, EvalBatches | None]
         share_count=batch_size // len(rows),
     )
     cache = config.output / "data"
-    batches = train_batches(config.data, tokenizer, layout, cache=cache)
+    batches = train_batches(config.data, tokenizer, layout, cache=cache, steps=config.steps)
     if not (config.data.has_eval and config.train.eval_every):
         return batches, None
-    return batches, eval_batches(config.data, tokenizer, layout, cache=cache, max_batches=config.train.eval_batches)
+    evaluations = config.steps // config.train.eval_every + 1  # as Megatron-LM counts them
+    held_out = eval_batches(
+        config.data,
+        tokenizer,
+        layout,
+        cache=cache,
+        max_batches=config.train.eval_batches,
+        evaluations=evaluations,
+    )
+    return batches, held_out
