@@ -90,7 +90,9 @@ class Batches:
         rows, batch_size = self.rows, self.layout.batch_size
         if isinstance(rows, MegatronRows):  # of more rows of the same order, the first are the same
             return {"order": rows.identity, "length": rows.length, "batch_size": batch_size}
-        return {"rows": len(rows), "length": rows.length, "tokens": rows.tokens, "batch_size": batch_size}
+        identity = {"rows": len(rows), "length": rows.length, "tokens": rows.plan.tokens, "batch_size": batch_size}
+        # Version 0.1 packed whole documents in another order. It named none, and had the same order otherwise.
+        return identity | ({"packing": "by length"} if rows.plan.kind == "whole" else {})
 
     @property
     def summary(self) -> str:
@@ -205,10 +207,11 @@ def _pack_rows(
 
 
 def _describe_rows(rows: packing.Rows) -> str:
-    full = rows.tokens / (len(rows) * rows.length)
+    plan = rows.plan
+    full = plan.tokens / (len(rows) * rows.length)
     return (
-        f"{_count(rows.documents, 'document')} ({rows.truncated:,} truncated, {rows.dropped:,} more dropped for "
-        f"length), {rows.tokens:,} tokens ({rows.targets / rows.tokens:.0%} count in the loss), "
+        f"{_count(plan.documents, 'document')} ({plan.truncated:,} truncated, {plan.dropped:,} more dropped for "
+        f"length), {plan.tokens:,} tokens ({plan.targets / plan.tokens:.0%} count in the loss), "
         f"{_count(len(rows), 'row')} of {rows.length:,} ({full:.1%} full)"
     )
 
@@ -219,7 +222,8 @@ def _describe_identity(identity: dict) -> str:
         rows = f"rows of {identity['length']:,} in Megatron's order {identity['order']} (which depends on steps)"
     else:
         rows = f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens"
-    return f"{rows}, {identity['batch_size']:,} to a batch"
+    packed = f", packed {identity['packing']}" if "packing" in identity else ""
+    return f"{rows}, {identity['batch_size']:,} to a batch{packed}"
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

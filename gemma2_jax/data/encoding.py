@@ -46,6 +46,7 @@ class Store:
     tokens: np.ndarray  # int32 [tokens]
     learned: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
     offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
+    folder: Path | None = None  # where its files are, and plans of its rows; None: in memory alone
 
 
 def load_tokenizer(folder: str | Path, origin: str | Path | None = None) -> "PreTrainedTokenizerFast":
@@ -172,6 +173,7 @@ def _open_store(folder: Path) -> Store:
             tokens=np.memmap(folder / "tokens", np.int32, "r"),
             learned=np.memmap(folder / "learned", np.bool_, "r"),
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
+            folder=folder,
         )
         if len(store.tokens) == len(store.learned) == store.offsets[-1]:
             return store

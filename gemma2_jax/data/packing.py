@@ -1,42 +1,35 @@
 """From a store of documents to rows of a fixed length: which documents share a row, and a row's arrays.
 
 Plain texts are put end to end and cut at the end of each row; other documents are kept whole, as many in a row as fit,
-or one in each. Which piece of which document goes where is planned from the lengths alone; the tokens of a row are read
-from the store when it is asked for. Batches, epochs and processes are the business of `batches`.
+or one in each. Which document goes where is planned from the lengths alone, once; `plans` keeps the plan beside the
+tokens. The tokens of a row are read from the store when it is asked for. Batches, epochs and processes are the business
+of `batches`.
+
+Memory for a plan grows with the number of documents, by some 50 bytes each, and not with their tokens.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gemma2_jax.data.encoding import Store
+from gemma2_jax.data.plans import Plan, keep_plan
 
-_OPEN_ROWS = 1000  # how many rows best-fit packing chooses from; with more, rows are fuller and planning takes longer
+_BLOCK_TOKENS = 1 << 22  # tokens of a store whose `learned` is in memory at one time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of `length` tokens, by number. Row i consists of the pieces starts[i] ... starts[i + 1] - 1."""
+    """Rows of `length` tokens, by number."""
 
     store: Store
     length: int  # tokens in a row, T
-    begins: np.ndarray  # int64 [pieces]: where in the store a piece begins
-    lengths: np.ndarray  # int64 [pieces]: how many tokens of the row it takes
-    ends: np.ndarray  # int64 [pieces]: where in the store its document ends
-    starts: np.ndarray  # int64 [rows + 1]: the first piece of each row, and the number of pieces
-    documents: int  # documents in the rows, whole or cut
-    truncated: int  # how many of those lost their end
-    dropped: int  # documents left out, because all their learned tokens were in the end that they would lose
-    targets: int  # tokens that count in the loss, over all rows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the rows, padding not counted."""
-        return int(self.lengths.sum())
+    plan: Plan
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return self.plan.rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row's arrays, all [T].
@@ -47,9 +40,8 @@ class Rows:
         """
         arrays = empty_batch(self.length)
         start = 0  # where in the row the piece starts
-        for segment, piece in enumerate(range(self.starts[index], self.starts[index + 1]), start=1):
-            begin, length = int(self.begins[piece]), int(self.lengths[piece])
-            known = min(length, int(self.ends[piece]) - begin - 1)  # tokens that another follows in the document
+        for segment, (begin, length, end) in enumerate(zip(*self._find_pieces(index), strict=True), start=1):
+            known = min(length, end - begin - 1)  # tokens that another follows in the document
             columns, next_tokens = slice(start, start + length), slice(begin + 1, begin + 1 + known)
             arrays["tokens"][columns] = self.store.tokens[begin : begin + length]
             arrays["segments"][columns] = segment
@@ -58,6 +50,25 @@ class Rows:
             arrays["weights"][start : start + known] = self.store.learned[next_tokens]
             start += length
         return arrays
+
+    def _find_pieces(self, index: int) -> tuple[list[int], list[int], list[int]]:
+        """Of each piece of a row: where in the store it begins, its length, and where its document ends."""
+        plan = self.plan
+        if plan.kind == "cut":
+            # Positions are counted in the documents put end to end, where no comment says that they are in the store.
+            row_start, row_end = index * self.length, min((index + 1) * self.length, plan.tokens)
+            first, last = np.searchsorted(plan.bounds, [row_start, row_end - 1], side="right")
+            documents, document_ends = plan.order[first : last + 1], plan.bounds[first : last + 1]
+            begins, ends = self.store.offsets[documents], self.store.offsets[documents + 1]  # in the store
+            document_starts = document_ends - (ends - begins)
+            starts = np.maximum(document_starts, row_start)
+            begins = begins + starts - document_starts
+            lengths = np.minimum(document_ends, row_end) - starts
+        else:
+            documents = plan.order[plan.bounds[index] : plan.bounds[index + 1]]
+            begins, ends = self.store.offsets[documents], self.store.offsets[documents + 1]
+            lengths = np.minimum(ends - begins, self.length)
+        return begins.tolist(), lengths.tolist(), ends.tolist()
 
 
 def empty_batch(length: int) -> dict[str, np.ndarray]:
@@ -73,79 +84,148 @@ def pack_documents(store: Store, *, length: int, packing: bool, concatenate: boo
 
     With `packing`, documents are put end to end and cut where a row ends (`concatenate`), or kept whole; without it,
     each has its own row. A document that is kept whole and is longer than a row loses its end, and is dropped if all
-    its learned tokens are in that end: both are counted. Raises ValueError if no document is left.
+    its learned tokens are in that end: both are counted. The plan is read from the store's folder if it is there, and
+    kept there if not. Raises ValueError if no document is left.
     """
-    # RandomState's stream never changes; default_rng's may with NumPy, and a resumed run would see other rows.
-    order = np.random.RandomState(seed).permutation(len(store.offsets) - 1)
-    begins, ends = store.offsets[order], store.offsets[order + 1]
-    targets = int(np.count_nonzero(store.learned))
-    if packing and concatenate:
-        return _concatenate_documents(store, begins, ends, length=length, targets=targets)
-    long = np.flatnonzero(ends - begins > length)
-    has_targets = [store.learned[begins[i] + 1 : begins[i] + length + 1].any() for i in long]
-    lost_targets = sum(int(np.count_nonzero(store.learned[begins[i] + length + 1 : ends[i]])) for i in long)
-    dropped = long[~np.array(has_targets, bool)]
-    begins, ends = np.delete(begins, dropped), np.delete(ends, dropped)
-    if not len(begins):
-        raise ValueError(f"every document's learned tokens begin after the first {length}; raise train.sequence_length")
-    lengths = np.minimum(ends - begins, length)
-    row = plan_rows(lengths, length) if packing else np.arange(len(lengths))
-    by_row = np.argsort(row, kind="stable")
-    return Rows(
-        store=store,
-        length=length,
-        begins=begins[by_row],
-        lengths=lengths[by_row],
-        ends=ends[by_row],
-        starts=np.concatenate([[0], np.cumsum(np.bincount(row))]),
-        documents=len(begins),
-        truncated=len(long) - len(dropped),
-        dropped=len(dropped),
-        targets=targets - lost_targets,
-    )
+
+    def make_plan() -> Plan:
+        # RandomState's stream never changes; default_rng's may with NumPy, and a resumed run would see other rows.
+        random = np.random.RandomState(seed)
+        if packing and concatenate:
+            return plan_cuts(store, length, random)
+        return plan_whole_documents(store, length, random, packing=packing)
+
+    kind = "single" if not packing else "cut" if concatenate else "whole"
+    return Rows(store=store, length=length, plan=keep_plan(store, f"{kind}-{length}-{seed}", make_plan))
 
 
-def _concatenate_documents(store: Store, begins: np.ndarray, ends: np.ndarray, *, length: int, targets: int) -> Rows:
+def plan_cuts(store: Store, length: int, random: np.random.RandomState) -> Plan:
     """Documents end to end, cut every `length` tokens. The last target of a row is the first token of the next."""
-    lengths = ends - begins
-    # Positions are counted in the documents put end to end, where no comment says that they are in the store.
-    document_ends = np.cumsum(lengths)
-    document_starts = document_ends - lengths
-    rows = -(-(document_ends[-1] - 1) // length)  # the last token has no target, so it gets no row of its own
-    stop = min(document_ends[-1], rows * length)
-    edges = np.union1d(np.arange(0, stop, length), document_starts[document_starts < stop])
-    document = np.searchsorted(document_ends, edges, side="right")
-    return Rows(
-        store=store,
-        length=length,
-        begins=begins[document] + edges - document_starts[document],  # in the store
-        lengths=np.diff(edges, append=stop),
-        ends=ends[document],  # in the store
-        starts=np.append(np.searchsorted(edges, np.arange(0, stop, length)), len(edges)),
-        documents=len(begins),
+    order = random.permutation(len(store.offsets) - 1)
+    document_ends = np.cumsum(np.diff(store.offsets)[order])
+    rows = -(-(int(document_ends[-1]) - 1) // length)  # the last token has no target, so it gets no row of its own
+    _, targets = count_learned(store.learned, np.zeros(0, np.int64))
+    return Plan(
+        kind="cut",
+        rows=rows,
+        documents=len(order),
+        tokens=min(int(document_ends[-1]), rows * length),
+        targets=targets,
         truncated=0,
         dropped=0,
-        targets=targets,
+        bounds=document_ends,
+        order=order,
     )
 
 
-def plan_rows(lengths: np.ndarray, length: int) -> np.ndarray:
-    """The row of each document, int64: each in turn goes to the open row that it fills best.
+def plan_whole_documents(store: Store, length: int, random: np.random.RandomState, *, packing: bool) -> Plan:
+    """Documents whole, or without their end where they are longer than a row: as many in a row as fit, or one each."""
+    order = random.permutation(len(store.offsets) - 1)
+    lengths = np.diff(store.offsets)
+    long = np.flatnonzero(lengths > length)
+    begins, ends = store.offsets[long], store.offsets[long + 1]
+    # The first token of a document is predicted from nothing, and the last that a row predicts is not in the row.
+    before, targets = count_learned(store.learned, np.stack([begins + 1, begins + length + 1, ends], axis=1).ravel())
+    first, cut, last = before.reshape(-1, 3).T
+    dropped = long[first == cut]
+    if len(dropped) == len(order):
+        raise ValueError(f"every document's learned tokens begin after the first {length}; raise train.sequence_length")
+    if len(dropped):
+        is_kept = np.ones(len(order), bool)
+        is_kept[dropped] = False
+        order = order[is_kept[order]]
+    lengths = np.minimum(lengths[order], length)
+    plan = Plan(
+        kind="single",
+        rows=len(order),
+        documents=len(order),
+        tokens=int(lengths.sum()),
+        targets=targets - int((last - cut).sum()),
+        truncated=len(long) - len(dropped),
+        dropped=len(dropped),
+        bounds=np.arange(len(order) + 1),
+        order=order,
+    )
+    if not packing:
+        return plan
+    by_row, bounds = assign_rows(lengths, length, random)
+    return replace(plan, kind="whole", rows=len(bounds) - 1, bounds=bounds, order=order[by_row])
 
-    At most `_OPEN_ROWS` rows are open; to open another, the fullest is closed. Rows are numbered as they open.
+
+def assign_rows(lengths: np.ndarray, length: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """The documents by the row they are in, [documents], and the first of each row and their number, [rows + 1].
+
+    Documents of one length are alike to the plan, and get their places in the order in which they come. A plan puts the
+    longest documents into its first rows, with short ones to fill them up. That would be an order to learn from, and
+    the first rows no sample to evaluate on, so rows are numbered at random here; and `batches` shuffles them again in
+    every epoch. Positions and attention begin anew in each document, so its place within a row does not matter.
     """
-    rows = np.empty(len(lengths), np.int64)
-    space: list[tuple[int, int]] = []  # (tokens left, row) of the open rows, in order
-    opened = 0
-    for document, need in enumerate(lengths.tolist()):
-        best = bisect_left(space, (need, 0))
-        if best < len(space):
-            left, row = space.pop(best)
-        else:
-            left, row, opened = length, opened, opened + 1
-        rows[document] = row
-        if left > need:
-            insort(space, (left - need, row))
-        if len(space) > _OPEN_ROWS:
-            space.pop(0)
-    return rows
+    # A stable sort of 16 bits is a radix sort, which is several times as fast.
+    by_length = np.argsort((length - lengths).astype(np.uint16 if length < 1 << 16 else np.int64), kind="stable")
+    placements = plan_rows(np.bincount(lengths, minlength=length + 1), length)
+    each, first_row, rows = placements.T
+    stops = np.cumsum(each * rows)
+    number = random.permutation(int((first_row + rows).max()))
+    row = np.empty(len(lengths), np.int64)  # of the documents in the order of `by_length`
+    for stop, count, first, span in zip(stops.tolist(), each.tolist(), first_row.tolist(), rows.tolist(), strict=True):
+        row[stop - count * span : stop] = np.repeat(number[first : first + span], count)
+    by_row = by_length[np.argsort(row, kind="stable")]
+    return by_row, np.concatenate([[0], np.cumsum(np.bincount(row))])
+
+
+def plan_rows(counts: np.ndarray, length: int) -> np.ndarray:
+    """Best-fit decreasing packing of documents of which there are `counts[n]` with n tokens, n from 1 to `length`.
+
+    From the longest document to the shortest, each goes to the row that it fills best. Documents of one length and
+    rows with one number of tokens left are taken together, so the work grows with the number of lengths and not of
+    documents: a row takes as many of a length as fit, which leaves less than half of its room, so that it is looked at
+    a few times at most.
+
+    Returns int64 [placements, 3], by falling length: how many documents go into each of these rows, the first of the
+    rows, and how many rows. Rows are numbered as they open.
+    """
+    open_rows: dict[int, list[tuple[int, int]]] = defaultdict(list)  # (first, how many) by the tokens left in each
+    spaces: list[int] = []  # the keys of `open_rows`, in order
+    placements, opened = [], 0
+
+    def put_back(space: int, first: int, rows: int) -> None:
+        if space and rows:
+            if not open_rows[space]:
+                insort(spaces, space)
+            open_rows[space].append((first, rows))
+
+    for need in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[need])
+        while left:
+            best = bisect_left(spaces, need)
+            if best < len(spaces):
+                space = spaces[best]
+                first, rows = open_rows[space].pop()
+                if not open_rows[space]:
+                    spaces.pop(best)
+            else:
+                space, first, rows = length, opened, -(-left // (length // need))
+                opened += rows
+            each = space // need
+            full = min(rows, left // each)
+            rest = min(left - full * each, each) if full < rows else 0  # documents that one more row takes
+            for number, start, span in ((each, first, full), (rest, first + full, 1)):
+                if number and span:
+                    placements.append((number, start, span))
+                    put_back(space - number * need, start, span)
+                    left -= number * span
+            taken = full + (rest > 0)
+            put_back(space, first + taken, rows - taken)
+    return np.array(placements, np.int64)
+
+
+def count_learned(learned: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, int]:
+    """How many tokens before each of the positions, in rising order, are learned; and how many in all."""
+    counts, total = np.zeros(len(positions), np.int64), 0
+    for start in range(0, len(learned), _BLOCK_TOKENS):
+        block = learned[start : start + _BLOCK_TOKENS]
+        low, high = np.searchsorted(positions, [start + 1, start + len(block) + 1])
+        if low < high:
+            counts[low:high] = total + np.cumsum(block, dtype=np.int32)[positions[low:high] - start - 1]
+        total += int(np.count_nonzero(block))
+    return counts, total

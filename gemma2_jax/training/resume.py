@@ -231,7 +231,7 @@ def restore_position(config: Config, batches: Batches, position: dict | None) ->
         batches.set_state(position["data"])
     except ValueError as error:
         raise ValueError(
-            f"the run in {config.output} cannot go on with this data: {error}. Give back the data and the sizes of "
-            f"that run{describe_new_start(config)}"
+            f"the run in {config.output} cannot go on with this data: {error}. Give back the data, the sizes and "
+            f"the version of gemma2_jax of that run{describe_new_start(config)}"
         ) from error
     return position["step"]

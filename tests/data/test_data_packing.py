@@ -1,12 +1,14 @@
 """Rows, typed out: which document goes where, what is predicted from what, and what is cut off."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from gemma2_jax.data import packing
 from gemma2_jax.data.encoding import Store
 
-SEED = 0  # RandomState(0).permutation(3) is [2, 1, 0], which never changes
+SEED = 0  # RandomState(0) permutes 3 documents to [2, 1, 0] and then 2 rows to [0, 1], which never changes
 
 
 def store(*documents, prompt=1):
@@ -24,7 +26,7 @@ def arrays(rows):
             assert array.shape == (rows.length,)
             assert array.dtype == (np.float32 if name == "weights" else np.int32)
             found[name].append(array.tolist())
-    assert sum(map(sum, found["weights"])) == rows.targets
+    assert sum(map(sum, found["weights"])) == rows.plan.targets
     return found
 
 
@@ -39,7 +41,7 @@ def test_texts_are_cut_where_a_row_ends():
         "positions": [[0, 1, 2, 0], [0, 1, 0, 1], [0, 1, 2, 0]],
         "weights": [[1, 1, 0, 1], [1, 0, 1, 1], [1, 1, 0, 0]],
     }
-    assert (rows.documents, rows.tokens, rows.truncated, rows.dropped) == (3, 11, 0, 0)
+    assert (rows.plan.documents, rows.plan.tokens, rows.plan.truncated, rows.plan.dropped) == (3, 11, 0, 0)
 
 
 def test_a_last_token_does_not_get_a_row_of_its_own():
@@ -60,14 +62,14 @@ def test_a_text_may_fill_several_rows():
 def test_whole_documents_share_rows():
     documents = store([2, 30, 31, 32, 1], [2, 20, 21, 1], [2, 10, 1], prompt=2)
     rows = packing.pack_documents(documents, length=8, packing=True, concatenate=False, seed=SEED)
-    assert arrays(rows) == {
-        "tokens": [[2, 10, 1, 2, 20, 21, 1, 0], [2, 30, 31, 32, 1, 0, 0, 0]],
-        "targets": [[10, 1, 0, 20, 21, 1, 0, 0], [30, 31, 32, 1, 0, 0, 0, 0]],
-        "segments": [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 0, 0, 0]],
-        "positions": [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 0, 0, 0]],
-        "weights": [[0, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]],
+    assert arrays(rows) == {  # the longest first, and what fills its row
+        "tokens": [[2, 30, 31, 32, 1, 2, 10, 1], [2, 20, 21, 1, 0, 0, 0, 0]],
+        "targets": [[30, 31, 32, 1, 0, 10, 1, 0], [20, 21, 1, 0, 0, 0, 0, 0]],
+        "segments": [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0, 0]],
+        "positions": [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 0, 0, 0]],
+        "weights": [[0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]],
     }
-    assert (rows.documents, rows.tokens, rows.truncated, rows.dropped) == (3, 12, 0, 0)
+    assert (rows.plan.documents, rows.plan.tokens, rows.plan.truncated, rows.plan.dropped) == (3, 12, 0, 0)
 
 
 def test_without_packing_each_document_has_a_row():
@@ -84,10 +86,12 @@ def test_what_does_not_fit_is_counted(packed):
     documents = store([2, 30, 31, 32, 33, 34, 1], [2, 20, 21, 22, 23, 1], [2, 1], prompt=1)
     documents.learned[1:5] = False
     rows = packing.pack_documents(documents, length=4, packing=packed, concatenate=False, seed=SEED)
-    assert arrays(rows)["tokens"] == [[2, 1, 0, 0], [2, 20, 21, 22]]
-    assert arrays(rows)["targets"] == [[1, 0, 0, 0], [20, 21, 22, 23]]  # cut off as an input, not as a target
-    assert arrays(rows)["weights"] == [[1, 0, 0, 0], [1, 1, 1, 1]]
-    assert (rows.documents, rows.truncated, rows.dropped) == (2, 1, 1)
+    whole, cut = [1, 0] if packed else [0, 1]  # the longest document is packed first
+    found = arrays(rows)
+    assert (found["tokens"][whole], found["tokens"][cut]) == ([2, 1, 0, 0], [2, 20, 21, 22])
+    assert (found["targets"][whole], found["targets"][cut]) == ([1, 0, 0, 0], [20, 21, 22, 23])  # 23 is but a target
+    assert (found["weights"][whole], found["weights"][cut]) == ([1, 0, 0, 0], [1, 1, 1, 1])
+    assert (rows.plan.documents, rows.plan.truncated, rows.plan.dropped) == (2, 1, 1)
 
 
 def test_all_documents_too_long_is_an_error():
@@ -97,12 +101,39 @@ def test_all_documents_too_long_is_an_error():
         )
 
 
-def test_best_fit_fills_the_fullest_row_that_has_room(monkeypatch):
-    lengths = np.array([6, 5, 5, 4, 3, 2, 10, 1])
-    # Rows by what they hold: 6 4 | 5 5 | 3 2 1 | 10
-    assert packing.plan_rows(lengths, 10).tolist() == [0, 1, 1, 0, 2, 2, 3, 2]
-    monkeypatch.setattr(packing, "_OPEN_ROWS", 1)  # 6 is closed when 5 opens a row, 5 5 is full: 6 | 5 5 | 4 3 2 1
-    assert packing.plan_rows(lengths, 10).tolist() == [0, 1, 1, 2, 2, 2, 3, 2]
+@pytest.mark.parametrize(
+    ("lengths", "placements"),
+    [
+        # Rows by what they hold: 10 | 6 4 | 5 5 | 3 2 1
+        ([6, 5, 5, 4, 3, 2, 10, 1], [(1, 0, 1), (1, 1, 1), (2, 2, 1), (1, 1, 1), (1, 3, 1), (1, 3, 1), (1, 3, 1)]),
+        # 7 3 | 7 3 | 7 3 | 7 3 | 3 1
+        ([3, 3, 3, 3, 3, 7, 7, 7, 7, 1], [(1, 0, 4), (1, 0, 4), (1, 4, 1), (1, 4, 1)]),
+        # 8 | 8 | 3 3 3 | 3 3 3 | 3 and of the short ones 2 | 2 to the fullest that have room, then 2 2 2 to the last
+        ([8, 8, *[3] * 7, *[2] * 5], [(1, 0, 2), (3, 2, 2), (1, 4, 1), (1, 0, 2), (3, 4, 1)]),
+        # 4 4 | 4 4 | 4 3 3: of rows with as much room, those of the last kind are filled first
+        ([4] * 5 + [3] * 2, [(2, 0, 2), (1, 2, 1), (2, 2, 1)]),
+    ],
+)
+def test_each_document_goes_where_it_leaves_least(lengths, placements):
+    counts = np.bincount(lengths, minlength=11)
+    assert packing.plan_rows(counts, 10).tolist() == [list(placement) for placement in placements]
+
+
+def test_documents_of_one_length_are_shuffled():
+    # RandomState(0) permutes 8 documents to 6 2 1 7 3 0 5 4: those of 3 tokens are 6 2 7 0 4, of 2 tokens 1 3 5.
+    documents = store(*([2, 10 + number, 1][: 2 + (number not in (1, 3, 5))] for number in range(8)))
+    rows = packing.pack_documents(documents, length=6, packing=True, concatenate=False, seed=SEED)
+    # Two by two into rows 0 1 2, and of the short ones 1 after the 4, and 3 5 into row 3. 4 rows permute to 3 0 2 1.
+    assert rows.plan.order.tolist() == [7, 0, 3, 5, 4, 1, 6, 2]
+    assert rows.plan.bounds.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_rows_are_not_in_the_order_of_lengths():
+    """The longest documents are planned first; evaluation reads the first rows, and may not find only those there."""
+    lengths = np.repeat([30, 20], 100)
+    order, bounds = packing.assign_rows(lengths, 32, np.random.RandomState(0))
+    assert bounds.tolist() == list(range(201))
+    assert 35 < np.count_nonzero(lengths[order[:100]] == 30) < 65
 
 
 @pytest.mark.parametrize("concatenate", [True, False])
@@ -111,9 +142,52 @@ def test_many_documents_keep_every_target(concatenate):
     documents = [np.r_[2, draw.randint(3, 99, draw.randint(1, 30)), 1] for _ in range(500)]
     rows = packing.pack_documents(store(*documents), length=32, packing=True, concatenate=concatenate, seed=1)
     found = arrays(rows)
-    assert rows.targets == sum(len(document) - 1 for document in documents)
-    assert rows.tokens / (len(rows) * rows.length) > 0.94
+    assert rows.plan.targets == sum(len(document) - 1 for document in documents)
+    assert rows.plan.tokens / (len(rows) * rows.length) > 0.96
     learned = sorted(
         t for ts, ws in zip(found["targets"], found["weights"], strict=True) for t, w in zip(ts, ws, strict=True) if w
     )
     assert learned == sorted(token for document in documents for token in document[1:].tolist())
+
+
+LEARNED = np.random.RandomState(2).rand(1000) < 0.3
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000, 4096])
+def test_learned_tokens_are_counted_in_blocks(block, monkeypatch):
+    monkeypatch.setattr(packing, "_BLOCK_TOKENS", block)
+    positions = np.array([0, 0, 1, 6, 7, 8, 500, 500, 999, 1000])
+    counts, total = packing.count_learned(LEARNED, positions)
+    assert counts.tolist() == [LEARNED[:position].sum() for position in positions]
+    assert total == LEARNED.sum()
+
+
+@pytest.mark.parametrize(("packed", "concatenate"), [(True, True), (True, False), (False, False)])
+def test_a_plan_is_kept_beside_the_tokens(packed, concatenate, tmp_path, monkeypatch, caplog):
+    documents = store([2, 30, 31, 32, 1], [2, 20, 21, 1], [2, 10, 1])
+    choices = {"length": 4, "packing": packed, "concatenate": concatenate, "seed": SEED}
+    expected = arrays(packing.pack_documents(documents, **choices))
+    documents = replace(documents, folder=tmp_path)
+    assert arrays(packing.pack_documents(documents, **choices)) == expected
+    (path,) = tmp_path.iterdir()
+    planned, whole = [], path.read_bytes()
+    for name in ("plan_cuts", "plan_whole_documents"):
+        make = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *a, make=make, **k: planned.append(1) or make(*a, **k))
+    rows = packing.pack_documents(documents, **choices)
+    assert arrays(rows) == expected and not planned and isinstance(rows.plan.order.base, np.memmap)
+    for damaged in (b"", whole[:100], whole[:-8], whole[:-48] + bytes(48), b"x" * len(whole)):
+        path.write_bytes(damaged)
+        planned.clear()
+        assert arrays(packing.pack_documents(documents, **choices)) == expected
+        assert planned and path.read_bytes() == whole
+        assert f"the plan of rows in {path} is damaged (" in caplog.messages.pop()
+    for other in ({"length": 5}, {"seed": 1}, {"packing": not packed}):
+        packing.pack_documents(documents, **choices | other)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_plan_that_cannot_be_written_is_an_error(tmp_path):
+    documents = replace(store([2, 10, 1]), folder=tmp_path / "none")
+    with pytest.raises(OSError, match=r"the plan of rows could not be written to .*none/plan-.*; make room there"):
+        packing.pack_documents(documents, length=4, packing=True, concatenate=True, seed=SEED)

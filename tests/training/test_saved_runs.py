@@ -1,14 +1,17 @@
 """Runs that earlier versions of the program wrote still go on: their config, their checkpoints, their data position."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_runs import lines_of
 
 from gemma2_jax import config as configs
 from gemma2_jax.convert.opening import open_checkpoint
+from gemma2_jax.data import packing
 from gemma2_jax.training import loop
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -21,14 +24,46 @@ def saved(tmp_path) -> Path:
     return shutil.copytree(FIXTURES / "run-0.1", tmp_path / "run")
 
 
-def test_a_run_of_version_0_1_goes_on(saved):
-    """The same adapter, optimizer and order of documents: the losses are those that version 0.1 would have had."""
+def go_on(saved: Path) -> None:
     config = configs.from_text((saved / "config.txt").read_text())
-    config = replace(config, workdir=str(saved), steps=8, train=replace(config.train, micro_batch_size=1))
-    loop.train(config)
+    loop.train(replace(config, workdir=str(saved), steps=8, train=replace(config.train, micro_batch_size=1)))
+
+
+def pack_like_version_0_1(lengths, length, random):
+    """Each document in turn goes to the row that it fills best, of which version 0.1 had a thousand open."""
+    space, rows = [], []
+    for document, need in enumerate(lengths.tolist()):
+        fitting = [row for row, left in enumerate(space) if left >= need]
+        best = min(fitting, key=lambda row: (space[row], row)) if fitting else len(space)
+        if not fitting:
+            space.append(length)
+            rows.append([])
+        space[best] -= need
+        rows[best].append(document)
+    return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+
+
+def test_a_run_of_version_0_1_goes_on(saved, monkeypatch):
+    """The same adapter, optimizer and, were rows still packed as then, losses that version 0.1 would have had."""
+    monkeypatch.setattr(packing, "assign_rows", pack_like_version_0_1)
+    (position,) = (saved / "checkpoints/4/loop").glob("metadata")
+    state = json.loads(position.read_text())
+    state["data"]["of"]["packing"] = "by length"
+    position.write_text(json.dumps(state))
+    go_on(saved)
     losses = {line["step"]: line["loss"] for line in lines_of(saved) if "loss" in line}
     assert sorted(losses) == list(range(1, 9))
     assert {step: losses[step] for step in LOSSES} == pytest.approx(LOSSES, rel=1e-5)
+
+
+def test_a_run_of_version_0_1_with_packed_documents_says_why_it_cannot_go_on(saved):
+    message = (
+        r"its position is one in 144 rows of 64 with 7,482 tokens, 8 to a batch, and the data is now \d+ rows of 64 "
+        r"with 7,482 tokens, 8 to a batch, packed by length. Give back the data, the sizes and the version of "
+        r"gemma2_jax of that run, or start a new run from this one's weights: --init assets/tiny-gemma2 --adapter"
+    )
+    with pytest.raises(ValueError, match=message):
+        go_on(saved)
 
 
 def test_a_run_says_that_its_model_was_named_from_another_folder(saved, tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""The plan of which documents are in which row, kept in a file beside the tokens that every process memory-maps."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gemma2_jax.data.encoding import Store
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # to be raised when the code plans other rows for the same documents, or writes another file for them
+KINDS = ("single", "whole", "cut")  # a document in each row, several whole ones, or all end to end and cut
+# What a file begins with, the kind as its number in KINDS; the bounds and the order of documents follow.
+_TOTALS = ("kind", "rows", "documents", "tokens", "targets", "truncated", "dropped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which documents, whole or cut, are in which row."""
+
+    kind: str  # one of KINDS
+    rows: int
+    documents: int  # in the rows, whole or cut
+    tokens: int  # in the rows, padding not counted
+    targets: int  # tokens that count in the loss, over all rows
+    truncated: int  # documents that lost their end
+    dropped: int  # documents left out, because all their learned tokens were in the end that they would lose
+    bounds: np.ndarray  # int64 [rows + 1], the first of each row's documents in `order`, and the number of documents;
+    # or, if they are cut, [documents], where each ends when they are put end to end
+    order: np.ndarray  # int64 [documents]: numbers of documents in the store, by the row they are in
+
+
+def keep_plan(store: Store, name: str, make_plan: Callable[[], Plan]) -> Plan:
+    """The plan of that name in the store's folder; if there is none, or a damaged one, one is made and kept there.
+
+    A plan is written to a temporary file and then renamed, so that one of that name is whole, and processes do not
+    disturb each other: they write the same. Raises OSError if it cannot be written.
+    """
+    if store.folder is None:
+        return make_plan()
+    path = store.folder / f"plan-{FORMAT}-{name}.npy"
+    try:
+        return _open_plan(path, store)
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("the plan of rows in %s is damaged (%s), and is made again", path, error)
+    plan = make_plan()
+    try:
+        _write_plan(path, plan)
+    except OSError as error:
+        raise OSError(f"the plan of rows could not be written to {path} ({error}); make room there") from error
+    return _open_plan(path, store)
+
+
+def _write_plan(path: Path, plan: Plan) -> None:
+    totals = [getattr(plan, name) for name in _TOTALS[1:]]
+    parts = np.array([KINDS.index(plan.kind), *totals], np.int64), plan.bounds, plan.order
+    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            shape = (sum(map(len, parts)),)
+            np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+            for part in parts:
+                part.astype("<i8", copy=False).tofile(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open_plan(path: Path, store: Store) -> Plan:
+    """The plan in a file. Raises ValueError where it is not whole, or not of that store."""
+    numbers = np.load(path, mmap_mode="r")
+    totals = dict(zip(_TOTALS, numbers[: len(_TOTALS)].tolist(), strict=True))
+    kind, documents = KINDS[totals.pop("kind")], totals["documents"]
+    bounds, order = np.split(numbers[len(_TOTALS) :], [documents if kind == "cut" else totals["rows"] + 1])
+    end = store.offsets[-1] if kind == "cut" else documents
+    if len(order) != documents or documents + totals["dropped"] != len(store.offsets) - 1 or bounds[-1] != end:
+        raise ValueError("its parts do not belong together")
+    return Plan(kind=kind, **totals, bounds=bounds, order=order)
