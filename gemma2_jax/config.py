@@ -237,6 +237,7 @@ class DataConfig:
     order: Literal["shuffled", "megatron"] = "shuffled"
     splits: str = ""  # of .bin and .idx files: documents trained on, held out and left, as 9999,8,2; else eval_fraction
     seed: int = 1234  # of the order of documents
+    cache: str = ""  # folder of tokenized data, shared by runs; empty: in SAVE_DIR, else in ~/.cache/gemma2_jax
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:

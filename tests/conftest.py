@@ -44,6 +44,12 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(of_all_workers: Path) -> None:
+    """Leaves the user's cache alone, and has the same data tokenized once."""
+    os.environ["XDG_CACHE_HOME"] = str(of_all_workers / "cache")
+
+
 @pytest.fixture(scope="module")
 def compiled_once(of_all_workers: Path) -> Iterator[None]:
     """Has a program compiled once, for modules whose tests train the same small models again and again.

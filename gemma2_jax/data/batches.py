@@ -14,10 +14,11 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import encoding, megatron_order, packing, sources
+from gemma2_jax.data import megatron_order, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.data.indexed import find_prefix
 from gemma2_jax.data.megatron_order import MegatronRows
+from gemma2_jax.data.store import build_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -192,7 +193,7 @@ def _pack_rows(
             f"data.splits {data.splits} divides .bin and .idx files, and {sources.open_source(data, split)} is none; "
             "--data.eval_fraction holds out a share of it"
         )
-    store = encoding.build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
+    store = build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
     try:
         return packing.pack_documents(
             store,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gemma2_jax.data.encoding import Store
 from gemma2_jax.data.plans import Plan, keep_plan
+from gemma2_jax.data.store import Store
 
 _BLOCK_TOKENS = 1 << 22  # tokens of a store whose `learned` is in memory at one time
 

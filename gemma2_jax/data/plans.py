@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2_jax.data.encoding import Store
+from gemma2_jax.data.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -41,6 +41,21 @@ class Report:
             _count(self.dropped, reason, finding)
         for what, finding in other.changed.items():
             _count(self.changed, what, finding)
+
+    def to_json(self) -> dict:
+        """What `from_json` takes."""
+        findings = {"dropped": self.dropped, "changed": self.changed}
+        return {"shapes": {**self.shapes}} | {
+            name: {reason: asdict(finding) for reason, finding in found.items()} for name, found in findings.items()
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "Report":
+        """The report that `to_json` gave. Raises KeyError or TypeError for what it did not give."""
+        dropped, changed = (
+            {reason: Finding(**finding) for reason, finding in saved[name].items()} for name in ("dropped", "changed")
+        )
+        return cls(shapes=Counter(saved["shapes"]), dropped=dropped, changed=changed)
 
     def describe(self) -> Iterator[str]:
         """A sentence for each kind of document that was left out or changed."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
 from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
+from gemma2_jax.data.store import cache_folder
 from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import metrics, resume, startup
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -193,7 +194,7 @@ def open_data(program: Program, tokenizer) -> tuple[Batches, EvalBatches | None]
         share_index=rows.start // len(rows),
         share_count=batch_size // len(rows),
     )
-    cache = config.output / "data"
+    cache = cache_folder(config.data)
     batches = train_batches(config.data, tokenizer, layout, cache=cache, steps=config.steps)
     if not (config.data.has_eval and config.train.eval_every):
         return batches, None

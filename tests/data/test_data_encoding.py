@@ -1,9 +1,7 @@
 """Documents as tokens: which of them are learned, and the store that keeps them."""
 
 import copy
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from gemma2_jax.config import DataConfig
@@ -103,72 +101,6 @@ def test_tokenizers_that_will_not_do_are_errors(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is damaged"):
         encoding.load_tokenizer(tmp_path)
-
-
-def test_store_is_written_once_and_again_when_something_changes(jsonl, tmp_path, tokenizer, monkeypatch):
-    calls = []
-    encode = encoding.encode_examples
-    monkeypatch.setattr(encoding, "encode_examples", lambda *given: calls.append(1) or encode(*given))
-    monkeypatch.setattr(encoding, "_DOCUMENTS_PER_CALL", 2)
-    path = jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"})
-    data = DataConfig(kind="text", train=path, eval=path)
-
-    def build(data=data, split="train"):
-        calls.clear()
-        store = encoding.build_store(data, split, tokenizer, tmp_path / "cache")
-        ids = tokenizer.convert_tokens_to_ids(
-            ["<bos>", "if", "Ġx", "<eos>", "<bos>", "or", "<eos>", "<bos>", "in", "<eos>"]
-        )
-        np.testing.assert_array_equal(store.tokens[:10], ids)
-        np.testing.assert_array_equal(store.learned[:10], [0, 1, 1, 1, 0, 1, 1, 0, 1, 1])
-        np.testing.assert_array_equal(store.offsets[:4], [0, 4, 7, 10])
-        return len(calls)
-
-    assert build() == 2  # three documents, two at a time
-    assert build() == 0
-    assert build(DataConfig(kind="text", train=path, eval=path, packing=False, seed=1)) == 0  # no other tokens
-    assert build(split="eval") == 2
-    jsonl({"text": "if x"}, {"text": "or"}, {"text": "in"}, {"text": "is"})
-    assert build() == 2
-
-
-@pytest.mark.parametrize("choices", [{"kind": "instructions"}, {"columns": "text=prompt"}, {"eval": ""}])
-def test_a_store_is_of_one_way_to_read(jsonl, tmp_path, tokenizer, choices):
-    path = jsonl(*({"text": f"if {number}", "prompt": "x", "completion": "y"} for number in range(200)))
-    data = DataConfig(kind="text", train=path, eval=path)
-    first = encoding.build_store(data, "train", tokenizer, tmp_path / "cache")
-    other = encoding.build_store(replace(data, **choices), "train", tokenizer, tmp_path / "cache")
-    assert first.tokens.tolist() != other.tokens.tolist()
-
-
-@pytest.mark.parametrize("name", ["tokens", "learned", "offsets.npy"])
-def test_a_damaged_store_is_named(jsonl, tmp_path, tokenizer, name):
-    path, cache = jsonl({"text": "a"}, {"text": "b"}), tmp_path / "cache"
-    data = DataConfig(kind="text", train=path, eval=path)
-    encoding.build_store(data, "train", tokenizer, cache)
-    (file,) = cache.glob(f"train-*/{name}")
-    whole = file.read_bytes()
-    for end in (0, len(whole) // 2, len(whole) - 4):
-        file.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=f"data in {file.parent} is damaged: .*; delete {cache}, and the same"):
-            encoding.build_store(data, "train", tokenizer, cache)
-
-
-def test_nothing_is_left_of_a_store_that_failed(jsonl, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "_DOCUMENTS_PER_CALL", 1)
-    path = jsonl({"text": "a"}, {"text": "b"}, "{")
-    with pytest.raises(ValueError, match=r"data.jsonl:3: not JSON"):
-        encoding.build_store(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["lock"]
-
-
-def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
-    data = DataConfig(kind="text", train=jsonl({"text": "a"}))
-    message = r"data.eval_fraction 0.02 leaves no document of .* to train on; give a smaller one, or 0 to hold out none"
-    with pytest.raises(ValueError, match=message):
-        encoding.build_store(data, "train", tokenizer, tmp_path / "cache")
-    whole = encoding.build_store(replace(data, eval_fraction=0.0), "train", tokenizer, tmp_path / "cache")
-    assert len(whole.offsets) == 2
 
 
 SYSTEM = Turn(role="system", content="is")

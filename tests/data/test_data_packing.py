@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.data import packing
-from gemma2_jax.data.encoding import Store
+from gemma2_jax.data.store import Store
 
 SEED = 0  # RandomState(0) permutes 3 documents to [2, 1, 0] and then 2 rows to [0, 1], which never changes
 

@@ -64,7 +64,7 @@ def test_standard_output_that_takes_nothing():
 def has_begun(workdir: Path, moment: str) -> bool:
     """Whether a run has come to the moment at which it is to be interrupted."""
     if moment == "compilation":
-        return any((workdir / "data").glob("**/*"))
+        return (workdir / "config.txt").exists()
     if moment == "evaluation":
         return (workdir / "metrics.jsonl").exists() and any("loss" in line for line in lines_of(workdir))
     return any((workdir / "checkpoints").glob("*tmp*"))
