@@ -36,7 +36,7 @@ def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
         _warn_of_late_call()
     else:
         _set_flags()
-        if cpu or _lacks_driver():
+        if cpu or os.environ.get("JAX_PLATFORMS") == "cpu" or _lacks_driver():
             _import_jax_on_cpu()
     if cache:
         enable_cache()
@@ -180,9 +180,7 @@ def _warn_of_late_call() -> None:
 
 def _lacks_driver() -> bool:
     """Whether a CUDA plugin is installed and the machine has no CUDA driver; prints it if so."""
-    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-    plugged = importlib.util.find_spec("jax_plugins") and any(map(importlib.util.find_spec, plugins))
-    if os.environ.get("JAX_PLATFORMS") or not plugged:
+    if os.environ.get("JAX_PLATFORMS") or not _find_plugins():
         return False
     try:
         ctypes.CDLL("libcuda.so.1")
@@ -192,9 +190,21 @@ def _lacks_driver() -> bool:
     return False
 
 
+def _find_plugins() -> list[Path]:
+    """The libraries of the CUDA plugins of JAX that are installed."""
+    if not importlib.util.find_spec("jax_plugins"):
+        return []
+    specs = map(importlib.util.find_spec, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"))
+    return [Path(spec.origin).with_name("xla_cuda_plugin.so") for spec in specs if spec and spec.origin]
+
+
 def _import_jax_on_cpu() -> None:
     """Imports JAX for the CPU, and hides what a CUDA plugin prints on a machine that has no GPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     with silence_stderr():
         import jax
+
+        for library in _find_plugins():  # JAX loads them with its first array, for the CPU too, and each prints then
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library))
     jax.config.update("jax_platforms", "cpu")  # for a process that had imported it before

@@ -104,8 +104,10 @@ def test_imports_change_nothing():
 
 
 def test_what_a_command_sets(tmp_path: Path):
-    (platform, flags, share, folder, described), _ = run(PREPARED, XDG_CACHE_HOME=str(tmp_path))
+    (platform, flags, share, folder, described), error = run(PREPARED, XDG_CACHE_HOME=str(tmp_path))
     assert platform == "cpu"
+    said = {"", "this machine has no CUDA driver (libcuda.so.1): computing on CPU\n"}
+    assert error in said, "a CUDA plugin, if there is one, is not heard"
     assert flags == "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     assert share == "0.95"
     assert folder == str(tmp_path / "gemma2_jax" / "xla")
