@@ -71,7 +71,7 @@ class Convert:
 class Inspect:
     """Print what a checkpoint is: its format, config, arrays, dtypes, sizes, parallel layout and adapter."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, or a Hub id
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, a .gguf file, or a Hub id
     hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Verify:
     The exit status is 1 where they differ.
     """
 
-    first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, or a Hub id
+    first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, a .gguf file, or a Hub id
     second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
     atol: float = 0.0  # largest difference of two elements that counts as none; 0: bits and dtypes must be the same
     prompt: str | None = None  # compare their logits on this text too

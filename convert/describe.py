@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -89,7 +90,11 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     print_table(facts)
     if not shapes:
         return
-    arrays = Table("array", "dims", "shape", "dtype", "size")
+    # Without lines between columns, the longest names and shapes of 27B fit into 80.
+    arrays = Table(
+        "array", "dims", "shape", "dtype", "size", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
     letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(checkpoint.adapter))}
     for path, x in shapes.items():
         arrays.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(sizes[path]))

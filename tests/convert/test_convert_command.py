@@ -228,6 +228,14 @@ def test_what_goes_into_a_pipe_is_whole(run, tmp_path):
         assert line == line.rstrip() and "━━" not in line.strip("┏┓┡┩┳╇━")
 
 
+def test_no_name_is_cut_on_a_terminal(run, monkeypatch):
+    """Two blanks alone stand between columns, so that those of 27B fit into 80; with lines these would take 79."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", "74")
+    code, output, _ = run("inspect", DORA)
+    assert code == 0 and all(path in output for path in open_checkpoint(DORA).shapes)
+
+
 def test_a_terminal_gets_a_progress_bar(run, tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     assert "━" in run("import", "--hf-model", HF["f32"], "--megatron-path", tmp_path / "there")[1]
