@@ -51,7 +51,8 @@ def open_source(config: Config) -> Checkpoint | None:
         if configured != stored and field.name != "max_length" and not grows:
             raise ValueError(
                 f"init {config.init} is a checkpoint of another model: its {field.name} is {stored}, and "
-                f"model.{field.name} is {configured}; choose the recipe of that model, or set model.{field.name}"
+                f"model.{field.name} is {configured}; choose the recipe of that model, or give --model.{field.name} "
+                f"{stored}"
             )
     if config.init_adapter:
         source = open_checkpoint(config.init_adapter, base=source)

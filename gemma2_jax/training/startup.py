@@ -152,7 +152,7 @@ def describe_pipeline(program: Program) -> str:
 def print_nothing_to_do(console: Console, config: Config, step: int) -> None:
     """Says that the run has already taken its steps."""
     if jax.process_index() == 0:
-        line = f"nothing is to do: this run has already taken {step} steps, of {config.steps} asked"
+        line = f"there is nothing to do: this run has already taken {step} steps, of {config.steps} asked"
         remedy = "" if step > config.steps else "; to go on, give more --steps"
         console.print(line + remedy, highlight=False, markup=False, soft_wrap=True)
 

@@ -34,7 +34,7 @@ def test_fewer_steps_than_were_taken(tmp_path, capsys):
     capsys.readouterr()
     result = loop.train(replace(config, steps=1))
     said = spoken(capsys)
-    assert "nothing is to do: this run has already taken 2 steps, of 1 asked" in said
+    assert "there is nothing to do: this run has already taken 2 steps, of 1 asked" in said
     assert f"The adapter of step 2: {tmp_path}/checkpoints/2/params" in said
     assert (result.step, int(result.state.step), result.losses) == (2, 2, {})
     assert lines_of(tmp_path) == before
