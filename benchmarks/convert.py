@@ -5,9 +5,13 @@
 Makes random bfloat16 weights in FOLDER (by default a temporary one; it needs 16 GB), of 2B and of a few layers of 27B,
 converts them from one format to the next, each as a process of its own with the command a user would give, and deletes
 all of it. Whether the bytes that come back are the same is checked too.
+
+Both have the same start: what was written before is on the disk, and free memory is at hand (`take_memory`). cp has to
+copy, with --reflink=never, where a file system could share blocks or copy within itself.
 """
 
 import filecmp
+import os
 import shutil
 import subprocess
 import sys
@@ -54,9 +58,22 @@ def write_random_checkpoint(folder: Path, model: ModelConfig) -> None:
     safetensors.write_json(folder / "config.json", hf_config(model, "bfloat16"))
 
 
-def measure(*command: object) -> tuple[float, float]:
-    """Runs a command; returns its seconds and the bytes of memory that it held at most."""
+def take_memory(size: int) -> None:
+    """Takes `size` bytes of memory, or as many as are free, and lets them go again.
+
+    Memory that is free for some seconds goes back from a virtual machine to its host, and each page that is written
+    then has to be fetched first: on the machine of the figures in docs/checkpoints.md, 0.7 to 1.7 s for a GB. Which
+    command would pay for that depends on what ran before it.
+    """
+    import numpy as np
+
+    np.ones(min(size, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10), np.uint8)
+
+
+def measure(size: int, *command: object) -> tuple[float, float]:
+    """Runs a command that writes `size` bytes; returns its seconds and the bytes of memory that it held at most."""
     subprocess.run(["sync"], check=True)  # The command shall not wait for what was written before.
+    take_memory(size * 3 // 2)
     start = time.perf_counter()
     run = subprocess.run(
         [sys.executable, "-c", _MEASURED, *map(str, command)], check=True, stdout=subprocess.PIPE, text=True
@@ -83,11 +100,11 @@ def measure_conversions(folder: Path, model: ModelConfig) -> tuple[int, list[tup
         copying, seconds, memory = [], [], []
         for _ in range(ROUNDS):
             shutil.rmtree(folders["copy"], ignore_errors=True)
-            copying.append(measure("cp", "-r", folders[source], folders["copy"])[0])
+            copying.append(measure(size, "cp", "-r", "--reflink=never", folders[source], folders["copy"])[0])
             shutil.rmtree(folders["copy"])
             shutil.rmtree(folders[target], ignore_errors=True)
             command = (sys.executable, "-m", "gemma2_jax.convert", folders[source], folders[target], "--to", to)
-            for values, value in zip((seconds, memory), measure(*command), strict=True):
+            for values, value in zip((seconds, memory), measure(size, *command), strict=True):
                 values.append(value)
         rows.append((title, min(copying), min(seconds), max(memory)))
         if target == "back":
