@@ -10,6 +10,7 @@ import reprlib
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -342,7 +343,7 @@ class _Writer:
 
     def add(self, name: str, data: bytes | memoryview) -> None:
         """Writes an entry, with its data at a multiple of the alignment."""
-        path, start, size, crc = f"archive/{name}".encode(), self.file.tell() - self.start, len(data), zlib.crc32(data)
+        path, start, size = f"archive/{name}".encode(), self.file.tell() - self.start, len(data)
         full, header = (_ZIP64 if value >= _LARGE else value for value in (size, start))
         large = ([size, size] if full == _ZIP64 else []) + ([start] if header == _ZIP64 else [])
         extra = struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large) if large else b""
@@ -353,7 +354,10 @@ class _Writer:
         self.file.write(
             _LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(path), len(extra + padding)) + path + extra + padding
         )
-        self.file.write(data)
+        with ThreadPoolExecutor(1) as thread:
+            checksum = thread.submit(zlib.crc32, data)
+            self.file.write(data)
+        crc = checksum.result()
         if size:
             descriptor = _DESCRIPTOR64 if full == _ZIP64 else _DESCRIPTOR
             self.file.write(descriptor.pack(b"PK\7\x08", crc, size, size))
