@@ -7,10 +7,12 @@ Nothing is computed here: each name becomes one of ours, and a line on standard 
 a process per GPU, one process here drives all GPUs of a host. `import` and `export` stand in `convert.__main__`.
 """
 
+import ast
 import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma2_jax import api, config as configs
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 # Arguments of Megatron-Bridge's recipes, and the field of `Config` that each becomes.
 _ARGUMENTS = {
-    "data_paths": "data.train",
+    **dict.fromkeys(("data_paths", "train_data_path"), "data.train"),
+    "valid_data_path": "data.eval",
     "train_iters": "steps",
     "global_batch_size": "train.global_batch_size",
     "micro_batch_size": "train.micro_batch_size",
@@ -52,6 +55,9 @@ _FIELDS = {
     "train.eval_iters": "train.eval_batches",
     "model.seq_length": "train.sequence_length",
     "dataset.seq_length": "train.sequence_length",
+    **dict.fromkeys(("dataset.data_path", "dataset.blend"), "data.train"),
+    "dataset.split": "data.splits",
+    "dataset.random_seed": "data.seed",
     "model.tensor_model_parallel_size": "mesh.tensor",
     "model.pipeline_model_parallel_size": "mesh.stage",
     "model.context_parallel_size": "mesh.context",
@@ -127,8 +133,10 @@ def _make_recipe(function: str) -> Callable[..., Config]:
                 raise ValueError(f"{function} takes no {name} here; {hint}It takes {', '.join(accepted)}")
         recipe = _recipe_name(function, arguments.get("peft", "lora") if finetunes else None)
         fields = {_ARGUMENTS[name]: value for name, value in arguments.items() if name in _ARGUMENTS}
-        if "data.train" in fields:
-            fields["data.train"] = _data_path(fields["data.train"])
+        for name in ("data.train", "data.eval"):
+            if name in fields:
+                fields[name] = _join_paths(fields[name])
+        fields = _megatron_order(fields) | fields
         if "name" in arguments or "dir" in arguments:
             folder, name = arguments.get("dir"), arguments.get("name", recipe)
             fields["workdir"] = f"{folder}/{name}" if folder else configs.default_workdir(name)
@@ -144,12 +152,43 @@ def _make_recipe(function: str) -> Callable[..., Config]:
     return config
 
 
-def _data_path(paths: str | list[str]) -> str:
-    if isinstance(paths, str):
-        return paths
-    if len(paths) != 1:
-        raise ValueError(f"data_paths has {len(paths)} paths; give one: a JSONL or Parquet file, a directory or a glob")
-    return paths[0]
+def _join_paths(paths: str | list[str] | tuple) -> str:
+    """Paths as Megatron writes them, with weights before them or not, as one source: 0.7*a,0.3*b."""
+    words = paths.split() if isinstance(paths, str) else [str(path) for path in paths]
+    weights, names = words[::2], words[1::2]
+    if len(weights) == len(names) and all(map(_is_number, weights)):
+        return ",".join(f"{weight}*{name}" for weight, name in zip(weights, names, strict=True))
+    return ",".join(words)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_blend(value: str) -> str:
+    """The value of dataset.data_path, or of dataset.blend as its command line takes it, as one source."""
+    try:
+        blend = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return _join_paths(value)
+    names, weights = blend if isinstance(blend, list | tuple) and len(blend) == 2 else ((), None)
+    if weights is None and names:
+        return _join_paths(names)
+    if not (isinstance(names, list | tuple) and isinstance(weights, list | tuple) and 0 < len(names) == len(weights)):
+        raise ValueError(f"dataset.blend is {value}; it must be paths and their weights, as [['a','b'],[0.7,0.3]]")
+    return _join_paths([word for pair in zip(weights, names, strict=True) for word in pair])
+
+
+def _megatron_order(fields: dict[str, Any]) -> dict[str, Any]:
+    """The order and the splits that Megatron-Bridge reads its .bin and .idx files with, where such are named."""
+    first = fields.get("data.train", "").partition(",")[0].rpartition("*")[2]
+    if not Path(f"{first.removesuffix('.bin').removesuffix('.idx')}.idx").is_file():
+        return {}
+    return {"data.order": "megatron"} | ({} if "data.eval" in fields else {"data.splits": "9999,8,2"})
 
 
 gemma2_2b_pretrain_config = _make_recipe("gemma2_2b_pretrain_config")
@@ -224,10 +263,17 @@ def translate_arguments(arguments: list[str]) -> list[str]:
     if peft is None and function.endswith("_finetune_config"):
         peft = "lora"
     arguments, checkpoint = _take_option(arguments, "pretrained_checkpoint")
+    fields: dict[str, str] = {}
     translated = ["--config", _recipe_name(function, peft), *(["--init", checkpoint] if checkpoint else [])]
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        translated.append(f"--{_translate_field(name)}={value}" if equals else argument)
+        field = _translate_field(name)
+        if field == "data.train" and name != field:
+            value = _read_blend(value)
+        fields[field] = value.strip("\"'") if name == "dataset.split" else value
+        translated.append(f"--{field}={fields[field]}" if equals else argument)
+    order = _megatron_order(fields)
+    translated += [f"--{field}={value}" for field, value in order.items() if field not in fields]
     _say(f"--recipe {function}", " ".join(translated))
     return translated
 

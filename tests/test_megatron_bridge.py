@@ -227,6 +227,51 @@ def test_every_argument_and_field_has_a_place():
     assert megatron_bridge.gemma2_2b_finetune_config().adapter.kind == "lora"
 
 
+@pytest.fixture
+def corpora(tmp_path):
+    """A folder with the names of two indexed data sets."""
+    for name in "ab":
+        (tmp_path / f"{name}.idx").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("paths", "source"),
+    [
+        (["30", "{0}/a", "70", "{0}/b"], "30*{0}/a,70*{0}/b"),
+        ("0.3 {0}/a 0.7 {0}/b", "0.3*{0}/a,0.7*{0}/b"),
+        (["{0}/a", "{0}/b"], "{0}/a,{0}/b"),
+        (["{0}/a.bin"], "{0}/a.bin"),
+    ],
+)
+def test_indexed_data_is_read_in_its_order(corpora, paths, source):
+    """With the splits of its recipes, unless the held-out data is named."""
+    paths = paths.format(corpora) if isinstance(paths, str) else [path.format(corpora) for path in paths]
+    data = megatron_bridge.gemma2_2b_pretrain_config(data_paths=paths).data
+    assert (data.train, data.order, data.splits, data.seed) == (source.format(corpora), "megatron", "9999,8,2", 1234)
+    data = megatron_bridge.gemma2_2b_pretrain_config(train_data_path=paths, valid_data_path=[f"{corpora}/b"]).data
+    assert (data.train, data.eval, data.order, data.splits) == (source.format(corpora), f"{corpora}/b", "megatron", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "source"),
+    [
+        (["dataset.data_path=0.3 {0}/a 0.7 {0}/b"], "0.3*{0}/a,0.7*{0}/b"),
+        (["dataset.blend=[['{0}/a','{0}/b'],[0.3,0.7]]"], "0.3*{0}/a,0.7*{0}/b"),
+        (["dataset.blend=[['{0}/a'],None]"], "{0}/a"),
+    ],
+)
+def test_commands_name_indexed_data(corpora, words, source):
+    words = [word.format(corpora) for word in words]
+    data = train.parse(["--recipe", "gemma2_2b_pretrain_config", *words]).run.data
+    assert (data.train, data.order, data.splits) == (source.format(corpora), "megatron", "9999,8,2")
+    words += ['dataset.split="90,10,0"', "dataset.random_seed=7"]
+    data = train.parse(["--recipe", "gemma2_2b_pretrain_config", *words]).run.data
+    assert (data.order, data.splits, data.seed) == ("megatron", "90,10,0", 7)
+    with pytest.raises(SystemExit):
+        train.parse(["--recipe", "gemma2_2b_pretrain_config", "dataset.blend=[1,2,3]"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,7 +280,6 @@ def test_every_argument_and_field_has_a_place():
             r"takes no global_batchsize here; did you mean global_batch_size\? It takes name, dir",
         ),
         (dict(peft="ia3"), "peft is ia3; it may be lora, dora or none"),
-        (dict(data_paths=["a", "b"]), "data_paths has 2 paths; give one"),
     ],
 )
 def test_unknown_arguments_are_refused(arguments, message):
