@@ -17,6 +17,7 @@ from gemma2_jax.config import DataConfig
 from gemma2_jax.data import megatron_order, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.data.indexed import find_prefix
+from gemma2_jax.data.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron_order import MegatronRows
 from gemma2_jax.data.store import build_store
 
@@ -188,12 +189,16 @@ def _order_rows(
 def _pack_rows(
     data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", layout: Layout, cache: Path
 ) -> packing.Rows:
-    if data.splits and find_prefix(sources.open_source(data, split)) is None:
+    source = sources.open_source(data, split)
+    if prefix := find_prefix(source):
+        store = open_indexed_store(data, split, prefix, tokenizer, cache)
+    elif data.splits:
         raise ValueError(
-            f"data.splits {data.splits} divides .bin and .idx files, and {sources.open_source(data, split)} is none; "
-            "--data.eval_fraction holds out a share of it"
+            f"data.splits {data.splits} divides .bin and .idx files, and {source} is none; --data.eval_fraction holds "
+            "out a share of it"
         )
-    store = build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
+    else:
+        store = build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
     try:
         return packing.pack_documents(
             store,
@@ -204,7 +209,7 @@ def _pack_rows(
         )
     except ValueError as error:
         purpose = "training" if split == "train" else "held-out"
-        raise ValueError(f"no {purpose} document of {sources.open_source(data, split)} is of use: {error}") from error
+        raise ValueError(f"no {purpose} document of {source} is of use: {error}") from error
 
 
 def _describe_rows(rows: packing.Rows) -> str:

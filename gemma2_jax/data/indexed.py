@@ -5,14 +5,18 @@ Megatron-LM's megatron/core/datasets/indexed_dataset.py: a document is one or mo
 What is trained on and in which order is the business of `packing` and `megatron_order`.
 """
 
+import itertools
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data.sources import Split
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -36,6 +40,12 @@ class Indexed:
     def begins(self) -> np.ndarray:
         """Where each sequence begins in `tokens`, int64 [sequences]."""
         return self.pointers // self.tokens.itemsize
+
+    @property
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Where the files are, how large and from when; for JSON."""
+        files = [Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx")]
+        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def document_offsets(self) -> np.ndarray:
         """Where each document that has tokens begins, and where the last one ends, int64 [documents + 1]."""
@@ -147,6 +157,41 @@ def _check_index(indexed: Indexed, path: Path) -> None:
 
 def _descends(values: np.ndarray) -> bool:
     return any((np.diff(values[start : start + _CHUNK + 1]) < 0).any() for start in range(0, len(values), _CHUNK))
+
+
+def split_bounds(split: Sequence[float], count: int) -> list[tuple[int, int]]:
+    """Where training, validation and test sequences begin and end, of so many, in shares of `split`."""
+    total = float(np.sum(np.array(split, np.float64)))
+    shares = [float(share) / total for share in split]
+    edges = [round(edge * float(count)) for edge in itertools.accumulate(shares, initial=0.0)]
+    return list(itertools.pairwise(edges))
+
+
+def choose_part(data: DataConfig, split: Split, prefix: str, count: int) -> tuple[int, int]:
+    """Where the documents of a split begin and end, of so many. Raises ValueError if there are none."""
+    if data.kind != "text":
+        raise ValueError(
+            f"{prefix}.bin has tokens and not which of them answer a prompt; --data.kind text trains on all of them"
+        )
+    first, last = split_bounds(data.shares, count)[split == "eval" and not data.eval]
+    if first == last:
+        shares = ", ".join(f"{share:g}" for share in data.shares)
+        purpose = "to train on" if split == "train" else "held out"
+        raise ValueError(
+            f"shares of {shares} leave none of the {count:,} documents of {prefix} {purpose}; give others as "
+            "--data.splits, or as --data.eval_fraction"
+        )
+    return first, last
+
+
+def check_tokens(tokens: np.ndarray, vocabulary: int, prefix: str) -> np.ndarray:
+    """The tokens as int32. Raises ValueError for one that a tokenizer with so many does not have."""
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        token = tokens.max() if tokens.min() >= 0 else tokens.min()
+        raise ValueError(
+            f"{prefix}.bin has token {token}, and the tokenizer has {vocabulary:,}; it was written with another one"
+        )
+    return tokens.astype(np.int32)
 
 
 def smallest_dtype(vocabulary: int) -> np.dtype:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data.indexed import Indexed, find_prefix, open_indexed
+from gemma2_jax.data.indexed import Indexed, check_tokens, choose_part, find_prefix, open_indexed
 from gemma2_jax.data.sources import Split, open_source
 
 _FORMAT = 1  # to be raised when the code makes other arrays
@@ -71,13 +71,8 @@ class MegatronRows:
         if self.blend:
             number, sample = int(self.blend.dataset_index[index]), int(self.blend.dataset_sample_index[index])
         text = self._read_sample(number, int(self.orders[number].shuffle_index[sample]))
-        if not 0 <= text.min() <= text.max() < self.vocabulary:
-            token = text.max() if text.min() >= 0 else text.min()
-            raise ValueError(
-                f"{self.datasets[number].prefix}.bin has token {token}, and the tokenizer has {self.vocabulary:,}; it "
-                "was written with another one"
-            )
-        text, is_padding = np.where(text == self.pad, 0, text).astype(np.int32), text == self.pad
+        text = check_tokens(text, self.vocabulary, self.datasets[number].prefix)
+        text, is_padding = np.where(text == self.pad, 0, text), text == self.pad
         return {
             "tokens": text[:-1],
             "targets": text[1:],
@@ -213,17 +208,8 @@ def _normalize(weights: Sequence[float]) -> list[float]:
 
 def _keep_order(request: Request, dataset: Indexed, samples: int | None) -> Order:
     """The order of a data set's part of the split, from the cache if it is there."""
-    shares = request.data.shares
-    bounds = split_bounds(shares, len(dataset.lengths))[request.split == "eval" and not request.data.eval]
-    if bounds[0] == bounds[1]:
-        raise ValueError(
-            f"shares of {', '.join(f'{share:g}' for share in shares)} leave {request.split} none of the "
-            f"{len(dataset.lengths):,} documents of {dataset.prefix}; give others as --data.splits, or as "
-            "--data.eval_fraction"
-        )
-    files = [Path(f"{dataset.prefix}.{ending}") for ending in ("bin", "idx")]
-    identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = ["order", identity, bounds, samples, request.length, request.data.seed]
+    bounds = choose_part(request.data, request.split, dataset.prefix, len(dataset.lengths))
+    key = ["order", dataset.identity, bounds, samples, request.length, request.data.seed]
 
     def build() -> dict[str, np.ndarray]:
         return vars(build_order(dataset, bounds, samples=samples, length=request.length, seed=request.data.seed))
@@ -245,14 +231,6 @@ def _keep_arrays(cache: Path, key: list, build: Callable[[], dict[str, np.ndarra
             with contextlib.suppress(OSError):  # where another process has finished before
                 partial.rename(folder)
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-
-
-def split_bounds(split: Sequence[float], count: int) -> list[tuple[int, int]]:
-    """Where training, validation and test sequences begin and end, of so many, in shares of `split`."""
-    total = float(np.sum(np.array(split, np.float64)))
-    shares = [float(share) / total for share in split]
-    edges = [round(edge * float(count)) for edge in itertools.accumulate(shares, initial=0.0)]
-    return list(itertools.pairwise(edges))
 
 
 def sample_counts(weights: Sequence[float], rows: int, surplus: float = 0.0) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gemma2_jax.data.plans import Plan, keep_plan
-from gemma2_jax.data.store import Store
+from gemma2_jax.data.store import Sliced, Store
 
 _BLOCK_TOKENS = 1 << 22  # tokens of a store whose `learned` is in memory at one time
 
@@ -219,7 +219,7 @@ def plan_rows(counts: np.ndarray, length: int) -> np.ndarray:
     return np.array(placements, np.int64)
 
 
-def count_learned(learned: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, int]:
+def count_learned(learned: Sliced, positions: np.ndarray) -> tuple[np.ndarray, int]:
     """How many tokens before each of the positions, in rising order, are learned; and how many in all."""
     counts, total = np.zeros(len(positions), np.int64), 0
     for start in range(0, len(learned), _BLOCK_TOKENS):

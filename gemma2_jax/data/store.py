@@ -18,7 +18,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -39,12 +39,20 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STORE_FILES = ("tokens", "learned", "offsets")
 
 
+class Sliced(Protocol):
+    """What has slices that are arrays, such as an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Store:
     """Tokenized documents, memory-mapped, one after another."""
 
-    tokens: np.ndarray  # int32 [tokens]
-    learned: np.ndarray  # bool [tokens]: whether the token counts in the loss, when predicted
+    tokens: Sliced  # int32 [tokens]
+    learned: Sliced  # bool [tokens]: whether the token counts in the loss, when predicted
     offsets: np.ndarray  # int64 [documents + 1]: where each document begins, and where the last ends
     report: Report = field(default_factory=Report)  # what became of the documents
     folder: Path | None = None  # where its files are, and plans of its rows; None: in memory alone

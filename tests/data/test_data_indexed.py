@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemma2_jax.config import DataConfig
 from gemma2_jax.data import indexed
+from gemma2_jax.data.batches import Layout, train_batches
 from gemma2_jax.data.indexed import IndexedWriter, find_prefix, open_indexed, smallest_dtype
+from gemma2_jax.data.indexed_store import open_indexed_store
+from gemma2_jax.data.packing import pack_documents
+from gemma2_jax.data.store import Store
 
 # Three documents: 5 6 7, 8, and 9 10, in 16 bits.
 BIN = bytes.fromhex("0500 0600 0700 0800 0900 0a00")
@@ -145,6 +150,45 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="token 65536 does not fit uint16"), writer:
         writer.write(np.array([65_536]), np.array([1]))
     assert [path.name for path in tmp_path.rglob("*")] == ["partial"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("split", "first", "last"), [("train", 0, 30), ("eval", 30, 38)])
+def test_it_is_packed_like_any_tokenized_text(tmp_path, tokenizer, packing, split, first, last):
+    """All tokens are learned but the first of a document, which nothing predicts; an empty document is none."""
+    random = np.random.RandomState(0)
+    documents = [random.randint(3, 4096, size) for size in random.randint(1, 60, 40)]
+    with IndexedWriter(str(tmp_path / "a"), np.dtype("<u2"), tmp_path / "partial") as writer:
+        lengths = np.array([*map(len, documents[:5]), 0, *map(len, documents[5:])])
+        writer.write(np.concatenate(documents), lengths)
+    data = DataConfig(kind="text", train=str(tmp_path / "a.bin"), splits="75,20,5")
+    indexed = open_indexed_store(data, split, str(tmp_path / "a"), tokenizer, tmp_path / "cache")
+    part = documents[first:last]
+    learned = np.concatenate([np.arange(len(document)) > 0 for document in part])
+    offsets = np.cumsum([0, *map(len, part)])
+    store = Store(tokens=np.concatenate(part).astype(np.int32), learned=learned, offsets=offsets)
+    given, expected = (
+        pack_documents(each, length=32, packing=packing, concatenate=True, seed=7) for each in (indexed, store)
+    )
+    assert (given.plan.targets, len(given)) == (expected.plan.targets, len(expected))
+    for number in range(len(expected)):
+        row = given[number]
+        for name, array in expected[number].items():
+            np.testing.assert_array_equal(row[name], array)
+            assert row[name].dtype == array.dtype
+
+
+def test_splits_of_other_data_are_an_error(tmp_path, jsonl, tokenizer):
+    data = DataConfig(kind="text", train=jsonl({"text": "a"}), splits="9,1")
+    with pytest.raises(
+        ValueError, match=r"data.splits 9,1 divides .bin and .idx files, and .*data.jsonl is none; --data"
+    ):
+        train_batches(data, tokenizer, Layout(sequence_length=8, batch_size=1), cache=tmp_path)
+    for wrong in ("9,x", "1,2,3,4", "0,1", "-1,2"):
+        with pytest.raises(ValueError, match="it must be like 9999,8,2: trained on, held out and left"):
+            DataConfig(splits=wrong)
+    with pytest.raises(ValueError, match="both say what is held out; give one"):
+        DataConfig(splits="9,1", eval="b")
 
 
 def test_no_file_is_written_over(prefix, tmp_path):

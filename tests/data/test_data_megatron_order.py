@@ -10,8 +10,8 @@ import pytest
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import megatron_order
 from gemma2_jax.data.batches import Layout, eval_batches, train_batches
-from gemma2_jax.data.indexed import IndexedWriter, open_indexed
-from gemma2_jax.data.megatron_order import Request, build_blend, build_order, open_rows, split_bounds
+from gemma2_jax.data.indexed import IndexedWriter, open_indexed, split_bounds
+from gemma2_jax.data.megatron_order import Request, build_blend, build_order, open_rows
 
 SMALL = ([10, 11, 1], [20, 1], [30, 31, 32, 1])  # 9 tokens: 4 samples of 2 tokens and one more
 DATA = DataConfig(kind="text", order="megatron", seed=0, eval_fraction=0)
@@ -215,8 +215,9 @@ def test_a_source_of_its_own_is_held_out_whole(write, ask):
         (
             "{a}",
             {"part": "eval"},
-            r"shares of 1, 0, 0 leave eval none of the 3 documents of .*a; give others as --data",
+            r"shares of 1, 0, 0 leave none of the 3 documents of .*a held out; give others",
         ),
+        ("{a}", {"kind": "instructions"}, r"a.bin has tokens and not which of them answer a prompt; --data.kind text"),
         ("{a}", {"length": 9}, r"a has 9 tokens in its documents 0 to 3, and a row takes 10"),
     ],
 )
