@@ -139,15 +139,19 @@ def main(program: str = "python -m gemma2_jax.convert") -> None:
         if near and not Path(name).exists():
             command_line.exit_usage(f"there is no command {name}, nor a folder of that name{near}", program)
     command = command_line.parse(kind, arguments, program)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit removes a folder that is half written
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an exit removes a folder that is half written
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     platforms.prepare_process(cpu=True, cache=False)
     try:
         run(command)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         command_line.exit_closed_pipe()
     except (ValueError, OSError) as error:
-        sys.exit(command_line.fold(f"error: {error}"))
+        command_line.exit_error(error)
+    except KeyboardInterrupt:
+        command_line.exit_interrupted()
 
 
 def _inspect(command: Inspect) -> None:
@@ -237,9 +241,11 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 
 
 def _convert(command: Convert, show_progress: bool = True) -> None:
+    from gemma2_jax.convert.files.folder import expand_path
     from gemma2_jax.convert.job import Job
     from gemma2_jax.convert.writing import write_checkpoint
 
+    target = expand_path(command.dst)
     source = _open(command.src, command.adapter, command.hf_config, command.drop)
     ranks = command.tp, command.pp
     job = Job(
@@ -248,8 +254,9 @@ def _convert(command: Convert, show_progress: bool = True) -> None:
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with _progress_bar(job.size, shown=show_progress) as progress:
-        write_checkpoint(job, Path(command.dst), progress)
-    print(f"wrote {command.dst}: {_summarize(job)}\n{_suggest_use(job, Path(command.dst))}")
+        write_checkpoint(job, target, progress)
+    print(command_line.escape(f"wrote {target}: {_summarize(job)}"))
+    print(*map(command_line.escape, _suggest_use(job, target).split("\n")), sep="\n")
 
 
 def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str, ...] = ()) -> "Checkpoint":
@@ -260,9 +267,9 @@ def _open(src: str, adapter: str | None, hf_config: str | None, drop: tuple[str,
         checkpoint = open_checkpoint(src, hf_config=hf_config, drop=drop)
     else:
         checkpoint = open_checkpoint(adapter, base=open_checkpoint(src, hf_config=hf_config, drop=drop))
-    print(f"read {adapter or src} as {describe.describe_checkpoint(checkpoint)}")
+    print(command_line.escape(f"read {adapter or src} as {describe.describe_checkpoint(checkpoint)}"))
     for note in checkpoint.notes:
-        print(f"note: {note}")
+        print(command_line.escape(f"note: {note}"))
     return checkpoint
 
 

@@ -8,7 +8,9 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
+from gemma2_jax.command_line import escape
 from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats import table
@@ -83,10 +85,9 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         "tokenizer": str(checkpoint.tokenizer or "none"),
     }
     facts = Table.grid(padding=(0, 2))
-    for key, value in lines.items():
-        facts.add_row(key, value)
-    for note in checkpoint.notes:
-        facts.add_row("note", note)
+    notes = [("note", note) for note in checkpoint.notes]
+    for key, value in (*lines.items(), *notes):
+        facts.add_row(key, Text(escape(value)))  # a name may look like markup
     print_table(facts)
     if not shapes:
         return

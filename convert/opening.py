@@ -31,7 +31,7 @@ from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.checkpoints import Checkpoint, attach_base, inherit_files, refuse_base
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
-from gemma2_jax.convert.files.folder import generation_file, has_model_only, tokenizer_folder
+from gemma2_jax.convert.files.folder import expand_path, generation_file, has_model_only, tokenizer_folder
 from gemma2_jax.convert.files.gguf import open_file
 from gemma2_jax.convert.files.safetensors import read_json
 from gemma2_jax.convert.files.tensors import Tensors, open_tensors
@@ -124,7 +124,7 @@ def _open_folder(
         raise ValueError(f"{folder} holds the adapters {', '.join(child.name for child in named)}; name one of them")
     if (folder / "config.txt").is_file() and (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder} is a training run that has no whole checkpoint yet; resume it, and try again then")
-    files = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
+    files = ", ".join(map(_describe_file, sorted(folder.iterdir())[:20])) or "nothing"
     raise ValueError(
         f"{folder} is no checkpoint that this program knows: it holds {files}. Known are Hugging Face folders "
         "(config.json, model.safetensors or pytorch_model.bin, or its shards and index), PEFT adapters "
@@ -132,6 +132,13 @@ def _open_folder(
         "of google-deepmind/gemma), runs (config.txt, checkpoints/), Megatron checkpoints "
         "(latest_checkpointed_iteration.txt, .metadata or mp_rank_00/) and GGUF files"
     )
+
+
+def _describe_file(path: Path) -> str:
+    """The name of what is in a folder, and what it is where it is no file."""
+    if path.is_dir():
+        return f"{path.name}/"
+    return path.name if path.is_file() else f"{path.name} ({'a link to nothing' if path.is_symlink() else 'no file'})"
 
 
 def _orbax_root(folder: Path) -> Path | None:
@@ -472,9 +479,11 @@ def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     Raises ValueError where there is no such folder and no such model.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(f"the path of a checkpoint is {path!r}; give a string or a Path")
     if not str(path):
         raise ValueError("the path of a checkpoint is empty; name its folder ('.' is the current one)")
-    folder = Path(path).expanduser()
+    folder = expand_path(path)
     if folder.is_dir():
         return folder
     if folder.is_file() and folder.suffix == ".gguf":

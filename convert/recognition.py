@@ -34,7 +34,7 @@ class Folder:
     def _entries(self) -> dict[str, bool]:
         """Whether each name is a folder."""
         with os.scandir(self.path) as entries:
-            found = {entry.name: entry.is_dir() for entry in islice(entries, _MOST_NAMES)}
+            found = {entry.name: Path(entry).is_dir() for entry in islice(entries, _MOST_NAMES)}
         return {self.only: False} if self.only else found
 
     @cached_property

@@ -28,13 +28,20 @@ def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: N
     to_file = job.to.startswith("gguf")
     if to_file != (target.suffix == ".gguf"):
         raise ValueError(f"{target}: --to gguf and gguf-adapter write a file whose name ends in .gguf, others a folder")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(target)!r} has bytes that are not UTF-8; give another name") from error
     with (atomic_path if to_file else atomic_folder)(target, job.size) as partial_target:
         try:
             _write(partial_target, target, job, progress)
         except OSError as error:
-            if error.filename is None:  # an error while writing does not name its file
-                raise OSError(f"{target} could not be written: {error}") from error
-            raise
+            if error.filename and not any(str(partial_target) in str(x) for x in (error.filename, error.filename2)):
+                raise  # of the source
+            # An error while writing does not name its file.
+            raise OSError(
+                f"{target} could not be written ({error.strerror or error}); make room there, or write somewhere else"
+            ) from error
 
 
 def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:

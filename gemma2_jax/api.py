@@ -178,13 +178,18 @@ def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: b
     >>> save(load("assets/tiny-gemma2"), "out/tiny", format="orbax")
     PosixPath('out/tiny')
     """
+    from gemma2_jax.convert.files.folder import expand_path
     from gemma2_jax.inference.loaded import save_model
+    from gemma2_jax.model.gemma2 import Gemma2
 
     _check_format(format)
     _check_path(path, "path")
+    if not isinstance(model, Gemma2):
+        raise ValueError(f"model is {model!r}; give what load gives, or a Gemma2")
+    target = expand_path(path)
     with _arguments_named(to="format"):
-        save_model(model, Path(path), format, merge=merge)
-    return Path(path)
+        save_model(model, target, format, merge=merge)
+    return target
 
 
 def recipe(name: str, **changes: Any) -> Config:
@@ -250,6 +255,8 @@ def _check_config(config: Any) -> None:
 
 
 def _check_path(path: str | Path, name: str) -> None:
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{name} is {path!r}; give a string or a Path")
     if not str(path):
         raise ValueError(f"{name} is empty; name what to write")
 
@@ -347,12 +354,20 @@ def convert(
     PosixPath('out/megatron')
     """
     platforms.prepare_process()
+    from gemma2_jax.convert.files.folder import expand_path
     from gemma2_jax.convert.job import Job
     from gemma2_jax.convert.opening import open_checkpoint
     from gemma2_jax.convert.writing import write_checkpoint
 
     _check_format(to)
     _check_path(dst, "dst")
+    if dtype is not None and dtype not in get_args(FileDType):
+        raise ValueError(f"dtype is {dtype!r}; it may be {', '.join(get_args(FileDType))}, or None")
+    if isinstance(drop, str):
+        raise ValueError(f"drop is {drop!r}; give a list of patterns, such as [{drop!r}]")
+    if len(ranks) != 2 or not all(type(rank) is int for rank in ranks):
+        raise ValueError(f"ranks is {ranks!r}; give two whole numbers, (tensor-parallel ranks, pipeline stages)")
+    target = expand_path(dst)
     with _arguments_named():
         source = open_checkpoint(src, hf_config=hf_config, drop=drop)
         if adapter is not None:
@@ -361,8 +376,8 @@ def convert(
         job = Job(source=source, to=to, merge=merge, dtype=dtype, ranks=ranks)
         for sentence in job.warnings:
             warnings.warn(_name_arguments(sentence), stacklevel=2)
-        write_checkpoint(job, Path(dst))
-    return Path(dst)
+        write_checkpoint(job, target)
+    return target
 
 
 def plan(config: Config, *, gpus: int = 8) -> "Plan":

@@ -5,6 +5,7 @@ tyro parses; the sentences are ours, so that a mistake reads alike whoever finds
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -17,6 +18,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import tyro
+
+_MOST_CHARACTERS = 10_000  # of a message
 
 
 class _ParseFailure(Exception):
@@ -48,6 +51,35 @@ def exit_usage(reason: str, program: str) -> NoReturn:
     sys.exit(2)
 
 
+def exit_error(error: Exception) -> NoReturn:
+    """Ends with status 1 and the message of an error."""
+    sys.exit(fold(escape(f"error: {describe_error(error)}")))
+
+
+def describe_error(error: Exception) -> str:
+    """The message of an error. The operating system's has the file first, what is wrong with it, and what to do."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.filename is None:  # of a print, or of reading a prompt: files have their names
+        return f"standard input or output cannot be used ({error.strerror}); redirect it to somewhere else"
+    remedy = _REMEDIES.get(error.errno or 0, "mend that, and give the same command again")
+    return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); {remedy}"
+
+
+_REMEDIES = {
+    errno.EACCES: "have its owner give you the right to (chmod), or copy it to where you have it",
+    errno.ENOENT: "it may have been moved or deleted meanwhile; give the same command again once it is there",
+    errno.ELOOP: "it is a link that leads back to itself; delete it, or copy the file again",
+    errno.ENAMETOOLONG: "give a shorter one",
+}
+
+
+def exit_interrupted() -> NoReturn:
+    """Ends after Ctrl-C with 130, as of SIGINT."""
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
 def exit_closed_pipe() -> NoReturn:
     """Ends without a word, as Unix programs do when nobody reads their standard output: with 141, as of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
@@ -61,9 +93,19 @@ def check_paths(command: Any, *names: str) -> None:
             raise ValueError(f"{name} is empty; name a folder ('.' is the current one)")
 
 
+def escape(text: str) -> str:
+    """The text with what would command a terminal, or is no character, as Python writes it: \\x1b.
+
+    Names in files that others wrote may have such characters in them.
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def fold(message: str) -> str:
     """A message for standard error, cut into lines between words where that is a terminal."""
-    if not sys.stderr.isatty():
+    if len(message) > _MOST_CHARACTERS:
+        message = f"{message[: _MOST_CHARACTERS // 2]} ... {message[-_MOST_CHARACTERS // 2 :]}"
+    if sys.stderr is None or not sys.stderr.isatty():
         return message
     width = shutil.get_terminal_size().columns
     lines = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in message.split("\n"))

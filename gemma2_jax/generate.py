@@ -6,7 +6,7 @@ Nothing here imports JAX before the arguments are understood, so that `--help` a
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -52,7 +52,9 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
     except BrokenPipeError:
         command_line.exit_closed_pipe()
     except (ValueError, OSError) as error:
-        sys.exit(command_line.fold(f"error: {error}"))
+        command_line.exit_error(error)
+    except KeyboardInterrupt:
+        command_line.exit_interrupted()
 
 
 def _generate(command: Command) -> None:
@@ -76,6 +78,8 @@ def _generate(command: Command) -> None:
 
 
 def _read_prompt() -> str:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give the prompt as --prompt TEXT")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -95,7 +99,7 @@ def _open_checkpoint(command: Command) -> "Checkpoint":
             f"{checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there"
         )
     for note in checkpoint.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {command_line.escape(note)}", file=sys.stderr)
     if targets := checkpoint.adapter.unmergeable_targets:
         print(
             f"the adapter of {' and '.join(targets)} is added after the post-norm (adapter.after_norm), where no "
@@ -109,9 +113,19 @@ def _print_defaults(command: Command, checkpoint: "Checkpoint", stop: set[int], 
     """Says what ends a text, and what the checkpoint suggests in place of the most likely tokens."""
     from gemma2_jax.inference.defaults import describe_stop, describe_suggestion, suggested_sampling
 
-    print(describe_stop(stop, tokenizer, command.max_new_tokens), file=sys.stderr)
-    if command.temperature == 0 and (settings := suggested_sampling(checkpoint)):
+    print(command_line.escape(describe_stop(stop, tokenizer, command.max_new_tokens)), file=sys.stderr)
+    if command.temperature == 0 and (settings := suggested_sampling(checkpoint)) and _is_usable(settings):
         print(describe_suggestion(settings), file=sys.stderr)
+
+
+def _is_usable(settings: dict[str, Any]) -> bool:
+    from gemma2_jax.inference.sampling import Sampling
+
+    try:
+        Sampling(**settings)
+    except ValueError:
+        return False
+    return True
 
 
 def _print_texts(prompts, prompt_tokens: int, chunks, tokenizer) -> None:

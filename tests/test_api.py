@@ -362,6 +362,25 @@ def test_a_format_that_does_not_exist_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda out: g2.load(None), "the path of a checkpoint is None; give a string or a Path"),
+        (lambda out: g2.load("~nobody-of-that-name/x"), "there is no user of that name; begin it with ./ or /"),
+        (lambda out: g2.save("a", out), "model is 'a'; give what load gives"),
+        (lambda out: g2.convert(TINY, None, to="hf"), "dst is None; give a string or a Path"),
+        (lambda out: g2.convert(TINY, f"{out}\udcff", to="orbax"), "has bytes that are not UTF-8; give another name"),
+        (lambda out: g2.convert(TINY, out, to="hf", dtype="int8"), "dtype is 'int8'; it may be float32, bfloat16"),
+        (lambda out: g2.convert(TINY, out, to="hf", drop="*"), r"give a list of patterns, such as \['\*'\]"),
+        (lambda out: g2.convert(TINY, out, to="megatron-legacy", ranks=(1.0, 2)), "give two whole numbers"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(call, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_is_no_config():
     with pytest.raises(ValueError, match=r"give a Config, such as gemma2_jax.recipe\('tiny_lora'\)"):
         g2.train("tiny_lora")

@@ -1,11 +1,12 @@
 """What the commands say of arguments that they do not understand: one sentence, alike for all of them."""
 
+import errno
 import sys
 
 import pytest
 import tyro
 
-from gemma2_jax import __main__ as commands
+from gemma2_jax import __main__ as commands, command_line
 
 RECIPES = "There are 27b_dora, 27b_lora, "
 
@@ -89,6 +90,26 @@ def test_a_terminal_cuts_lines_between_words(refusal, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     lines = refusal("train").splitlines()
     assert max(map(len, lines)) <= 60 and " ".join(lines) + "\n" == piped
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("a\x1b[31m\nerror: b\udcff"), r"error: a\x1b[31m\nerror: b\udcff"),
+        (ValueError("x" * 10**6), "error: " + "x" * 4993 + " ... " + "x" * 5000),
+        (PermissionError(errno.EACCES, "Permission denied", "f"), "error: f cannot be used (Permission denied); have "
+         "its owner give you the right to (chmod), or copy it to where you have it"),
+        (OSError(errno.EIO, "Input/output error", "f"), "error: f cannot be used (Input/output error); mend that, and "
+         "give the same command again"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: standard input or output cannot be used (No space "
+         "left on device); redirect it to somewhere else"),
+        (OSError("f could not be written"), "error: f could not be written"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_that_commands_no_terminal(error, said):
+    with pytest.raises(SystemExit) as ended:
+        command_line.exit_error(error)
+    assert ended.value.code == said
 
 
 @pytest.mark.parametrize("called", ["/usr/bin/gemma2-jax", "/a/gemma2_jax/__main__.py"])

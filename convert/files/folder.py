@@ -3,6 +3,7 @@
 This module does not know what the files of a checkpoint mean.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,14 @@ TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _TOKENIZER += ("additional_chat_templates/*.jinja",)
 _GENERATION = "generation_config.json"
+
+
+def expand_path(path: str | Path) -> Path:
+    """A path with the home of a user in place of ~. Raises ValueError for ~NAME where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be found: there is no user of that name; begin it with ./ or /") from error
 
 
 @contextmanager
@@ -42,12 +51,14 @@ def atomic_folder(path: Path, size: int) -> Iterator[Path]:
 def atomic_path(path: Path, size: int) -> Iterator[Path]:
     """A path to write about `size` bytes to, which becomes `path` when the block ends without an error.
 
+    Of a link it is what the link leads to that is written.
+
     Raises ValueError where `path` holds something already, the disk has no room or another process is writing to the
     same path, and OSError where nothing can be written there.
     """
+    path = Path(os.path.realpath(path))
     with explain_write_failure(path, "write somewhere else"):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} exists already; delete it, or write somewhere else")
+        _check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
@@ -60,10 +71,36 @@ def atomic_path(path: Path, size: int) -> Iterator[Path]:
     try:
         partial = folder / path.name
         yield partial
-        partial.rename(path)
+        _put_in_place(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _check_place(path: Path) -> None:
+    """Raises ValueError unless a folder or a file can take this place, where nothing may be but an empty folder."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link that leads back to itself; delete it, or write somewhere else")
+    if not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise ValueError(f"{path} exists already; delete it, or write somewhere else")
+    if path.is_mount() or path.samefile("."):
+        what = "where another disk is mounted" if path.is_mount() else "the current folder"
+        raise ValueError(f"{path} is {what}, which no other folder can replace; write to {path / 'NAME'}")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Renames what was written. Raises OSError where something has taken its place meanwhile."""
+    try:
+        if path.is_file():  # a file would replace it
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        partial.rename(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} was written, and could not be put in its place ({error.strerror}): something else was made or "
+            "deleted there meanwhile; see to it, and give the same command again"
+        ) from error
 
 
 def _claim_folder(folder: Path, path: Path) -> int:
@@ -72,10 +109,17 @@ def _claim_folder(folder: Path, path: Path) -> int:
     Raises ValueError where another process has it to write `path`.
     """
     busy = ValueError(f"another process is writing {path}; wait for it, or write somewhere else")
+    if folder.is_symlink() or folder.is_file():
+        raise ValueError(f"{folder}, where {path} would be written first, is no folder; delete it")
     if folder.exists():
         left = _lock_folder(folder, busy)
-        shutil.rmtree(folder)
-        os.close(left)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            reason = f"which a process that was killed has left, cannot be deleted ({error.strerror})"
+            raise ValueError(f"{folder}, {reason}; delete it, or write somewhere else") from error
+        finally:
+            os.close(left)
     try:
         folder.mkdir()
     except FileExistsError as error:

@@ -62,6 +62,7 @@ class Tensor:
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
     row_bytes: int  # of all elements with the same index in the first dim
+    version: memory.Version
 
     @property
     def quantized(self) -> bool:
@@ -77,7 +78,8 @@ class Tensor:
         """The slices `index` of the tensor. Reads the rows that they are in, and no others."""
         rows = range(self.shape[0])[index[0]]
         shape = (len(rows), *self.shape[1:])
-        data = memory.read_bytes(self.path, self.start + rows.start * self.row_bytes, len(rows) * self.row_bytes)
+        start, size = self.start + rows.start * self.row_bytes, len(rows) * self.row_bytes
+        data = memory.read_bytes(self.path, start, size, self.version)
         if not self.quantized:
             return data.view(self.dtype).reshape(shape)[(slice(None), *index[1:])]
         gguf, array = library(), memory.reuse_memory(shape, np.float32)
@@ -100,11 +102,12 @@ class File:
 def open_file(path: Path) -> File:
     """Reads the header of a file. Raises ValueError where it is damaged, or has what files of models have not."""
     library()
+    version = memory.Version.of(path)
     try:
         with path.open("rb") as file:
-            header = _Header(file, path.stat().st_size)
+            header = _Header(file, version.size)
             metadata, places = header.parse()
-            tensors = {name: _locate_tensor(path, name, place, header.size) for name, place in places.items()}
+            tensors = {name: _locate_tensor(path, name, place, version) for name, place in places.items()}
     except ValueError as error:
         raise ValueError(f"{path} is no GGUF file, or is damaged: {error}; get it again") from error
     return File(path, metadata, tensors)
@@ -119,8 +122,8 @@ class _Place:
     start: int
 
 
-def _locate_tensor(path: Path, name: str, place: _Place, size: int) -> Tensor:
-    """A tensor of a file of `size` bytes. Raises ValueError where it is of no known type, or not in the file."""
+def _locate_tensor(path: Path, name: str, place: _Place, version: memory.Version) -> Tensor:
+    """A tensor of a file. Raises ValueError where it is of no known type, or not in the file."""
     gguf, shape = library(), place.shape
     try:
         kind = gguf.GGMLQuantizationType(place.number)
@@ -130,10 +133,10 @@ def _locate_tensor(path: Path, name: str, place: _Place, size: int) -> Tensor:
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{name} is of type {place.number}, which the gguf library does not read ({error})") from error
     row_bytes = math.prod(shape[1:]) // block * block_bytes
-    tensor = Tensor(path, kind.name, shape, place.start, row_bytes)
+    tensor = Tensor(path, kind.name, shape, place.start, row_bytes, version)
     if not shape or (tensor.quantized and len(shape) < 2) or shape[-1] % block:
         raise ValueError(f"{name} has the shape {shape}, which its type {kind.name} does not allow")
-    if place.start + shape[0] * row_bytes > size:
+    if place.start + shape[0] * row_bytes > version.size:
         raise ValueError(f"it ends before {name} does")
     return tensor
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,14 +50,38 @@ def reuse_memory(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
         return owner[:size].view(dtype).reshape(shape)
 
 
-def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
-    """`size` bytes of a file from `start` on, as uint8. Raises ValueError where the file ends before."""
+@dataclass(frozen=True)
+class Version:
+    """By what a file is known to be the one that was opened, as far as a file system says."""
+
+    inode: int
+    size: int
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, file: Path | int) -> "Version":
+        """That of a path or of a descriptor."""
+        status = os.stat(file)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def read_bytes(path: Path, start: int, size: int, version: Version | None = None) -> np.ndarray:
+    """`size` bytes of a file from `start` on, as uint8.
+
+    Raises ValueError where the file ends before, or is not of the version that was opened, of which its other bytes
+    are, and OSError, with the file's name, where it cannot be read.
+    """
     data = reuse_memory((size,), np.uint8)
     with open(path, "rb", buffering=0) as file:
+        if version and Version.of(file.fileno()) != version:
+            raise ValueError(f"{path} was changed while it was read; once it is whole, give the same command again")
         file.seek(start)
         left = memoryview(data)
         while left:
-            count = file.readinto(left)
+            try:
+                count = file.readinto(left)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
             if not count:
                 raise ValueError(f"{path} is cut short; copy it again")
             left = left[count:]

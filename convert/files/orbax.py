@@ -165,7 +165,7 @@ def find_roots(folder: Path, depth: int = 3) -> list[Path]:
     if (folder / METADATA).is_file():
         return [folder]
     with os.scandir(folder) as entries:
-        below = sorted(entry.name for entry in itertools.islice(entries, _MOST_ARRAYS) if entry.is_dir())
+        below = sorted(entry.name for entry in itertools.islice(entries, _MOST_ARRAYS) if Path(entry).is_dir())
     return [root for name in below[:_MOST_FOLDERS] for root in find_roots(folder / name, depth - 1)] if depth else []
 
 

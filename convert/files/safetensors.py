@@ -48,12 +48,14 @@ class StoredTensor:
     start: int  # of its bytes in the file
     shape: tuple[int, ...]
     dtype: np.dtype
+    version: memory.Version
 
     def read(self, index: Index) -> np.ndarray:
         """The slices `index`, as stored. Reads the rows that they are in, and no others."""
         rows = range(self.shape[0])[index[0]]
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        data = memory.read_bytes(self.path, self.start + rows.start * row_bytes, len(rows) * row_bytes)
+        start, size = self.start + rows.start * row_bytes, len(rows) * row_bytes
+        data = memory.read_bytes(self.path, start, size, self.version)
         return data.view(self.dtype).reshape(len(rows), *self.shape[1:])[(slice(None), *index[1:])]
 
 
@@ -62,6 +64,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
     Raises ValueError where the file is damaged, or a tensor is of a dtype that has no name here.
     """
+    version = memory.Version.of(path)
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -78,7 +81,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
                 f"{path}: {name} is stored as {dtypes[name]}; this program reads {', '.join(_DTYPES)}, "
                 "so use the checkpoint before it was quantized"
             )
-        tensors[name] = StoredTensor(path, 8 + header_bytes + starts[name], shape, np.dtype(dtype))
+        tensors[name] = StoredTensor(path, 8 + header_bytes + starts[name], shape, np.dtype(dtype), version)
     return tensors
 
 

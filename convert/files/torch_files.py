@@ -46,10 +46,11 @@ class _Storage:
     start: int
     size: int
     crc: int  # 0: not recorded (torch.serialization.set_crc32_options(False))
+    version: memory.Version
 
     def read(self, start: int, size: int) -> np.ndarray:
         """`size` bytes from `start` on. The checksum is compared where these are all bytes."""
-        buffer = memory.read_bytes(self.path, self.start + start, size)
+        buffer = memory.read_bytes(self.path, self.start + start, size, self.version)
         if self.crc and size == self.size and zlib.crc32(buffer) != self.crc:
             raise ValueError(f"{self.path} is damaged: {self.name} does not have its checksum; copy it again")
         return buffer
@@ -149,7 +150,8 @@ class _Archive:
 
     def __init__(self, path: Path, file: BinaryIO, offset: int, length: int | None):
         self.path, self.file, self.offset = path, file, offset
-        rest = file.seek(0, 2) - offset
+        self.version = memory.Version.of(file.fileno())
+        rest = self.version.size - offset
         self.length = rest if length is None else length
         if offset < 0 or not 0 <= self.length <= rest:
             raise ValueError(
@@ -270,7 +272,15 @@ class _Archive:
                 if not dtype and kind != "torch.storage.UntypedStorage":
                     raise self.damaged("a storage of an unknown kind")
                 start = self.offset + self.data_start(name)
-                return _Storage(path=self.path, name=name, dtype=dtype, start=start, size=entry.size, crc=entry.crc)
+                return _Storage(
+                    path=self.path,
+                    name=name,
+                    dtype=dtype,
+                    start=start,
+                    size=entry.size,
+                    crc=entry.crc,
+                    version=self.version,
+                )
         raise self.damaged("a reference to something other than a tensor's data")
 
     def tensor(self, args: tuple) -> Stored:

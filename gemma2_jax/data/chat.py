@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SYSTEM_MOVED = "the system prompt was put before the next user turn, as the chat template has no place for it"
 TURNS_MERGED = "consecutive turns of one role were merged (data.repeated_roles)"
 
+_MOST_WRITTEN = 1_000_000  # characters; the descriptions of tools that a template has in it are a few thousand
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
@@ -31,9 +33,27 @@ class ChatFormat:
     repeated_roles: Literal["refuse", "merge"]
 
     def write(self, turns: Sequence[Turn], *, cue: bool = False) -> str:
-        """The conversation's text, with the beginning of an answer if `cue`. Raises what the template raises."""
+        """The conversation's text, with the beginning of an answer if `cue`. Raises ValueError as `write_messages`."""
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
+        return write_messages(messages, self.tokenizer, cue=cue)
+
+
+def write_messages(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast", *, cue: bool = False) -> str:
+    """Messages as the tokenizer's chat template writes them, with the beginning of an answer if `cue`.
+
+    Raises ValueError with the reason where the template refuses them, fails, or writes far more than they hold.
+    """
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
+    except ImportError:  # of this machine, not of the template
+        raise
+    except Exception as error:  # a template is a program, and may raise whatever Python does
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise ValueError(reason.partition("\n")[0]) from error
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > _MOST_WRITTEN + 10 * given:
+        raise ValueError(f"it writes {len(text):,} characters for {given:,}")
+    return text
 
 
 def open_chat_format(tokenizer: "PreTrainedTokenizerFast", repeated_roles: Literal["refuse", "merge"]) -> ChatFormat:
@@ -52,7 +72,7 @@ def _takes(chat: ChatFormat, turns: list[Turn], written: str = "") -> bool:
         return False
     try:
         return written in chat.write(turns)
-    except (TemplateError, ValueError):
+    except ValueError:
         return False
 
 
@@ -81,7 +101,7 @@ def split_conversation(example: Example, chat: ChatFormat, report: Report) -> li
                 raise ValueError(f"it writes what leads up to message {number + 1} in another way when more follows")
             pieces += [(before.removeprefix(done), False), (after.removeprefix(before), turn.is_learned)]
             done = after
-    except (TemplateError, ValueError) as error:
+    except ValueError as error:
         raise BadRecord(
             example.where,
             "refused by the chat template",

@@ -4,12 +4,12 @@ End tokens are obeyed; the sampling settings are only suggested to the user. Thi
 config.json was read when the checkpoint was opened.
 """
 
+import reprlib
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
 
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files.safetensors import read_json
+from gemma2_jax.data.chat import write_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +33,8 @@ def stop_tokens(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerFast", *,
 
 def describe_stop(tokens: set[int], tokenizer: "PreTrainedTokenizerFast", max_new_tokens: int) -> str:
     """What ends a text, as a sentence."""
-    names = [f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in sorted(tokens)]
+    names = [f"{tokenizer.convert_ids_to_tokens(token) or 'no token'} ({token})" for token in sorted(tokens)]
+    names = [*names[:20], f"{len(names) - 20} more"] if len(names) > 20 else names
     return f"a text ends with {' or '.join(names)}, or after {max_new_tokens} tokens"
 
 
@@ -61,7 +62,9 @@ def _eos_tokens(config: dict[str, Any], source: str) -> set[int]:
     found = config.get("eos_token_id")
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise ValueError(f"{source}: eos_token_id is {found!r}; it must be a token's number, or a list of them")
+        raise ValueError(
+            f"{source}: eos_token_id is {reprlib.repr(found)}; it must be a token's number, or a list of them"
+        )
     return set(tokens)
 
 
@@ -70,8 +73,8 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> int | None:
     answer = "answer"
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        before, _, ending = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition(answer)
-    except TemplateError:  # the template refuses this conversation
+        before, _, ending = write_messages(talk, tokenizer).rpartition(answer)
+    except ValueError:  # the template refuses this conversation
         return None
     tokens = tokenizer.backend_tokenizer.encode(ending, add_special_tokens=False).ids if before else []
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None

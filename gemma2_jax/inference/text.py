@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from gemma2_jax.data.chat import write_messages
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -9,7 +11,8 @@ if TYPE_CHECKING:
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bool) -> list[int]:
     """A prompt's tokens, beginning with <bos>; with `chat`, as a user's turn followed by the start of the model's.
 
-    Raises ValueError if `chat` is asked for and the tokenizer has no chat template, and for a prompt that is not text.
+    Raises ValueError if `chat` is asked for and the tokenizer has no chat template, or one that does not take the
+    prompt, and for a prompt that is not text.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is {prompt!r}; give a string")
@@ -21,7 +24,13 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bo
         if tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --chat")
         turn = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        try:
+            prompt = write_messages(turn, tokenizer, cue=True)
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path} does not take the prompt: {error}; mend the template, "
+                "or leave out --chat"
+            ) from error
     tokens = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
     bos = tokenizer.bos_token_id
     assert isinstance(bos, int)  # load_tokenizer made sure

@@ -406,6 +406,63 @@ def test_what_a_killed_run_left_is_no_part_of_the_next(hf, tmp_path):
     assert not (target / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (lambda out: out.symlink_to(out), "out", "out is a link that leads back to itself; delete it"),
+        (lambda out: None, ".", "is the current folder, which no other folder can replace; write to .*NAME$"),
+        (lambda out: None, "mounted", "is where another disk is mounted, .* write to .*/mounted/NAME"),
+        (lambda out: out.with_name(".out.partial").touch(), "out", "out.partial, where .*out would be .* delete it$"),
+        (lambda out: out.with_name(".out.partial").symlink_to("gone"), "out", "is no folder; delete it"),
+    ],
+)
+def test_places_where_no_folder_can_be_put(make, name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    (tmp_path / "mounted").mkdir(exist_ok=name == "mounted")
+    if name == ".":
+        (tmp_path / "mounted").rmdir()
+    make(tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message), folder.atomic_folder(Path(name).absolute(), 0):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("empty", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "empty").mkdir()
+    for name in ("empty", "new"):
+        with folder.atomic_folder(tmp_path / name, 0) as partial_folder:
+            assert partial_folder.is_relative_to(tmp_path / "disk")
+            (partial_folder / "file").touch()
+        assert (tmp_path / name).is_symlink() and (tmp_path / "disk" / name / "file").exists()
+
+
+@pytest.mark.parametrize("appears", [Path.touch, lambda path: (path / "mine").mkdir(parents=True)])
+def test_what_takes_a_place_meanwhile_is_kept(appears, tmp_path):
+    def write() -> None:
+        with folder.atomic_folder(tmp_path / "a", 0):
+            appears(tmp_path / "a")
+
+    with pytest.raises(OSError, match="could not be put in its place"):
+        write()
+    appeared = tmp_path / "a"
+    assert list(tmp_path.iterdir()) == [appeared] and (appeared.is_file() or (appeared / "mine").exists())
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_mixed(hf, tmp_path):
+    source = Path(shutil.copytree(hf["2b", "float32"], tmp_path / "source"))
+    opened, file = open_checkpoint(source), source / "model.safetensors"
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="was changed while it was read; once it is whole, give the same command"):
+        write_checkpoint(Job(source=opened, to="hf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_folders_are_refused_and_kept(hf, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already; delete it, or write somewhere else"):

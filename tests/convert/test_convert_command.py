@@ -33,7 +33,7 @@ OPTIMIZER = FIXTURES / "optimizer" / "A_bf16_tp1pp1"
 def run(monkeypatch, capsys):
     """Runs a command in this process; gives its exit status or its last message, its output and its error output."""
     monkeypatch.setenv("COLUMNS", "40")  # of a terminal, which is not what these commands write to
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*words) -> tuple[int | str, str, str]:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
@@ -45,7 +45,8 @@ def run(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 MODEL = (
@@ -88,6 +89,18 @@ def test_inspect(case, run):
     assert code == 0 and str(path) in output
     for text in expected:
         assert re.search(text, output), text
+
+
+def test_inspect_of_names_that_look_like_something_else(run, tmp_path):
+    """Not like markup, nor like a command to the terminal. What is no file is said to be none."""
+    folder = Path(shutil.copytree(HF["f32"], tmp_path / "a[/b]\x1b[31m"))
+    code, output, _ = run("inspect", folder)
+    assert code == 0 and r"a[/b]\x1b[31m" in output and "\x1b" not in output
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("gone")
+    (folder / "loop").symlink_to("loop")
+    code, _, _ = run("inspect", folder)
+    assert "it holds config.json, generation_config.json, loop (a link to nothing), model.safetensors (a link" in code
 
 
 @pytest.mark.parametrize("to", ["orbax", "megatron", "megatron-legacy"])
@@ -327,8 +340,11 @@ def large_model(tmp_path_factory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("large") / "hf", SMALL)
 
 
-@pytest.mark.parametrize("to", ["megatron", "megatron-legacy", "hf"])
-def test_a_signal_in_the_middle_leaves_nothing(to, large_model, tmp_path):
+@pytest.mark.parametrize(
+    ("to", "number", "status"),
+    [("megatron", signal.SIGTERM, 143), ("megatron-legacy", signal.SIGHUP, 129), ("hf", signal.SIGINT, 130)],
+)
+def test_a_signal_in_the_middle_leaves_nothing(to, number, status, large_model, tmp_path):
     target = tmp_path / "out" / to
     process = start_command(large_model, target, "--to", to)
     partial = target.parent / f".{to}.partial"
@@ -336,9 +352,9 @@ def test_a_signal_in_the_middle_leaves_nothing(to, large_model, tmp_path):
     while not (partial.exists() and sum(file.stat().st_size for file in partial.rglob("*")) > 1_000_000):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 143, error
+    assert process.returncode == status, error
     assert "Traceback" not in error and list(target.parent.iterdir()) == []
 
 

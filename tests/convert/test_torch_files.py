@@ -99,7 +99,9 @@ def test_reads_only_the_bytes_of_the_part(tmp_path, monkeypatch):
     (loaded,) = read_back([torch.zeros(100, 10)], tmp_path)
     sizes, read_bytes = [], memory.read_bytes
     monkeypatch.setattr(
-        memory, "read_bytes", lambda path, start, size: (sizes.append(size), read_bytes(path, start, size))[1]
+        memory,
+        "read_bytes",
+        lambda path, start, size, *rest: (sizes.append(size), read_bytes(path, start, size, *rest))[1],
     )
     loaded.read((slice(10, 12), slice(None)))
     assert sizes == [80]

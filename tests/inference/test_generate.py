@@ -338,6 +338,25 @@ def test_prompts_that_are_no_text(prompt, said):
         encode_prompt(prompt, load_tokenizer(str(ASSETS)), chat=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for x %}", "expected token 'in'"),
+        ("{{ raise_exception('no way') }}", "no way; mend the template, or leave out --chat"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
+        ("{{ 'x' * 2000000 }}", "it writes 2,000,000 characters for 2;"),
+        (5, "TypeError: "),
+    ],
+)
+def test_chat_templates_that_fail(template, said):
+    tokenizer = load_tokenizer(str(ASSETS))
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"^the chat template of .*: .*{re.escape(said)}.*$"):
+        encode_prompt("hi", tokenizer, chat=True)
+
+
 def test_text_comes_in_whole_characters():
     """Token by token, each of them at most a byte of some characters."""
     tokenizer = load_tokenizer(str(ASSETS))
