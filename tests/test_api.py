@@ -241,7 +241,7 @@ def test_trained_model_is_the_run(tmp_path):
     found = result.model([TOKENS])[0]
     np.testing.assert_allclose(found, compute_logits(open_checkpoint(result.folder), TOKENS), atol=1e-4, rtol=0)
     assert not np.allclose(found, compute_logits(open_checkpoint(TINY), TOKENS), atol=1e-2)
-    with pytest.raises(ValueError, match=r"format='hf' has no place for; give merge=True .*, or format='peft' for"):
+    with pytest.raises(ValueError, match=r"format='hf' has no place for; choose merge=True .*, or format='peft' for"):
         g2.save(result.model, tmp_path / "merged")
     g2.save(result.model, tmp_path / "merged", merge=True)
     merged = g2.load(tmp_path / "merged")
