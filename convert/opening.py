@@ -162,11 +162,12 @@ def _open_huggingface(folder: Path, base: Checkpoint | None, drop: Sequence[str]
     refuse_base(folder, model, base)
     stem, *others = _model_files(folder)
     stored = open_tensors(folder, stem, optional=state_dict.is_head)
-    tensors, notes = state_dict.open_state_dict(stored, drop, folder)
+    tied = hf.get("tie_word_embeddings") is not False
+    tensors, notes = state_dict.open_state_dict(stored, drop, folder, tied=tied)
     source = TensorSource.open(folder, tensors, table.MODEL, model)
     remedy = f"; --drop '*{table.HEAD}' takes the embedding for it"
     table.check_tied_head(tensors.shapes, tensors.read, folder, remedy)
-    if hf.get("tie_word_embeddings") is False:
+    if not tied:
         notes += ("its config unties the output matrix, which is the embedding all the same",)
     if others:
         notes += (f"{' and '.join(others)} was not read, as {stem} is there",)

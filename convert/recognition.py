@@ -189,6 +189,22 @@ def _only_config(folder: Folder) -> str | None:
     return "config.json" if is_model and not (others or folder.folders or folder.is_read) else None
 
 
+def _inner_models(folder: Folder) -> str | None:
+    """The folders within, of which each holds a model in Hugging Face's format."""
+    path = folder.path
+    if folder.only or folder.is_read or {"config.json", *fnfilter(folder.files, "*.gguf")} & {*folder.files}:
+        return None
+    if megatron.iteration_folder(path) or deepmind.find_root(path):
+        return None
+    names = [name + end for name in MODEL_FILES for end in ("", ".index.json")]
+    found = [
+        inner
+        for inner in folder.folders[:200]
+        if (path / inner / "config.json").is_file() and any((path / inner / name).is_file() for name in names)
+    ]
+    return " or ".join(str(path / inner) for inner in found[:3]) or None
+
+
 def _renamed(folder: Folder) -> str | None:
     numbered = fnfilter(folder.files, "model-?????-of-?????.safetensors")
     found = fnfilter(folder.files, "*.safetensors")
@@ -280,6 +296,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("state dicts under another name", _files("model.pt", "model.pth", "pytorch_model.pt", "model.bin", "*.pth"),
          "has {found}; if it is a state dict (torch.save of model.state_dict()), rename it to pytorch_model.bin, "
          "beside its config.json"),
+    Kind("folders with a model in a subfolder", _inner_models, "holds no model itself; name {found}"),
     Kind("configs without weights", _only_config,
          "has {found} and no weights; download them too (`hf download`), or name it as --hf-config where only the "
          "config is needed"),

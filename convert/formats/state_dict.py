@@ -57,11 +57,14 @@ def is_head(name: str) -> bool:
     return WRAPPER.sub("", name).endswith(table.HEAD)
 
 
-def open_state_dict(tensors: Tensors, drop: Sequence[str], source: object) -> tuple[Tensors, tuple[str, ...]]:
+def open_state_dict(
+    tensors: Tensors, drop: Sequence[str], source: object, *, tied: bool = True
+) -> tuple[Tensors, tuple[str, ...]]:
     """The tensors by the names of `table`, and notes on what was passed over.
 
     Args:
       drop: patterns (as of a shell) of names of tensors to leave out.
+      tied: whether the config says that the output matrix is the embedding.
 
     Raises ValueError where a pattern fits no tensor, for heads that are not dropped, and for what is no Gemma 2.
     """
@@ -70,6 +73,10 @@ def open_state_dict(tensors: Tensors, drop: Sequence[str], source: object) -> tu
     names = {stored: name for stored, name in names.items() if stored not in dropped}
     if dropped:
         notes.append(f"left out, as --drop asks: {', '.join(dropped)}")
+    embedding = table.MODEL[0].name
+    if tied and table.HEAD in names.values() and embedding not in names.values():  # safetensors' save_model keeps one
+        names = {stored: embedding if name == table.HEAD else name for stored, name in names.items()}
+        notes.append(f"it holds {table.HEAD} and no {embedding}, which is the same matrix and is read from it")
     check_elements({stored: tensors.shapes[stored] for stored in names}, source)
     for sign in FOREIGN:
         if found := _fitting(names.values(), (sign.pattern,)):

@@ -83,6 +83,10 @@ READ: dict[str, tuple[Edit, str]] = {
         chain(configure(tie_word_embeddings=False), save_head(torch.Tensor.float)),
         "its config unties the output matrix",
     ),
+    "a head and no embedding": (
+        rename(lambda name: name.replace("model.embed_tokens.weight", table.HEAD)),
+        "it holds lm_head.weight and no model.embed_tokens.weight, which is the same matrix",
+    ),
     "a head in the index alone": (save_shards(listed=(table.HEAD,)), ""),
     "a head in the file alone": (chain(save_head(lambda head: head), save_shards(unlisted=(table.HEAD,))), ""),
     "Gemma2Model": (save_base_class, "embed_tokens.weight is read as model.embed_tokens.weight"),

@@ -11,7 +11,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 from peers import BITING, hf_model
 from safetensors.torch import load_file
-from strange_folders import Edit, chain, configure, extend, rewrite, save_bin, save_shards, save_tree
+from strange_folders import Edit, chain, configure, extend, rename, rewrite, save_bin, save_shards, save_tree
 from torch.distributed.checkpoint import FileSystemWriter, save as save_distributed
 
 from gemma2_jax.convert import recognition
@@ -70,6 +70,13 @@ def _fsdp(folder: Path) -> None:
     _empty("trainer_state.json")(folder)
     with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that there is one process
         save_distributed(state, storage_writer=FileSystemWriter(folder / "pytorch_model_fsdp_0"), no_dist=True)
+
+
+def _move_into_subfolder(folder: Path) -> None:
+    files = list(folder.iterdir())
+    (folder / "final").mkdir()
+    for file in files:
+        file.rename(folder / "final" / file.name)
 
 
 def _cached(folder: Path) -> None:
@@ -138,6 +145,7 @@ FOREIGN: dict[str, tuple[str, Edit, str]] = {
     "renamed": ("safetensors under", lambda at: (at / "model.safetensors").rename(at / "gemma.safetensors"),
                 "weights in gemma.safetensors, and the name is model.safetensors"),
     "model.pt": ("state dicts under", _empty("model.pt"), "rename it to pytorch_model.bin"),
+    "a subfolder": ("folders with a model in", _move_into_subfolder, "holds no model itself; name .*/gemma/final$"),
     "no weights": ("configs without", _empty("tokenizer.json", "README.md", ".gitattributes",
                    keep=("config.json",)), "config.json and no weights"),
 }  # fmt: skip
@@ -178,6 +186,10 @@ SIGNS: dict[str, tuple[Edit, str]] = {
     "one name twice": (
         rewrite(lambda state: state | {"module.model.norm.weight": state["model.norm.weight"].clone()}),
         r"holds model\.norm\.weight twice, as model\.norm\.weight and as module\.model\.norm\.weight",
+    ),
+    "an untied head without an embedding": (
+        chain(rename(lambda n: n.replace("model.embed_tokens", "lm_head")), configure(tie_word_embeddings=False)),
+        r"lacks model\.embed_tokens\.weight",
     ),
     "a training state's pickle": (
         lambda at: [save_bin(at), torch.save({"epoch": 3, "state": {}}, at / "pytorch_model.bin")],
