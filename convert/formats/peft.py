@@ -310,6 +310,8 @@ def open_adapter(folder: Path) -> PeftAdapter:
 
     Raises ValueError where a file is damaged, or holds tensors that are none of an adapter to Gemma 2.
     """
+    config = read_json(folder / CONFIG)
+    peft_config.check_kind(config, folder / CONFIG)
     binary = not (folder / safetensors.ADAPTER).is_file()
     stored = open_tensors(folder, BINARY if binary else safetensors.ADAPTER)
     parts, unknown, adapters, prefix = dict[str, dict[str, str]](), list[str](), set[str](), "model."
@@ -341,7 +343,7 @@ def open_adapter(folder: Path) -> PeftAdapter:
     if len(adapters) > 1:
         listed = " and ".join(sorted(adapters))
         raise ValueError(f"{folder} has the adapters {listed} in one file; save the one that is meant alone")
-    return PeftAdapter(folder=folder, config=read_json(folder / CONFIG), stored=stored, parts=parts, prefix=prefix)
+    return PeftAdapter(folder=folder, config=config, stored=stored, parts=parts, prefix=prefix)
 
 
 def _split_module(module: str) -> tuple[str, int | None]:

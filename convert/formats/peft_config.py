@@ -31,6 +31,9 @@ _INERT = {
 }
 # Other initializations (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights that the adapter is added to.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Kinds of PEFT's that learn inputs of the model or of its layers, and options that PEFT merges no adapter with.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+_UNMERGED = ("alora_invocation_tokens", "arrow_config")
 # Within these limits the matching of a module's name, which has 40 characters, takes milliseconds. What people write is
 # such as .*\.(q|v)_proj or ^model\.layers\.[0-3]\..*
 _MOST_REPEATS, _MOST_OPTIONS, _LONGEST = 6, 16, 10_000
@@ -90,11 +93,20 @@ def stored_config(peft: dict[str, Any], paths: Iterable[str], source: object) ->
     return adapter_config(peft, settings, layers, tuple(saved), source)
 
 
+def check_kind(peft: dict[str, Any], source: object) -> None:
+    """Raises ValueError for an adapter of another kind than LoRA, with what can be done with it."""
+    kind = peft.get("peft_type")
+    if kind == "LORA":
+        return
+    remedy = "bring what PEFT's merge_and_unload() makes of it, saved with save_pretrained, which is a whole model"
+    if kind in _PROMPTS:
+        remedy = "it adds inputs and no weights, so that nothing merges it; train a LoRA"
+    raise ValueError(f"{source}: peft_type is {reprlib.repr(kind)}; this program has 'LORA' only: {remedy}")
+
+
 def _check_options(peft: dict[str, Any], source: object) -> None:
     """Raises ValueError naming an option that this program does not have, or one that PEFT does not have so."""
-    if peft.get("peft_type") != "LORA":
-        kind = reprlib.repr(peft.get("peft_type"))
-        raise ValueError(f"{source}: peft_type is {kind}; this program has 'LORA' only")
+    check_kind(peft, source)
     for key in ("use_rslora", "use_dora", "ensure_weight_tying", "fan_in_fan_out", _AFTER_NORM):
         if peft.get(key) not in (True, False, None):
             raise ValueError(f"{source}: {key} is {reprlib.repr(peft[key])}; it must be true or false")
@@ -107,8 +119,9 @@ def _check_options(peft: dict[str, Any], source: object) -> None:
         )
     for key, value in peft.items():
         if key not in _READ | _INERT and value not in (None, False, "none", "", [], {}):
+            merged = "" if key in _UNMERGED else ", or bring what PEFT's merge_and_unload() makes of it, a whole model"
             raise ValueError(
-                f"{source}: {key} is {reprlib.repr(value)}, which this program does not have; train without it"
+                f"{source}: {key} is {reprlib.repr(value)}, which this program does not have; train without it{merged}"
             )
 
 

@@ -264,6 +264,10 @@ CASES = {
         change=edit_config(target_modules="(.*)*x"), error="target_modules has .* that could take for ever; name the"
     ),
     "expression that is none": case(change=edit_config(rank_pattern={"(": 3}), error="which is no regular expression"),
+    "another kind": case(change=edit_config(peft_type="LOHA"), error="this program has 'LORA' only: bring what PEFT's"),
+    "prompts": case(change=edit_config(peft_type="PREFIX_TUNING"), error="so that nothing merges it; train a LoRA"),
+    "biases of its own": case(lora_bias=True, error="lora_bias is True, .* train without it, or bring what PEFT's me"),
+    "invocations": case(change=edit_config(alora_invocation_tokens=[5]), error="does not have; train without it$"),
     "layers that are none": case(change=edit_config(layers_to_transform=["a"]), error="must be numbers of layers"),
 }  # fmt: skip
 
