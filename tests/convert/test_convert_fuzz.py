@@ -414,6 +414,33 @@ def _dora(root: Path) -> Case:
     return Case(root, folder, {"hf_config": root / "hf"}, targets=("peft",))
 
 
+def _options(root: Path) -> Case:
+    """Layers, ranks, alphas, tokens and a norm of their own, in PEFT's older kind of file."""
+    folder, numbers = root / "peft", np.random.default_rng(0)
+    _model(root / "hf")
+    folder.mkdir()
+    shapes = {
+        "layers.1.self_attn.q_proj.lora_A.weight": (2, 8),
+        "layers.1.self_attn.q_proj.lora_B.weight": (16, 2),
+        "layers.1.mlp.down_proj.lora_A.weight": (3, 12),
+        "layers.1.mlp.down_proj.lora_B.weight": (8, 3),
+        "layers.0.input_layernorm.weight": (8,),
+        "layers.1.input_layernorm.weight": (8,),
+        "embed_tokens.token_adapter.trainable_tokens_delta": (2, 8),
+    }
+    tensors = {f"{table.PEFT}model.{name}": numbers.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    with (folder / "adapter_model.bin").open("wb") as file:
+        torch_files.save_torch(file, tensors)
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(root / "hf"),
+        "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "layers_pattern": "layers",
+        "rank_pattern": {"down_proj": 3}, "alpha_pattern": {r".*\.q_proj": 2.5}, "exclude_modules": ["lm_head"],
+        "modules_to_save": ["input_layernorm"], "trainable_token_indices": [1, 5],
+    }  # fmt: skip
+    safetensors.write_json(folder / "adapter_config.json", config)
+    return Case(root, folder, targets=("peft", "orbax", "merged"))
+
+
 def _orbax(root: Path) -> Case:
     both = open_checkpoint(_adapter(root / "peft", _model(root / "hf")))
     write_checkpoint(Job(source=both, to="orbax"), root / "orbax")
@@ -516,7 +543,8 @@ FORMATS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "bin": (_bin, 120),
     "deepmind": (_deepmind(ocdbt=True), 40),
     "deepmind without a database": (_deepmind(ocdbt=False), 40),
-    "lora": (_lora, 300),
+    "lora": (_lora, 200),
+    "options of adapters": (_options, 100),
     "dora": (_dora, 200),
     "orbax": (_orbax, 150),
     "run": (_trained, 80),
