@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from peers import BITING, hf_model
+from peers import BITING
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, dims
@@ -58,13 +58,6 @@ OPTIONS = {
 }
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = np.arange(24)[None]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "hf"
-    hf_model(CONFIG).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peers import BITING, hf_model
+from peers import BITING
 from safetensors.torch import load_file, save_file
 
 from gemma2_jax.config import AdapterConfig
@@ -270,13 +270,6 @@ CASES = {
     "invocations": case(change=edit_config(alora_invocation_tokens=[5]), error="does not have; train without it$"),
     "layers that are none": case(change=edit_config(layers_to_transform=["a"]), error="must be numbers of layers"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "hf"
-    hf_model(CONFIG).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
