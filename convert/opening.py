@@ -17,6 +17,7 @@
 What else people have is in `recognition`, which says what it is.
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Callable, Sequence
@@ -471,8 +472,7 @@ def _open_if_folder(name: str | None, model: ModelConfig | None = None) -> Check
 
 def _is_folder(name: str) -> bool:
     """Whether it is a folder, or a GGUF file, which stands for one."""
-    path = Path(name)
-    return path.is_dir() or (path.is_file() and _is_gguf(path))
+    return os.path.isdir(name) or (os.path.isfile(name) and _is_gguf(Path(name)))  # Path refuses long names
 
 
 def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
