@@ -307,7 +307,7 @@ def _suggest_use(job: "Job", target: Path) -> str:
         if job.reader == "vllm":
             return f"serve it: {_vllm_command(job, model, target)}"
         grown = ""
-        if job.adapter.replaces("embedding") and job.source.model:
+        if (job.adapter.replaces("embedding") or job.source.grown) and job.source.model:
             grown = f" after model.resize_token_embeddings({job.source.model.vocab_size})"
         return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}{grown}"
     if job.to == "gguf":

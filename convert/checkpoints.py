@@ -15,7 +15,7 @@ import numpy as np
 from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats import table
-from gemma2_jax.convert.sources import Source, load_array
+from gemma2_jax.convert.sources import GrownEmbedding, Source, load_array
 from gemma2_jax.dims import Abstract
 
 
@@ -32,6 +32,9 @@ class Checkpoint:
     tokenizer: Path | None = None  # the folder with the tokenizer, or the GGUF file that it is in
     generation: Path | None = None  # the file with the defaults of generation
     sources: tuple[Source, ...] = ()
+    # Whether an adapter has trained rows of an embedding that was grown for tokens of its tokenizer. As its model lacks
+    # them, the embedding goes with the adapter.
+    grown: bool = False
     layout: str = ""  # which of the format's layouts the files have, where there are several
     notes: tuple[str, ...] = ()  # sentences about what a user should know
 
@@ -124,9 +127,19 @@ def attach_base(
             f"vocabulary was grown in training; {tokenizer}",
         )
     # Weights that the adapter replaces are read from it, as its arrays come last.
-    sources = (*base.sources, open_source(model))
+    sources = (*grow_embedding(base.sources, model), open_source(model))
+    larger = model.vocab_size > base.model.vocab_size and not adapted.adapter.replaces("embedding")
     named = base_name or str(base.path)
-    return inherit_files(replace(adapted, model=model, base=named, sources=sources, notes=notes), base)
+    grown = adapted.grown or larger
+    return inherit_files(replace(adapted, model=model, base=named, sources=sources, notes=notes, grown=grown), base)
+
+
+def grow_embedding(sources: tuple[Source, ...], model: ModelConfig) -> tuple[Source, ...]:
+    """The sources, and one with the embedding as large as the model's, where theirs is smaller."""
+    holder = next((source for source in reversed(sources) if "embedding" in source.shapes), None)
+    if holder is None or holder.shapes["embedding"].shape[0] >= model.vocab_size:
+        return sources
+    return (*sources, GrownEmbedding(source=holder, rows=model.vocab_size))
 
 
 def inherit_files(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:

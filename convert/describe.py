@@ -39,7 +39,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     """The kind, the ranks, the scales and the projections of an adapter, and the weights that it replaces."""
     kind = ("rank-stabilized " if adapter.rslora else "") + {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
     ranks, alphas = (
-        f" ({', '.join(f'{name} {number:g}' for name, number in pattern)})" if pattern else ""
+        f" ({table.list_names([f'{name} {number:g}' for name, number in pattern])})" if pattern else ""
         for pattern in (adapter.rank_pattern, adapter.alpha_pattern)
     )
     places = ", ".join(table.match_targets(adapter)) or "no projection"
@@ -49,6 +49,9 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         places += f" in layers {', '.join(map(str, adapter.layers))}"
     if adapter.modules_to_save:
         places += f"; {', '.join(adapter.modules_to_save)} in place of the model's"
+    if adapter.trainable_tokens:
+        tokens = table.list_names([*map(str, adapter.trainable_tokens)])
+        places += f"; {len(adapter.trainable_tokens)} rows of the embedding, of tokens {tokens}"
     return f"{kind} of rank {adapter.rank}{ranks}, alpha {adapter.alpha:g}{alphas} on {places}"
 
 
@@ -96,7 +99,8 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
         "array", "dims", "shape", "dtype", "size", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
         padding=(0, 1, 0, 0),
     )  # fmt: skip
-    letters = {row.path: row.dims for row in (*table.MODEL, *table.table_rows(checkpoint.adapter))}
+    rows = *table.MODEL, *table.table_rows(checkpoint.adapter, model.get("layers", 1))
+    letters = {row.path: row.dims for row in rows}
     for path, x in shapes.items():
         arrays.add_row(path, letters[path], " x ".join(map(str, x.shape)), x.dtype.name, decimal(sizes[path]))
     print_table(arrays)

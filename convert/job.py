@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
+from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, copy_array, reuse_memory
@@ -130,6 +130,7 @@ class Job:
             "ranks of their own (adapter.rank_pattern)": adapter.rank_pattern,
             "alphas of their own (adapter.alpha_pattern)": adapter.alpha_pattern,
             "weights trained whole (adapter.modules_to_save)": adapter.modules_to_save,
+            "rows of the embedding (adapter.trainable_tokens)": adapter.trainable_tokens,
             "layers without DoRA (adapter.layers)": adapter.layers if adapter.kind == "dora" else (),
         }
         for what, value in lacking.items():
@@ -255,7 +256,9 @@ class Job:
     @cached_property
     def groups(self) -> dict[str, tuple[Row, ...]]:
         """The rows that are written, of the weights and of the adapter; Orbax has a folder for each."""
-        adapter_rows = table.table_rows(self.adapter)
+        assert self.source.model is not None
+        grown = self.source.grown and not self.merge
+        adapter_rows = table.table_rows(self.adapter, self.source.model.layers, grown=grown)
         if self.to == "peft" and self.adapter.replaces("embedding"):  # PEFT has it twice
             adapter_rows += (replace(table.MODEL[0], name=f"{table.PEFT}{table.HEAD}"),)
         adapter = {"adapter": adapter_rows} if adapter_rows else {}
@@ -359,6 +362,8 @@ class Job:
         projection = row.path.removeprefix("blocks/").removesuffix("/w")
         if self.merge and projection in table.match_targets(self.source.adapter):
             return self._merged_part(projection, part)
+        if self.merge and row.path == "embedding" and self.source.adapter.trainable_tokens:
+            return self._merged_rows(part)
         want = self.shapes[row.path]
         if row.path not in self.source.shapes:  # an adapter of zeros
             shape = [len(range(size)[span]) for size, span in zip(want.shape, part.index, strict=True)]
@@ -373,10 +378,12 @@ class Job:
     def tensor_part(self, part: Part) -> np.ndarray:
         """A part as Hugging Face's or PEFT's tensor of one layer, or as some rows of the tensor, in C order."""
         matrix = self._transposed_matrix(part, part.row.groups[0]) if part.row.stacked else None
-        if matrix is not None:
-            return matrix
-        array = self.array_part(part)
-        return contiguous_copy(part.row.to_tensor(array[0] if part.row.stacked else array))
+        if matrix is None:
+            array = self.array_part(part)
+            matrix = part.row.to_tensor(array[0] if part.row.stacked else array)
+        if part.row.stacked:
+            matrix = matrix[tuple(map(slice, self.part_shape(part).shape))]
+        return contiguous_copy(matrix)
 
     def _transposed_matrix(self, part: Part, first: str) -> np.ndarray | None:
         """A layer's matrix with a row for each of the letter `first`, where it is stored with a column for each.
@@ -406,6 +413,14 @@ class Job:
         assert self.source.model is not None
         return jax.ShapeDtypeStruct(table.tensor_shape(row, self.source.model), self.shapes[row.path].dtype)
 
+    def part_shape(self, part: Part) -> jax.ShapeDtypeStruct:
+        """The shape and the dtype of the tensor that a part belongs to. PEFT's has the rank of its layer."""
+        row = part.row
+        if self.to == "peft" and row.rank and row.stacked:
+            projection = row.path.removeprefix("blocks/").partition("/adapter/")[0]
+            row = replace(row, rank=self.adapter.layer_rank(projection, part.index[0].start))
+        return self.tensor_shape(row)
+
     def _is_fusable(self) -> bool:
         """Whether projections that Megatron-Bridge fuses share one A. Raises ValueError for a DoRA if they do not."""
         rows = {row.path: row for row in self.groups["adapter"]}
@@ -429,6 +444,16 @@ class Job:
             return False
         return True
 
+    def _merged_rows(self, part: Part) -> np.ndarray:
+        """A part of the embedding, with the rows that the adapter has in their place."""
+        rows, dtype = range(self.shapes["embedding"].shape[0])[part.index[0]], self.shapes["embedding"].dtype
+        merged = np.array(read_array(self.source, "embedding", part.index), dtype)
+        for number, token in enumerate(self.source.adapter.token_ids):
+            if token in rows:
+                row = read_array(self.source, TOKEN_ROWS, (slice(number, number + 1), part.index[1]))
+                merged[token - rows.start] = row[0].astype(dtype)
+        return merged
+
     def _merged_part(self, projection: str, part: Part) -> np.ndarray:
         stored = self.source.shapes
         adapter_paths = {variable: row.path for variable, row in table.adapter_rows(projection).items()}
@@ -440,7 +465,7 @@ class Job:
             )
             for variable, path in paths.items()
         }
-        merged = self._merge(projection, self.shapes[part.row.path].dtype, **variables)
+        merged = self._merge(projection, self.shapes[part.row.path].dtype, layers.start, **variables)
         return np.asarray(merged)[(slice(None), *rest)]
 
     @cached_property

@@ -17,16 +17,19 @@ from gemma2_jax.model.gemma2 import Gemma2
 
 
 def create_merge(model: ModelConfig, adapter: AdapterConfig) -> Callable[..., jax.Array]:
-    """The merging of one projection, as a function of arrays: `merge(name, dtype, w=, a=, b=, m=)`."""
+    """The merging of one projection, as a function of arrays: `merge(name, dtype, layer, w=, a=, b=, m=)`.
+
+    Its arrays are of layers from `layer` on.
+    """
     skeleton = nnx.eval_shape(partial(_create_adapted, model, adapter))
     adapters = {name: projection.adapter for name, projection in lora.projections(skeleton).items()}
 
     @partial(jax.jit, static_argnums=(0, 1))
-    def merge(name: str, dtype: np.dtype, w: jax.Array, **variables: jax.Array) -> jax.Array:
+    def merge(name: str, dtype: np.dtype, layer: int, w: jax.Array, **variables: jax.Array) -> jax.Array:
         adapter = adapters[name]
         assert isinstance(adapter, lora.Adapter)
         graph, _ = nnx.split(adapter)
-        return nnx.merge(graph, nnx.State(variables)).merged_weight(w, dtype)
+        return nnx.merge(graph, nnx.State(variables)).merged_weight(w, dtype, layer)
 
     return merge
 

@@ -217,6 +217,7 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
         format="peft",
         path=folder,
         adapter=opened.adapter_config(base.model.layers if base and base.model else None),
+        grown=opened.grown,
         tokenizer=tokenizer_folder(folder),
         generation=generation_file(folder),
         notes=opened.notes,
@@ -229,7 +230,8 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
 
     def open_source(model: ModelConfig) -> Source:
         tensors = opened.tensors(adapted.adapter, model, read_base)
-        return TensorSource.open(folder, tensors, table.table_rows(adapted.adapter), model)
+        rows = table.table_rows(adapted.adapter, model.layers, grown=adapted.grown)
+        return TensorSource.open(folder, tensors, rows, model)
 
     return attach_base(adapted, base, open_source, base_name, opened.vocabulary)
 
@@ -252,8 +254,14 @@ def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
         assert base is not None
         return base
     config, shapes = read_json(folder / peft.CONFIG), orbax.Reader(adapter).shapes
-    adapted = replace(empty, adapter=peft_config.stored_config(config, shapes, folder / peft.CONFIG))
-    open_source = partial(OrbaxSource.open, adapter, table.table_rows(adapted.adapter))
+    stored = {path: shape.shape for path, shape in shapes.items()}
+    settings = peft_config.stored_config(config, stored, folder / peft.CONFIG)
+    grown = "embedding" in shapes and not settings.replaces("embedding")
+    adapted = replace(empty, adapter=settings, grown=grown)
+
+    def open_source(model: ModelConfig) -> Source:
+        return OrbaxSource.open(adapter, table.table_rows(settings, model.layers, grown=grown), model)
+
     base_name, embedding = config.get("base_model_name_or_path"), shapes.get("embedding")
     base = base or _open_base(folder, base_name)
     return attach_base(adapted, base, open_source, base_name, embedding.shape[0] if embedding else None)
@@ -306,7 +314,8 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
         return inherit_files(whole, start) if start else whole
     if not config.init:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
-    open_source = partial(OrbaxSource.open, params, table.table_rows(config.adapter), of_run=True)
+    rows = table.table_rows(config.adapter, config.model.layers)
+    open_source = partial(OrbaxSource.open, params, rows, of_run=True)
     return attach_base(run, base or _open_start(folder, config), open_source, config.init)
 
 
@@ -390,7 +399,7 @@ def _open_megatron_adapter(
 
     def open_source(model: ModelConfig) -> Source:
         tensors = megatron_adapters.adapter_tensors(replace(opened, ranks=tensor_ranks), fusings, adapter, model)
-        return TensorSource.open(opened.folder, tensors, table.table_rows(adapter), model)
+        return TensorSource.open(opened.folder, tensors, table.table_rows(adapter, model.layers), model)
 
     notes = empty.notes
     if adapter.unmergeable_targets:
@@ -416,8 +425,11 @@ def _open_gguf(path: Path, base: Checkpoint | None) -> Checkpoint:
     empty = Checkpoint(format="gguf", path=path, layout=gguf.describe_types(file), notes=gguf.quantized_notes(file))
     if file.metadata.get("general.type") == "adapter":
         adapter, base_name = gguf.adapter_config(file)
-        rows = gguf.rename_rows(table.table_rows(adapter))
-        open_source = partial(TensorSource.open, file_path, Tensors(file.tensors), rows)
+
+        def open_source(model: ModelConfig) -> Source:
+            rows = gguf.rename_rows(table.table_rows(adapter, model.layers))
+            return TensorSource.open(file_path, Tensors(file.tensors), rows, model)
+
         base = base or _open_if_folder(base_name)
         return attach_base(replace(empty, adapter=adapter), base, open_source, base_name)
     model = gguf.model_config(file)

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.dims import Abstract
 
+EMBEDDING = "embedding"  # the path of it
 _BLOCK_BYTES = 8 << 20  # of rows that are read at once, where they are transposed: few enough to stay in the cache
 
 
@@ -98,6 +99,37 @@ class WeightTensor:
             return self.source.read(self.row.path, index, self.dtype)
         layer = slice(self.layer, self.layer + 1), *[slice(None)] * (len(self.row.letters) - 1)
         return self.row.to_tensor(self.source.read(self.row.path, layer, self.dtype)[0])[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrownEmbedding:
+    """The embedding of a source with more rows, each of which is the mean of those stored: see `load_weights`."""
+
+    source: Source
+    rows: int
+
+    @property
+    def shapes(self) -> Abstract:
+        stored = self.source.shapes[EMBEDDING]
+        return {EMBEDDING: stored.update(shape=(self.rows, *stored.shape[1:]))}
+
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        rows, stored = range(self.rows)[index[0]], self.source.shapes[path].shape[0]
+        known = slice(rows.start, min(rows.stop, stored))
+        part = [self.source.read(path, (known, index[1]), dtype)] if known.start < known.stop else []
+        added = rows.stop - max(rows.start, stored)
+        if added > 0:
+            part.append(
+                np.broadcast_to(self._mean_row[index[1]].astype(dtype), (added, *self._mean_row[index[1]].shape))
+            )
+        return np.concatenate(part) if len(part) > 1 else part[0]
+
+    @cached_property
+    def _mean_row(self) -> np.ndarray:
+        return _mean_row(self.source, EMBEDDING)
+
+    def stored_rows(self, path: str) -> tuple[int, int]:
+        return self.source.stored_rows(path)
 
 
 @dataclass(frozen=True, kw_only=True)

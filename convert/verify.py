@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma2_jax.config import ComputeConfig
+from gemma2_jax.config import ComputeConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint, describe_model_differences, load_weights, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index
@@ -49,7 +49,7 @@ class Difference:
     @property
     def kind(self) -> str:
         """The group of the array: "embedding", "norms", "projections" or "adapters"."""
-        if "/adapter/" in self.path:
+        if is_adapter_path(self.path):
             return "adapters"
         return "embedding" if self.path == "embedding" else "norms" if "norm" in self.path else "projections"
 
@@ -83,7 +83,8 @@ def compare_checkpoints(
             differences = describe_config_differences(first, second)
             size = f"; they are models of different sizes: {differences}" if all(pair) and differences else ""
             raise ValueError(reason + size)
-    rows = {row.path: row for row in (*table.MODEL, *table.table_rows(first.adapter))}
+    assert first.model
+    rows = {row.path: row for row in (*table.MODEL, *table.table_rows(first.adapter, first.model.layers))}
     return [_compare_arrays(rows[path], first, second, progress) for path in shapes]
 
 

@@ -59,7 +59,8 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
         dtype = job.shapes["embedding"].dtype.name
         safetensors.write_json(folder / "config.json", hf_config(model, dtype, source.hf))
     if job.adapter.kind != "none":
-        config = peft_config(job.adapter, source.base, None if job.to == "orbax" else job.adapted_layers)
+        layers = None if job.to == "orbax" else job.adapted_layers
+        config = peft_config(job.adapter, source.base, model.layers, layers)
         safetensors.write_json(folder / "adapter_config.json", config)
     for name, rows in job.groups.items():
         if job.to == "orbax":
@@ -70,7 +71,7 @@ def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:
 
 def _write_safetensors(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:
     wanted = {
-        part.row.name.format(L=part.index[0].start) if part.row.stacked else part.row.name: job.tensor_shape(part.row)
+        part.row.name.format(L=part.index[0].start) if part.row.stacked else part.row.name: job.part_shape(part)
         for part in job.parts(rows)
     }
     parts = read_ahead(job.tensor_part, job.parts(rows))

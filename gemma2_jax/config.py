@@ -14,6 +14,8 @@ import math
 import os
 import re
 import reprlib
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -154,48 +156,80 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("attn/*", "mlp/*")  # patterns over attn/{q,k,v,o} and mlp/{gate,up,down}
     after_norm: bool = False  # of o and down: added after the post-norm, as Megatron-Bridge trains them
     layers: tuple[int, ...] = ()  # layers that have adapters, counted from 0; empty: all
-    rank_pattern: tuple[tuple[str, int], ...] = ()  # other ranks, by patterns as in targets; the first that fits counts
+    # Other ranks, by patterns as in targets, or of one layer: 3/attn/q; the first that fits counts.
+    rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # other alphas, likewise
     # Patterns of weights that are trained whole beside the adapters: embedding, pre_attn_norm, '*_norm', attn/k, ...
     modules_to_save: tuple[str, ...] = ()
+    # Tokens whose rows of the embedding are trained beside the adapters: ids, texts that are one token, and the word
+    # added for the tokens that the tokenizer has beyond the model's.
+    trainable_tokens: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_numbers(self, "adapter")
+        self._check_tokens()
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; it must be at least 1")
         if any(rank < 1 for _, rank in self.rank_pattern):
             raise ValueError(f"adapter.rank_pattern is {self.rank_pattern}; every rank must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if not any(self.targets) and not self.modules_to_save:
+        if not any(self.targets) and not self.modules_to_save and not self.trainable_tokens:
             raise ValueError("adapter.targets is empty; name at least one, for instance 'attn/q'")
         if list(self.layers) != sorted({layer for layer in self.layers if 0 <= layer < _MOST_LAYERS}):
             raise ValueError(f"adapter.layers is {self.layers}; give layers once each, in order, counted from 0")
+
+    def _check_tokens(self) -> None:
+        """Raises ValueError where `trainable_tokens` cannot be meant."""
+        tokens = self.trainable_tokens
+        if tokens and self.kind == "none":
+            raise ValueError(
+                f"adapter.trainable_tokens is {reprlib.repr(tokens)}, and adapter.kind is none, which trains every row "
+                "of the embedding; leave it out, or set adapter.kind to lora or dora"
+            )
+        if len({*tokens}) < len(tokens) or any(isinstance(token, int) and not 0 <= token < 2**31 for token in tokens):
+            raise ValueError(
+                f"adapter.trainable_tokens is {reprlib.repr(tokens)}; give every token once, an id counted from 0"
+            )
 
     @property
     def scale(self) -> float:
         """What the low-rank product is multiplied by, where no pattern says otherwise."""
         return self._scale(self.rank, self.alpha)
 
-    def projection_rank(self, projection: str) -> int:
-        """The rank of the adapter of a projection such as "attn/q"."""
-        return next((rank for pattern, rank in self.rank_pattern if fnmatch.fnmatch(projection, pattern)), self.rank)
+    def layer_rank(self, projection: str, layer: int) -> int:
+        """The rank of the adapter that a projection such as "attn/q" has in a layer."""
+        return _match_pattern(self.rank_pattern, projection, layer, self.rank)
 
-    def projection_alpha(self, projection: str) -> float:
-        """The alpha of the adapter of a projection."""
-        patterns = self.alpha_pattern
-        return next((alpha for pattern, alpha in patterns if fnmatch.fnmatch(projection, pattern)), self.alpha)
+    def layer_alpha(self, projection: str, layer: int) -> float:
+        """The alpha of the adapter of a projection in a layer."""
+        return _match_pattern(self.alpha_pattern, projection, layer, self.alpha)
 
-    def projection_scale(self, projection: str) -> float:
-        """What the low-rank product of a projection is multiplied by."""
-        return self._scale(self.projection_rank(projection), self.projection_alpha(projection))
+    def layer_scale(self, projection: str, layer: int) -> float:
+        """What the low-rank product of a projection is multiplied by in a layer."""
+        return self._scale(self.layer_rank(projection, layer), self.layer_alpha(projection, layer))
+
+    def stack_rank(self, projection: str, layers: int) -> int:
+        """The rank of the arrays of all of a model's layers: the largest of those that have an adapter."""
+        return max(self.layer_rank(projection, layer) for layer in self.layers or range(layers))
 
     def _scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of `trainable_tokens`, in order. Raises ValueError where there are texts, which take a tokenizer."""
+        texts = [token for token in self.trainable_tokens if isinstance(token, str)]
+        if texts:
+            raise ValueError(
+                f"adapter.trainable_tokens has {reprlib.repr(texts[0])}, and only training has a tokenizer to say its "
+                "id; give the id"
+            )
+        return tuple(token for token in self.trainable_tokens if isinstance(token, int))
+
     def replaces(self, path: str) -> bool:
         """Whether the weight with that path, such as "blocks/pre_attn_norm/w", is trained whole: `modules_to_save`."""
-        if self.kind == "none" or "/adapter/" in path:
+        if self.kind == "none" or is_adapter_path(path):
             return False
         return any(fnmatch.fnmatch(weight_name(path), pattern) for pattern in self.modules_to_save)
 
@@ -206,6 +240,40 @@ class AdapterConfig:
             return []
         after = "attn/o", "mlp/down"
         return [name for name in after if any(fnmatch.fnmatch(name, target) for target in self.targets)]
+
+
+def _match_pattern[Number: (int, float)](
+    patterns: tuple[tuple[str, Number], ...], projection: str, layer: int, default: Number
+) -> Number:
+    """The number of the first pattern that fits a projection, or a projection in a layer."""
+    names = projection, f"{layer}/{projection}"
+    return next(
+        (number for pattern, number in patterns if any(fnmatch.fnmatch(name, pattern) for name in names)), default
+    )
+
+
+def list_patterns[Number: (int, float)](
+    numbers: Mapping[str, Mapping[int, Number]], default: Number
+) -> tuple[tuple[str, Number], ...]:
+    """The shortest patterns, as `rank_pattern` has them, of numbers by projection and layer, beside a default.
+
+    What most layers of a projection have is said of the projection, and what is otherwise, before it, of each layer.
+    """
+    patterns = []
+    for projection, by_layer in numbers.items():
+        counts = Counter(by_layer.values())
+        usual = max(counts, key=lambda number: (counts[number], number == default))
+        patterns += [(f"{layer}/{projection}", number) for layer, number in by_layer.items() if number != usual]
+        patterns += [(projection, usual)] if usual != default else []
+    return tuple(patterns)
+
+
+TOKEN_ROWS = "token_rows/w"  # the path of the rows that `trainable_tokens` trains
+
+
+def is_adapter_path(path: str) -> bool:
+    """Whether the array with this path is an adapter's own, and not one that it has in place of the model's."""
+    return "/adapter/" in path or path == TOKEN_ROWS
 
 
 def weight_name(path: str) -> str:
@@ -592,7 +660,7 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if get_origin(kind) is tuple:
-        kinds = {str: "strings", int: "whole numbers"}
+        kinds = {str: "strings", int: "whole numbers", int | str: "whole numbers and strings"}
         return f"a tuple of {kinds.get(inner[0], 'pairs of a pattern and a number')}"
     if isinstance(kind, UnionType):
         return " or ".join(map(describe_type, inner))

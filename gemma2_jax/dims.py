@@ -50,10 +50,10 @@ class Dim:
 # A stored matrix is also split over these axes, and gathered when it is used: ZeRO-3 (arXiv:1910.02054). Its gradient
 # is summed over fsdp and context where the pipeline reduces it (`Pipeline._reduce_gradient`). Context shards work on
 # other tokens with the same weights, as fsdp shards do. The first dim that an axis divides takes it: when a weight is
-# gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather costs more
-# than they do. The embedding is split over these axes and not gathered: each shard of it takes all tokens of its data
-# shard, so its gradient needs no sum over them (`Gemma2.add_embedding_gradient`). It takes stages in the same way where
-# they do not divide the vocabulary: each stage then makes all the logits.
+# gathered along a later dim, XLA keeps a transposed copy of the whole stack. Vectors stay whole, as a gather costs
+# more than they do. The embedding is split over these axes and not gathered: each shard of it takes all tokens of its
+# data shard, so its gradient needs no sum over them (`Gemma2.add_embedding_gradients`). It takes stages in the same
+# way where they do not divide the vocabulary: each stage then makes all the logits.
 GATHERED = ("fsdp", "context")
 
 DIMS = {
@@ -80,6 +80,13 @@ DIMS = {
     # of the logits of all the tokens there: those are fewer bytes to gather than the embedding and its gradient.
     "V": Dim(
         meaning="vocabulary",
+        stored=("tensor", "stage"),
+        used=("tensor", "stage", *GATHERED),
+        may_stay_whole=True,
+    ),
+    # Rows that are trained while the rest of the embedding is frozen lie as its rows do.
+    "E": Dim(
+        meaning="tokens whose rows are trained",
         stored=("tensor", "stage"),
         used=("tensor", "stage", *GATHERED),
         may_stay_whole=True,
@@ -132,7 +139,7 @@ def _partition_spec(axes: Sequence[Axes]) -> PartitionSpec:
 
 
 def dim_sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
-    """The size of every dim that a model's weights have, by letter."""
+    """The size of every dim that a model's weights have, by letter; `rank` is that of R or E in an adapter's array."""
     return {
         "D": config.width,
         "N": config.heads,
@@ -143,6 +150,7 @@ def dim_sizes(config: ModelConfig, rank: int = 0) -> dict[str, int]:
         "V": config.vocab_size,
         "L": config.layers,
         "R": rank,
+        "E": rank,
     }
 
 

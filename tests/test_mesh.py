@@ -223,8 +223,14 @@ def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
     [
         pytest.param({"after_norm": True}, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), marks=pytest.mark.exhaustive),
         (
-            {"layers": (0, 2), "rank_pattern": (("mlp/*", 3),), "modules_to_save": ("embedding", "*_norm")},
-            MeshConfig(data=1, stage=2),
+            {
+                "layers": (0, 2),
+                "rank_pattern": (("2/attn/q", 2), ("mlp/*", 3)),
+                "alpha_pattern": (("2/mlp/up", 9.0),),
+                "modules_to_save": ("*_norm",),
+                "trainable_tokens": (300, 7, 383, 12),
+            },
+            MeshConfig(data=1, stage=2, fsdp=2),
         ),
     ],
 )

@@ -55,7 +55,7 @@ def adapter_tensors(opened: Opened, fusings: tuple[Fused, ...], adapter: Adapter
 
     Raises ValueError as `model_tensors` does, and where the order of the rows of gate and up is not certain.
     """
-    shapes = table.tensor_shapes(table.table_rows(adapter), model)
+    shapes = table.tensor_shapes(table.table_rows(adapter, model.layers), model)
     tensors = split_fused(opened, fusings, shapes, model)
     for fused in fusings:
         if fused.rows == "half_ranks":

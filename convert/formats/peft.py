@@ -1,14 +1,14 @@
 """PEFT's tensors of an adapter to Gemma 2, as `table` has them: whole stacks of layers, and whole weights.
 
 PEFT saves nothing for a layer without an adapter, and lets every module have its own rank and alpha. A stack has zeros
-in place of what a layer lacks, and one scale, so that B takes in what a layer's scale differs by. Weights that PEFT
-saves whole (modules_to_save), rows of the embedding (trainable_token_indices) and LoRA on the embedding and the output
-matrix become weights in place of the model's. PEFT wraps the embedding and the output matrix separately; the model has
+in place of what a layer lacks. Weights that PEFT saves whole (modules_to_save) and LoRA on the embedding and the output
+matrix become weights in place of the model's; rows of the embedding (trainable_token_indices) stay rows, unless PEFT
+changed the embedding otherwise too. PEFT wraps the embedding and the output matrix separately; the model has
 one matrix for both, so that what makes them differ is refused. `peft_config` has PEFT's rules of names.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import AdapterConfig, ModelConfig, weight_name
+from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, ModelConfig, weight_name
 from gemma2_jax.convert.files import safetensors
 from gemma2_jax.convert.files.memory import Shapes
 from gemma2_jax.convert.files.safetensors import read_json
@@ -26,7 +26,7 @@ from gemma2_jax.convert.formats.peft_config import EMBEDDING, HEAD
 from gemma2_jax.convert.formats.peft_tensors import (
     LowRankSum,
     PaddedTensor,
-    TokenRows,
+    ReplacedRows,
     ZeroTensor,
     are_equal,
     read_whole,
@@ -90,10 +90,33 @@ class PeftAdapter:
         every = sorted(set().union(*layers.values()))
         whole = list(range(layer_count or len(every)))
         complete = all(found == whole for found in layers.values())
-        settings = {name: self._stack_setting(name) for name in layers}
-        return peft_config.adapter_config(
-            self.config, settings, () if complete else tuple(every), self._saved_weights, self.source
-        )
+        settings = {
+            name: {layer: self._setting(_layer_module(name, layer)) for layer in found}
+            for name, found in layers.items()
+        }
+        chosen = () if complete else tuple(every)
+        weights = peft_config.Weights(self._saved_weights, self.token_ids)
+        return peft_config.adapter_config(self.config, settings, chosen, weights, self.source)
+
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens whose rows are all that it changes in the embedding; empty where it changes none, or more."""
+        embedding, head = ({*self.parts.get(module, {})} for module in (EMBEDDING, HEAD))
+        saved = any(map(self._is_saved, (EMBEDDING, HEAD)))
+        if _TOKENS not in embedding or saved or not embedding | head <= {_TOKENS, "base_layer"}:
+            return ()
+        ids = peft_config.token_indices(self.config, EMBEDDING, self.source)
+        if _TOKENS in head:
+            deltas = [self.stored.by_name[self.parts[module][_TOKENS]] for module in (EMBEDDING, HEAD)]
+            same = ids == peft_config.token_indices(self.config, HEAD, self.source)
+            if not same or not are_equal(*deltas):
+                return ()
+        return tuple(ids)
+
+    @property
+    def grown(self) -> bool:
+        """Whether it brings the embedding that the rows of `token_ids` are in, as its vocabulary was grown."""
+        return bool(self.token_ids) and self.vocabulary is not None
 
     @property
     def vocabulary(self) -> int | None:
@@ -115,7 +138,7 @@ class PeftAdapter:
         return tuple(notes)
 
     def tensors(self, adapter: AdapterConfig, model: ModelConfig, read_base: ReadBase) -> Tensors:
-        """The tensors of `table.table_rows(adapter)`, by name.
+        """The tensors of `table.table_rows` for the adapter, by name.
 
         Raises ValueError where tensors are missing or unexpected, or have other shapes than the config says, or where
         the embedding and the output matrix would differ.
@@ -123,10 +146,16 @@ class PeftAdapter:
         self._claim_tensors(model)
         tensors = dict[str, Tensor]()
         for projection in table.match_targets(adapter):
-            rows = table.adapter_rows(projection, adapter.projection_rank(projection))
+            rows = table.adapter_rows(projection, adapter.stack_rank(projection, model.layers))
             for variable, row in rows.items():
                 if variable != "m" or adapter.kind == "dora":
-                    tensors |= self._stack(row, variable, adapter.projection_scale(projection), model)
+                    tensors |= self._stack(row, variable, model)
+        for row in table.table_rows(adapter, model.layers, grown=self.grown):
+            if row.path == TOKEN_ROWS:
+                self._check_tokens(self.token_ids, model.vocab_size)
+                tensors[row.name] = self.stored.by_name[self.parts[EMBEDDING][_TOKENS]]
+            elif row.path == "embedding" and self.grown:
+                tensors[row.name] = self._tied_weight(None)
         for row in table.MODEL:
             if adapter.replaces(row.path):
                 tensors |= {f"{table.PEFT}{name}": x for name, x in self._weights(row, model, read_base).items()}
@@ -142,12 +171,6 @@ class PeftAdapter:
         rank, alpha = self._setting(module)
         return AdapterConfig(kind="lora", rank=rank, alpha=alpha, rslora=bool(self.config.get("use_rslora"))).scale
 
-    def _stack_setting(self, projection: str) -> tuple[int, float]:
-        """The rank and the alpha of a projection's stack: those of the layer of the highest rank, an alpha not zero."""
-        modules = [_layer_module(projection, layer) for layer in self.adapted_layers[projection]]
-        settings = sorted((self._setting(module) for module in modules), key=lambda setting: -setting[0])
-        return settings[0][0], next((alpha for _, alpha in settings if alpha), settings[0][1])
-
     @cached_property
     def _saved_weights(self) -> tuple[str, ...]:
         """Names of the weights that it replaces, as `AdapterConfig.modules_to_save` has them."""
@@ -155,6 +178,8 @@ class PeftAdapter:
         for name, row in _WEIGHTS.items():
             modules = [module for module in self.parts if _split_module(module)[0] == name]
             tied = [module for module in (EMBEDDING, HEAD) if module in self.parts] if name == EMBEDDING else []
+            if tied and self.token_ids:
+                continue
             if tied or any("weight" in self.parts[module] for module in modules):
                 saved.append(weight_name(row.path))
         for name in peft_config.saved_names(self.config, self.source):
@@ -210,19 +235,17 @@ class PeftAdapter:
         wanted = parts | low_rank.keys() if parts & low_rank.keys() else parts
         return {_full_name(module, part): shape for part, shape in (shapes | low_rank).items() if part in wanted}
 
-    def _stack(self, row: Row, variable: str, scale: float, model: ModelConfig) -> dict[str, Tensor]:
-        """The tensors of all layers of an adapter's row: stored ones of this rank and scale, and zeros."""
+    def _stack(self, row: Row, variable: str, model: ModelConfig) -> dict[str, Tensor]:
+        """The tensors of all layers of an adapter's row: stored ones, of this rank, and zeros."""
         shape = table.tensor_shape(row, model)
         stem = row.name.removeprefix(table.PEFT).removesuffix(".weight").removesuffix(f".{_PARTS[variable]}")
         tensors, dtypes = dict[str, Tensor](), list[np.dtype]()
         for layer in range(model.layers):
-            parts = self.parts.get(module := stem.format(L=layer), {})
+            parts = self.parts.get(stem.format(L=layer), {})
             if _PARTS[variable] not in parts:
                 continue
             stored = self.stored.by_name[parts[_PARTS[variable]]]
-            factor = self._scale(module) / scale if variable == "b" and scale else 1.0
-            same = stored.shape == shape and factor == 1.0
-            tensors[row.name.format(L=layer)] = stored if same else PaddedTensor(stored, shape, factor)
+            tensors[row.name.format(L=layer)] = stored if stored.shape == shape else PaddedTensor(stored, shape)
             dtypes.append(stored.dtype)
         return {name: tensors.get(name) or ZeroTensor(shape, dtypes[0]) for name in row.names(model.layers)}
 
@@ -245,7 +268,7 @@ class PeftAdapter:
         embedding, head = self._wrapped_weight(EMBEDDING, tied), self._wrapped_weight(HEAD, tied)
         # What PEFT ties: rows of tokens always, and all else where it was asked to.
         ensured = bool(self.config.get("ensure_weight_tying"))
-        if embedding is not tied and head is tied and (ensured or isinstance(embedding, TokenRows)):
+        if embedding is not tied and head is tied and (ensured or isinstance(embedding, ReplacedRows)):
             head = embedding
         if not are_equal(embedding, head):
             changed = [module for module, x in ((EMBEDDING, embedding), (HEAD, head)) if x is not tied]
@@ -257,7 +280,7 @@ class PeftAdapter:
             )
         return embedding
 
-    def _tied_weight(self, base: Tensor) -> Tensor:
+    def _tied_weight(self, base: Tensor | None) -> Tensor:
         """The matrix that PEFT wraps: the base's, or the one that it saved, since it was grown or asked to."""
         saved = [
             self.stored.by_name[name]
@@ -271,7 +294,17 @@ class PeftAdapter:
                     f"{self.folder} has an embedding and another output matrix, neither of them in modules_to_save; "
                     "Gemma 2 has one matrix for both, and so has this program"
                 )
-        return saved[0] if saved else base
+        tied = saved[0] if saved else base
+        assert tied is not None
+        return tied
+
+    def _check_tokens(self, indices: Sequence[int], rows: int) -> None:
+        """Raises ValueError naming a token whose row is not in an embedding of so many rows."""
+        if indices and max(indices) >= rows:
+            raise ValueError(
+                f"{self.source}: trainable_token_indices has {max(indices)}, and the embedding has {rows} rows; give a "
+                "model whose embedding was grown as in training"
+            )
 
     def _is_saved(self, module: str) -> bool:
         """Whether PEFT wraps a module for modules_to_save, in its own name or that of the module it is tied to."""
@@ -286,12 +319,8 @@ class PeftAdapter:
             return parts["weight"]
         if _TOKENS in parts:
             indices, rows = peft_config.token_indices(self.config, module, self.source), read_whole(parts[_TOKENS])
-            if indices and max(indices) >= tied.shape[0]:
-                raise ValueError(
-                    f"{self.source}: trainable_token_indices has {max(indices)}, and the embedding has {tied.shape[0]} "
-                    "rows; give a model whose embedding was grown as in training"
-                )
-            return TokenRows(tied, indices, rows)
+            self._check_tokens(indices, tied.shape[0])
+            return ReplacedRows(tied, indices, rows)
         if "lora_embedding_A" in parts:
             a, b = (read_whole(parts[f"lora_embedding_{letter}"]) for letter in "AB")
             return LowRankSum(tied, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), self._scale(module))

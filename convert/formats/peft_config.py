@@ -7,11 +7,11 @@ the tensors.
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemma2_jax.config import AdapterConfig, weight_name
+from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, list_patterns, weight_name
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import require_field
 
@@ -39,30 +39,36 @@ _UNMERGED = ("alora_invocation_tokens", "arrow_config")
 _MOST_REPEATS, _MOST_OPTIONS, _LONGEST = 6, 16, 10_000
 
 
+class Weights(NamedTuple):
+    """What an adapter has in place of the model's weights."""
+
+    saved: tuple[str, ...] = ()  # whole ones: `AdapterConfig.modules_to_save`
+    tokens: tuple[int, ...] = ()  # rows of the embedding: `AdapterConfig.trainable_tokens`
+
+
 def adapter_config(
     peft: dict[str, Any],
-    settings: Mapping[str, tuple[int, float]],
+    settings: Mapping[str, Mapping[int, tuple[int, float]]],
     layers: tuple[int, ...],
-    saved: tuple[str, ...],
+    weights: Weights,
     source: object,
 ) -> AdapterConfig:
     """The adapter that an adapter_config.json describes.
 
     Args:
-      settings: the rank and the alpha of every projection that has an adapter ("attn/q").
+      settings: the rank and the alpha of every projection that has an adapter ("attn/q"), by layer.
       layers: those that have adapters; empty: all.
-      saved: the weights that it replaces (`AdapterConfig.modules_to_save`).
+      weights: what it has in place of the model's.
 
     Raises ValueError naming a key that is missing, or one that asks for what this program does not implement.
     """
     _check_options(peft, source)
-    if not settings and not saved:
+    if not settings and weights == Weights():
         raise ValueError(f"{source}: no projection has an adapter; check that adapter and config belong together")
-    rank, alpha = require_field(peft, "r", source), require_field(peft, "lora_alpha", source)
-    if settings and all(ranks != rank for ranks, _ in settings.values()):
-        rank = next(iter(settings.values()))[0]
-    if settings and all(alphas != alpha for _, alphas in settings.values()):
-        alpha = next(iter(settings.values()))[1]
+    ranks = {name: {layer: rank for layer, (rank, _) in found.items()} for name, found in settings.items()}
+    alphas = {name: {layer: alpha for layer, (_, alpha) in found.items()} for name, found in settings.items()}
+    rank = _usual_number(ranks, require_field(peft, "r", source))
+    alpha = _usual_number(alphas, require_field(peft, "lora_alpha", source))
     try:
         return AdapterConfig(
             kind="dora" if peft.get("use_dora") else "lora",
@@ -73,24 +79,40 @@ def adapter_config(
             targets=tuple(settings),
             after_norm=bool(peft.get(_AFTER_NORM)),
             layers=layers,
-            rank_pattern=tuple((name, other) for name, (other, _) in settings.items() if other != rank),
-            alpha_pattern=tuple((name, other) for name, (_, other) in settings.items() if other != alpha),
-            modules_to_save=saved,
+            rank_pattern=list_patterns(ranks, rank),
+            alpha_pattern=list_patterns(alphas, alpha),
+            modules_to_save=weights.saved,
+            trainable_tokens=weights.tokens,
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def stored_config(peft: dict[str, Any], paths: Iterable[str], source: object) -> AdapterConfig:
-    """The adapter of an Orbax folder, whose arrays have these paths and whose config `peft_config` wrote."""
-    paths = list(paths)
+def _usual_number[Number: (int, float)](numbers: Mapping[str, Mapping[int, Number]], default: Number) -> Number:
+    """The default where a module has it, or none has any; else the first module's."""
+    found = [number for by_layer in numbers.values() for number in by_layer.values()]
+    return default if default in found or not found else found[0]
+
+
+def stored_config(peft: dict[str, Any], shapes: Mapping[str, Any], source: object) -> AdapterConfig:
+    """The adapter of an Orbax folder, whose arrays have these shapes, by path, and whose config `peft_config` wrote."""
     layers = chosen_layers(peft, source)
-    settings = {
-        name: module_setting(peft, table.PROJECTIONS[name].name.removesuffix(".weight").format(L=0), source)
-        for name in table.adapted_rows(paths)
-    }
-    saved = [weight_name(row.path) for row in table.MODEL if row.path in paths]
-    return adapter_config(peft, settings, layers, tuple(saved), source)
+    settings = {}
+    for name in table.adapted_rows(shapes):
+        stem = table.PROJECTIONS[name].name.removesuffix(".weight")
+        count = (*next(tuple(shapes[row.path]) for row in table.adapter_rows(name).values() if row.path in shapes), 0)[
+            0
+        ]
+        settings[name] = {layer: module_setting(peft, stem.format(L=layer), source) for layer in layers or range(count)}
+    names = saved_names(peft, source)
+    # The embedding is also there where it has grown, and only some of its rows were trained.
+    saved = [
+        weight_name(row.path)
+        for row in table.MODEL
+        if row.path in shapes and (row.path != "embedding" or _saved_name(row) in names)
+    ]
+    tokens = token_indices(peft, EMBEDDING, source) if TOKEN_ROWS in shapes else ()
+    return adapter_config(peft, settings, layers, Weights(tuple(saved), tuple(tokens)), source)
 
 
 def check_kind(peft: dict[str, Any], source: object) -> None:
@@ -242,27 +264,27 @@ def _expression(pattern: str, key: str, source: object) -> re.Pattern[str]:
 
 
 def peft_config(
-    adapter: AdapterConfig, base: str, layers: Mapping[str, tuple[int, ...]] | None = None
+    adapter: AdapterConfig, base: str, layer_count: int, layers: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Any]:
-    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id.
+    """The adapter_config.json of an adapter to the model `base`, a folder or Hub id, which has so many layers.
 
     Args:
       layers: those of each projection that have an adapter, for PEFT. None: it is for our own Orbax folders, which
         have zeros in the other layers, and say where an adapter is added.
     """
     projections = table.match_targets(adapter)
-    ranks = {name: adapter.projection_rank(name) for name in projections}
-    alphas = {name: adapter.projection_alpha(name) for name in projections}
+    every = adapter.layers or range(layer_count)
+    adapted = {name: layers[name] if layers else every for name in projections}
+    ranks, alphas = (
+        {name: {layer: setting(name, layer) for layer in found} for name, found in adapted.items() if found}
+        for setting in (adapter.layer_rank, adapter.layer_alpha)
+    )
     targets, chosen = [_module_name(name) for name in projections], list(adapter.layers) or None
     if layers and any(list(found) != chosen for found in layers.values()) and chosen:
         # PEFT has one list of layers for all projections.
         chosen, targets = (
             None,
-            [
-                table.PROJECTIONS[name].name.format(L=layer).removeprefix("model.").removesuffix(".weight")
-                for name, found in layers.items()
-                for layer in found
-            ],
+            [_module_name(f"{layer}/{name}") for name, found in layers.items() for layer in found],
         )
     saved = [_saved_name(row) for row in table.MODEL if adapter.replaces(row.path)]
     tied = adapter.replaces("embedding")
@@ -277,8 +299,8 @@ def peft_config(
         "use_dora": adapter.kind == "dora",
         "target_modules": targets,
         "layers_to_transform": chosen,
-        "rank_pattern": {_module_name(name): rank for name, rank in ranks.items() if rank != adapter.rank},
-        "alpha_pattern": {_module_name(name): _shorten(a) for name, a in alphas.items() if a != adapter.alpha},
+        "rank_pattern": {_module_name(name): rank for name, rank in list_patterns(ranks, adapter.rank)},
+        "alpha_pattern": {_module_name(name): _shorten(a) for name, a in list_patterns(alphas, adapter.alpha)},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -286,6 +308,7 @@ def peft_config(
         # Named both, the matrix is one for versions of PEFT that cannot tie it too.
         "modules_to_save": [*saved, HEAD] if tied else saved or None,
         **({"ensure_weight_tying": True} if tied else {}),
+        **({"trainable_token_indices": [*adapter.token_ids]} if adapter.trainable_tokens else {}),
         **({_AFTER_NORM: True} if layers is None and adapter.after_norm else {}),
     }
 
@@ -297,8 +320,11 @@ def _saved_name(row: table.Row) -> str:
 
 
 def _module_name(projection: str) -> str:
-    """PEFT's name of a projection: "attn/q" is q_proj."""
-    return table.PROJECTIONS[projection].name.split(".")[-2]
+    """PEFT's name of a projection, or of one in a layer: "attn/q" is q_proj, "3/attn/q" layers.3.self_attn.q_proj."""
+    layer, _, name = projection.partition("/")
+    if not layer.isdecimal():
+        return table.PROJECTIONS[projection].name.split(".")[-2]
+    return table.PROJECTIONS[name].name.format(L=layer).removeprefix("model.").removesuffix(".weight")
 
 
 def _shorten(number: float) -> float:

@@ -43,25 +43,24 @@ class ZeroTensor:
 
 @dataclass(frozen=True, eq=False)
 class PaddedTensor:
-    """A tensor times a number, with zeros up to a shape that is larger in the adapter's rank."""
+    """A tensor with zeros up to a shape that is larger in the adapter's rank."""
 
     stored: Tensor
     shape: tuple[int, ...]
-    factor: float
 
     @property
     def dtype(self) -> np.dtype:
-        return self.stored.dtype if self.factor == 1.0 else np.dtype(np.float32)
+        return self.stored.dtype
 
     def read(self, index: Index) -> np.ndarray:
         whole = np.zeros(self.shape, self.dtype)
-        part = self.stored.read((slice(None),) * len(self.shape)).astype(self.dtype)
-        whole[tuple(map(slice, part.shape))] = part * part.dtype.type(self.factor)
+        part = self.stored.read((slice(None),) * len(self.shape))
+        whole[tuple(map(slice, part.shape))] = part
         return whole[index]
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class ReplacedRows:
     """A matrix of which some rows are other ones."""
 
     matrix: Tensor

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index, Shapes, copy_array
 
 PEFT = "base_model.model."  # what PEFT's names of tensors begin with
@@ -32,7 +32,7 @@ class Row:
     dims: str  # the array's dims: "L D N H"
     name: str  # the tensor's name; {L} stands for the layer
     layout: str  # the tensor's dims, where a group such as (N H) is one dim: "(N H) D"
-    rank: int = 0  # the size of R, where it is a row of an adapter
+    rank: int = 0  # the size of R or of E, where it is a row of an adapter
 
     @property
     def stacked(self) -> bool:
@@ -154,15 +154,27 @@ def adapted_rows(names: Iterable[str]) -> list[str]:
     ]
 
 
-def table_rows(adapter: AdapterConfig) -> tuple[Row, ...]:
-    """The rows of a model's adapters, and of the weights that are saved with them in place of the model's."""
-    adapters = tuple(
+# Rows of the embedding that are trained beside adapters, and the embedding that they belong to where it has grown.
+_TOKENS = Row(TOKEN_ROWS, "E D", f"{PEFT}model.embed_tokens.token_adapter.trainable_tokens_delta", "E D")
+_GROWN = replace(MODEL[0], name=f"{PEFT}model.embed_tokens.token_adapter.base_layer.weight")
+
+
+def table_rows(adapter: AdapterConfig, layers: int, *, grown: bool = False) -> tuple[Row, ...]:
+    """The rows of the adapters of a model of so many layers, and of the weights that are saved with them.
+
+    Those are the weights in place of the model's, and the embedding where trained rows are of tokens that were added
+    (`Checkpoint.grown`).
+    """
+    rows = [
         row
         for projection in match_targets(adapter)
-        for part, row in adapter_rows(projection, adapter.projection_rank(projection)).items()
+        for part, row in adapter_rows(projection, adapter.stack_rank(projection, layers)).items()
         if part != "m" or adapter.kind == "dora"
-    )
-    return adapters + tuple(replace(row, name=f"{PEFT}{row.name}") for row in MODEL if adapter.replaces(row.path))
+    ]
+    if adapter.trainable_tokens:
+        rows.append(replace(_TOKENS, rank=len(adapter.token_ids)))
+    replaced = (replace(row, name=f"{PEFT}{row.name}") for row in MODEL if adapter.replaces(row.path))
+    return (*rows, *([_GROWN] if grown else []), *replaced)
 
 
 def array_shapes(rows: tuple[Row, ...], config: ModelConfig) -> Shapes:

@@ -34,6 +34,11 @@ RULES = (
         source="vllm/lora/peft_helper.py, modules_to_save",
     ),
     Rule(
+        breaks=lambda adapter: adapter.trainable_tokens,
+        sentence="it has rows of the embedding (trainable_tokens), which vLLM refuses to load",
+        source="vllm/lora/utils.py, parse_fine_tuned_lora_name",
+    ),
+    Rule(
         breaks=lambda adapter: adapter.rank_pattern or adapter.alpha_pattern,
         sentence="its projections have ranks or alphas of their own, and vLLM scales all by one lora_alpha / r",
         source="vllm/lora/peft_helper.py, vllm_lora_scaling_factor",

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.config import ModelConfig, is_adapter_path
 from gemma2_jax.inference.sampling import GREEDY, Sampling, sample_tokens
 from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild_model, unstack_layers
 
@@ -176,7 +176,7 @@ def _fetch_tokens(new) -> tuple[Tokens, bool]:
 
 def keeps_dtype(path: str) -> bool:
     """Whether the model computes with a weight in the dtype that it is stored in, as with norms and adapters."""
-    return "norm/" in path or "/adapter/" in path
+    return "norm/" in path or is_adapter_path(path)
 
 
 @partial(jax.jit, static_argnums=1)

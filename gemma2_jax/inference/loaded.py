@@ -20,7 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, ModelConfig
+from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, ModelConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
@@ -208,7 +208,7 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
             f"the weights are spread over {jax.process_count()} processes, and one writes; a training run's checkpoint "
             "has them whole: python -m gemma2_jax.convert RUN DST --to FORMAT, in one process when the run has ended"
         )
-    if checkpoint.adapter.kind == "none" and any("/adapter/" in path for path in weights):
+    if checkpoint.adapter.kind == "none" and any(map(is_adapter_path, weights)):
         raise ValueError("the model has adapters that it was not loaded with; merge them first (lora.merge_adapters)")
     # "run" would mean another dtype than the model's own.
     source = replace(checkpoint, format="huggingface", model=model.config, sources=(_ModelArrays(weights),))

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gemma2_jax import dims
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.config import TOKEN_ROWS, ModelConfig, is_adapter_path
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 from gemma2_jax.model.attention.choice import Implementation
 
@@ -34,12 +35,37 @@ Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 INIT_STD = 0.02
 
 
+class AdapterInputs(NamedTuple):
+    """What adapters take beside activations and weights."""
+
+    layer: jax.Array | int  # its number
+    key: jax.Array | None = None  # for dropout; None: there is none
+
+    def split(self, count: int) -> "list[AdapterInputs]":
+        """The same for so many parts of a layer, each with a key of its own."""
+        keys = [None] * count if self.key is None else jax.random.split(self.key, count)
+        return [AdapterInputs(self.layer, key) for key in keys]
+
+
 class Update(Protocol):
     """What an adapter does to the output of a projection; see `lora`."""
 
     after_norm: bool  # whether it changes the output of the post-norm, and not that of the projection itself
 
-    def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, key: jax.Array | None) -> jax.Array: ...
+    def __call__(self, x: jax.Array, y: jax.Array, w: jax.Array, inputs: AdapterInputs) -> jax.Array: ...
+
+
+class RowOverride(Protocol):
+    """Rows of the embedding in place of the model's; see `lora`."""
+
+    tokens: tuple[int, ...]  # E ids
+
+    @property
+    def rows_ED(self) -> jax.Array: ...
+
+    def embed(self, x_BTD: jax.Array, tokens_BT: jax.Array, scale: jax.Array) -> jax.Array: ...
+
+    def add_gradient(self, total_ED: jax.Array, tokens_BT: jax.Array, d_BTD: jax.Array) -> jax.Array: ...
 
 
 def split_equation(equation: str) -> tuple[str, str, str]:
@@ -127,12 +153,12 @@ class Einsum(nnx.Module):
         """The product of x and the weight, without the adapter."""
         return self._constrain(apply_weight(self.equation, x, self.w[...]))
 
-    def adapt(self, y: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The output y for the input x, changed by the adapter; `key` is for dropout, or None.
+    def adapt(self, y: jax.Array, x: jax.Array, inputs: AdapterInputs) -> jax.Array:
+        """The output y for the input x, changed by the adapter.
 
         The positions of x may still be spread as between blocks. Without an adapter, this is y.
         """
-        return y if self.adapter is None else self._constrain(self.adapter(x, y, self.w[...], key))
+        return y if self.adapter is None else self._constrain(self.adapter(x, y, self.w[...], inputs))
 
     def _constrain(self, y: jax.Array) -> jax.Array:
         return constrain(y, self.outputs, activation_place(self.outputs))
@@ -174,12 +200,12 @@ def _gather_positions(x_BTD: jax.Array) -> jax.Array:
     return constrain(constrain(x_BTD, "BTD", "between_blocks"), "BTD")
 
 
-def _project_to_stream(projection: Einsum, post_norm: RMSNorm, x: jax.Array, key: jax.Array | None) -> jax.Array:
+def _project_to_stream(projection: Einsum, post_norm: RMSNorm, x: jax.Array, inputs: AdapterInputs) -> jax.Array:
     """What a block adds to its residual stream, [B, T, D]: the projection of x, adapted before or after the norm."""
     y_BTD = projection(x)
     if projection.adapter is not None and projection.adapter.after_norm:
-        return projection.adapt(post_norm(y_BTD), x, key)
-    return post_norm(projection.adapt(y_BTD, x, key))
+        return projection.adapt(post_norm(y_BTD), x, inputs)
+    return post_norm(projection.adapt(y_BTD, x, inputs))
 
 
 class Attention(nnx.Module):
@@ -192,18 +218,18 @@ class Attention(nnx.Module):
         self.v = make("BTD,DKH->BTKH", std=INIT_STD)
         self.o = make("BTNH,NHD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, rope: Rope, attend: Attend, post_norm: RMSNorm, key):
-        key_q, key_k, key_v, key_o = _split_key(key, 4)
+    def __call__(self, x_BTD, rope: Rope, attend: Attend, post_norm: RMSNorm, inputs: AdapterInputs):
+        inputs_q, inputs_k, inputs_v, inputs_o = inputs.split(4)
         with jax.named_scope("qkv"):
             gathered_BTD = _gather_positions(x_BTD)
-            q_BTNH = apply_rope(self.q.adapt(self.q(gathered_BTD), x_BTD, key_q), rope)
-            k_BTKH = apply_rope(self.k.adapt(self.k(gathered_BTD), x_BTD, key_k), rope)
-            v_BTKH = self.v.adapt(self.v(gathered_BTD), x_BTD, key_v)
+            q_BTNH = apply_rope(self.q.adapt(self.q(gathered_BTD), x_BTD, inputs_q), rope)
+            k_BTKH = apply_rope(self.k.adapt(self.k(gathered_BTD), x_BTD, inputs_k), rope)
+            v_BTKH = self.v.adapt(self.v(gathered_BTD), x_BTD, inputs_v)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
             out_BTNH = constrain(out_BTNH, "BTNH")  # this also constrains its gradient
         with jax.named_scope("o"):
-            return _project_to_stream(self.o, post_norm, out_BTNH, key_o), cache
+            return _project_to_stream(self.o, post_norm, out_BTNH, inputs_o), cache
 
 
 class MLP(nnx.Module):
@@ -215,14 +241,14 @@ class MLP(nnx.Module):
         self.up = make("BTD,DF->BTF", std=INIT_STD)
         self.down = make("BTF,FD->BTD", std=std_out)
 
-    def __call__(self, x_BTD, post_norm: RMSNorm, key):
-        key_gate, key_up, key_down = _split_key(key, 3)
+    def __call__(self, x_BTD, post_norm: RMSNorm, inputs: AdapterInputs):
+        inputs_gate, inputs_up, inputs_down = inputs.split(3)
         with jax.named_scope("gate_up"):
             gathered_BTD = _gather_positions(x_BTD)
-            gate_BTF = jax.nn.gelu(self.gate.adapt(self.gate(gathered_BTD), x_BTD, key_gate), approximate=True)
-            inner_BTF = gate_BTF * self.up.adapt(self.up(gathered_BTD), x_BTD, key_up)
+            gate_BTF = jax.nn.gelu(self.gate.adapt(self.gate(gathered_BTD), x_BTD, inputs_gate), approximate=True)
+            inner_BTF = gate_BTF * self.up.adapt(self.up(gathered_BTD), x_BTD, inputs_up)
         with jax.named_scope("down"):
-            return _project_to_stream(self.down, post_norm, inner_BTF, key_down)
+            return _project_to_stream(self.down, post_norm, inner_BTF, inputs_down)
 
 
 class Block(nnx.Module):
@@ -237,13 +263,13 @@ class Block(nnx.Module):
         self.mlp = MLP(config, std_out=std_out, rngs=rngs)
         self.post_mlp_norm = RMSNorm(config, stacked=True)
 
-    def __call__(self, x_BTD, rope: Rope, attend: Attend, key):
-        key_attn, key_mlp = _split_key(key, 2)
+    def __call__(self, x_BTD, rope: Rope, attend: Attend, inputs: AdapterInputs):
+        inputs_attn, inputs_mlp = inputs.split(2)
         with jax.named_scope("attention"):
-            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, self.post_attn_norm, key_attn)
+            out_BTD, cache = self.attn(self.pre_attn_norm(x_BTD), rope, attend, self.post_attn_norm, inputs_attn)
             x_BTD = constrain(x_BTD + out_BTD, "BTD", "between_blocks")
         with jax.named_scope("mlp"):
-            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), self.post_mlp_norm, key_mlp)
+            out_BTD = self.mlp(self.pre_mlp_norm(x_BTD), self.post_mlp_norm, inputs_mlp)
             x_BTD = constrain(x_BTD + out_BTD, "BTD", "between_blocks")
         return x_BTD, cache
 
@@ -263,6 +289,7 @@ class Gemma2(nnx.Module):
         self.letters = (("embedding", "VD"),)
         shape = dims.weight_shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.token_rows: RowOverride | None = nnx.data(None)
         self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
 
@@ -276,7 +303,7 @@ class Gemma2(nnx.Module):
         """The size, the dtypes and the adapters, in words."""
         sizes = Counter[tuple[str, str]]()
         for path, w in flatten_state(nnx.state(self)).items():
-            sizes["of adapters" if "/adapter/" in path else "parameters", str(w.dtype)] += w.size
+            sizes["of adapters" if is_adapter_path(path) else "parameters", str(w.dtype)] += w.size
         weights = " + ".join(f"{size:,} {kind} in {dtype}" for (kind, dtype), size in sizes.items())
         return [f"{self.config.layers} layers of width {self.config.width}", weights, f"computes in {self.dtype}"]
 
@@ -349,6 +376,10 @@ class Gemma2(nnx.Module):
             self.embedding[...].astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        if self.token_rows is not None:
+            rows_ED = self.token_rows.rows_ED.astype(self.dtype)
+            logits_E = jnp.einsum("...D,ED->...E", hidden, rows_ED, preferred_element_type=jnp.float32)
+            logits = logits.at[..., np.asarray(self.token_rows.tokens)].set(logits_E)
         softcap = self.config.final_softcap
         return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -361,17 +392,27 @@ class Gemma2(nnx.Module):
         with jax.named_scope("embedding"):
             # Each shard looks all tokens up among the rows that it stores: tokens are fewer bytes than the table.
             x_BTD = self.embedding[...].astype(self.dtype)[replicate(tokens_BT)] * self._embedding_scale
-            return constrain(x_BTD, "BTD", "between_blocks")
+            x_BTD = constrain(x_BTD, "BTD", "between_blocks")
+            if self.token_rows is not None:
+                x_BTD = self.token_rows.embed(x_BTD, tokens_BT, self._embedding_scale)
+            return x_BTD
 
-    def add_embedding_gradient(self, total_VD, tokens_BT, d_BTD) -> jax.Array:
-        """`total_VD`, float32, plus the embedding's gradient in `embed`; `d_BTD` is that with respect to its result.
+    def add_embedding_gradients(self, sums: Weights, tokens_BT, d_BTD) -> Weights:
+        """The sums, float32 and by path, plus the gradients of the embedding, and of rows in its place, in `embed`.
 
-        Each shard of the embedding takes all tokens of its data shard, and adds the gradients of those whose rows it
-        stores: nothing is left to sum over fsdp and context.
+        `d_BTD` is the gradient with respect to its result. Each shard of the embedding takes all tokens of its data
+        shard, and adds the gradients of those whose rows it stores: nothing is left to sum over fsdp and context.
         """
+        if sums.keys().isdisjoint(("embedding", TOKEN_ROWS)):
+            return sums
         with jax.named_scope("embedding"):
+            tokens_BT = replicate(tokens_BT)
             d_BTD = replicate(d_BTD).astype(jnp.float32) * self._embedding_scale.astype(jnp.float32)
-            return constrain_stored(total_VD.at[replicate(tokens_BT)].add(d_BTD), "VD")
+            if "embedding" in sums:
+                sums = sums | {"embedding": constrain_stored(sums["embedding"].at[tokens_BT].add(d_BTD), "VD")}
+            if self.token_rows is not None:
+                sums = sums | {TOKEN_ROWS: self.token_rows.add_gradient(sums[TOKEN_ROWS], tokens_BT, d_BTD)}
+            return sums
 
     @property
     def _embedding_scale(self) -> jax.Array:
@@ -399,16 +440,17 @@ class Gemma2(nnx.Module):
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            weights, window = inputs
-            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, None), None)
+            weights, window, number = inputs
+            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, None), AdapterInputs(number))
 
-        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32)))
+        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32), jnp.arange(len(windows))))
 
     def _unroll_layers(self, x_BTD, rope, attend, windows, cache):
         assert isinstance(self.blocks, nnx.List)
         new_caches = []
-        for block, window, old_cache in zip(self.blocks, windows, cache or [None] * len(windows), strict=True):
-            x_BTD, new_cache = block(x_BTD, rope, partial(attend, window, old_cache), None)
+        layers = zip(self.blocks, windows, cache or [None] * len(windows), strict=True)
+        for number, (block, window, old_cache) in enumerate(layers):
+            x_BTD, new_cache = block(x_BTD, rope, partial(attend, window, old_cache), AdapterInputs(number))
             new_caches.append(new_cache)
         return x_BTD, new_caches
 
@@ -444,7 +486,3 @@ def unstack_layers(model: Gemma2) -> Gemma2:
     layers = (jax.tree.map(itemgetter(index), weights) for index in range(model.config.layers))
     model.blocks = nnx.List([nnx.merge(graph, layer) for layer in layers])
     return model
-
-
-def _split_key(key: jax.Array | None, n: int):
-    return [None] * n if key is None else jax.random.split(key, n)

@@ -3,9 +3,14 @@
 Logits are computed for a chunk of tokens at a time. The gradient is computed in the same pass, as a chunk's logits give
 its share of the gradient at once: three matrix products in all, where recomputing the logits would take four, and no
 logits are kept. The embedding's gradient is computed only if it is asked for, so a frozen embedding costs nothing.
+
+Rows that take the place of some of the embedding's are a second matrix with a few columns of logits of its own, and the
+embedding's logits of those tokens are left out. So no second embedding with these rows in it is ever made.
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +22,20 @@ from gemma2_jax.mesh import axis_size, constrain
 LARGEST_SAFE_SOFTCAP = 60.0
 
 
-def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
-    """The sum of weighted negative log-likelihoods (nats), a float32 scalar, with gradients of hidden and embedding.
+class OutputMatrix(NamedTuple):
+    """The tied embedding, and the rows that take the place of some of its rows, where there are any."""
+
+    embedding_VD: jax.Array
+    rows_ED: jax.Array | None = None
+    tokens_E: jax.Array | None = None  # int32, whose rows they are
+
+
+def cross_entropy(hidden_BTD, output: OutputMatrix, targets_BT, weights_BT, *, softcap: float | None, chunk: int):
+    """The sum of weighted negative log-likelihoods (nats), a float32 scalar, with gradients of hidden and `output`.
 
     Args:
       hidden_BTD: final hidden states, in the compute dtype; logits are hidden @ embedding^T, accumulated in float32.
-      embedding_VD: tied embedding, cast to the compute dtype.
+      output: the tied embedding and the rows in its place, cast to the compute dtype.
       targets_BT: int32 token ids to be predicted.
       weights_BT: float32; 0 leaves a position out.
       softcap: logits become softcap * tanh(logit / softcap); None leaves them.
@@ -44,70 +57,117 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, softcap: 
 
     inputs = split_chunks(hidden_BTD), split_chunks(targets_BT), split_chunks(weights_BT.astype(jnp.float32))
     with jax.named_scope("loss"):
-        embedding_VD = constrain(embedding_VD.astype(hidden_BTD.dtype), "VD")
-        return _chunked_loss(softcap, inputs[0], embedding_VD, *inputs[1:])
+        matrices = [constrain(output.embedding_VD.astype(hidden_BTD.dtype), "VD")]
+        if output.rows_ED is not None:
+            matrices.append(constrain(output.rows_ED.astype(hidden_BTD.dtype), "ED"))
+        return _chunked_loss(softcap, inputs[0], matrices, output.tokens_E, *inputs[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
-    """The loss summed over C chunks."""
+def _chunked_loss(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT):
+    """The loss summed over C chunks. `matrices` are the embedding and, if there are any, the rows in its place."""
+    columns = _split_vocabulary(matrices, tokens_E)
 
     def step(total, inputs):
-        loss, _ = _chunk_loss(softcap, embedding_VD, *inputs)
+        loss, _ = _chunk_loss(softcap, columns, *inputs)
         return total + loss, None
 
     return jax.lax.scan(step, jnp.float32(0), (hidden_CBTD, targets_CBT, weights_CBT))[0]
 
 
-def _chunked_loss_forward(softcap, hidden_CBTD, embedding_VD, targets_CBT, weights_CBT):
+def _chunked_loss_forward(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT):
     """`_chunked_loss`, and its gradients, which the backward pass only multiplies with the loss's own gradient."""
-    trained = embedding_VD.perturbed
-    embedding_VD = embedding_VD.value
+    trained = [matrix.perturbed for matrix in matrices]
+    columns = _split_vocabulary([matrix.value for matrix in matrices], None if tokens_E is None else tokens_E.value)
 
     def step(carry, inputs):
-        total, grad_VD = carry
+        total, sums = carry
         hidden_BTD = inputs[0]
-        loss, grad_BTV = _chunk_loss(softcap, embedding_VD, *inputs)
-        grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
-        if trained:
-            grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
-            # This order transposes the small operand where a library must transpose one.
-            grad_VD = constrain(grad_VD + grad_DV.T, "VD")
-        total += loss
-        grad_BTD = constrain(jnp.einsum("BTV,VD->BTD", grad_BTV, embedding_VD), "BTD", "between_blocks")
-        return (total, grad_VD), grad_BTD
+        loss, logit_grads = _chunk_loss(softcap, columns, *inputs)
+        products, new_sums = [], []
+        for column, grad_BTV, grad_VD in zip(columns, logit_grads, sums, strict=True):
+            grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
+            if grad_VD is not None:
+                grad_DV = jnp.einsum("BTD,BTV->DV", hidden_BTD, grad_BTV, preferred_element_type=jnp.float32)
+                # This order transposes the small operand where a library must transpose one.
+                grad_VD = constrain(grad_VD + grad_DV.T, column.letters)
+            new_sums.append(grad_VD)
+            products.append(jnp.einsum("BTV,VD->BTD", grad_BTV, column.matrix_VD))
+        return (total + loss, new_sums), constrain(reduce(add, products), "BTD", "between_blocks")
 
-    start = jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32) if trained else None
+    zeros = [
+        jnp.zeros(column.matrix_VD.shape, jnp.float32) if wanted else None
+        for column, wanted in zip(columns, trained, strict=True)
+    ]
     inputs = hidden_CBTD.value, targets_CBT.value, weights_CBT.value
-    (total, grad_VD), grad_CBTD = jax.lax.scan(step, start, inputs)
-    return total, (grad_CBTD, grad_VD)
+    (total, sums), grad_CBTD = jax.lax.scan(step, (jnp.float32(0), zeros), inputs)
+    return total, (grad_CBTD, sums)
 
 
 def _chunked_loss_backward(softcap, gradients, cotangent):
-    grad_CBTD, grad_VD = gradients
-    if grad_VD is not None:
-        grad_VD = (cotangent * grad_VD).astype(grad_CBTD.dtype)
-    return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), grad_VD, None, None
+    grad_CBTD, sums = gradients
+    sums = [None if grad_VD is None else (cotangent * grad_VD).astype(grad_CBTD.dtype) for grad_VD in sums]
+    return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), sums, None, None, None
 
 
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward, symbolic_zeros=True)
 
 
-def _chunk_loss(softcap, embedding_VD, hidden_BTD, targets_BT, weights_BT):
-    """The loss of one chunk, and its gradient with respect to the logits before the softcap, float32 [B, T, V]."""
+class _Columns(NamedTuple):
+    """Columns of the logits, which a matrix makes; V stands for E where it is that of rows in the embedding's place."""
+
+    letters: str  # the matrix's dims
+    matrix_VD: jax.Array
+    tokens_V: jax.Array  # whose logits they are
+    kept_V: jax.Array | None = None  # bool; those of other tokens are left out. None: all are kept
+
+    def keep(self, x_BTV: jax.Array) -> jax.Array:
+        """`x_BTV` with zeros in columns that are left out."""
+        return x_BTV if self.kept_V is None else jnp.where(self.kept_V, x_BTV, 0)
+
+
+def _split_vocabulary(matrices, tokens_E) -> list[_Columns]:
+    """The columns of each matrix, every token among those of one."""
+    embedding_VD, *rows = matrices
+    tokens_V = jnp.arange(embedding_VD.shape[0])
+    if not rows:
+        return [_Columns("VD", embedding_VD, tokens_V)]
+    kept_V = jnp.ones(tokens_V.shape, bool).at[tokens_E].set(False)
+    return [_Columns("VD", embedding_VD, tokens_V, kept_V), _Columns("ED", rows[0], tokens_E)]
+
+
+def _chunk_loss(softcap, columns: list[_Columns], hidden_BTD, targets_BT, weights_BT):
+    """The loss of one chunk, and its gradients with respect to logits before the softcap, float32 [B, T, V] each."""
     hidden_BTD = constrain(constrain(hidden_BTD, "BTD", "between_blocks"), "BTD", "for_logits")
-    raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
-    raw_BTV = constrain(raw_BTV, "BTV", "for_logits")
-    logits_BTV, slope_BTV = raw_BTV, 1.0
-    if softcap is not None:
-        squashed_BTV = jnp.tanh(raw_BTV / softcap)
-        logits_BTV, slope_BTV = softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
-    if softcap is not None and softcap <= LARGEST_SAFE_SOFTCAP:
-        log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
-    else:
-        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    logits, slopes = zip(*(_squashed_logits(softcap, column, hidden_BTD) for column in columns), strict=True)
+    log_z_BT = _log_normalizer(softcap, columns, logits)
     # The target's logit by a comparison and a sum, not a gather: both work within each shard of the vocabulary.
-    hit_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    nll_BT = log_z_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
-    grad_BTV = (jnp.exp(logits_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]
-    return jnp.sum(nll_BT * weights_BT), grad_BTV * slope_BTV
+    hits = [column.keep(column.tokens_V == targets_BT[..., None]) for column in columns]
+    targets = (jnp.sum(jnp.where(hit_BTV, x_BTV, 0), axis=-1) for hit_BTV, x_BTV in zip(hits, logits, strict=True))
+    gradients = [
+        column.keep((jnp.exp(x_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]) * slope_BTV
+        for column, x_BTV, hit_BTV, slope_BTV in zip(columns, logits, hits, slopes, strict=True)
+    ]
+    return jnp.sum((log_z_BT - reduce(add, targets)) * weights_BT), gradients
+
+
+def _squashed_logits(softcap, column: _Columns, hidden_BTD):
+    """Soft-capped logits, float32 [B, T, V], and their slope by the logits before that."""
+    letters = f"BT{column.letters[0]}"
+    raw_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, column.matrix_VD, preferred_element_type=jnp.float32)
+    raw_BTV = constrain(raw_BTV, letters, "for_logits")
+    if softcap is None:
+        return raw_BTV, 1.0
+    squashed_BTV = jnp.tanh(raw_BTV / softcap)
+    return softcap * squashed_BTV, 1 - jnp.square(squashed_BTV)
+
+
+def _log_normalizer(softcap, columns: list[_Columns], logits) -> jax.Array:
+    """The logarithm of the sum of all tokens' exponentials, [B, T]."""
+    if softcap is not None and softcap <= LARGEST_SAFE_SOFTCAP:
+        exponentials = (column.keep(jnp.exp(x_BTV)) for column, x_BTV in zip(columns, logits, strict=True))
+        return jnp.log(reduce(add, (jnp.sum(x_BTV, axis=-1) for x_BTV in exponentials)))
+    parts = [
+        jax.nn.logsumexp(x_BTV, axis=-1, where=column.kept_V) for column, x_BTV in zip(columns, logits, strict=True)
+    ]
+    return reduce(jnp.logaddexp, parts)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gemma2_jax.config import Config
-from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.convert.checkpoints import Checkpoint, grow_embedding
 from gemma2_jax.convert.files.folder import generation_file
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.job import Job
@@ -24,8 +24,8 @@ from gemma2_jax.model.gemma2 import Weights
 class AdapterExports:
     """The exported adapters of one run."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, source: Checkpoint | None):
+        self._config, self._source = config, source
         self.folder = config.output / "adapters"
 
     def save(self, step: int, params: Weights) -> None:
@@ -37,9 +37,13 @@ class AdapterExports:
         if not config.train.export_adapter:
             return
         # Stacks may end in layers of zeros, which fill up the last pipeline stage: see `Program._stored_layers`.
-        arrays = {path: _gather_array(w)[: config.model.layers] for path, w in params.items()}
+        arrays = {
+            path: _gather_array(w)[: config.model.layers if path.startswith("blocks/") else None]
+            for path, w in params.items()
+        }
         if jax.process_index() != 0:
             return
+        assert self._source is not None and self._source.model is not None, "init names a model"
         source = Checkpoint(
             format="run",
             path=config.output,
@@ -48,7 +52,8 @@ class AdapterExports:
             base=config.init,
             tokenizer=config.output / "tokenizer",
             generation=generation_file(config.output / "tokenizer"),
-            sources=(_HostArrays(arrays),),
+            sources=(*grow_embedding(self._source.sources, config.model), _HostArrays(arrays)),
+            grown=config.model.vocab_size > self._source.model.vocab_size,
         )
         # A run that ended before its checkpoint was whole may have left this folder.
         shutil.rmtree(self.folder / str(step), ignore_errors=True)

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from gemma2_jax.model.gemma2 import Block, Gemma2, Rope, Weights, rebuild_model
+from gemma2_jax.model.gemma2 import AdapterInputs, Block, Gemma2, Rope, Weights, rebuild_model
 
 # The input [B, T, D] of the layer, and two pytrees in which `jax.vjp` keeps what `compute.remat` keeps beside it.
 Residuals = tuple
@@ -25,7 +25,7 @@ class LayerInputs:
     rope: Rope
     segments_BT: jax.Array
     window: jax.Array  # int32 scalar
-    key: jax.Array | None  # for dropout
+    adapter: AdapterInputs
 
 
 class Layer:
@@ -85,4 +85,4 @@ class Layer:
     def _apply(self, trained: Weights, frozen: Weights, x_BTD, inputs: LayerInputs):
         block = rebuild_model(self.graph, trained, frozen)
         attend = partial(self.attend_sequence, inputs.segments_BT, inputs.window, None)
-        return block(x_BTD, inputs.rope, attend, inputs.key)[0]
+        return block(x_BTD, inputs.rope, attend, inputs.adapter)[0]

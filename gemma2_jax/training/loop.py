@@ -25,7 +25,13 @@ from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.step import Batch, Program, State
-from gemma2_jax.training.tokenizer import grow_vocabulary, keep_tokenizer, load_run_tokenizer
+from gemma2_jax.training.tokenizer import (
+    find_tokens,
+    grow_vocabulary,
+    keep_tokenizer,
+    load_run_tokenizer,
+    without_texts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ def train(config: Config) -> Result:
     metrics.check_wandb(config)
     console = Console()
     mesh = make_mesh(config.mesh)
-    program = Program(config, mesh)
+    Program(without_texts(config), mesh)  # what does not fit is said before anything is read
     with hosts.process_zero_first("open_source"):  # which may download it
         source = resume.open_source(config)
     with (
@@ -62,11 +68,11 @@ def train(config: Config) -> Result:
         Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints,
     ):
         tokenizer = load_run_tokenizer(config, source, resumes=checkpoints.latest is not None)
-        program = grow_vocabulary(program, source, tokenizer)
-        config = program.config
+        config = grow_vocabulary(find_tokens(config, source, tokenizer), source, tokenizer)
+        program = Program(config, mesh)
         changes = resume.claim_workdir(config, checkpoints.latest)
         keep_tokenizer(config, source, tokenizer)
-        adapters = AdapterExports(config)
+        adapters = AdapterExports(config, source)
         if checkpoints.latest is not None and checkpoints.latest >= config.steps:
             state, _ = resume.start_state(program, source, checkpoints)
             adapters.save(checkpoints.latest, state.params)  # the run may have ended before it was written

@@ -24,7 +24,7 @@ last stage with more work, and none holds a copy.
 
 Gradients are summed over fsdp and context shards layer by layer, in `_reduce_gradient`, and over data shards once, at
 the end of a step, as the loss is. The embedding's gradient needs no sum over fsdp and context, as each shard of the
-embedding takes all tokens of its data shard (`Gemma2.add_embedding_gradient`).
+embedding takes all tokens of its data shard (`Gemma2.add_embedding_gradients`).
 
 Beside the letters of `dims`: Z in a name is the stage, and 1 in its place the one stage that a `shard_map` over stages
 runs for (`arrived_1BTD`). `d_x` is the gradient of the loss with respect to x.
@@ -43,8 +43,8 @@ from jax.sharding import Mesh, PartitionSpec as P
 from gemma2_jax import dims
 from gemma2_jax.config import Config
 from gemma2_jax.mesh import constrain_stored, layers_per_stage
-from gemma2_jax.model.gemma2 import Gemma2, Weights, rebuild_model, rope_angles, weight_dims
-from gemma2_jax.model.loss import cross_entropy
+from gemma2_jax.model.gemma2 import AdapterInputs, Gemma2, Weights, rebuild_model, rope_angles, weight_dims
+from gemma2_jax.model.loss import OutputMatrix, cross_entropy
 from gemma2_jax.training.layer import Layer, LayerInputs, Residuals
 
 Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]
@@ -246,14 +246,11 @@ class Pipeline:
         return self._shift_stages(d_BTD, -1)[None], self._broadcast_stage(d_BTD, 0), block_sums
 
     def _add_embedding_gradient(self, gemma: Gemma2, outer_sums: Weights, inputs: TickInputs, d_embedded_BTD):
-        """The sums with the gradient of the pass that leaves the first stage in this tick, if the embedding trains."""
-        if "embedding" not in outer_sums:
-            return outer_sums
+        """The sums with the gradient of the pass that leaves the first stage in this tick, if any rows are trained."""
         pass_index = inputs.tick - 2 * (self.stages - 1)
         d_embedded_BTD = jnp.where(pass_index >= 0, d_embedded_BTD, 0)
         tokens_BT = self._take_pass(inputs.passes, pass_index)["tokens"]
-        total_VD = gemma.add_embedding_gradient(outer_sums["embedding"], tokens_BT, d_embedded_BTD)
-        return outer_sums | {"embedding": total_VD}
+        return gemma.add_embedding_gradients(outer_sums, tokens_BT, d_embedded_BTD)
 
     def _layer_inputs(self, inputs: TickInputs, pass_index, layer) -> LayerInputs:
         """What a layer, by its number in the model, takes beside weights and activations in a pass."""
@@ -265,14 +262,14 @@ class Pipeline:
             rope=rope_angles(batch["positions"], self.config.model),
             segments_BT=batch["segments"],
             window=jnp.asarray(windows, jnp.int32)[layer],
-            key=key,
+            adapter=AdapterInputs(layer, key),
         )
 
     def _output_loss(self, gemma: Gemma2, x_BTD, batch: Batch) -> jax.Array:
         """Summed loss (nats) of one pass, from what left the last stage."""
         return cross_entropy(
             gemma.normalize_output(x_BTD),
-            gemma.embedding[...],
+            _output_matrix(gemma),
             batch["targets"],
             batch["weights"],
             softcap=self.config.model.final_softcap,
@@ -370,6 +367,14 @@ def _stage_specs(inputs: TickInputs) -> TickInputs:
     """Specs of `inputs` for a `shard_map` over stages: each stage has its own layers, and all else is everywhere."""
     each, same = P("stage"), P()
     return replace(inputs, trained=each, frozen=each, passes=same, key=same, tick=same)
+
+
+def _output_matrix(gemma: Gemma2) -> OutputMatrix:
+    """The embedding, and rows in its place if the model has any."""
+    embedding_VD, rows = gemma.embedding[...], gemma.token_rows
+    if rows is None:
+        return OutputMatrix(embedding_VD)
+    return OutputMatrix(embedding_VD, rows.rows_ED, jnp.asarray(rows.tokens, jnp.int32))
 
 
 def _block_weights(weights: Weights) -> Weights:

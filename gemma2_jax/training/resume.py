@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
-from gemma2_jax.config import AdapterConfig, Config, weight_name
+from gemma2_jax.config import AdapterConfig, Config, list_patterns, weight_name
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
@@ -64,17 +64,21 @@ def open_source(config: Config) -> Checkpoint | None:
 def _check_adapter(config: Config, adapter: AdapterConfig) -> None:
     """Raises ValueError unless the run trains such an adapter. Dropout may differ: it is not part of the weights."""
 
+    layer_count = config.model.layers
+
     def comparable_fields(config: AdapterConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, kind=adapter.kind)
         projections = table.match_targets(config)
-        ranks = [(name, config.projection_rank(name)) for name in projections]
-        alphas = [(name, config.projection_alpha(name)) for name in projections]
+        layers = config.layers or range(layer_count)
+        ranks = {name: {layer: config.layer_rank(name, layer) for layer in layers} for name in projections}
+        alphas = {name: {layer: config.layer_alpha(name, layer) for layer in layers} for name in projections}
         return dataclasses.asdict(config) | {
             "targets": " ".join(projections),
             "layers": " ".join(map(str, config.layers)),
-            "rank_pattern": " ".join(f"{name} {rank}" for name, rank in ranks if rank != config.rank),
-            "alpha_pattern": " ".join(f"{name} {alpha}" for name, alpha in alphas if alpha != config.alpha),
+            "rank_pattern": " ".join(f"{name} {rank}" for name, rank in list_patterns(ranks, config.rank)),
+            "alpha_pattern": " ".join(f"{name} {alpha}" for name, alpha in list_patterns(alphas, config.alpha)),
             "modules_to_save": " ".join(weight_name(row.path) for row in table.MODEL if config.replaces(row.path)),
+            "trainable_tokens": " ".join(map(str, config.trainable_tokens)),
         }
 
     configured, stored = comparable_fields(config.adapter), comparable_fields(adapter)

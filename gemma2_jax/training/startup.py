@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma2_jax.cluster import hosts, platforms
-from gemma2_jax.config import Config, DataConfig
+from gemma2_jax.config import TOKEN_ROWS, Config, DataConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import sources
 from gemma2_jax.data.batches import Batches, EvalBatches
@@ -225,7 +225,9 @@ def describe_memory(compiled: jax.stages.Compiled) -> str:
 
 def parameter_group(path: str) -> str:
     """The part of the model that a weight is counted under."""
-    if "/adapter/" in path:
+    if path == TOKEN_ROWS:
+        return "rows of tokens"
+    if is_adapter_path(path):
         return "adapters"
     if path.endswith("norm/w"):
         return "norms"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
-from gemma2_jax.config import Config
+from gemma2_jax.config import Config, is_adapter_path
 from gemma2_jax.dims import Abstract
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
@@ -87,7 +87,7 @@ class Program:
     @property
     def base(self) -> Abstract:
         """Shapes, dtypes and shardings of the model's own weights, trained or not: those without adapters."""
-        return {path: w for path, w in {**self.params, **self.frozen}.items() if "/adapter/" not in path}
+        return {path: w for path, w in {**self.params, **self.frozen}.items() if not is_adapter_path(path)}
 
     @property
     def batch(self) -> Abstract:

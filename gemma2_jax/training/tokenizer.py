@@ -21,6 +21,7 @@ from gemma2_jax.training.step import Program
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ADDED = "added"  # stands for the tokens that the tokenizer has beyond the model's, in `adapter.trainable_tokens`
 _MULTIPLE = 128  # of rows that an embedding grows to, as Megatron has it: so that the axes of a mesh divide them
 
 
@@ -68,14 +69,49 @@ def _write_tokenizer(
     (folder / "config.json").write_text(json.dumps(hf_config(config.model, dtype, original), indent=2) + "\n")
 
 
-def grow_vocabulary(program: Program, source: Checkpoint | None, tokenizer: "PreTrainedTokenizerFast") -> Program:
-    """The program with as many rows of the embedding as a tokenizer with added tokens takes.
+def find_tokens(config: Config, source: Checkpoint | None, tokenizer: "PreTrainedTokenizerFast") -> Config:
+    """The config with ids in place of the texts in `adapter.trainable_tokens`, so that no tokenizer is needed to know.
+
+    Raises ValueError naming a text that is not one token, or the word for added tokens where there are none.
+    """
+    ids = list[int]()
+    for token in config.adapter.trainable_tokens:
+        if isinstance(token, int):
+            ids.append(token)
+        elif token == ADDED:
+            rows, entries = _stored_rows(config, source), vocabulary_entries(tokenizer)
+            if entries <= rows:
+                raise ValueError(
+                    f"adapter.trainable_tokens has {ADDED!r}, and the tokenizer of {tokenizer.name_or_path} has no "
+                    f"tokens beyond the {rows:,} of the model; give --data.tokenizer one with tokens added, or give ids"
+                )
+            ids += range(rows, entries)
+        else:
+            found = tokenizer.encode(token, add_special_tokens=False)
+            if len(found) != 1:
+                raise ValueError(
+                    f"adapter.trainable_tokens has {token!r}, which the tokenizer of {tokenizer.name_or_path} makes "
+                    f"{len(found)} tokens of, {found}; give one of their ids, or a tokenizer to which it was added"
+                )
+            ids += found
+    adapter = replace(config.adapter, trainable_tokens=tuple(dict.fromkeys(ids)))
+    return replace(config, adapter=adapter)
+
+
+def without_texts(config: Config) -> Config:
+    """The config with ids alone in `adapter.trainable_tokens`, for what is checked before the tokenizer is read."""
+    ids = tuple(token for token in config.adapter.trainable_tokens if isinstance(token, int))
+    known = tuple(token for token in ids if token < config.model.vocab_size)  # the others may be those of added tokens
+    return replace(config, adapter=replace(config.adapter, trainable_tokens=known))
+
+
+def grow_vocabulary(config: Config, source: Checkpoint | None, tokenizer: "PreTrainedTokenizerFast") -> Config:
+    """The config with as many rows of the embedding as a tokenizer with added tokens takes.
 
     `load_weights` says what the new rows are. Raises ValueError where the tokenizer is larger than the model and not
     the model's own with tokens added, or where the run would not train the new rows.
     """
-    config, entries = program.config, vocabulary_entries(tokenizer)
-    rows = source.model.vocab_size if source and source.model else config.model.vocab_size
+    entries, rows = vocabulary_entries(tokenizer), _stored_rows(config, source)
     larger = f"the tokenizer of {tokenizer.name_or_path} has {entries:,} entries, and the embedding {rows:,} rows"
     if entries <= rows:
         if config.model.vocab_size != rows:
@@ -83,19 +119,26 @@ def grow_vocabulary(program: Program, source: Checkpoint | None, tokenizer: "Pre
                 f"{source.path if source else ''} has {rows:,} rows in its embedding, and model.vocab_size is "
                 f"{config.model.vocab_size:,}, which its tokenizer does not need; give --model.vocab_size {rows}"
             )
-        return program
+        return config
     rounded = -(-entries // _MULTIPLE) * _MULTIPLE
     if source is None:
         raise ValueError(f"{larger}; give --model.vocab_size {rounded}, or another tokenizer")
     _check_extended(tokenizer, source, larger)
-    if config.adapter.kind != "none" and not config.adapter.replaces("embedding"):
+    trained = config.adapter.kind == "none" or config.adapter.replaces("embedding")
+    if not trained and (missing := {*range(rows, entries)} - {*config.adapter.token_ids}):
         raise ValueError(
-            f"{larger}; with adapter.kind {config.adapter.kind} the rows of the added tokens would not be trained. "
-            "Train them too, with --adapter.modules_to_save embedding, or the whole model, with --adapter.kind none or "
-            "a recipe whose name ends in _sft, or use the model's own tokenizer"
+            f"{larger}; with adapter.kind {config.adapter.kind} {len(missing)} rows of added tokens would not be "
+            f"trained. Train them too, with --adapter.trainable_tokens {ADDED}, or the whole embedding, with "
+            "--adapter.modules_to_save embedding, or the whole model, with --adapter.kind none or a recipe whose name "
+            "ends in _sft, or use the model's own tokenizer"
         )
     wanted = config.model.vocab_size if config.model.vocab_size >= entries else rounded
-    return Program(replace(config, model=replace(config.model, vocab_size=wanted)), program.mesh)
+    return replace(config, model=replace(config.model, vocab_size=wanted))
+
+
+def _stored_rows(config: Config, source: Checkpoint | None) -> int:
+    """The rows of the embedding that a run starts from."""
+    return source.model.vocab_size if source and source.model else config.model.vocab_size
 
 
 def vocabulary_entries(tokenizer: "PreTrainedTokenizerFast") -> int:

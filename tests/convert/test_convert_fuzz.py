@@ -363,8 +363,8 @@ def _model(folder: Path, **options) -> Path:
 
 
 def _adapter(folder: Path, base: Path, adapter: AdapterConfig = LORA) -> Path:
-    _tensors(folder, safetensors.ADAPTER, table.table_rows(adapter))
-    safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
+    _tensors(folder, safetensors.ADAPTER, table.table_rows(adapter, TINY.layers))
+    safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base), TINY.layers))
     return folder
 
 
@@ -455,7 +455,7 @@ def _trained(root: Path) -> Case:
         workdir="x", model=TINY, adapter=LORA, optim=OptimConfig(lr=1.0), init=str(base),
         train=TrainConfig(sequence_length=8),
     )  # fmt: skip
-    shapes = table.array_shapes(table.table_rows(LORA), TINY)
+    shapes = table.array_shapes(table.table_rows(LORA, TINY.layers), TINY)
     folder = saved_run(root / "run", config, {3: {path: np.ones(at, "f4") for path, at in shapes.items()}})
     return Case(root, folder, targets=("peft", "orbax", "merged"))
 
@@ -516,7 +516,7 @@ def _gguf(root: Path) -> Case:
 
 
 def _gguf_adapter(root: Path) -> Case:
-    rows = gguf.rename_rows(table.table_rows(LORA))
+    rows = gguf.rename_rows(table.table_rows(LORA, TINY.layers))
     case = _gguf_case(root, gguf.adapter_metadata(LORA, "hf"), rows, TINY, {row.path: "bfloat16" for row in rows})
     return replace(case, options={"base": _model(root / "hf")}, targets=("peft", "orbax", "merged"))
 

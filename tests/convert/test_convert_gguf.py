@@ -236,12 +236,12 @@ ADAPTERS = {
 def peft_folder(folder: Path, adapter: AdapterConfig, base: Path | str = TINY) -> Path:
     """A PEFT adapter with random tensors, on the tiny model."""
     folder.mkdir()
-    shapes, numbers = table.tensor_shapes(table.table_rows(adapter), CONFIG), np.random.default_rng(0)
+    shapes, numbers = table.tensor_shapes(table.table_rows(adapter, CONFIG.layers), CONFIG), np.random.default_rng(0)
     save_file(
         {name: numbers.normal(size=shape).astype(np.float32) for name, shape in shapes.items()},
         folder / "adapter_model.safetensors",
     )
-    safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base)))
+    safetensors.write_json(folder / "adapter_config.json", peft_config(adapter, str(base), CONFIG.layers))
     return folder
 
 

@@ -317,8 +317,9 @@ def test_adapter_tensors_that_do_not_fit_are_named(peft_adapters, tmp_path, chan
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_config_round_trip(kind):
-    written = json.loads(json.dumps(peft_config(KINDS[kind], "base")))
-    assert stored_config(written, [row.path for row in table.table_rows(KINDS[kind])], "x") == KINDS[kind]
+    written = json.loads(json.dumps(peft_config(KINDS[kind], "base", CONFIG.layers)))
+    shapes = table.array_shapes(table.table_rows(KINDS[kind], CONFIG.layers), CONFIG)
+    assert stored_config(written, shapes, "x") == KINDS[kind]
 
 
 def test_dora_without_magnitudes_is_refused(peft_adapters, tmp_path):
@@ -331,7 +332,7 @@ def test_dora_without_magnitudes_is_refused(peft_adapters, tmp_path):
 def test_derived_rows_spelled_out():
     rows = {
         row.path: (row.dims, row.name, row.layout)
-        for row in table.table_rows(AdapterConfig(kind="dora", targets=("attn/o",)))
+        for row in table.table_rows(AdapterConfig(kind="dora", targets=("attn/o",)), layers=1)
     }
     name = "base_model.model.model.layers.{L}.self_attn.o_proj"
     assert rows == {

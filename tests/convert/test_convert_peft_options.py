@@ -143,18 +143,25 @@ CASES = {
     "rank by projection": case(rank_pattern={"down_proj": 5}, adapter={"rank": 3, "rank_pattern": (("mlp/down", 5),)}),
     "rank by layer": case(
         rank_pattern={"layers.1.self_attn.q_proj": 2, r"layers\.[23]\.mlp\.down_proj": 7, "q_proj": 4},
-        adapter={"rank": 4, "rank_pattern": (("mlp/down", 7),)},
+        adapter={
+            "rank": 3,
+            "rank_pattern": (("1/attn/q", 2), ("attn/q", 4), ("2/mlp/down", 7), ("3/mlp/down", 7)),
+        },
     ),
     "alpha by projection": case(alpha_pattern={"q_proj": 1.5}, adapter={"alpha_pattern": (("attn/q", 1.5),)}),
-    "alpha by layer": case(alpha_pattern={"^model.layers.2.mlp.down_proj": 20, "1.*q_proj": 1}),
+    "alpha by layer": case(
+        alpha_pattern={"^model.layers.2.mlp.down_proj": 20, "layers.1.*q_proj": 1},
+        adapter={"alpha": 6, "alpha_pattern": (("1/attn/q", 1), ("2/mlp/down", 20))},
+    ),
     "both by layer": case(
-        rank_pattern={"layers.0.self_attn.q_proj": 6}, alpha_pattern={".*0.*": 12, "3.mlp": 9}, use_rslora=True
+        rank_pattern={"0.self_attn.q_proj": 6}, alpha_pattern={".*0.*": 12, "3.mlp.down_proj": 9}, use_rslora=True
     ),
     "rank by layer with DoRA": case(
         rank_pattern={"layers.0.mlp.down_proj": 1}, alpha_pattern={"down_proj": 2}, use_dora=True
     ),
     "no scale in one layer": case(
-        rank_pattern={"0.self_attn.q_proj": 6}, alpha_pattern={"0.self_attn.q_proj": 0}, adapter={"alpha": 6}
+        rank_pattern={"0.self_attn.q_proj": 6}, alpha_pattern={"0.self_attn.q_proj": 0},
+        adapter={"alpha": 6, "rank_pattern": (("0/attn/q", 6),), "alpha_pattern": (("0/attn/q", 0),)},
     ),
     "every rank another": case(rank_pattern={"q_proj": 8, "down_proj": 8}, adapter={"rank": 8, "rank_pattern": ()}),
     # Weights that are saved whole.
@@ -181,9 +188,21 @@ CASES = {
         adapter={"modules_to_save": ("embedding",)},
     ),
     # Rows of the embedding.
-    "tokens": case(trainable_token_indices=[300, 7, 9], adapter={"modules_to_save": ("embedding",)}),
-    "tokens by name": case(trainable_token_indices={"embed_tokens": [7, 9]}, modules_to_save=["model.norm"]),
-    "tokens of both": case(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [5, 6]}, **TIED),
+    "tokens": case(
+        trainable_token_indices=[300, 7, 9], adapter={"modules_to_save": (), "trainable_tokens": (300, 7, 9)}
+    ),
+    "tokens by name": case(
+        trainable_token_indices={"embed_tokens": [7, 9]}, modules_to_save=["model.norm"],
+        adapter={"modules_to_save": ("final_norm",), "trainable_tokens": (7, 9)},
+    ),
+    "tokens of both": case(
+        trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [5, 6]}, **TIED,
+        adapter={"modules_to_save": (), "trainable_tokens": (5, 6)},
+    ),
+    "a token twice": case(
+        trainable_token_indices=[7, 9], change=edit_config(trainable_token_indices=[7, 7]),
+        error="give every token once",
+    ),
     "tokens of the head": case(trainable_token_indices={"lm_head": [5, 6]}, error=APART.format("lm_head alone")),
     "other tokens of both": case(
         trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [6]}, error="lm_head, each by itself"
@@ -202,7 +221,10 @@ CASES = {
     ),
     # A vocabulary that grew.
     "grown": case(vocabulary=390, note="embedding of 390 tokens in place of 384, as its vocabulary was grown"),
-    "grown, its tokens trained": case(vocabulary=390, trainable_token_indices=[384, 389], note="390 tokens in place"),
+    "grown, its tokens trained": case(
+        vocabulary=390, trainable_token_indices=[389, 384], note="390 tokens in place",
+        adapter={"modules_to_save": (), "trainable_tokens": (389, 384)},
+    ),
     "grown, the embedding trained": case(vocabulary=390, modules_to_save=["embed_tokens"], **TIED, note="390 tokens"),
     "grown, LoRA on the embedding": case(vocabulary=390, target_modules=["v_proj", "embed_tokens"], **TIED),
     # Options that change nothing.
@@ -339,9 +361,9 @@ def test_every_shape_is_peft_s_or_refused(base, plain, tmp_path, name):
     assert np.abs(found[..., : CONFIG.vocab_size] - changes_nothing).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["full names", "rank by layer", "a norm of one layer", "grown, its tokens trained"])
+@pytest.mark.parametrize("name", ["full names", "both by layer", "a norm of one layer", "grown, its tokens trained"])
 def test_ours_and_orbax(base, plain, tmp_path, name):
-    """Beside the weights, and through Orbax, it is the same."""
+    """Beside the weights, and through Orbax, it is the same, and so is what is written for PEFT of both."""
     expected = make_adapter(CASES[name], plain, tmp_path / "adapter")
     source = open_checkpoint(tmp_path / "adapter", base=base)
     write_checkpoint(Job(source=source, to="orbax"), tmp_path / "orbax")
@@ -351,6 +373,10 @@ def test_ours_and_orbax(base, plain, tmp_path, name):
     for path, shape in source.shapes.items():
         every = (slice(None),) * len(shape.shape)
         np.testing.assert_array_equal(read_array(stored, path, every), read_array(source, path, every), err_msg=path)
+    for name, whole in (("direct", source), ("again", stored)):
+        write_checkpoint(Job(source=whole, to="peft"), tmp_path / name)
+    for file in (tmp_path / "direct").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
     shutil.rmtree(tmp_path / "orbax" / "weights")
     alone = open_checkpoint(tmp_path / "orbax", base=base)
     assert alone.adapter == source.adapter and alone.shapes == source.shapes
@@ -368,10 +394,29 @@ WRITTEN = {
         ],
     },
     "rank by projection": {"r": 3, "rank_pattern": {"down_proj": 5}, "alpha_pattern": {}},
-    "both by layer": {"r": 3, "rank_pattern": {"q_proj": 6}, "use_rslora": True},
+    "rank by layer": {
+        "r": 3,
+        "rank_pattern": {
+            "layers.1.self_attn.q_proj": 2,
+            "q_proj": 4,
+            "layers.2.mlp.down_proj": 7,
+            "layers.3.mlp.down_proj": 7,
+        },
+        "alpha_pattern": {},
+    },
+    "both by layer": {
+        "r": 3,
+        "lora_alpha": 6,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 6},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 12, "layers.0.mlp.down_proj": 12, "layers.3.mlp.down_proj": 9},
+        "use_rslora": True,
+    },
+    "rank by layer with DoRA": {"rank_pattern": {"layers.0.mlp.down_proj": 1}, "alpha_pattern": {"down_proj": 2}},
     "a norm of one layer": {"modules_to_save": ["input_layernorm", "model.norm"]},
     "a projection of one layer": {"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]},
-    "tokens by name": {"modules_to_save": ["embed_tokens", "model.norm", "lm_head"], "ensure_weight_tying": True},
+    "tokens": {"modules_to_save": None, "trainable_token_indices": [300, 7, 9]},
+    "tokens by name": {"modules_to_save": ["model.norm"], "trainable_token_indices": [7, 9]},
+    "grown, its tokens trained": {"modules_to_save": None, "trainable_token_indices": [389, 384]},
     "LoRA on both, tied": {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": []},
     "grown": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
@@ -391,10 +436,9 @@ def test_peft_loads_what_is_written(base, plain, tmp_path, name):
     again = open_checkpoint(tmp_path / "written", base=base)
     assert again.adapter == source.adapter and again.shapes == source.shapes
     original, written = (load_file(tmp_path / folder / FILE) for folder in ("adapter", "written"))
-    low_rank = {key: tensor for key, tensor in written.items() if "lora_" in key}
-    assert low_rank.keys() == {key for key in original if "lora_" in key}
-    if name != "both by layer":
-        assert all(torch.equal(tensor, original[key]) for key, tensor in low_rank.items())
+    exact = {key: tensor for key, tensor in written.items() if "lora_" in key or "embed_tokens.token_adapter" in key}
+    assert exact.keys() == {key for key in original if "lora_" in key or "embed_tokens.token_adapter" in key}
+    assert all(torch.equal(tensor, original[key]) for key, tensor in exact.items())
 
 
 def test_an_adapter_alone_is_described(plain, tmp_path):
@@ -412,6 +456,7 @@ def test_an_adapter_alone_is_described(plain, tmp_path):
     [
         ({"kind": "dora"}, ["it is a DoRA, which vLLM refuses to load"]),
         ({"modules_to_save": ("final_norm",)}, ["weights in place of the model's (modules_to_save)"]),
+        ({"trainable_tokens": (3,)}, ["it has rows of the embedding (trainable_tokens), which vLLM refuses to load"]),
         (
             {"rank_pattern": (("attn/q", 4),)},
             ["ranks or alphas of their own, and vLLM scales all by one lora_alpha / r"],
@@ -452,6 +497,12 @@ def test_what_vllm_serves(base, plain, tmp_path):
             {"kind": "dora", "layers": (0,)},
             "layers without DoRA .*merge it: --merge --to megatron$",
         ),
+        (
+            "megatron-adapter",
+            {"trainable_tokens": (3, 4)},
+            r"rows of the embedding \(adapter.trainable_tokens\), and .* --merge --to megatron$",
+        ),
+        ("gguf-adapter", {"trainable_tokens": (3,)}, "rows of the embedding .*: --merge --to gguf$"),
         ("gguf-adapter", {"modules_to_save": ("embedding",)}, "weights trained whole .*merge it: --merge --to gguf$"),
         (
             "gguf-adapter",

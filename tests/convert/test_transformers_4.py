@@ -83,7 +83,7 @@ def exports(tmp_path_factory) -> list[Path]:
         if kind == "sft":
             weights = {path: np.asarray(w, np.float32) for path, w in load_weights(source, source.shapes).items()}
         else:
-            shapes = table.array_shapes(table.table_rows(config.adapter), GEMMA2_TINY)
+            shapes = table.array_shapes(table.table_rows(config.adapter, GEMMA2_TINY.layers), GEMMA2_TINY)
             weights = {path: random.normal(0, 0.02, shape).astype(np.float32) for path, shape in shapes.items()}
         runs[kind] = saved_run(folder / kind, config, {1: weights})
         keep_tokenizer(config, source, load_run_tokenizer(config, source, resumes=False))

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import AdapterConfig, TrainConfig
+from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, TrainConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
@@ -28,6 +28,9 @@ LAYOUTS = {  # of one layer: PEFT's [r, in] or [out, r] or [out], flattened from
 }
 TORCH_NAMES = {"a": "lora_A.default.weight", "b": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
 MODULES = {"attn": "self_attn", "mlp": "mlp"}
+PEFT_PATTERNS = {"attn/q": "q_proj", "1/attn/q": "layers.1.self_attn.q_proj"} | dict.fromkeys(
+    ["mlp/*", "mlp/down"], "down_proj"
+)
 
 
 def pair(adapter: AdapterConfig, name: str = "2b"):
@@ -49,8 +52,9 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
             target_modules=targets,
             lora_dropout=0.0,
             layers_to_transform=list(adapter.layers) or None,
-            rank_pattern={"down_proj": 2} if adapter.rank_pattern else {},
-            alpha_pattern={"q_proj": 7.0} if adapter.alpha_pattern else {},
+            rank_pattern={PEFT_PATTERNS[pattern]: rank for pattern, rank in adapter.rank_pattern},
+            alpha_pattern={PEFT_PATTERNS[pattern]: alpha for pattern, alpha in adapter.alpha_pattern},
+            trainable_token_indices=list(adapter.token_ids) or None,
             modules_to_save=["embed_tokens", "input_layernorm", "model.norm"] if adapter.modules_to_save else None,
             ensure_weight_tying=bool(adapter.modules_to_save),
         ),
@@ -58,7 +62,7 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
     rng = np.random.default_rng(3)
     peer_params = dict(peer.named_parameters())
     for path, w in model.flatten_state(nnx.state(ours)).items():
-        if adapter.replaces(path):
+        if adapter.replaces(path) or path == TOKEN_ROWS:
             other = np.asarray(w) + 0.2 * rng.standard_normal(w.shape).astype(np.float32)
             nnx.update(ours, nnx.State(unflatten_dict({path: jnp.asarray(other)}, sep="/")))
             for layer, value in enumerate(other if path.startswith("blocks/") else other[None]):
@@ -72,13 +76,29 @@ def pair(adapter: AdapterConfig, name: str = "2b"):
             variable[...] = variable[...] + spread * rng.standard_normal(variable.shape).astype(np.float32)
             absent = [layer for layer in range(config.layers) if adapter.layers and layer not in adapter.layers]
             variable[...] = variable[...].at[jnp.asarray(absent, int)].set(0)
-            for layer, value in enumerate(np.asarray(variable[...])):
+            for layer, value in enumerate(np.array(variable[...])):
                 if layer not in absent:
-                    peer_params[torch_name(name, layer, part)].data = torch.tensor(LAYOUTS[part](value).copy())
+                    rank = adapter.layer_rank(name, layer)
+                    beyond_rank(value, part, rank)[...] = 0
+                    variable[...] = variable[...].at[layer].set(value)
+                    value = cut_rank(LAYOUTS[part](value), part, rank)
+                    peer_params[torch_name(name, layer, part)].data = torch.tensor(value.copy())
     return config, ours, peer
 
 
+def beyond_rank(value: np.ndarray, part: str, rank: int) -> np.ndarray:
+    """What a layer has of a larger rank than its own, as a view."""
+    return {"a": value[..., rank:], "b": value[rank:], "m": value[:0]}[part]
+
+
+def cut_rank(tensor: np.ndarray, part: str, rank: int) -> np.ndarray:
+    """PEFT's tensor of a layer of a stack, in the layer's own rank."""
+    return tensor[:rank] if part == "a" else tensor[:, :rank] if part == "b" else tensor
+
+
 def saved_name(path: str, layer: int) -> str:
+    if path == TOKEN_ROWS:
+        return "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"
     names = {
         "embedding": "embed_tokens",
         "final_norm/w": "norm",
@@ -100,7 +120,15 @@ def logits_of(ours: Gemma2, rows):
 ADAPTERS = {
     "lora": AdapterConfig(kind="lora", rank=4, alpha=8.0),
     "dora": AdapterConfig(kind="dora", rank=4, alpha=8.0),
-    "rslora": AdapterConfig(kind="lora", rank=4, alpha=8.0, rslora=True),
+    "rslora": AdapterConfig(
+        kind="lora",
+        rank=4,
+        alpha=8.0,
+        rslora=True,
+        rank_pattern=(("1/attn/q", 2), ("mlp/down", 5)),
+        alpha_pattern=(("1/attn/q", 3.0),),
+        trainable_tokens=(300, 7, 9, 383),
+    ),
     "parts": AdapterConfig(
         kind="dora",
         rank=3,
@@ -130,6 +158,7 @@ def test_logits_and_gradients_equal_peft(name):
     np.testing.assert_allclose(loss, expected.loss.item(), rtol=1e-5)
     peer_params = dict(peer.named_parameters())
     assert gradients.keys() >= {path for path in model.weight_dims(ours) if ADAPTERS[name].replaces(path)}
+    assert (TOKEN_ROWS in gradients) == bool(ADAPTERS[name].trainable_tokens)
     for path, gradient in gradients.items():
         for layer, got in enumerate(np.asarray(gradient) if path.startswith("blocks/") else [np.asarray(gradient)]):
             if "/adapter/" in path and layer not in (ADAPTERS[name].layers or range(config.layers)):
@@ -137,7 +166,10 @@ def test_logits_and_gradients_equal_peft(name):
                 continue
             if "/adapter/" in path:
                 _, group, projection, _, part = path.split("/")
-                wanted, got = peer_params[torch_name(f"{group}/{projection}", layer, part)], LAYOUTS[part](got)
+                rank = ADAPTERS[name].layer_rank(f"{group}/{projection}", layer)
+                assert not np.any(beyond_rank(got, part, rank)), f"{path} layer {layer}: more than its rank is trained"
+                wanted = peer_params[torch_name(f"{group}/{projection}", layer, part)]
+                got = cut_rank(LAYOUTS[part](got), part, rank)
             else:
                 wanted = peer_params[saved_name(path, layer)]
             wanted = wanted.grad.numpy()
@@ -205,12 +237,35 @@ def test_dropout_drops_inputs_of_the_adapter_only():
         ),
         ({"modules_to_save": ("attn/q",)}, "adapter.modules_to_save and adapter.targets both have attn/q"),
         ({"layers": (0, 3)}, "adapter.layers has 3; the last of the model is 2"),
+        ({"rank_pattern": (("3/attn/q", 8),)}, "adapter.rank_pattern: '3/attn/q' matches nothing; there are attn/k"),
+        (
+            {"trainable_tokens": (7, 384)},
+            "adapter.trainable_tokens has 384, and the embedding has 384 rows, 0 to 383",
+        ),
+        ({"trainable_tokens": (7, "<tool>")}, "has '<tool>', and only training has a tokenizer to say its id; give"),
+        (
+            {"trainable_tokens": (7,), "modules_to_save": ("embedding",)},
+            "modules_to_save has the embedding, and adapter.trainable_tokens some of its rows; choose one",
+        ),
     ],
 )
 def test_what_the_model_lacks_is_named(fields, message):
     ours = Gemma2(BITING["2b"], attention=IMPLEMENTATIONS["xla"], dtype="float32", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         lora.attach_adapters(ours, AdapterConfig(kind="lora", **fields), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "none", "trainable_tokens": (7,)}, "adapter.kind is none, which trains every row of the embedding"),
+        ({"kind": "lora", "trainable_tokens": (7, 9, 7)}, "is .7, 9, 7.; give every token once"),
+        ({"kind": "lora", "trainable_tokens": (-1,)}, "is .-1,.; give every token once, an id counted from 0"),
+    ],
+)
+def test_tokens_that_cannot_be_meant_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterConfig(**fields)
 
 
 def run(kind: str, **train) -> tuple[configs.Config, Program]:
@@ -252,3 +307,16 @@ def test_a_frozen_base_has_no_gradient_and_no_optimizer_state(kind):
     _, full = run("sft")
     computed = shapes_in(jax.make_jaxpr(full.train_step)(full.state, full.batch).jaxpr)
     assert {leaf.shape for leaf in full.params.values()} <= computed, "the test could not see a gradient"
+
+
+def test_rows_of_tokens_cost_no_gradient_of_the_embedding():
+    """Nothing of the embedding's shape is computed, and the optimizer has the moments of these rows alone."""
+    adapter = AdapterConfig(kind="lora", rank=2, targets=("attn/q",), trainable_tokens=(5, 9, 300))
+    train = TrainConfig(sequence_length=32, global_batch_size=4)
+    config = configs.finetune("test", BITING["2b"], "", "lora", adapter=adapter, compute=F32, train=train)
+    program = Program(config, make_mesh(configs.MeshConfig(data=1), jax.devices()[:1]))
+    assert program.params[TOKEN_ROWS].shape == (3, config.model.width)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(program.state.optimizer)]
+    assert shapes.count((3, config.model.width)) == 2 and (config.model.vocab_size, config.model.width) not in shapes
+    computed = shapes_in(jax.make_jaxpr(program.train_step)(program.state, program.batch).jaxpr)
+    assert (config.model.vocab_size, config.model.width) not in computed

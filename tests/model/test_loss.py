@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import OptimConfig
-from gemma2_jax.model.loss import cross_entropy
+from gemma2_jax.model.loss import OutputMatrix, cross_entropy
 from gemma2_jax.training.optim import make_optimizer, make_schedule
 
 B, T, D, V = 2, 37, 16, 50
@@ -35,7 +35,7 @@ def test_equals_the_plain_loss(problem, chunk, softcap):
     expected = jax.value_and_grad(plain, (0, 1))(hidden, embedding, *rest, softcap)
 
     def chunked(hidden, embedding):
-        return cross_entropy(hidden, embedding, *rest, softcap=softcap, chunk=chunk)
+        return cross_entropy(hidden, OutputMatrix(embedding), *rest, softcap=softcap, chunk=chunk)
 
     got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, embedding)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -43,11 +43,32 @@ def test_equals_the_plain_loss(problem, chunk, softcap):
     np.testing.assert_allclose(jax.jit(chunked)(hidden, embedding), expected[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_rows_take_the_place_of_the_embedding_s(problem, softcap):
+    """The loss of the embedding with these rows in it, and its gradients: none of the rows that they replace."""
+    hidden, embedding, *rest = problem
+    tokens = jnp.asarray([49, 3, int(rest[0][0, 1])])
+    rows = 3 * jax.random.normal(jax.random.key(1), (3, D))
+
+    def replaced(hidden, embedding, rows):
+        return plain(hidden, embedding.at[tokens].set(rows), *rest, softcap)
+
+    def chunked(hidden, embedding, rows):
+        return cross_entropy(hidden, OutputMatrix(embedding, rows, tokens), *rest, softcap=softcap, chunk=8)
+
+    expected = jax.value_and_grad(replaced, (0, 1, 2))(hidden, embedding, rows)
+    got = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(hidden, embedding, rows)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert not np.any(got[1][1][tokens])
+    assert products(jax.grad(chunked, (0, 2)), hidden, embedding, rows) == 2 + 3
+
+
 def test_gradients_scale_with_what_comes_from_above(problem):
     hidden, embedding, *rest = problem
 
     def halved(hidden, embedding):
-        return 0.5 * cross_entropy(hidden, embedding, *rest, softcap=30.0, chunk=8)
+        return 0.5 * cross_entropy(hidden, OutputMatrix(embedding), *rest, softcap=30.0, chunk=8)
 
     expected = jax.grad(lambda h, e: 0.5 * plain(h, e, *rest, 30.0), (0, 1))(hidden, embedding)
     for a, b in zip(jax.grad(halved, (0, 1))(hidden, embedding), expected, strict=True):
@@ -62,7 +83,7 @@ def test_three_matrix_products_and_two_for_a_frozen_embedding(problem):
     hidden, embedding, *rest = problem
 
     def loss(hidden, embedding):
-        return cross_entropy(hidden, embedding, *rest, softcap=30.0, chunk=8)
+        return cross_entropy(hidden, OutputMatrix(embedding), *rest, softcap=30.0, chunk=8)
 
     assert products(loss, hidden, embedding) == 1
     assert products(jax.grad(loss, 0), hidden, embedding) == 2
@@ -74,7 +95,7 @@ def test_logits_never_exist_all_at_once():
     T, V = 4096, 32768
 
     def loss(hidden, embedding, targets, weights):
-        return cross_entropy(hidden, embedding, targets, weights, softcap=30.0, chunk=64)
+        return cross_entropy(hidden, OutputMatrix(embedding), targets, weights, softcap=30.0, chunk=64)
 
     shapes = [((1, T, 8), "float32"), ((V, 8), "float32"), ((1, T), "int32"), ((1, T), "float32")]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
