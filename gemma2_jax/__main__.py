@@ -13,9 +13,13 @@ COMMANDS = {
     "train": "pretrain or fine-tune; the same command on the same --workdir resumes",
     "generate": "continue prompts, or answer them, with any checkpoint",
     "convert": "convert a checkpoint into any other format; inspect one; compare two",
+    "data": "print what a data set is; write one as Megatron's .bin and .idx",
     "plan": "say whether a training step fits on so many H100s, without having any",
 }
-MODULES = {"convert": "gemma2_jax.convert.__main__"}  # the others are gemma2_jax.NAME
+MODULES = {
+    "convert": "gemma2_jax.convert.__main__",
+    "data": "gemma2_jax.data.__main__",
+}  # the others are gemma2_jax.NAME
 
 
 def main() -> None:

@@ -316,7 +316,7 @@ def test_commands_are_listed_and_found():
     run = [sys.executable, "-m", "gemma2_jax"]
     listed = subprocess.run(run, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     modules = [path.stem for path in (ROOT / "gemma2_jax").glob("*.py") if "\ndef main()" in path.read_text()]
-    for name in {*modules, "convert"} - {"__main__"}:
+    for name in {*modules, "convert", "data"} - {"__main__"}:
         assert f"  {name} " in listed
     wrong = subprocess.run([*run, "trian"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "did you mean train?" in wrong.stderr

@@ -179,7 +179,7 @@ def test_a_recipe_of_ones_own(tmp_path):
         configs.load_recipe(str(path))
 
 
-@pytest.mark.parametrize("module", ["train", "generate", "plan", "convert"])
+@pytest.mark.parametrize("module", ["train", "generate", "plan", "convert", "data"])
 def test_help_answers_at_once(module):
     """In about a second, of which the interpreter takes some: JAX is not loaded."""
     code = (

@@ -27,10 +27,12 @@ FLOORS = (
     ("planning",),
     ("api",),
     ("megatron_bridge",),
-    ("train", "generate", "plan"),
+    ("train", "generate", "plan", "data.__main__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Commands that live in a room, and may import what commands may.
+COMMANDS_WITHIN = {("data", "__main__")}
 # Within these rooms too, a file may import only those on earlier lines.
 ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
@@ -74,6 +76,8 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 
 def points_back(here: tuple[str, ...], there: tuple[str, ...]) -> bool:
     """Whether a module may not import that one, as it comes later."""
+    if here in COMMANDS_WITHIN:
+        return FLOOR[there[0]] >= FLOOR[".".join(here)]
     if here[0] != there[0]:
         return FLOOR[there[0]] >= FLOOR[here[0]] and (here[0], there[0]) not in COMMANDS_SHARED
     if here[0] not in ORDER_WITHIN or len(here) < 2 or len(there) < 2 or here[1] == there[1]:

@@ -68,19 +68,26 @@ def cache_folder(data: DataConfig) -> Path:
 
 
 def build_store(
-    data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", cache: Path, *, show: bool = False
+    data: DataConfig,
+    split: sources.Split,
+    tokenizer: "PreTrainedTokenizerFast",
+    cache: Path,
+    *,
+    show: bool = False,
+    workers: int | None = None,
 ) -> Store:
     """The store of one split: the one in `cache` if nothing that it depends on has changed, else a new one.
 
     Processes that share `cache` wait for the first. A store gets its name when it is whole. `show` prints the progress.
-    Raises ValueError if the split has no documents, or a malformed one that is not to be skipped, and OSError if the
-    cache cannot be written to.
+    `workers` is how many processes tokenize; None: one for each CPU, where the source is large enough. Raises
+    ValueError if the split has no documents, or a malformed one that is not to be skipped, and OSError if the cache
+    cannot be written to.
     """
     folder = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")) as locked:
-            store = _open_store(folder) if folder.exists() else None
+            store = _reopen_store(folder) if folder.exists() else None
             if store is None:
                 # On a file system without locks, each process builds in a folder of its own, and the last one stays.
                 partial = folder.with_suffix(".partial" if locked else f".{socket.gethostname()}-{os.getpid()}")
@@ -92,9 +99,9 @@ def build_store(
                     tokenizer=tokenizer,
                     folder=partial,
                 )
-                _write_store(job, show=show)
+                _write_store(job, show=show, workers=workers or _count_workers(job))
                 _move_folder(partial, folder)
-                store = _open_store(folder)
+                store = _reopen_store(folder)
     except OSError as error:
         if error.errno not in _DISK_ERRORS and not str(error.filename).startswith(str(cache)):
             raise  # of the source
@@ -127,8 +134,8 @@ def _move_folder(source: Path, target: Path) -> None:
         shutil.rmtree(source)  # another process has finished before
 
 
-def _open_store(folder: Path) -> Store | None:
-    """The store in a folder; None, after a warning, where its files are not whole, and then the folder is removed."""
+def open_store(folder: Path) -> Store:
+    """The store in a folder. Raises ValueError where its files are not whole."""
     reason = "its files are of unlike lengths"
     try:
         store = Store(
@@ -142,12 +149,20 @@ def _open_store(folder: Path) -> Store | None:
             return store
     except (ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error) or type(error).__name__
-    logger.warning("the tokenized data in %s is damaged (%s); it is removed and made again", folder, reason)
+    raise ValueError(f"the tokenized data in {folder} is damaged ({reason})")
+
+
+def _reopen_store(folder: Path) -> Store | None:
+    """The store in a folder; None, after a warning, where its files are not whole, and then the folder is removed."""
+    try:
+        return open_store(folder)
+    except ValueError as error:
+        logger.warning("%s; it is removed and made again", error)
     shutil.rmtree(folder)
     return None
 
 
-def _write_store(job: tokenizing.Job, *, show: bool) -> None:
+def _write_store(job: tokenizing.Job, *, show: bool, workers: int) -> None:
     """Tokenizes what a killed build has not, and puts the pieces together in their order."""
     job.folder.mkdir(exist_ok=True)
     journal = _Journal(job.folder)
@@ -164,7 +179,7 @@ def _write_store(job: tokenizing.Job, *, show: bool) -> None:
 
         progress.advance(task, sum(piece.size for piece in job.pieces[: journal.done]))
         numbers = range(journal.done, len(job.pieces))
-        work = tokenizing.tokenize_pieces(job, numbers, _count_workers(job), advance)
+        work = tokenizing.tokenize_pieces(job, numbers, workers, advance)
         with contextlib.closing(work):  # which ends its processes
             for number, finished in work:
                 finished.result()

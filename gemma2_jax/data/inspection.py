@@ -1,0 +1,193 @@
+"""What a data set is, in facts and samples: of any source, of .bin and .idx files, and of tokenized data.
+
+Everything here is gathered for people to read; nothing trains on it. `__main__` prints it.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.filesize import decimal
+
+from gemma2_jax.config import DataConfig
+from gemma2_jax.data import sources
+from gemma2_jax.data.encoding import encode_examples
+from gemma2_jax.data.indexed import Indexed
+from gemma2_jax.data.records import Example
+from gemma2_jax.data.report import Report
+from gemma2_jax.data.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_DOCUMENTS_PER_CALL = 256  # of the tokenizer
+_BORDERS = 100_000  # documents whose first and last tokens are looked at
+_BLOCK = 1 << 24  # tokens that are counted at one time
+_SHOWN_PLACES = 3
+_SHOWN_END = 60  # tokens at each end of a long run, or so many times 4 characters
+
+Piece = tuple[str, bool]  # a part of a document's text, and whether it is learned
+Fact = tuple[str, str]  # what a line is about, and the line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is to be printed."""
+
+    facts: list[Fact]
+    samples: list[list[Piece]]
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """Lengths of documents, and some of the documents, chosen at random but alike each time."""
+
+    kept: int
+    lengths: list[int] = field(default_factory=list)
+    learned: int = 0
+    documents: list[list] = field(default_factory=list)  # pieces: tokens or a text, and whether they are learned
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def add(self, pieces: list) -> None:
+        self.lengths.append(sum(len(content) for content, _ in pieces))
+        self.learned += sum(len(content) for content, is_learned in pieces if is_learned)
+        place = len(self.documents) if len(self.documents) < self.kept else self._random.randrange(len(self.lengths))
+        if place < self.kept:
+            self.documents[place : place + 1] = [pieces]
+
+
+def inspect_source(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", *, documents: int, samples: int
+) -> Inspection:
+    """Reads the first so many documents of `data.train`; all where `documents` is 0. Bad ones are counted.
+
+    Without a tokenizer, characters are counted, and not tokens. Raises ValueError if the source has no files.
+    """
+    data = replace(data, eval="", eval_fraction=0.0, on_bad="skip")
+    report, tally = Report(), _Tally(kept=samples)
+    examples = sources.read_examples(data, "train", report)
+    for batch in itertools.batched(itertools.islice(examples, documents or None), _DOCUMENTS_PER_CALL):
+        if tokenizer:
+            for tokens, learned in encode_examples(batch, tokenizer, data, report):
+                tally.add(_split_runs(tokens, learned))
+        else:
+            for example in batch:
+                report.shapes[example.shape] += 1
+                tally.add(_split_text(example))
+    more = " of the first ones; --documents 0 reads all" if documents and next(examples, None) is not None else ""
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in report.shapes.most_common())
+    facts = [*_describe_places(data), ("documents", (f"{report.documents:,} ({shapes})" if shapes else "none") + more)]
+    facts += [("note", sentence) for sentence in report.describe()]
+    if tally.lengths:
+        unit = "tokens" if tokenizer else "characters"
+        facts += _describe_lengths(np.array(tally.lengths), tally.learned, unit)
+    return Inspection(facts=facts, samples=[_show_pieces(pieces, tokenizer) for pieces in tally.documents])
+
+
+def inspect_store(store: Store, tokenizer: "PreTrainedTokenizerFast | None", *, samples: int) -> Inspection:
+    """All documents of tokenized data."""
+    learned = sum(
+        int(np.count_nonzero(store.learned[start : start + _BLOCK])) for start in range(0, len(store.learned), _BLOCK)
+    )
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in store.report.shapes.most_common())
+    facts = [("tokenized data", str(store.folder)), ("documents", f"{len(store.offsets) - 1:,} ({shapes})")]
+    facts += [("note", sentence) for sentence in store.report.describe()]
+    facts += _describe_lengths(np.diff(store.offsets), learned, "tokens")
+    chosen = []
+    for number in _choose_documents(len(store.offsets) - 1, samples):
+        begin, end = store.offsets[number : number + 2].tolist()
+        pieces = _split_runs(store.tokens[begin:end].tolist(), store.learned[begin:end].tolist())
+        chosen.append(_show_pieces(pieces, tokenizer))
+    return Inspection(facts=facts, samples=chosen)
+
+
+def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None", *, samples: int) -> Inspection:
+    """All documents of .bin and .idx files, whose tokens are all learned but the first of each."""
+    offsets = indexed.document_offsets()
+    count, total = len(offsets) - 1, len(indexed.documents) - 1
+    empty = f", of which {total - count:,} are empty" if total > count else ""
+    sequences = f" in {len(indexed.lengths):,} sequences" if len(indexed.lengths) != total else ""
+    files = f"{indexed.prefix}.bin and .idx: {decimal(indexed.tokens.nbytes)} of {indexed.tokens.dtype}"
+    facts = [("source", files), ("documents", f"{total:,}{empty}{sequences}")]
+    if count:
+        facts += _describe_lengths(np.diff(offsets), int(offsets[-1]) - count, "tokens")
+        borders = offsets[: _BORDERS + 1]
+        first, last = indexed.tokens[borders[:-1]], indexed.tokens[borders[1:] - 1]
+        verbs = {"begin": first, "end": last}
+        facts.append(("borders", ", ".join(_describe_commonest(*pair, tokenizer) for pair in verbs.items())))
+    chosen = []
+    for number in _choose_documents(count, samples):
+        tokens = indexed.tokens[offsets[number] : offsets[number + 1]].tolist()
+        chosen.append(_show_pieces(_split_runs(tokens, [False, *[True] * (len(tokens) - 1)]), tokenizer))
+    return Inspection(facts=facts, samples=chosen)
+
+
+def _describe_places(data: DataConfig) -> Iterator[Fact]:
+    yield "source", data.train
+    choice = sources.choose_places(data, "train")
+    if choice.places:
+        names = ", ".join(place.label for place in choice.places[:_SHOWN_PLACES])
+        rest = len(choice.places) - _SHOWN_PLACES
+        more = f" and {rest:,} more" if rest > 0 else ""
+        size = sum(place.size for place in choice.places)
+        yield "places", f"{len(choice.places):,}, of {decimal(size)}: {names}{more}"
+    for note in choice.notes:
+        yield "note", note
+
+
+def _describe_lengths(lengths: np.ndarray, learned: int, unit: str) -> Iterator[Fact]:
+    total = int(lengths.sum())
+    yield unit, f"{total:,}, of which {learned:,} ({learned / max(total, 1):.0%}) are learned"
+    marks = {"shortest": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "longest": 100}
+    values = np.percentile(lengths, [*marks.values()], method="nearest").astype(int).tolist()
+    yield "a document", ", ".join(f"{name} {value:,}" for name, value in zip(marks, values, strict=True)) + f" {unit}"
+
+
+def _describe_commonest(verb: str, tokens: np.ndarray, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+    values, counts = np.unique(tokens, return_counts=True)
+    token = int(values[counts.argmax()])
+    text = f" ({tokenizer.convert_ids_to_tokens(token)})" if tokenizer else ""
+    return f"{counts.max() / len(tokens):.0%} of documents {verb} with token {token}{text}"
+
+
+def _choose_documents(count: int, samples: int) -> list[int]:
+    return sorted(random.Random(0).sample(range(count), min(samples, count)))
+
+
+def _split_runs(tokens: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
+    """Tokens in runs that are learned, or not."""
+    runs = itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: pair[1])
+    return [([token for token, _ in run], is_learned) for is_learned, run in runs]
+
+
+def _split_text(example: Example) -> list[Piece]:
+    """A document as it was read, without a chat template."""
+    if example.turns:
+        return [
+            (f"{turn.role}: {turn.content}\n", turn.role == "assistant" and turn.is_learned) for turn in example.turns
+        ]
+    return [(text, is_learned) for text, is_learned in ((example.prompt, False), (example.completion, True)) if text]
+
+
+def _show_pieces(pieces: list, tokenizer: "PreTrainedTokenizerFast | None") -> list[Piece]:
+    """Pieces as text, long ones without their middle. Tokens are numbers where there is no tokenizer."""
+
+    def show(content: list[int] | str) -> str:
+        if isinstance(content, str):
+            return content
+        return str(tokenizer.decode(content)) if tokenizer else " ".join(map(str, content))
+
+    shown = []
+    for content, is_learned in pieces:
+        end = _SHOWN_END * (4 if isinstance(content, str) else 1)
+        left = len(content) - 2 * end
+        if left <= 0:
+            shown.append((show(content), is_learned))
+            continue
+        unit = "characters" if isinstance(content, str) else "tokens"
+        middle = f" [... {left:,} {unit} ...] "
+        shown.append((show(content[:end]) + middle + show(content[-end:]), is_learned))
+    return shown
