@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma2_jax.data.files import is_url, open_file
+from gemma2_jax.data.files import BUFFER_BYTES, is_url, open_file
 from gemma2_jax.data.records import BadRecord
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def _open(path: str, label: str) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         try:
             if kind == "Parquet":
-                yield stack.enter_context(parquet.ParquetFile(stack.enter_context(open_file(path))))
+                source = stack.enter_context(open_file(path)) if is_url(path) else path
+                yield stack.enter_context(parquet.ParquetFile(source, buffer_size=BUFFER_BYTES))
                 return
             file = stack.enter_context(open_file(path))
             is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)

@@ -133,7 +133,10 @@ def _list_remote(source: str) -> tuple[File, ...]:
             found = system.find(root, detail=True)
         else:
             return (_describe_remote(system.unstrip_protocol(root), "", info),)
-    below = {path: path.removeprefix(base).lstrip("/") for path in sorted(found) if found[path]["type"] == "file"}
+    paths = sorted(path for path, info in found.items() if info["type"] == "file")
+    if not all(path.startswith(base) for path in paths):  # hf:// writes the slashes of a revision otherwise
+        base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    below = {path: path.removeprefix(base).lstrip("/") for path in paths}
     return tuple(
         _describe_remote(system.unstrip_protocol(path), name, found[path])
         for path, name in below.items()

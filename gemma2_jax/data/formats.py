@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.data.files import BUFFER_BYTES, open_file
-from gemma2_jax.data.records import BadRecord
+from gemma2_jax.data.records import SHAPES, BadRecord
 
 if TYPE_CHECKING:
     from gemma2_jax.data.places import Part
@@ -90,7 +91,27 @@ def _skip_mark(stream: io.BufferedReader, part: "Part") -> io.BufferedReader:
 
 
 def _read_json(stream: io.BufferedReader, part: "Part") -> Located:
-    return {"array": _read_array, "values": _read_values, "lines": _read_lines}[find_layout(stream, part)](stream, part)
+    read = {"array": _read_array, "values": _read_values, "lines": _read_lines}[find_layout(stream, part)]
+    located = read(stream, part)
+    if part.ending != ".json":
+        yield from located
+        return
+    first = list(itertools.islice(located, 2))
+    if len(first) == 1 and isinstance(first[0][1], dict):
+        _check_single(first[0][1], part)
+    yield from itertools.chain(first, located)
+
+
+def _check_single(value: dict, part: "Part") -> None:
+    """Raises ValueError where the only value of a file is an object that holds the documents, and not one itself."""
+    if any(value.keys() >= set(shape.columns) for shape in SHAPES):
+        return
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            raise ValueError(
+                f"{part.label} is one object, of which {key!r} is a list of {len(inner):,} others; if those are the "
+                f"documents, write them as lines: jq -c '.{key}[]' {part.label} > {key}.jsonl"
+            )
 
 
 def find_layout(stream: io.BufferedReader, part: "Part") -> str:

@@ -79,6 +79,8 @@ def _explain(name: str, subset: str, error: Exception) -> str:
             f"there is no file or folder {name!r}, and {constants.ENDPOINT} did not answer for a data set of that name "
             f"({first_line(error)}); mend that, or copy the data here"
         )
+    if "data files" in text:
+        return f"the data set {name} has no files that the library datasets reads; look at {address}/tree/main"
     if isinstance(error, FileNotFoundError):
         return (
             f"there is no file or folder {name!r}, and {constants.ENDPOINT} has no data set of that name for this "

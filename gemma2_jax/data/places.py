@@ -91,7 +91,8 @@ def choose_training(data: DataConfig) -> tuple[Choice, Choice]:
     chosen = sorted([*found.get(asked, []), *unnamed], key=lambda place: place.path)
     others = {name: found[name] for name in sorted(found) if name not in (asked, "")}
     if not chosen:
-        has = f"it has {', '.join(others)}: --data.split {next(iter(others))}" if others else "no name there tells one"
+        first = next((name for name in others if name.startswith(asked)), next(iter(others), ""))
+        has = f"it has {', '.join(others)}: --data.split {first}" if others else "no name there tells one"
         raise ValueError(f"{source} has no split {data.split!r}; {has}")
     held_out = others.pop(splits.HELD_OUT, []) if not data.eval and data.eval_fraction else []
     notes += tuple(

@@ -158,6 +158,10 @@ DAMAGE = {
     "bad.json": (b'[%b,\n{"a" 2}' % LINE + b" " * 99, r"bad.json:2: not JSON \(Expecting ':' delimiter\)"),
     "byte.json": (b'[{"prompt": "\xff", "completion": "b"}]', r"byte.json:1: has bytes that are not UTF-8; convert"),
     "deep.json": (b"[" * 99999, r"deep.json:1: not JSON \(maximum recursion depth"),
+    "one.json": (
+        b'{"version": 1, "data": %b}' % ARRAY,
+        r"one.json is one object, of which 'data'",
+    ),
     "empty.json": (b"[]", r"empty.json is empty; remove it"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty; remove it"),
     "long.csv": (b"prompt,completion\na,b,c\n", r"long.csv:2: has 3 columns, and the first line names 2; quote what"),
@@ -328,7 +332,7 @@ def test_save_to_disk(tmp_path):
     expected = ["all/train_sft/data-00000-of-00001.arrow"]
     assert choose(tmp_path / "all", split="train_sft", eval_fraction=0.0)[0] == expected
     assert choose(tmp_path / "all/train_sft", eval_fraction=0.0)[0] == expected
-    with pytest.raises(ValueError, match=r"has no split 'train'; it has test_sft, train_sft: --data.split test_sft"):
+    with pytest.raises(ValueError, match=r"has no split 'train'; it has test_sft, train_sft: --data.split train_sft"):
         choose(tmp_path / "all")
     (tmp_path / expected[0]).unlink()
     with pytest.raises(ValueError, match=r"train_sft lacks data-00000-of-00001.arrow, which its state.json names"):
@@ -440,6 +444,9 @@ def test_data_sets_of_the_hub(load_dataset):
             RuntimeError("Dataset scripts are no longer supported, but found tiny.py"),
             r"is read by a script of its own, .* 'hf://datasets/org/tiny@refs/convert/parquet/\*\*/train/\*.parquet'",
         ),
+        ("", Refusal("No (supported) data files found in org/tiny"), r"has no files that the library datasets reads"),
+        ("", Refusal("Dataset 'org/tiny' doesn't exist on the Hub"), r"has no data set of that name for this account"),
+        ("", ConnectionError("Couldn't reach 'org/tiny'"), r"HF_HUB_OFFLINE is set; unset it to download"),
         ("", RuntimeError("disk full"), r"the data set org/tiny could not be downloaded: disk full"),
     ],
 )
