@@ -63,7 +63,9 @@ def _open(path: str, label: str) -> Iterator[Any]:
         try:
             if kind == "Parquet":
                 source = stack.enter_context(open_file(path)) if is_url(path) else path
-                yield stack.enter_context(parquet.ParquetFile(source, buffer_size=BUFFER_BYTES))
+                # Behind a URL, a row group is read at one time, as each request takes a while; else a part of it is.
+                file = parquet.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=is_url(path))
+                yield stack.enter_context(file)
                 return
             file = stack.enter_context(open_file(path))
             is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
