@@ -167,6 +167,9 @@ class _Worker:
 
 def main() -> None:
     """Tokenizes the pieces that the parent names, until it names no more or has ended."""
+    # transformers imports torch where it is installed, which takes seconds and 300 MB, and tokenizers need none of it.
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that what a library prints is no answer
 
