@@ -297,9 +297,8 @@ class DataConfig:
     prompt_template: str = ""  # such as "Context: {context} Question: {question} Answer:", instead of a prompt
     # Of consecutive turns of one role, where the chat template does not take them: an error, or one turn.
     repeated_roles: Literal["refuse", "merge"] = "refuse"
-    on_bad: Literal["stop", "skip"] = (
-        "stop"  # of documents that cannot be trained on: the first is an error, or counted
-    )
+    # At documents that cannot be trained on: stop with the first, or leave them out and count them.
+    on_bad: Literal["stop", "skip"] = "stop"
     packing: bool = True  # several documents share a row, and attend only to themselves
     # Of rows: documents shuffled and packed, or as Megatron-LM reads its .bin and .idx files, sample for sample.
     order: Literal["shuffled", "megatron"] = "shuffled"
