@@ -20,6 +20,11 @@ _ASIDE = re.compile(  # files that are no documents, whatever they end with
     r"|(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|cards?\.json",
     re.IGNORECASE,
 )
+# Packages that fsspec needs for the URLs of a protocol.
+_LIBRARIES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
+    "http": "aiohttp requests", "https": "aiohttp requests",
+}  # fmt: skip
 # What file systems call the mark of a file's content, the surest first.
 _MARKS = (
     "ETag",
@@ -117,6 +122,9 @@ def _stat(path: Path, below: str) -> File:
 def _list_remote(source: str) -> tuple[File, ...]:
     import fsspec
 
+    protocol = source.partition("://")[0]
+    if protocol not in fsspec.available_protocols():
+        raise ValueError(f"{source}: fsspec knows no {protocol}://, but s3://, gs://, https://, hf:// and others")
     system, root = fsspec.core.url_to_fs(source)
     base, found = root, {}
     if has_wildcard(source):
@@ -128,6 +136,8 @@ def _list_remote(source: str) -> tuple[File, ...]:
         try:
             info = system.info(root)
         except FileNotFoundError:
+            if source.startswith("http"):
+                raise
             info = {"type": "directory"}  # object stores have no folders, only files whose names begin alike
         if info["type"] == "directory" or root.endswith("/"):
             found = system.find(root, detail=True)
@@ -138,7 +148,9 @@ def _list_remote(source: str) -> tuple[File, ...]:
         base = os.path.commonpath([os.path.dirname(path) for path in paths])
     below = {path: path.removeprefix(base).lstrip("/") for path in paths}
     return tuple(
-        _describe_remote(system.unstrip_protocol(path), name, found[path])
+        _describe_remote(
+            system.unstrip_protocol(path), name, found[path] if found[path].get("size") else system.info(path)
+        )
         for path, name in below.items()
         if not _is_aside(name)
     )
@@ -165,10 +177,17 @@ def explain_failure(path: str) -> Iterator[None]:
     """Raises ValueError for what file systems behind URLs raise, in a sentence that names the URL."""
     try:
         yield
+    except ValueError:  # which is said already
+        raise
     except ImportError as error:
-        raise ValueError(f"{path} needs a library that is not here: {error}") from error
+        needed = _LIBRARIES.get(path.partition("://")[0])
+        remedy = f"pip install {needed}" if needed else first_line(error)
+        raise ValueError(f"{path} needs a library that is not installed: {remedy}") from error
     except FileNotFoundError as error:
-        raise ValueError(f"there is nothing at {path}; check its spelling") from error
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(
+            f"{path} was not found ({reason}); check its spelling, and that this machine reaches it"
+        ) from error
     except PermissionError as error:
         raise ValueError(
             f"{path} may not be read ({first_line(error)}); give this machine credentials that may, as the command "

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ _ENCODINGS = (  # byte order marks, and how text without them begins
     (rb"\xff\xfe|[^\x00]\x00[^\x00]\x00", "UTF-16LE"),
     (rb"\xfe\xff|\x00[^\x00]\x00[^\x00]", "UTF-16BE"),
 )
+_UNPACKERS = {"": "cat", ".gz": "gzip -dc", ".zst": "zstd -dc"}  # commands
 _FOREIGN = (  # how files of other formats begin
     (b"\x1f\x8b", "compressed by gzip", ".gz"),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", ".zst"),
@@ -82,8 +84,8 @@ def _skip_mark(stream: io.BufferedReader, part: "Part") -> io.BufferedReader:
     for pattern, encoding in _ENCODINGS:
         if re.match(pattern, head, re.DOTALL):
             raise ValueError(
-                f"{part.label} is {encoding}, and documents are read as UTF-8: iconv -f {encoding} -t UTF-8 "
-                f"{part.path} > utf8{part.ending}"
+                f"{part.label} is {encoding}, and documents are read as UTF-8: {_UNPACKERS[part.compression]} "
+                f"{shlex.quote(part.path)} | iconv -f {encoding} -t UTF-8 > utf8{part.ending}"
             )
     if head.startswith(b"\xef\xbb\xbf"):
         stream.read(3)

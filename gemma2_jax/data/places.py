@@ -133,8 +133,9 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
     taken = [file for file in found if split_ending(file.path)[0] in _ENDINGS]
     passed = [file for file in found if split_ending(file.path)[0] not in _ENDINGS]
     known = f"{', '.join(_ENDINGS)}, and text also with {' or '.join(formats.COMPRESSIONS)}"
+    hint = "; the URL of a folder ends with /" if files.is_url(source) else ""
     if passed and not (is_folder and taken):
-        raise ValueError(f"{passed[0].path} is none of the formats that are read ({known}); convert or rename it")
+        raise ValueError(f"{passed[0].path} is none of the formats that are read ({known}); convert or rename it{hint}")
     if not taken:
         raise ValueError(
             f"no data at {source!r}: give 'python-docs', a file ({known}), a folder or a glob of such, a URL, or a "
@@ -287,9 +288,17 @@ def read_piece(piece: Piece) -> Iterator[Record]:
     Raises ValueError for a file that is empty, damaged, or not what its name says, and OSError where it cannot be read.
     """
     for part in piece.parts:
-        read = columnar.read_rows if part.ending in (".parquet", ".arrow") else formats.read_text_file
         where = ""
-        for where, record in read(part):
+        for where, record in _read_part(part):
             yield where, record, ""
         if not where and part.is_whole:
             raise ValueError(f"{part.label} is empty; remove it, or write one document per line or row")
+
+
+def _read_part(part: Part) -> formats.Located:
+    read = columnar.read_rows if part.ending in (".parquet", ".arrow") else formats.read_text_file
+    if not files.is_url(part.path):
+        yield from read(part)
+        return
+    with files.explain_failure(part.path):
+        yield from read(part)

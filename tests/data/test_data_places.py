@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pyarrow
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from pyarrow import ipc, parquet
 
 from gemma2_jax.config import DataConfig
@@ -144,7 +145,7 @@ DAMAGE = {
     "excel.csv": (b"PK\x03\x04", r"excel.csv is a ZIP archive or an Excel sheet; give what it was made from"),
     "utf16.csv": (
         write_csv().decode().encode("utf-16"),
-        r"utf16.csv is UTF-16LE, .*: iconv -f UTF-16LE -t UTF-8 ",
+        r"utf16.csv is UTF-16LE, .*utf16.csv \| iconv -f UTF-16LE ",
     ),
     "utf32.jsonl": (LINES.decode().encode("utf-32-be"), r"utf32.jsonl is UTF-32BE, "),
     "cut.json": (ARRAY[:-9], r"cut.json:1: not JSON \(the file ends within a value\), and nothing after it can be"),
@@ -358,10 +359,18 @@ def test_urls(tmp_path):
 
 def test_urls_that_cannot_be_read_are_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match=r"gs://a/b.jsonl needs a library that is not here: .*install gcsfs"):
+    with pytest.raises(ValueError, match=r"gs://a/b.jsonl needs a library that is not installed: pip install gcsfs"):
         read("gs://a/b.jsonl")
-    with pytest.raises(ValueError, match=r"nosuch://a.jsonl could not be read: Protocol not known: nosuch"):
+    with pytest.raises(ValueError, match=r"nosuch://a.jsonl: fsspec knows no nosuch://, but s3://"):
         read("nosuch://a.jsonl")
+    fsspec.filesystem("memory").pipe("/lost/a.jsonl", LINES)
+
+    def lose(*_):
+        raise RuntimeError("the connection\nwas lost")
+
+    monkeypatch.setattr(MemoryFile, "readinto", lose)
+    with pytest.raises(ValueError, match=r"memory:///lost/a.jsonl could not be read: the connection$"):
+        read("memory://lost/a.jsonl")
 
 
 def test_a_change_of_a_place_is_seen(tmp_path):
