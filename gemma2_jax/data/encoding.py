@@ -89,7 +89,7 @@ def encode_examples(
             learned.insert(0, False)
         learned[0] = False  # nothing comes before it to predict it from
         last = example.turns[-1] if example.turns else None
-        report.shapes[example.shape] += 1
+        report.count(example.shape, len(tokens) + 1, example.where)
         yield [*tokens, eos], [*learned, last is None or (last.role == "assistant" and last.is_learned)]
 
 

@@ -1,6 +1,7 @@
 """Documents as tokens: which of them are learned, and the store that keeps them."""
 
 import copy
+import json
 
 import pytest
 
@@ -144,3 +145,20 @@ def test_a_template_that_takes_more_is_left_to_it(tokenizer):
     turns = (SYSTEM, *talk("if"), Turn(role="tool", content="x"), *talk("y", "or"))
     ((ids, _),) = encode(other, Example(where="a:1", turns=turns))
     assert other.decode(ids) == "<bos>[system]is;[user]if;[tool]x;[user]y;[assistant]or;<eos>"
+
+
+def test_long_documents_are_told_of(tokenizer):
+    documents = [
+        Example(where=f"a:{number}", completion="if " * words) for number, words in enumerate((3, 600, 1200, 400))
+    ]
+    first, second = Report(), Report()
+    lengths = [len(ids) for ids, _ in encode(tokenizer, *documents[:2], report=first)]
+    lengths += [len(ids) for ids, _ in encode(tokenizer, *documents[2:], report=second)]
+    first.add(Report.from_json(json.loads(json.dumps(second.to_json()))))
+    assert first.longest == (lengths[2], "a:2") and first.documents == 4
+    assert {power: (found.count, found.first) for power, found in first.long.items()} == {
+        power: (sum(length > int(power) for length in lengths), "a:1" if int(power) < lengths[1] else "a:2")
+        for power in first.long
+    }
+    assert first.describe_longest(256).endswith("(a:2), the first of more than 256 is a:1")
+    assert first.describe_longest(4096) == f"the longest has {lengths[2]:,} tokens (a:2)"
