@@ -245,7 +245,7 @@ def build_order(dataset: Indexed, bounds: tuple[int, int], *, samples: int | Non
     """
     sizes = np.asarray(dataset.lengths)
     tokens = int(sizes[slice(*bounds)].sum(dtype=np.int64))
-    if tokens <= length:
+    if tokens <= (length if samples is None else 0):  # where samples are asked for, epochs are added for them
         raise ValueError(
             f"{dataset.prefix} has {tokens:,} tokens in its documents {bounds[0]:,} to {bounds[1]:,}, and a row takes "
             f"{length + 1:,}"

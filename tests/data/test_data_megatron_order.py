@@ -1,5 +1,6 @@
 """Megatron's order: arrays worked out by hand, loops written from the rules, and batches that plug in."""
 
+import hashlib
 import math
 import re
 from dataclasses import replace
@@ -176,6 +177,31 @@ def test_without_weights_each_is_read_once(write, ask):
 
 
 @pytest.mark.parametrize(
+    ("train", "held_out", "samples", "trained", "evaluated"),
+    [
+        ("{a}", "", (250, 30), "265 0bab2a2d8c35560a", "47 51ff9d2d4f2c52cb"),
+        ("0.7*{a},0.3*{b}", "", (400, 60), "400 fb1d62374dc13e90", "60 d3a38fd16e4fa5ce"),
+        ("{a},{b}", "", (100, 20), "100 675a3bee61ee38f1", "20 fc6688f857155e83"),
+        ("1*{a},3*{b}", "{b}", (400, 100), "400 e64fab96ef33ea72", "144 ada7e492436ca291"),
+    ],
+)
+def test_rows_are_those_of_megatron_core(write, ask, train, held_out, samples, trained, evaluated):
+    """Digests of what BlendedMegatronDatasetBuilder of megatron-core 0.19.2 gave for these documents and seed 1234."""
+    names = {"a": write(corpus(1, 60), "a"), "b": write(corpus(2, 40), "b")}
+    fields = {"eval": held_out.format(**names)} if held_out else {"splits": "80,20,0"}
+    for part, count, expected in zip(("train", "eval"), samples, (trained, evaluated), strict=True):
+        rows = ask(train.format(**names), count, length=16, part=part, seed=1234, **fields)
+        digest = hashlib.blake2b(digest_size=8)
+        for row in map(rows.__getitem__, range(len(rows))):
+            digest.update(row["tokens"].tobytes() + row["targets"].tobytes())
+        assert f"{len(rows)} {digest.hexdigest()}" == expected
+
+
+def test_a_row_may_take_several_epochs(write, ask):
+    assert texts(ask(write([[20, 1]]), 3, length=5)) == slow_samples([[20, 1]], 0, 1, 3, 5, 0)
+
+
+@pytest.mark.parametrize(
     ("split", "count", "bounds"),
     [
         ((9999, 8, 2), 10_009, [(0, 9999), (9999, 10_007), (10_007, 10_009)]),
@@ -218,7 +244,7 @@ def test_a_source_of_its_own_is_held_out_whole(write, ask):
             r"shares of 1, 0, 0 leave none of the 3 documents of .*a held out; give others",
         ),
         ("{a}", {"kind": "instructions"}, r"a.bin has tokens and not which of them answer a prompt; --data.kind text"),
-        ("{a}", {"length": 9}, r"a has 9 tokens in its documents 0 to 3, and a row takes 10"),
+        ("{a},{b}", {"length": 9}, r"a has 9 tokens in its documents 0 to 3, and a row takes 10"),
     ],
 )
 def test_what_has_no_rows_is_told(write, ask, source, fields, reason):
