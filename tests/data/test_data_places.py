@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -18,7 +19,7 @@ from pyarrow import ipc, parquet
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import hub, places, sources
-from gemma2_jax.data.records import BadRecord
+from gemma2_jax.data.records import SHAPES, BadRecord, make_example
 from gemma2_jax.data.report import Report
 
 RECORDS = [{"prompt": f"Q{number} é,\n", "completion": f'A"{number}"'} for number in range(5)]
@@ -463,6 +464,13 @@ def test_the_hub_refuses(load_dataset, subset, error, sentence):
     load_dataset.answer = error
     with pytest.raises(ValueError, match=sentence):
         choose("org/tiny", subset=subset)
+
+
+def test_the_documentation_has_a_record_of_each_shape():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    rows = re.findall(r"^\| ([\w ]+) \| `(\{.*\})` \|$", page, re.MULTILINE)
+    shapes = [make_example(json.loads(record), "", DataConfig()).shape for _, record in rows]
+    assert shapes == [name for name, _ in rows] == [*dict.fromkeys(s.name for s in SHAPES if s.name != "preference")]
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch):
