@@ -232,7 +232,6 @@ def alone(tmp_path_factory) -> Path:
 @pytest.mark.exhaustive
 def test_two_processes_equal_one(alone, tmp_path):
     """Started as srun would; then gone on with by one process. Sums over shards are in another order between them."""
-    shutil.copytree(alone / "data", tmp_path / "two" / "data")
     tasks = [SRUN | {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())} for _ in range(2)]
     for index, task in enumerate(tasks):
         task |= {"SLURM_PROCID": str(index), "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}

@@ -97,7 +97,7 @@ def test_what_a_run_writes(tmp_path):
     config = replace(config, train=replace(config.train, eval_every=1))
     result = loop.train(config)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "data", "run.lock",
+        "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "run.lock",
     }  # fmt: skip
     assert configs.from_text((tmp_path / "config.txt").read_text()) == config
     lines = lines_of(tmp_path)
