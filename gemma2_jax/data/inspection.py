@@ -3,6 +3,7 @@
 Everything here is gathered for people to read; nothing trains on it. `__main__` prints it.
 """
 
+import contextlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -59,32 +60,73 @@ class _Tally:
             self.documents[place : place + 1] = [pieces]
 
 
+class _Enough(Exception):
+    """As many documents were read as were asked for."""
+
+
+@dataclass
+class _BoundedReport(Report):
+    """A report of so many documents at most."""
+
+    most: int = 0  # 0: all
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many documents were left out."""
+        return 0 < self.most <= sum(finding.count for finding in self.dropped.values())
+
+    def drop(self, reason: str, sentence: str) -> None:
+        super().drop(reason, sentence)
+        if self.is_full:
+            raise _Enough
+
+
 def inspect_source(
     data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", *, documents: int, samples: int
 ) -> Inspection:
     """Reads the first so many documents of `data.train`; all where `documents` is 0. Bad ones are counted.
 
-    Without a tokenizer, characters are counted, and not tokens. Raises ValueError if the source has no files.
+    Records that have a text, and no columns of instructions, are read as plain text. Without a tokenizer, characters
+    are counted, and not tokens. Raises ValueError if the source has no files.
     """
     data = replace(data, eval="", eval_fraction=0.0, on_bad="skip")
-    report, tally = Report(), _Tally(kept=samples)
-    examples = sources.read_examples(data, "train", report)
-    for batch in itertools.batched(itertools.islice(examples, documents or None), _DOCUMENTS_PER_CALL):
-        if tokenizer:
-            for tokens, learned in encode_examples(batch, tokenizer, data, report):
-                tally.add(_split_runs(tokens, learned))
-        else:
-            for example in batch:
-                report.shapes[example.shape] += 1
-                tally.add(_split_text(example))
-    more = " of the first ones; --documents 0 reads all" if documents and next(examples, None) is not None else ""
+    report, tally, is_cut = _read_documents(data, tokenizer, documents, samples)
+    note = []
+    if not report.documents and "unknown columns" in report.dropped and data.kind == "instructions":
+        text = replace(data, kind="text")
+        if (found := _read_documents(text, tokenizer, documents, samples))[0].documents:
+            (report, tally, is_cut), note = found, [("note", "read as plain text, as with --data.kind text")]
+    count = f"{report.documents:,}" + (", the first ones; --documents 0 reads all" if is_cut else "")
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in report.shapes.most_common())
-    facts = [*_describe_places(data), ("documents", (f"{report.documents:,} ({shapes})" if shapes else "none") + more)]
+    facts = [*_describe_places(data), *note, ("documents", count), *([("shapes", shapes)] if shapes else [])]
     facts += [("note", sentence) for sentence in report.describe()]
     if tally.lengths:
         unit = "tokens" if tokenizer else "characters"
         facts += _describe_lengths(np.array(tally.lengths), tally.learned, unit)
     return Inspection(facts=facts, samples=[_show_pieces(pieces, tokenizer) for pieces in tally.documents])
+
+
+def _read_documents(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", documents: int, samples: int
+) -> tuple[Report, _Tally, bool]:
+    """What became of the first documents, and whether there are more."""
+    report, tally = _BoundedReport(most=documents), _Tally(kept=samples)
+    examples = _read_enough(sources.read_examples(data, "train", report))
+    for batch in itertools.batched(itertools.islice(examples, documents or None), _DOCUMENTS_PER_CALL):
+        if tokenizer:
+            for tokens, learned in _read_enough(encode_examples(batch, tokenizer, data, report)):
+                tally.add(_split_runs(tokens, learned))
+        else:
+            for example in batch:
+                report.shapes[example.shape] += 1
+                tally.add(_split_text(example))
+    return report, tally, report.is_full or (documents > 0 and next(examples, None) is not None)
+
+
+def _read_enough[T](documents: Iterator[T]) -> Iterator[T]:
+    """Documents until a report of them is full."""
+    with contextlib.suppress(_Enough):
+        yield from documents
 
 
 def inspect_store(store: Store, tokenizer: "PreTrainedTokenizerFast | None", *, samples: int) -> Inspection:
@@ -93,7 +135,7 @@ def inspect_store(store: Store, tokenizer: "PreTrainedTokenizerFast | None", *, 
         int(np.count_nonzero(store.learned[start : start + _BLOCK])) for start in range(0, len(store.learned), _BLOCK)
     )
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in store.report.shapes.most_common())
-    facts = [("tokenized data", str(store.folder)), ("documents", f"{len(store.offsets) - 1:,} ({shapes})")]
+    facts = [("tokenized data", str(store.folder)), ("documents", f"{len(store.offsets) - 1:,}"), ("shapes", shapes)]
     facts += [("note", sentence) for sentence in store.report.describe()]
     facts += _describe_lengths(np.diff(store.offsets), learned, "tokens")
     chosen = []

@@ -117,15 +117,16 @@ def test_what_cannot_be_built_is_told(run, corpus, tmp_path, words, reason):
 def test_a_source_is_inspected(run, jsonl):
     source = jsonl({"messages": CONVERSATION}, {"messages": CONVERSATION[:1]}, {"prompt": "1+1=", "completion": "2"})
     lines = run("inspect", source, "--data.tokenizer", TINY).splitlines()
-    assert [" ".join(line.split()) for line in lines[:4]] == [
+    assert [" ".join(line.split()) for line in lines[:5]] == [
         f"source {source}",
         f"places 1, of {Path(source).stat().st_size} bytes: {source}",
-        "documents 2 (1 messages, 1 prompt and completion)",
+        "documents 2",
+        "shapes 1 messages, 1 prompt and completion",
         f"note 1 document left out (no answer); the first is {source}:2: no message has the role 'assistant', which "
         "leaves nothing to learn: its roles are 'user'; name the one to learn from 'assistant'",
     ]
-    assert "are learned" in lines[4] and "shortest" in lines[5]
-    assert lines[6:] == [
+    assert "are learned" in lines[5] and "shortest" in lines[6]
+    assert lines[7:] == [
         "",
         "sample 1 of 2; what is between [[ and ]] is learned",
         "<bos><start_of_turn>user",
@@ -140,11 +141,18 @@ def test_a_source_is_inspected(run, jsonl):
 
 
 def test_a_source_is_inspected_without_a_tokenizer(run, corpus):
-    said = run("inspect", corpus, "--data.kind", "text", "--documents", "2")
-    assert "2 (2 text) of the first ones; --documents 0 reads all" in said
+    said = run("inspect", corpus, "--documents", "2")
+    assert "read as plain text, as with --data.kind text" in said
+    assert "documents       2, the first ones; --documents 0 reads all\nshapes          2 text\n" in said
     assert "\n[[One text.]]\n" in said and r"[[Another, with a \x1b of its own.]]" in said
     assert f"characters      {sum(map(len, TEXTS[:2]))}, of which" in said
     assert said.endswith("With --data.tokenizer FOLDER, a folder or a Hub id, tokens are counted and shown as text.\n")
+
+
+def test_no_more_bad_documents_are_read_than_asked(run, jsonl):
+    said = run("inspect", jsonl(*[{"messages": []}] * 9), "--documents", "4")
+    assert "documents       0, the first ones; --documents 0 reads all\n" in said
+    assert "4 documents left out (no answer)" in said
 
 
 def test_long_runs_lose_their_middle(run, jsonl):
@@ -157,7 +165,7 @@ def test_tokenized_data_is_inspected(run, corpus, tmp_path, tokenizer):
     data = DataConfig(kind="text", train=corpus, eval_fraction=0, cache=f"{tmp_path}/cache")
     store = build_store(data, "train", tokenizer, tmp_path / "cache")
     of_store = run("inspect", str(store.folder), "--data.tokenizer", TINY)
-    assert "documents       3 (3 text)" in of_store and "<bos>[[One text.<eos>]]" in of_store
+    assert "documents       3\nshapes          3 text\n" in of_store and "<bos>[[One text.<eos>]]" in of_store
     workdir = tmp_path / "run"
     workdir.mkdir()
     config = replace(configs.load_recipe("tiny_pretrain"), data=data)
