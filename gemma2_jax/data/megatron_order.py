@@ -6,7 +6,6 @@ the one that is furthest behind its share. Which samples there are depends on ho
 made once, kept beside the tokenized data and memory-mapped.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -222,15 +221,35 @@ def _keep_arrays(cache: Path, key: list, build: Callable[[], dict[str, np.ndarra
     digest = hashlib.blake2b(json.dumps([_FORMAT, key]).encode(), digest_size=16).hexdigest()
     folder = cache / f"megatron-{digest}"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="megatron-") as temporary:
-            partial = Path(temporary) / "arrays"
-            partial.mkdir()
-            for name, array in build().items():
-                np.save(partial / f"{name}.npy", array)
-            with contextlib.suppress(OSError):  # where another process has finished before
-                partial.rename(folder)
-    return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+        arrays = build()
+        try:
+            _write_arrays(folder, arrays)
+        except OSError as error:
+            raise OSError(
+                f"the order of rows could not be written to {cache} ({error}); make room there, or name a folder on "
+                "another disk with --data.cache"
+            ) from error
+    try:
+        return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"the order of rows in {folder} is damaged ({error}); delete it, and it is made again"
+        ) from error
+
+
+def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a folder of arrays, which gets its name when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="megatron-") as temporary:
+        partial = Path(temporary) / "arrays"
+        partial.mkdir()
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # it exists if another process has finished before
+                raise
 
 
 def sample_counts(weights: Sequence[float], rows: int, surplus: float = 0.0) -> list[int]:

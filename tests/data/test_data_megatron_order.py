@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -323,3 +324,18 @@ def test_what_was_made_is_read_again(write, ask, monkeypatch):
     rows = ask(source, 50)
     assert texts(rows) == before
     assert isinstance(rows.orders[0].sample_index, np.memmap)
+
+
+def test_what_cannot_be_kept_or_read_is_told(write, ask, tmp_path):
+    prefix = write(SMALL)
+    ask(prefix, 4)
+    (array,) = (tmp_path / "cache").rglob("sample_index.npy")
+    array.write_bytes(array.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=rf"the order of rows in {array.parent} is damaged .*; delete it, and it is made"
+    ):
+        ask(prefix, 4)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match=r"the order of rows could not be written to .*cache .*; make room there"):
+        ask(prefix, 4)
