@@ -262,7 +262,7 @@ class _Scanner:
                     self._advance(min(error.pos, len(self._buffer)))
                     self.refuse("the file ends within a value" if at_end else error.msg)
             else:
-                if end < len(self._buffer) or self._ended:
+                if end + len("e+") < len(self._buffer) or self._ended:  # what 1 is of 1e+9
                     text = self._buffer[self._position : end]
                     self._advance(end)
                     return where, value if _is_unicode(text) else _refuse_bytes(where)

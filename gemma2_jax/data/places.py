@@ -181,7 +181,8 @@ def _pass_over(source: str, found: list[File]) -> tuple[list[File], list[File]]:
         for folder in {os.path.dirname(file.path) for file in taken if file.path.endswith(".arrow")}:
             listed |= _read_state(folder)
     taken = [file for file in taken if file.path not in listed or listed[file.path]]
-    return taken, [file for file in found if file not in taken]
+    paths = {file.path for file in taken}
+    return taken, [file for file in found if file.path not in paths]
 
 
 def _read_state(folder: str) -> dict[str, bool]:
@@ -220,12 +221,14 @@ def list_pieces(places: Sequence[Place], piece_bytes: int) -> list[Piece]:
     """
     pieces: list[Piece] = []
     parts: list[Part] = []
+    size = 0
     for place in places:
         for part in _cut(place, piece_bytes):
-            if parts and sum(part.size for part in parts) + part.size > piece_bytes:
+            if parts and size + part.size > piece_bytes:
                 pieces.append(Piece(parts=tuple(parts)))
-                parts = []
+                parts, size = [], 0
             parts.append(part)
+            size += part.size
     return [*pieces, Piece(parts=tuple(parts))] if parts else pieces
 
 

@@ -100,7 +100,8 @@ def test_every_format_holds_the_same(tmp_path, name, monkeypatch):
     (tmp_path / name).write_bytes(FILES[name])
     assert read(tmp_path / name) == DOCUMENTS
     whole = [located for piece in cut(tmp_path / name, 1 << 20) for located in places.read_piece(piece)]
-    monkeypatch.setattr("gemma2_jax.data.formats.BUFFER_BYTES", 7)
+    for module in ("files", "formats"):
+        monkeypatch.setattr(f"gemma2_jax.data.{module}.BUFFER_BYTES", 7)
     for size in (1, 60, 200):
         pieces = pickle.loads(pickle.dumps(cut(tmp_path / name, size)))
         assert [located for piece in pieces for located in places.read_piece(piece)] == whole
@@ -122,6 +123,14 @@ def test_blank_lines_are_told_of_wherever_a_file_is_cut(tmp_path):
         located = [located for piece in cut(path, size) for located in places.read_piece(piece)]
         assert [where for where, _, _ in located] == [f"{path}:{number}" for number in (1, 2, 5, 6, 7)]
         assert [type(record) for _, record, _ in located] == [dict, BadRecord, dict, BadRecord, dict]
+
+
+def test_values_of_an_array_may_be_cut_anywhere(tmp_path, monkeypatch):
+    values = [1234567, -0.125e10, True, None, 12, float("-inf"), "\\\n\u00e9\U0001f600", [1, {"a": []}], {}]
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    for size in range(1, 20):
+        monkeypatch.setattr("gemma2_jax.data.formats.BUFFER_BYTES", size)
+        assert [record for _, record, _ in places.read_piece(cut(tmp_path / "a.json", 1)[0])] == values
 
 
 def test_small_files_share_a_piece(tmp_path):
@@ -263,7 +272,7 @@ LAYOUTS = {
     "dev": (["a.jsonl", "b_dev.jsonl", "LICENSE.txt"], {}, [0], [1]),
     "held out": (["mine/x.jsonl", "mine/held-out/y.jsonl"], {}, [0], [1]),
     "words within words": (["latest.jsonl", "devices.jsonl", "contest.jsonl"], {}, [2, 1, 0], None),
-    "train comes first": (["test/train_eval.jsonl", "eval.jsonl"], {}, [0], [1]),
+    "train comes first": (["test/eval_train.jsonl", "eval.jsonl"], {}, [0], [1]),
     "test2": (["a.jsonl", "test2.jsonl", "VAL.jsonl"], {}, [0], [2]),
     "another": (["train.jsonl", "test.jsonl", "val.jsonl"], {"split": "test"}, [1], [2]),
     "its synonym": (["train.jsonl", "val.jsonl"], {"split": "validation", "eval_fraction": 0.0}, [1], []),
@@ -311,13 +320,16 @@ def test_what_is_not_trained_on_is_said(tmp_path):
 
 
 def test_splits_that_are_not_there_are_errors(tmp_path):
-    fill(tmp_path, "test.jsonl", "val.jsonl", "other/a.pdf")
+    fill(tmp_path, "all/test.jsonl", "all/val.jsonl", "pdf/a.pdf")
+    fill(tmp_path / "other/sft", "train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"no split 'train'; it has test_sft, train_sft: --data.split train_sft"):
+        choose(tmp_path / "other/sft")
     with pytest.raises(ValueError, match=r"has no split 'train'; it has test, validation: --data.split test"):
-        choose(tmp_path)
-    with pytest.raises(ValueError, match=r"other/a.pdf is none of the formats that are read"):
-        choose(tmp_path / "other")
+        choose(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"pdf/a.pdf is none of the formats that are read"):
+        choose(tmp_path / "pdf")
     with pytest.raises(ValueError, match=r"data.subset 'main' is of a data set of the Hub, and .* is none"):
-        choose(tmp_path, subset="main")
+        choose(tmp_path / "all", subset="main")
     with pytest.raises(ValueError, match=r"data.split is 'train\[:10%\]'; it must be the name of a split"):
         DataConfig(split="train[:10%]")
 
@@ -347,7 +359,7 @@ def test_urls(tmp_path):
     for name, content in FILES.items():
         system.pipe(f"/places/{name}", content)
         assert read(f"memory://places/{name}") == DOCUMENTS
-    for name in ("train/a.jsonl", "train/b.jsonl", "test/c.jsonl", "README.md"):
+    for name in ("train/a.jsonl", "train/b.jsonl", "test/c.jsonl", "dataset_infos.json"):
         system.pipe(f"/split/{name}", json.dumps({"text": name}).encode())
     assert choose("memory://split", eval_fraction=0.0)[0] == ["train/a.jsonl", "train/b.jsonl"]
     assert choose("memory://split/*/[bc].jsonl", eval_fraction=0.0)[0] == ["train/b.jsonl"]
