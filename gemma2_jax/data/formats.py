@@ -157,7 +157,7 @@ def _read_lines(stream: io.BufferedReader, part: "Part") -> Located:
             yield where, BadRecord(where, "too long", f"the line is {_SIZE}; each line holds one JSON object")
             continue
         try:
-            yield where, json.loads(line)
+            yield where, json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess another encoding
         except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
             yield where, BadRecord(where, "not JSON", f"not JSON ({error}); each line holds one JSON object")
 
@@ -251,8 +251,6 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decode(self._buffer, self._position)
-            except RecursionError as error:
-                self.refuse(str(error))
             except json.JSONDecodeError as error:
                 # A value whose end has not been read looks malformed at the buffer's end, or in an open string.
                 is_open = error.msg.startswith("Unterminated string")
@@ -261,6 +259,8 @@ class _Scanner:
                     at_end = is_open or error.pos >= len(self._buffer)
                     self._advance(min(error.pos, len(self._buffer)))
                     self.refuse("the file ends within a value" if at_end else error.msg)
+            except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
+                self.refuse(str(error))
             else:
                 if end + len("e+") < len(self._buffer) or self._ended:  # what 1 is of 1e+9
                     text = self._buffer[self._position : end]

@@ -169,6 +169,11 @@ DAMAGE = {
     "bad.json": (b'[%b,\n{"a" 2}' % LINE + b" " * 99, r"bad.json:2: not JSON \(Expecting ':' delimiter\)"),
     "byte.json": (b'[{"prompt": "\xff", "completion": "b"}]', r"byte.json:1: has bytes that are not UTF-8; convert"),
     "deep.json": (b"[" * 99999, r"deep.json:1: not JSON \(maximum recursion depth"),
+    "digits.json": (b'[%b,\n{"a": %b}]' % (LINE, b"9" * 5000), r"digits.json:2: not JSON \(Exceeds the limit \(4300"),
+    "mixed.jsonl": (
+        LINES + '{"prompt": "a"}'.encode("utf-16-le"),
+        r"mixed.jsonl:\d+: not JSON \(Expecting property name",
+    ),
     "one.json": (
         b'{"version": 1, "data": %b}' % ARRAY,
         r"one.json is one object, of which 'data'",
