@@ -10,9 +10,10 @@ import glob
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 BUFFER_BYTES = 1 << 20
 _ASIDE = re.compile(  # files that are no documents, whatever they end with
@@ -63,17 +64,18 @@ def list_files(source: str) -> list[File]:
     if is_url(source):
         with explain_failure(source):
             return list(_list_remote(source))
-    root = Path(source).expanduser()
-    if root.is_file():
-        return [_stat(root, "")]
-    if root.is_dir():
+    root = str(Path(source).expanduser())
+    if os.path.isdir(root):
         return sorted(_search(root, root), key=lambda file: file.path)
+    if (file := _stat(root, "")) is not None:
+        return [file]
     found = {}
-    base = Path(_fixed_part(str(root)))
-    for path in map(Path, glob.glob(str(root), recursive=True)):
-        for file in _search(path, base) if path.is_dir() else [_stat(path, path.relative_to(base).as_posix())]:
-            found[file.path] = file
-    return [found[path] for path in sorted(found) if not _is_aside(found[path].below)]
+    base = _fixed_part(root)
+    for path in glob.glob(root, recursive=True):
+        for file in _search(path, base) if os.path.isdir(path) else [_stat(path, _below(path, base))]:
+            if file is not None and not _is_aside(file.below):
+                found[file.path] = file
+    return [found[path] for path in sorted(found)]
 
 
 def has_wildcard(source: str) -> bool:
@@ -94,10 +96,10 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _is_aside(below: str) -> bool:
-    return any(_ASIDE.fullmatch(part) for part in PurePosixPath(below).parts)
+    return any(_ASIDE.fullmatch(part) for part in below.split("/"))
 
 
-def _search(folder: Path, base: Path) -> Iterator[File]:
+def _search(folder: str, base: str) -> Iterator[File]:
     """The files below a folder, through links too, each folder once."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -107,15 +109,24 @@ def _search(folder: Path, base: Path) -> Iterator[File]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _ASIDE.fullmatch(name))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not _ASIDE.fullmatch(name) and path.is_file():
-                yield _stat(path, path.relative_to(base).as_posix())
+        for path in (os.path.join(parent, name) for name in names if not _ASIDE.fullmatch(name)):
+            if (file := _stat(path, _below(path, base))) is not None:
+                yield file
 
 
-def _stat(path: Path, below: str) -> File:
-    status = path.stat()
-    return File(path=str(path), below=below, size=status.st_size, mark=str(status.st_mtime_ns))
+def _below(path: str, base: str) -> str:
+    return path.removeprefix(base).lstrip("/")
+
+
+def _stat(path: str, below: str) -> File | None:
+    """A file as it is now; None for what is none, such as a link to nowhere."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return File(path=path, below=below, size=status.st_size, mark=str(status.st_mtime_ns))
 
 
 @functools.cache  # which saves requests, and a run must not see a folder change
@@ -146,7 +157,7 @@ def _list_remote(source: str) -> tuple[File, ...]:
     paths = sorted(path for path, info in found.items() if info["type"] == "file")
     if not all(path.startswith(base) for path in paths):  # hf:// writes the slashes of a revision otherwise
         base = os.path.commonpath([os.path.dirname(path) for path in paths])
-    below = {path: path.removeprefix(base).lstrip("/") for path in paths}
+    below = {path: _below(path, base) for path in paths}
     return tuple(
         _describe_remote(
             system.unstrip_protocol(path), name, found[path] if found[path].get("size") else system.info(path)

@@ -4,12 +4,13 @@ A source is a file, a folder, a glob, a URL of such, or a data set of the Hub. `
 `formats` and `columnar` read it. Pieces are independent, so that several processes can read a source.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from gemma2_jax.config import DataConfig
@@ -78,9 +79,9 @@ class Choice:
 
 def split_ending(path: str) -> tuple[str, str]:
     """What a name ends with: its format's ending, and its compression's or ""."""
-    name = PurePosixPath(urlsplit(path).path if files.is_url(path) else path).name.lower()
-    compression = next((ending for ending in formats.COMPRESSIONS if name.endswith(ending)), "")
-    return PurePosixPath(name.removesuffix(compression)).suffix, compression
+    name = os.path.basename(urlsplit(path).path if files.is_url(path) else path).lower()
+    rest, ending = os.path.splitext(name)
+    return (os.path.splitext(rest)[1], ending) if ending in formats.COMPRESSIONS else (ending, "")
 
 
 def choose_training(data: DataConfig) -> tuple[Choice, Choice]:
@@ -209,8 +210,13 @@ def _count_files(found: Sequence[File]) -> str:
 
 def fingerprint(place: Place) -> tuple[str, int, str]:
     """What is another when the content of a place is another: its name, its size and its mark."""
-    is_local = not files.is_url(place.path) and place.label == place.path
-    return os.path.realpath(place.path) if is_local else place.label, place.size, place.mark
+    if files.is_url(place.path) or place.label != place.path:
+        return place.label, place.size, place.mark
+    folder, name = os.path.split(place.path)
+    return os.path.join(_resolve(os.path.abspath(folder)), name), place.size, place.mark
+
+
+_resolve = functools.lru_cache(1024)(os.path.realpath)  # of the folder of thousands of files
 
 
 def list_pieces(places: Sequence[Place], piece_bytes: int) -> list[Piece]:

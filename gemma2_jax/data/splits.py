@@ -1,7 +1,6 @@
 """Which split of a data set a file is of, by its name or its folder's: train, validation, test, or one of its own."""
 
 import re
-from pathlib import PurePosixPath
 
 # What data sets call their splits, as whole words of names.
 _WORDS = {
@@ -24,10 +23,11 @@ def find_split(below: str, asked: str) -> str:
 
     `asked` is a split that is asked for: a folder or file of exactly that name is of it, whatever its words are.
     """
-    path = PurePosixPath(below)
-    stem = path.name.partition(".")[0] if not (shard := _SHARD.match(path.name)) else shard[1]
-    parts = [*path.parts[:-1], stem]
-    if asked in parts:
+    *parts, name = below.split("/")
+    shard = _SHARD.match(name)
+    stem = shard[1] if shard else name.partition(".")[0]
+    parts.append(stem)
+    if asked and asked in parts:
         return name_split(asked)
     # The Hub writes the shards of a split train_sft as train_sft-00000-of-00003.parquet.
     if shard and re.fullmatch(r"[a-z]+(_\w+)+", stem) and stem.partition("_")[0] in _SPLITS:
