@@ -227,6 +227,8 @@ def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
             values[name] = _change_group(getattr(node, name), value, f"{prefix}{name}")
             continue
         value = str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
+        if f"{prefix}{name}" in ("data.train", "data.eval") and isinstance(value, tuple):
+            value = configs.join_sources(f"{prefix}{name}", [str(source) for source in value])
         if not configs.matches_type(value, types[name]):
             raise ValueError(f"{prefix}{name} is {value!r}; it must be {configs.describe_type(types[name])}")
         values[name] = value

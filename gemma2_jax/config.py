@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -287,7 +287,7 @@ class DataConfig:
 
     kind: Literal["text", "instructions"] = "instructions"  # loss on every token, or on completions only
     # Built-in python-docs; files of JSON, CSV, text, Parquet or Arrow: one, a folder, a glob or a URL; a Hub data set.
-    train: str = "python-docs"
+    train: str = "python-docs"  # or several: a,b or, with weights, 0.7*a,0.3*b
     eval: str = ""  # held-out data, likewise; empty: train's split for it, or else a share, chosen by hash
     eval_fraction: float = 0.02  # share of the documents, at least one, held out where no split is; 0: nothing is
     subset: str = ""  # of a data set of the Hub that has several, such as main of openai/gsm8k
@@ -307,6 +307,8 @@ class DataConfig:
     cache: str = ""  # folder of tokenized data, shared by runs; empty: in SAVE_DIR, else in ~/.cache/gemma2_jax
 
     def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            object.__setattr__(self, name, join_sources(f"data.{name}", getattr(self, name)))
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
         if not 0 <= self.seed < 2**32:
@@ -637,6 +639,16 @@ def _rename_old_fields(data: dict) -> None:
     renamed = [f"{name}={column}" for name, column in columns.items() if column != name]
     if renamed:
         data["columns"] = ",".join(renamed)
+
+
+def join_sources(field: str, value: str | Sequence[str]) -> str:
+    """The text of sources that may be given as a list. Raises ValueError where a comma is part of one's name."""
+    if isinstance(value, str):
+        return value
+    for source in value:
+        if "," in source:
+            raise ValueError(f"{field} lists {source!r}, and commas separate sources; write ? in place of its comma")
+    return ",".join(value)
 
 
 def matches_type(value: Any, kind: Any) -> bool:

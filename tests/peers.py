@@ -101,7 +101,7 @@ def training_gradients(
     arrays = dict(tokens=tokens, targets=targets, segments=segments, positions=positions, weights=counted)
     passes = {name: np.asarray(x)[None] for name, x in arrays.items()}
     with jax.set_mesh(program.mesh) if mesh else nullcontext():
-        loss, gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
+        (loss, _), gradients = jax.jit(program.pipeline.gradients)(params, frozen, passes, key)
     return loss / counted.sum(), {path: g / counted.sum() for path, g in gradients.items()}
 
 

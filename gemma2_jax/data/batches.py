@@ -14,11 +14,12 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import megatron_order, packing, sources
+from gemma2_jax.data import megatron_order, mixtures, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.data.indexed import find_prefix
 from gemma2_jax.data.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron_order import MegatronRows
+from gemma2_jax.data.mixtures import MixedRows
 from gemma2_jax.data.store import build_store
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "EvalBatches", "Layout", "eval_batches", "load_tokenizer", "train_batches"]
 
-AnyRows = packing.Rows | MegatronRows
-Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share
+AnyRows = packing.Rows | MixedRows | MegatronRows
+Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share; MixedRows has sources, [B]
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # rows are cheap to make, batches may be large
 
 
@@ -56,15 +57,19 @@ class Layout:
 class Batches:
     """An endless iterator of training batches: epochs follow each other without a gap, each in another order.
 
-    Rows in Megatron's order are as many as the run takes, and are taken once, as they come.
+    Of several sources with weights, each goes through epochs of its own. Rows in Megatron's order are as many as the
+    run takes, and are taken once, as they come.
     """
 
     def __init__(self, rows: AnyRows, layout: Layout, *, seed: int) -> None:
         self.rows = rows
         self.layout = layout
-        dataset = grain.MapDataset.source(rows)
-        if isinstance(rows, packing.Rows):
-            dataset = dataset.shuffle(seed).repeat()
+        if isinstance(rows, MixedRows):
+            dataset = rows.shuffle(seed)
+        else:
+            dataset = grain.MapDataset.source(rows)
+            if isinstance(rows, packing.Rows):
+                dataset = dataset.shuffle(seed).repeat()
         # All shares of all batches in order; each reader takes every share_count-th of them.
         shares = dataset.batch(layout.share_rows, drop_remainder=True)
         self._batches = iter(shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
@@ -92,9 +97,10 @@ class Batches:
         rows, batch_size = self.rows, self.layout.batch_size
         if isinstance(rows, MegatronRows):  # of more rows of the same order, the first are the same
             return {"order": rows.identity, "length": rows.length, "batch_size": batch_size}
-        identity = {"rows": len(rows), "length": rows.length, "tokens": rows.plan.tokens, "batch_size": batch_size}
-        # Version 0.1 packed whole documents in another order. It named none, and had the same order otherwise.
-        return identity | ({"packing": "by length"} if rows.plan.kind == "whole" else {})
+        if isinstance(rows, MixedRows):
+            weights = [str(source.weight or "") for source in rows.sources]
+            return {"sources": [*map(_identify_rows, rows.parts)], "weights": weights, "batch_size": batch_size}
+        return {**_identify_rows(rows), "batch_size": batch_size}
 
     @property
     def summary(self) -> str:
@@ -102,7 +108,24 @@ class Batches:
         steps = f"{len(self.rows) / self.layout.batch_size:,.1f} steps"
         if isinstance(self.rows, MegatronRows):
             return f"{self.rows.summary}; {steps}"
+        if isinstance(self.rows, MixedRows) and self.rows.weights:
+            return f"{len(self.rows.sources)} sources by weight; each has epochs of its own"
         return f"{_describe_rows(self.rows)}; an epoch is {steps}"
+
+    def count_epochs(self, steps: int) -> dict[str, float]:
+        """How often so many steps go through each of several sources, by its name; empty where there is one."""
+        return self.rows.count_epochs(steps * self.layout.batch_size) if isinstance(self.rows, MixedRows) else {}
+
+    def describe_sources(self, steps: int) -> dict[str, str]:
+        """Each of several sources in a line, by its name: what it gives to a run of so many steps."""
+        if not isinstance(self.rows, MixedRows):
+            return {}
+        epochs, shares = self.count_epochs(steps), self.rows.shares
+        return {
+            source.name: f"{share:.3g} of the rows, {epochs[source.name]:,.3g} epochs in {_count(steps, 'step')}; "
+            f"{_describe_rows(part)}"
+            for source, part, share in zip(self.rows.sources, self.rows.parts, shares, strict=True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +145,8 @@ class EvalBatches:
         share_rows = self.layout.share_rows
         start = index * self.layout.batch_size + self.layout.share_index * share_rows
         padding = packing.empty_batch(self.rows.length)
+        if isinstance(self.rows, MixedRows):
+            padding["sources"] = np.array(0, np.int32)
         rows = [self.rows[row] if row < len(self.rows) else padding for row in range(start, start + share_rows)]
         return {name: np.stack([row[name] for row in rows]) for name in padding}
 
@@ -142,7 +167,7 @@ def train_batches(
     """
     if data.order == "megatron":
         return Batches(_order_rows(data, "train", tokenizer, layout, cache, steps), layout, seed=data.seed)
-    return Batches(_pack_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
+    return Batches(_open_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
 
 
 def eval_batches(
@@ -161,7 +186,7 @@ def eval_batches(
     if data.order == "megatron":
         rows: AnyRows = _order_rows(data, "eval", tokenizer, layout, cache, evaluations * max_batches)
     else:
-        rows = _pack_rows(data, "eval", tokenizer, layout, cache)
+        rows = _open_rows(data, "eval", tokenizer, layout, cache)
     return EvalBatches(rows=rows, layout=layout, max_batches=max_batches)
 
 
@@ -184,6 +209,15 @@ def _order_rows(
         cache=cache,
     )
     return megatron_order.open_rows(request)
+
+
+def _open_rows(
+    data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast", layout: Layout, cache: Path
+) -> packing.Rows | MixedRows:
+    """The rows of one source, or of several; held-out ones are spread so that the first are of all sources."""
+    given = mixtures.list_sources(data, split)
+    parts = tuple(_pack_rows(source.data, split, tokenizer, layout, cache) for source in given)
+    return parts[0] if len(parts) == 1 else MixedRows(sources=given, parts=parts, spread=split == "eval")
 
 
 def _pack_rows(
@@ -212,24 +246,41 @@ def _pack_rows(
         raise ValueError(f"no {purpose} document of {source} is of use: {error}") from error
 
 
-def _describe_rows(rows: packing.Rows) -> str:
-    plan = rows.plan
-    full = plan.tokens / (len(rows) * rows.length)
-    return (
-        f"{_count(plan.documents, 'document')} ({plan.truncated:,} truncated, {plan.dropped:,} more dropped for "
-        f"length), {plan.tokens:,} tokens ({plan.targets / plan.tokens:.0%} count in the loss), "
-        f"{_count(len(rows), 'row')} of {rows.length:,} ({full:.1%} full)"
+def _describe_rows(rows: packing.Rows | MixedRows) -> str:
+    plans = [part.plan for part in rows.parts] if isinstance(rows, MixedRows) else [rows.plan]
+    documents, truncated, dropped, tokens, targets = (
+        sum(getattr(plan, name) for plan in plans)
+        for name in ("documents", "truncated", "dropped", "tokens", "targets")
     )
+    return (
+        f"{_count(documents, 'document')} ({truncated:,} truncated, {dropped:,} more dropped for length), "
+        f"{tokens:,} tokens ({targets / tokens:.0%} count in the loss), {_count(len(rows), 'row')} of {rows.length:,} "
+        f"({tokens / (len(rows) * rows.length):.1%} full)"
+    )
+
+
+def _identify_rows(rows: packing.Rows) -> dict:
+    identity = {"rows": len(rows), "length": rows.length, "tokens": rows.plan.tokens}
+    # Version 0.1 packed whole documents in another order. It named none, and had the same order otherwise.
+    return identity | ({"packing": "by length"} if rows.plan.kind == "whole" else {})
 
 
 def _describe_identity(identity: dict) -> str:
     """In words, what `Batches.get_state` keeps to recognize its rows."""
     if "order" in identity:
         rows = f"rows of {identity['length']:,} in Megatron's order {identity['order']} (which depends on steps)"
+    elif "sources" in identity:
+        pairs = zip(identity["sources"], identity["weights"], strict=True)
+        parts = [f"{_describe_part(part)}{f' with weight {weight}' if weight else ''}" for part, weight in pairs]
+        rows = f"a mixture of {' and '.join(parts)}"
     else:
-        rows = f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens"
+        rows = _describe_part(identity)
+    return f"{rows}, {identity['batch_size']:,} to a batch"
+
+
+def _describe_part(identity: dict) -> str:
     packed = f", packed {identity['packing']}" if "packing" in identity else ""
-    return f"{rows}, {identity['batch_size']:,} to a batch{packed}"
+    return f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens{packed}"
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

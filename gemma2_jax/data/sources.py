@@ -19,6 +19,7 @@ from gemma2_jax.data.records import BadRecord, Example, make_example
 from gemma2_jax.data.report import Report
 
 Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 PYTHON_DOCS = "python-docs"
 PIECE_BYTES = 8 << 20  # of a source, that is read at one time
 

@@ -41,6 +41,16 @@ def cross_entropy(hidden_BTD, output: OutputMatrix, targets_BT, weights_BT, *, s
       softcap: logits become softcap * tanh(logit / softcap); None leaves them.
       chunk: positions of each row whose [B, chunk, V] logits exist at one time.
     """
+    return grouped_cross_entropy(hidden_BTD, output, targets_BT, weights_BT, None, softcap=softcap, chunk=chunk)[0]
+
+
+def grouped_cross_entropy(
+    hidden_BTD, output: OutputMatrix, targets_BT, weights_BT, groups_BJ, *, softcap: float | None, chunk: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The `cross_entropy`, and its parts by group of rows, float32 [J], of which there is no gradient.
+
+    groups_BJ (float32) is 1 where a row is of the group, else 0; without groups, None, there are no parts.
+    """
     T = targets_BT.shape[1]
     # Positions are spread over these shards; every chunk takes an equal number of positions from each.
     shards = axis_size("context") * axis_size("tensor")
@@ -60,30 +70,46 @@ def cross_entropy(hidden_BTD, output: OutputMatrix, targets_BT, weights_BT, *, s
         matrices = [constrain(output.embedding_VD.astype(hidden_BTD.dtype), "VD")]
         if output.rows_ED is not None:
             matrices.append(constrain(output.rows_ED.astype(hidden_BTD.dtype), "ED"))
-        return _chunked_loss(softcap, inputs[0], matrices, output.tokens_E, *inputs[1:])
+        return _chunked_loss(softcap, inputs[0], matrices, output.tokens_E, *inputs[1:], groups_BJ)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT):
-    """The loss summed over C chunks. `matrices` are the embedding and, if there are any, the rows in its place."""
+def _chunked_loss(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT, groups_BJ):
+    """The loss summed over C chunks, and by group.
+
+    `matrices` are the embedding and, if there are any, the rows in its place.
+    """
     columns = _split_vocabulary(matrices, tokens_E)
 
-    def step(total, inputs):
-        loss, _ = _chunk_loss(softcap, columns, *inputs)
-        return total + loss, None
+    def step(totals, inputs):
+        losses_BT, _ = _chunk_loss(softcap, columns, *inputs)
+        return _add_losses(totals, losses_BT, groups_BJ), None
 
-    return jax.lax.scan(step, jnp.float32(0), (hidden_CBTD, targets_CBT, weights_CBT))[0]
+    return jax.lax.scan(step, _zero_totals(groups_BJ), (hidden_CBTD, targets_CBT, weights_CBT))[0]
 
 
-def _chunked_loss_forward(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT):
+def _zero_totals(groups_BJ):
+    return jnp.float32(0), None if groups_BJ is None else jnp.zeros(groups_BJ.shape[1:], jnp.float32)
+
+
+def _add_losses(totals, losses_BT, groups_BJ):
+    """The totals with these losses added: of all rows, and of each group's."""
+    total, total_J = totals
+    if groups_BJ is not None:  # not a matrix product, which may round to fewer bits
+        total_J += jnp.sum(jnp.sum(losses_BT, axis=1)[:, None] * groups_BJ, axis=0)
+    return total + jnp.sum(losses_BT), total_J
+
+
+def _chunked_loss_forward(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT, weights_CBT, groups_BJ):
     """`_chunked_loss`, and its gradients, which the backward pass only multiplies with the loss's own gradient."""
     trained = [matrix.perturbed for matrix in matrices]
     columns = _split_vocabulary([matrix.value for matrix in matrices], None if tokens_E is None else tokens_E.value)
+    groups_BJ = None if groups_BJ is None else groups_BJ.value
 
     def step(carry, inputs):
-        total, sums = carry
+        totals, sums = carry
         hidden_BTD = inputs[0]
-        loss, logit_grads = _chunk_loss(softcap, columns, *inputs)
+        losses_BT, logit_grads = _chunk_loss(softcap, columns, *inputs)
         products, new_sums = [], []
         for column, grad_BTV, grad_VD in zip(columns, logit_grads, sums, strict=True):
             grad_BTV = grad_BTV.astype(hidden_BTD.dtype)
@@ -93,21 +119,22 @@ def _chunked_loss_forward(softcap, hidden_CBTD, matrices, tokens_E, targets_CBT,
                 grad_VD = constrain(grad_VD + grad_DV.T, column.letters)
             new_sums.append(grad_VD)
             products.append(jnp.einsum("BTV,VD->BTD", grad_BTV, column.matrix_VD))
-        return (total + loss, new_sums), constrain(reduce(add, products), "BTD", "between_blocks")
+        totals = _add_losses(totals, losses_BT, groups_BJ)
+        return (totals, new_sums), constrain(reduce(add, products), "BTD", "between_blocks")
 
     zeros = [
         jnp.zeros(column.matrix_VD.shape, jnp.float32) if wanted else None
         for column, wanted in zip(columns, trained, strict=True)
     ]
     inputs = hidden_CBTD.value, targets_CBT.value, weights_CBT.value
-    (total, sums), grad_CBTD = jax.lax.scan(step, (jnp.float32(0), zeros), inputs)
-    return total, (grad_CBTD, sums)
+    (totals, sums), grad_CBTD = jax.lax.scan(step, (_zero_totals(groups_BJ), zeros), inputs)
+    return totals, (grad_CBTD, sums)
 
 
-def _chunked_loss_backward(softcap, gradients, cotangent):
-    grad_CBTD, sums = gradients
+def _chunked_loss_backward(softcap, gradients, cotangents):
+    (grad_CBTD, sums), cotangent = gradients, cotangents[0]
     sums = [None if grad_VD is None else (cotangent * grad_VD).astype(grad_CBTD.dtype) for grad_VD in sums]
-    return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), sums, None, None, None
+    return (cotangent * grad_CBTD).astype(grad_CBTD.dtype), sums, None, None, None, None
 
 
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward, symbolic_zeros=True)
@@ -137,7 +164,7 @@ def _split_vocabulary(matrices, tokens_E) -> list[_Columns]:
 
 
 def _chunk_loss(softcap, columns: list[_Columns], hidden_BTD, targets_BT, weights_BT):
-    """The loss of one chunk, and its gradients with respect to logits before the softcap, float32 [B, T, V] each."""
+    """The losses of one chunk, and their gradients with respect to logits before the softcap, [B, T, V] each."""
     hidden_BTD = constrain(constrain(hidden_BTD, "BTD", "between_blocks"), "BTD", "for_logits")
     logits, slopes = zip(*(_squashed_logits(softcap, column, hidden_BTD) for column in columns), strict=True)
     log_z_BT = _log_normalizer(softcap, columns, logits)
@@ -148,7 +175,7 @@ def _chunk_loss(softcap, columns: list[_Columns], hidden_BTD, targets_BT, weight
         column.keep((jnp.exp(x_BTV - log_z_BT[..., None]) - hit_BTV) * weights_BT[..., None]) * slope_BTV
         for column, x_BTV, hit_BTV, slope_BTV in zip(columns, logits, hits, slopes, strict=True)
     ]
-    return jnp.sum((log_z_BT - reduce(add, targets)) * weights_BT), gradients
+    return (log_z_BT - reduce(add, targets)) * weights_BT, gradients
 
 
 def _squashed_logits(softcap, column: _Columns, hidden_BTD):

@@ -18,6 +18,7 @@ from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
 from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
 from gemma2_jax.data.store import cache_folder
+from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import metrics, resume, startup
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -80,7 +81,7 @@ def train(config: Config) -> Result:
         with hosts.process_zero_first("tokenize"):
             batches, held_out_batches = open_data(program, tokenizer)
         compile_started = time.perf_counter()
-        train_step = compile_step(program, program.train_step, donate_argnums=0)
+        train_step = compile_step(program, program.train_step, program.batch, donate_argnums=0)
         evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
         compile_seconds = time.perf_counter() - compile_started
         state, position = resume.start_state(program, source, checkpoints)
@@ -101,7 +102,13 @@ def train(config: Config) -> Result:
                 shortage=checkpoints.describe_shortage(program.params, program.state.optimizer),
             ),
         )
-        log = metrics.Metrics(config, console, start_step=start_step)
+        log = metrics.Metrics(
+            config,
+            console,
+            start_step=start_step,
+            eval_sources=program.sources["eval"],
+            count_epochs=batches.count_epochs,
+        )
         run = Run(program, batches, train_step, evaluate, checkpoints, adapters)
         with log, Trace(config, start_step, log.pause) as trace:
             state = take_steps(run, state, start_step, log, trace)
@@ -116,7 +123,7 @@ class Run:
     program: Program
     batches: Batches
     train_step: jax.stages.Compiled
-    evaluate: Callable[[State], float] | None
+    evaluate: Callable[[State], np.ndarray] | None
     checkpoints: Checkpoints
     adapters: AdapterExports
 
@@ -151,14 +158,14 @@ def report_finished(console: Console, program: Program, step: int, state: State)
     return Result(step=step, losses={}, eval_losses={}, program=program, state=state)
 
 
-def compile_step(program: Program, step: Callable, **options: Any) -> jax.stages.Compiled:
-    """A step of the program, compiled for its state and batch."""
-    return jax.jit(step, **options).lower(program.state, program.batch).compile(program.compiler_options)
+def compile_step(program: Program, step: Callable, batch: Abstract, **options: Any) -> jax.stages.Compiled:
+    """A step of the program, compiled for its state and such a batch."""
+    return jax.jit(step, **options).lower(program.state, batch).compile(program.compiler_options)
 
 
-def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[State], float]:
-    """A function from a state to its loss per target token (nats) over all these batches."""
-    eval_step = compile_step(program, program.eval_step)
+def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[State], np.ndarray]:
+    """A function from a state to its `mean_loss` over all these batches."""
+    eval_step = compile_step(program, program.eval_step, program.eval_batch)
     return lambda state: mean_loss(eval_step, state, (place_batch(program, batch) for batch in batches))
 
 
@@ -170,24 +177,30 @@ def is_due(step: int, every: int, last: int) -> bool:
 def place_batch(program: Program, batch: dict[str, np.ndarray]) -> Batch:
     """This process's rows as its part of the global arrays."""
     first_row = program.process_rows.start
+    shapes = program.batch | program.eval_batch
 
     def make_array(abstract: jax.ShapeDtypeStruct, rows: np.ndarray) -> jax.Array:
-        rows = balance_context(rows, program.mesh.shape["context"])
+        if rows.ndim > 1:
+            rows = balance_context(rows, program.mesh.shape["context"])
 
         def read_shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(abstract.shape[0])
-            return rows[start - first_row : stop - first_row, index[1]]
+            return rows[(slice(start - first_row, stop - first_row), *index[1:])]
 
         return jax.make_array_from_callback(abstract.shape, abstract.sharding, read_shard)
 
-    return {name: make_array(program.batch[name], rows) for name, rows in batch.items()}
+    return {name: make_array(shapes[name], rows) for name, rows in batch.items()}
 
 
-def mean_loss(eval_step: Callable, state: State, batches: Iterable[Batch]) -> float:
-    """Loss per target token (nats) over batches, which are all dispatched before the first is waited for."""
+def mean_loss(eval_step: Callable, state: State, batches: Iterable[Batch]) -> np.ndarray:
+    """Loss per target token (nats) over batches, which are all dispatched before the first is waited for.
+
+    A scalar; of several sources, of all and of each, not a number where a source has no target tokens.
+    """
     sums = [eval_step(state, batch) for batch in batches]
     losses, targets = zip(*jax.device_get(sums), strict=True)
-    return float(sum(losses) / max(sum(targets), 1))
+    losses, targets = np.asarray(sum(losses)), np.asarray(sum(targets))
+    return np.divide(losses, targets, out=np.full(losses.shape, np.nan), where=targets > 0)
 
 
 def open_data(program: Program, tokenizer) -> tuple[Batches, EvalBatches | None]:

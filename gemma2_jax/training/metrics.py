@@ -10,12 +10,13 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
@@ -74,10 +75,19 @@ class Metrics:
     `losses` and `eval_losses` hold what has been logged, by step, in nats per target token.
     """
 
-    def __init__(self, config: Config, console: Console, *, start_step: int):
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        *,
+        start_step: int,
+        eval_sources: Sequence[str] = (),  # names of the sources of held-out data
+        count_epochs: Callable[[int], dict[str, float]] = lambda step: {},  # by source, where there are several
+    ):
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
         self._config, self._console = config, console
+        self._eval_sources, self._count_epochs = eval_sources, count_epochs
         self._wandb = open_wandb_run(config) if config.train.wandb and jax.process_index() == 0 else None
         self._file = (config.output / "metrics.jsonl").open("a", buffering=1) if jax.process_index() == 0 else None
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []  # steps whose metrics have not been read
@@ -122,11 +132,15 @@ class Metrics:
         yield
         self._throughput.start()
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        """Logs a held-out loss (nats per target token)."""
+    def log_evaluation(self, step: int, losses: np.ndarray) -> None:
+        """Logs a held-out loss (nats per target token): a scalar, or that of all sources and that of each."""
+        loss, *source_losses = np.atleast_1d(losses).tolist()
+        named = zip(self._eval_sources, source_losses, strict=False)  # none of a single source
+        by_source = {name: value for name, value in named if math.isfinite(value)}
         self.eval_losses[step] = loss
-        self._write({"step": step, "eval_loss": loss})
-        self._print(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f})")
+        self._write({"step": step, "eval_loss": loss} | {f"eval_loss/{name}": x for name, x in by_source.items()})
+        parts = "".join(f", {name} {value:.4f}" for name, value in by_source.items())
+        self._print(f"step {step}: held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f}){parts}")
 
     def _is_logged(self, step: int) -> bool:
         return step % self._config.train.log_every == 0 or step == self._config.steps
@@ -146,7 +160,9 @@ class Metrics:
             if _is_ready(values["tokens"]):  # on some platforms dispatching a step takes as long as the step itself
                 self._count_tokens(number, int(values["tokens"]))
         if self._is_logged(step):
-            self._log(step, {name: float(value) for name, value in read[-1].items() if name != "tokens"})
+            values = {name: float(value) for name, value in read[-1].items() if name != "tokens"}
+            # A step may have no target tokens of a source.
+            self._log(step, {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))})
 
     def _count_tokens(self, step: int, tokens: int) -> None:
         if step > self._counted_step:
@@ -161,6 +177,7 @@ class Metrics:
         self._write(
             {"step": step, **values, "tokens_per_s": round(speed, 1), "padding": round(padding, 4)}
             | {"tflops_per_device": round(tflops, 4)}
+            | {f"epochs/{name}": round(epochs, 4) for name, epochs in self._count_epochs(step).items()}
         )
         text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, text=text)

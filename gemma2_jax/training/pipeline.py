@@ -44,11 +44,13 @@ from gemma2_jax import dims
 from gemma2_jax.config import Config
 from gemma2_jax.mesh import constrain_stored, layers_per_stage
 from gemma2_jax.model.gemma2 import AdapterInputs, Gemma2, Weights, rebuild_model, rope_angles, weight_dims
-from gemma2_jax.model.loss import OutputMatrix, cross_entropy
+from gemma2_jax.model.loss import OutputMatrix, grouped_cross_entropy
 from gemma2_jax.training.layer import Layer, LayerInputs, Residuals
 
-Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]
-Passes = Batch  # the same as [M, B, T], M passes
+# tokens, targets, segments, positions: int32 [B, T]; weights: float32 [B, T]; of several sources, sources: int32 [B]
+Batch = dict[str, jax.Array]
+Passes = Batch  # the same as [M, B, T] and [M, B], M passes
+Sums = tuple[jax.Array, jax.Array | None]  # the loss (nats) of all rows, float32 scalar; of each source's, if several
 
 _BLOCKS = "blocks/"
 
@@ -75,14 +77,15 @@ class TickState:
     residuals: Residuals  # what live passes need for their backward pass, [Z, slots, layers, ...]
     block_sums: Weights  # sums of gradients so far, float32: of the trained weights of blocks, by their path in a block
     outer_sums: Weights  # sums of the gradients of the other trained weights, by their path
-    loss: jax.Array | float
+    losses: Sums
 
 
 class Pipeline:
     """How the passes of a step run through the stages of `mesh`."""
 
-    def __init__(self, skeleton: Gemma2, config: Config, mesh: Mesh):
+    def __init__(self, skeleton: Gemma2, config: Config, mesh: Mesh, source_count: int = 1):
         self.config, self.mesh = config, mesh
+        self.source_count = source_count  # sources whose losses are summed for themselves, where a batch names them
         self.graph = nnx.graphdef(skeleton)
         self.layer = Layer(skeleton, config.compute.remat)
         # The dims of each weight as a layer has it, by its path in a block, and of each weight outside of blocks.
@@ -100,12 +103,15 @@ class Pipeline:
         """The share of a step in which a stage waits for others."""
         return (self.stages - 1) / (self.passes + self.stages - 1)
 
-    def loss(self, params: Weights, frozen: Weights, passes: Passes) -> jax.Array:
-        """Summed loss (nats), float32 scalar; no gradients and no dropout."""
+    def loss(self, params: Weights, frozen: Weights, passes: Passes) -> Sums:
+        """Summed losses; no gradients and no dropout."""
         return self._shard_axis("data", self._shard_loss, (P(), P(), P(None, "data")), P())(params, frozen, passes)
 
-    def gradients(self, params: Weights, frozen: Weights, passes: Passes, key) -> tuple[jax.Array, Weights]:
-        """Summed loss (nats) and its gradient with respect to `params`, float32; `key` is for dropout, or None."""
+    def gradients(self, params: Weights, frozen: Weights, passes: Passes, key) -> tuple[Sums, Weights]:
+        """Summed losses, and the gradient of that of all rows with respect to `params`, float32.
+
+        `key` is for dropout, or None.
+        """
         specs = P(), P(), P(None, "data"), P()
         return self._shard_axis("data", self._shard_gradients, specs, P())(params, frozen, passes, key)
 
@@ -119,16 +125,17 @@ class Pipeline:
         trained, block_frozen = _block_weights(params), _block_weights(frozen)
 
         def run_tick(carry, tick):
-            arrived_ZBTD, total = carry
+            arrived_ZBTD, totals = carry
             inputs = TickInputs(trained=trained, frozen=block_frozen, passes=passes, key=None, tick=tick)
             embedded_BTD = gemma.embed(self._take_pass(passes, tick)["tokens"])
             arrived_ZBTD, last_BTD, _ = self._run_forward(inputs, arrived_ZBTD, embedded_BTD, ())
-            loss = self._output_loss(gemma, last_BTD, self._take_pass(passes, tick - self.stages + 1))
-            return (arrived_ZBTD, total + jnp.where(tick >= self.stages - 1, loss, 0)), None
+            losses = self._output_losses(gemma, last_BTD, self._take_pass(passes, tick - self.stages + 1))
+            losses = jax.tree.map(lambda loss: jnp.where(tick >= self.stages - 1, loss, 0), losses)
+            return (arrived_ZBTD, jax.tree.map(jnp.add, totals, losses)), None
 
-        start = self._zero_activations(passes, gemma), jnp.float32(0)
-        (_, total), _ = jax.lax.scan(run_tick, start, jnp.arange(self.passes + self.stages - 1))
-        return self._sum_axis(total, "data")
+        start = self._zero_activations(passes, gemma), self._zero_losses(passes)
+        (_, totals), _ = jax.lax.scan(run_tick, start, jnp.arange(self.passes + self.stages - 1))
+        return jax.tree.map(lambda total: self._sum_axis(total, "data"), totals)
 
     def _shard_gradients(self, params: Weights, frozen: Weights, passes: Passes, key):
         """The `gradients` on one data shard's rows, then summed over the shards."""
@@ -142,7 +149,8 @@ class Pipeline:
 
         def loss_of_pass(outer: Weights, last_BTD, pass_index):
             gemma = rebuild_model(self.graph, {**params, **outer}, frozen)
-            return self._output_loss(gemma, last_BTD, self._take_pass(passes, pass_index))
+            losses = self._output_losses(gemma, last_BTD, self._take_pass(passes, pass_index))
+            return losses[0], losses
 
         def run_tick(state: TickState, tick, *, forward: bool, backward: bool) -> tuple[TickState, None]:
             inputs = replace(step_inputs, tick=tick)
@@ -154,11 +162,11 @@ class Pipeline:
                 )
                 state = replace(state, arrived_ZBTD=arrived_ZBTD, residuals=residuals)
             if forward and backward:  # a pass leaves the last stage, and turns around
-                loss_and_gradients = jax.value_and_grad(loss_of_pass, (0, 1))
-                loss, (d_outer, d_last_BTD) = loss_and_gradients(outer, last_BTD, tick - self.stages + 1)
+                loss_and_gradients = jax.value_and_grad(loss_of_pass, (0, 1), has_aux=True)
+                (_, losses), (d_outer, d_last_BTD) = loss_and_gradients(outer, last_BTD, tick - self.stages + 1)
                 state = replace(
                     state,
-                    loss=state.loss + loss,
+                    losses=jax.tree.map(jnp.add, state.losses, losses),
                     outer_sums={p: total + self._reduce_gradient(p, d_outer) for p, total in state.outer_sums.items()},
                 )
             if backward:
@@ -180,7 +188,7 @@ class Pipeline:
                 state, _ = jax.lax.scan(run, state, start + jnp.arange(ticks))
                 start += ticks
         gradients = state.outer_sums | {_BLOCKS + path: total for path, total in state.block_sums.items()}
-        return jax.tree.map(lambda x: self._sum_axis(x, "data"), (state.loss, gradients))
+        return jax.tree.map(lambda x: self._sum_axis(x, "data"), (state.losses, gradients))
 
     def _run_forward(self, inputs: TickInputs, arrived_ZBTD, embedded_BTD, residuals: Residuals):
         """Every stage takes its pass of the tick forward; the first stage's comes from the embedding.
@@ -265,16 +273,24 @@ class Pipeline:
             adapter=AdapterInputs(layer, key),
         )
 
-    def _output_loss(self, gemma: Gemma2, x_BTD, batch: Batch) -> jax.Array:
-        """Summed loss (nats) of one pass, from what left the last stage."""
-        return cross_entropy(
+    def _output_losses(self, gemma: Gemma2, x_BTD, batch: Batch) -> Sums:
+        """Summed losses of one pass, from what left the last stage."""
+        return grouped_cross_entropy(
             gemma.normalize_output(x_BTD),
             _output_matrix(gemma),
             batch["targets"],
             batch["weights"],
+            self.match_sources(batch),
             softcap=self.config.model.final_softcap,
             chunk=self.config.compute.loss_chunk,
         )
+
+    def match_sources(self, batch: Batch) -> jax.Array | None:
+        """Whether each row is of each source, float32 [B, sources]; None where all rows are of one."""
+        return jax.nn.one_hot(batch["sources"], self.source_count) if "sources" in batch else None
+
+    def _zero_losses(self, passes: Passes) -> Sums:
+        return jnp.float32(0), jnp.zeros(self.source_count, jnp.float32) if "sources" in passes else None
 
     def _take_pass(self, passes: Passes, pass_index) -> Batch:
         """The pass of that number, or the nearest one where there is none."""
@@ -308,7 +324,7 @@ class Pipeline:
             residuals=self._zero_residuals(inputs, zeros_ZBTD),
             block_sums=jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), inputs.trained),
             outer_sums=jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), outer),
-            loss=0.0,
+            losses=self._zero_losses(inputs.passes),
         )
 
     def _zero_activations(self, passes: Passes, gemma: Gemma2) -> jax.Array:

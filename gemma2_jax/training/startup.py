@@ -15,7 +15,7 @@ from rich.text import Text
 from gemma2_jax.cluster import hosts, platforms
 from gemma2_jax.config import TOKEN_ROWS, Config, DataConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint
-from gemma2_jax.data import sources
+from gemma2_jax.data import mixtures, sources
 from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
@@ -93,6 +93,8 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
         yield "pipeline", describe_pipeline(program)
     yield "optimizer", describe_optimizer(config)
     yield "training data", f"{config.data.train}: {startup.batches.summary}"
+    for name, text in startup.batches.describe_sources(config.steps).items():
+        yield f"  {name}", text
     yield "held-out data", describe_eval(config, startup.eval_batches)
 
 
@@ -185,8 +187,9 @@ def suggest_prompt(data: DataConfig) -> str:
     """Options of `generate` with a prompt like those of the data: its first one, held-out if there is any."""
     if data.train == sources.PYTHON_DOCS and not data.eval:  # reading it takes seconds
         return '--chat --prompt "What does json.dumps do?"' if data.kind == "instructions" else '--prompt "The"'
+    split = "eval" if data.has_eval else "train"
     try:
-        example = next(sources.read_examples(data, "eval" if data.has_eval else "train"))
+        example = next(sources.read_examples(mixtures.list_sources(data, split)[0].data, split))
     except (ValueError, OSError, StopIteration):
         return "--prompt TEXT"  # the data has moved since it was tokenized
     if example.turns:

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
 from gemma2_jax.config import Config, is_adapter_path
+from gemma2_jax.data.mixtures import list_sources
+from gemma2_jax.data.sources import SPLITS, Split
 from gemma2_jax.dims import Abstract
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
@@ -62,7 +64,9 @@ class Program:
         skeleton = nnx.eval_shape(self._create_model)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
         self.letters = gemma2.weight_dims(skeleton)
-        self.pipeline = Pipeline(skeleton, config, mesh)
+        # Names of the sources of either split; one where nothing is mixed.
+        self.sources = {split: [s.name for s in list_sources(config.data, split)] for split in SPLITS}
+        self.pipeline = Pipeline(skeleton, config, mesh, max(map(len, self.sources.values())))
         self.params = self._abstract(gemma2.flatten_state(params), config.compute.trained_dtype)
         self.frozen = self._abstract(gemma2.flatten_state(frozen), config.compute.frozen_dtype)
         self.optimizer = optim.make_optimizer(
@@ -91,10 +95,22 @@ class Program:
 
     @property
     def batch(self) -> Abstract:
-        """Shapes, dtypes and shardings of a global batch, [B, T] each."""
+        """Shapes, dtypes and shardings of a global batch, [B, T] each; of several sources, `sources` is [B]."""
+        return self._describe_batch("train")
+
+    @property
+    def eval_batch(self) -> Abstract:
+        """The same of a batch of held-out data."""
+        return self._describe_batch("eval")
+
+    def _describe_batch(self, split: Split) -> Abstract:
         shape = self.config.train.global_batch_size, self.config.train.sequence_length
         sharding = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used, "context"))
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+        if len(self.sources[split]) > 1:
+            by_row = NamedSharding(self.mesh, PartitionSpec(dims.DIMS["B"].used))
+            batch["sources"] = jax.ShapeDtypeStruct(shape[:1], "int32", sharding=by_row)
+        return batch
 
     @property
     def compiler_options(self) -> dict[str, bool | int]:
@@ -142,10 +158,11 @@ class Program:
     def train_step(self, state: State[jax.Array], batch: Batch) -> tuple[State[jax.Array], dict[str, jax.Array]]:
         """One optimizer step on the global batch: the new state, and metrics as float32 scalars.
 
-        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), lr and target_tokens.
+        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), lr and target_tokens; of
+        several sources, loss/NAME too, which is not a number where the batch has no target tokens of that source.
         """
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
-        loss, gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
+        (loss, source_losses), gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
         targets = jnp.sum(batch["weights"])
         share = 1 / jnp.maximum(targets, 1)
         gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), gradients, state.params)
@@ -159,11 +176,24 @@ class Program:
             "target_tokens": targets,
             "tokens": jnp.sum(batch["segments"] > 0),
         }
+        if source_losses is not None:
+            means = source_losses / self._count_targets(batch)[1:]
+            metrics |= {f"loss/{name}": means[number] for number, name in enumerate(self.sources["train"])}
         return State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer), metrics
 
     def eval_step(self, state: State[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Summed loss (nats) and number of target tokens of a batch."""
-        return self.pipeline.loss(state.params, state.frozen, self._passes(batch)), jnp.sum(batch["weights"])
+        """Summed loss (nats) and number of target tokens of a batch; of several sources, of all and then of each."""
+        loss, source_losses = self.pipeline.loss(state.params, state.frozen, self._passes(batch))
+        if source_losses is None:
+            return loss, jnp.sum(batch["weights"])
+        return jnp.append(loss, source_losses), self._count_targets(batch)
+
+    def _count_targets(self, batch: Batch) -> jax.Array:
+        """Target tokens of a batch of several sources: of all, and of each."""
+        is_of_BJ = self.pipeline.match_sources(batch)
+        assert is_of_BJ is not None
+        targets_B = jnp.sum(batch["weights"], axis=1)
+        return jnp.append(jnp.sum(targets_B), jnp.sum(targets_B[:, None] * is_of_BJ, axis=0))
 
     @property
     def _has_dropout(self) -> bool:
@@ -172,7 +202,7 @@ class Program:
     def _passes(self, batch: Batch) -> Batch:
         """A batch of [B, T] as [passes, rows, T], in which every pass has an equal part of each device's rows."""
         passes = self.pipeline.passes
-        return {name: x.reshape(x.shape[0] // passes, passes, -1).swapaxes(0, 1) for name, x in batch.items()}
+        return {name: x.reshape(x.shape[0] // passes, passes, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
     def _create_model(self, adapters: bool = True) -> Gemma2:
         dtype = self.config.compute.dtype

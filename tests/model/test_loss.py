@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import OptimConfig
-from gemma2_jax.model.loss import OutputMatrix, cross_entropy
+from gemma2_jax.model.loss import OutputMatrix, cross_entropy, grouped_cross_entropy
 from gemma2_jax.training.optim import make_optimizer, make_schedule
 
 B, T, D, V = 2, 37, 16, 50
@@ -73,6 +73,24 @@ def test_gradients_scale_with_what_comes_from_above(problem):
     expected = jax.grad(lambda h, e: 0.5 * plain(h, e, *rest, 30.0), (0, 1))(hidden, embedding)
     for a, b in zip(jax.grad(halved, (0, 1))(hidden, embedding), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_by_group_of_rows(problem):
+    """Each group's is that of its rows alone; the total and its gradients are those without groups, to the last bit."""
+    hidden, embedding, targets, weights = problem
+    groups = jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+
+    def grouped(hidden, embedding, groups):
+        return grouped_cross_entropy(hidden, OutputMatrix(embedding), targets, weights, groups, softcap=30.0, chunk=8)
+
+    step = jax.value_and_grad(grouped, (0, 1), has_aux=True)
+    (total, parts), gradients = step(hidden, embedding, groups)
+    expected = [plain(hidden, embedding, targets, weights * rows[:, None], 30.0) for rows in groups.T]
+    np.testing.assert_allclose(parts, expected, rtol=1e-5)
+    (alone, nothing), same = step(hidden, embedding, None)
+    assert nothing is None
+    for a, b in zip(jax.tree.leaves((total, gradients)), jax.tree.leaves((alone, same)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def products(function, *arguments) -> int:

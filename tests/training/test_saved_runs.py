@@ -59,7 +59,7 @@ def test_a_run_of_version_0_1_goes_on(saved, monkeypatch):
 def test_a_run_of_version_0_1_with_packed_documents_says_why_it_cannot_go_on(saved):
     message = (
         r"its position is one in 144 rows of 64 with 7,482 tokens, 8 to a batch, and the data is now \d+ rows of 64 "
-        r"with 7,482 tokens, 8 to a batch, packed by length. Give back the data, the sizes and the version of "
+        r"with 7,482 tokens, packed by length, 8 to a batch. Give back the data, the sizes and the version of "
         r"gemma2_jax of that run, or start a new run from this one's weights: --init assets/tiny-gemma2 --adapter"
     )
     with pytest.raises(ValueError, match=message):

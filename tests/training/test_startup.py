@@ -93,7 +93,7 @@ def test_a_small_data_set(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
     message = (
         rf"the run in {tmp_path}/run cannot go on with this data: its position is one in \d+ rows? of 64 with \d+ "
-        r"tokens, 8 to a batch, packed by length, and the data is now \d+ rows? of 64 with .*"
+        r"tokens, packed by length, 8 to a batch, and the data is now \d+ rows? of 64 with .*"
         r"Give back the data, the sizes and the version of gemma2_jax of that run, or .*--init"
     )
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -115,6 +116,28 @@ def test_what_a_run_writes(tmp_path):
         params, _, _ = checkpoints.restore(3, program.params, program.state.optimizer)
     assert params
     assert all("/adapter/" in path for path in params)
+
+
+def test_each_source_of_a_mixture_has_a_loss(tmp_path, capsys):
+    """Over stages and shards, its held-out loss is that of a run on it alone, on the same weights."""
+    lines = (ROOT / "tests/fixtures/sums.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("few", lines[:40]), ("many", lines[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    config = small("tiny_lora", tmp_path / "mixed", steps=2, mesh=MeshConfig(data=2, stage=2, fsdp=2))
+    text = f"0.25*{tmp_path}/few.jsonl,0.75*{tmp_path}/many.jsonl"
+    loop.train(replace(config, data=replace(config.data, train=text)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"few 0.25 of the rows, [\d.]+ epochs in 2 steps; 3\d documents", said)
+    assert re.search(r"step 2: held-out loss [\d.]+ \(perplexity [\d,.]+\), few \d+.\d{4}, many \d+.\d{4}", said)
+    logged = lines_of(tmp_path / "mixed")
+    alone = small("tiny_lora", tmp_path / "alone", steps=1)
+    result = loop.train(replace(alone, data=replace(alone.data, train=f"{tmp_path}/few.jsonl")))
+    assert logged[0]["eval_loss/few"] == pytest.approx(result.eval_losses[0], rel=1e-5)
+    assert logged[0]["eval_loss/many"] != pytest.approx(result.eval_losses[0], rel=1e-4)
+    first, second = (line for line in logged if "loss" in line)
+    assert min(first["loss/few"], first["loss/many"]) < first["loss"] < max(first["loss/few"], first["loss/many"])
+    assert second["epochs/many"] == 2 * first["epochs/many"] and second["epochs/few"] > first["epochs/few"] > 0
+    assert not any("/" in name for line in lines_of(tmp_path / "alone") for name in line)
 
 
 def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys, monkeypatch):
