@@ -1,0 +1,139 @@
+"""Data on this CPU: rows planned for ten million documents, and rows a second from the loader.
+
+    python -m benchmarks.data [--documents 10000000]
+
+Each case is a process of its own, so that its peak memory is its own. Documents have lengths drawn from a log-normal
+distribution, 400 tokens on average. The loader reads a synthetic store in a temporary folder, and its speed stands
+beside what a cluster of 8 H100s takes: at most 2,250 tokens/s a GPU, published for LoRA on Qwen2.5 32B, on one GPU of
+such a cluster, with Megatron-like stacks. That is a bound taken from elsewhere, not a measurement of this program.
+"""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.options import make_parser
+
+GPUS, TOKENS_PER_GPU = 8, 2_250  # of LoRA on 32B, tokens/s; see above
+LOADED_DOCUMENTS = 200_000
+SEQUENCES = (2048, 4096, 8192)
+
+
+def run_in_process(function: Callable, *arguments):
+    """The result of a call in a fresh process, and its peak resident MiB above that of the imports."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (function, *arguments))
+
+
+def _measured(function: Callable, *arguments):
+    importlib.import_module("gemma2_jax.data.batches")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = function(*arguments)
+    return result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def draw_offsets(documents: int):
+    """Where documents of drawn lengths begin, and where the last ends."""
+    import numpy as np
+
+    lengths = np.random.RandomState(0).lognormal(5.5, 1.0, documents).astype(np.int64) + 2
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+class AllLearned:
+    """In place of the array of tokens that are learned: all but the first of a block. Nothing is read from a disk."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice):
+        import numpy as np
+
+        start, stop, _ = part.indices(self.tokens)
+        return np.ones(stop - start, bool)
+
+
+def plan(folder: Path, documents: int, concatenate: bool) -> tuple[float, float, float]:
+    """Seconds to plan rows of 4,096 tokens and to keep the plan, seconds to open it again, and how full rows are."""
+    from gemma2_jax.data.packing import pack_documents
+    from gemma2_jax.data.store import Store
+
+    offsets = draw_offsets(documents)
+    everything = AllLearned(int(offsets[-1]))
+    store = Store(tokens=everything, learned=everything, offsets=offsets, folder=folder)
+    choices = {"length": 4096, "packing": True, "concatenate": concatenate, "seed": 0}
+    start = time.perf_counter()
+    pack_documents(store, **choices)
+    planned = time.perf_counter()
+    rows = pack_documents(store, **choices)
+    opened = time.perf_counter()
+    return planned - start, opened - planned, rows.plan.tokens / (len(rows) * rows.length)
+
+
+def load(folder: Path, length: int, seconds: float = 10.0) -> float:
+    """Rows a second of the loader, in batches of 16."""
+    import numpy as np
+
+    from gemma2_jax.data.batches import Batches, Layout
+    from gemma2_jax.data.packing import pack_documents
+    from gemma2_jax.data.store import Store
+
+    offsets = draw_offsets(LOADED_DOCUMENTS)
+    files = {"tokens": np.int32, "learned": np.bool_}
+    for name, dtype in files.items():
+        np.ones(offsets[-1], dtype).tofile(folder / name)
+    maps = {name: np.memmap(folder / name, dtype, "r") for name, dtype in files.items()}
+    rows = pack_documents(
+        Store(**maps, offsets=offsets, folder=folder), length=length, packing=True, concatenate=False, seed=0
+    )
+    batches = Batches(rows, Layout(sequence_length=length, batch_size=16), seed=0)
+    for _ in range(8):
+        next(batches)  # what was read ahead does not count
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        next(batches)
+        count += 16
+    return count / elapsed
+
+
+def main() -> None:
+    parser = make_parser("data", __doc__)
+    parser.add_argument("--documents", type=int, default=10_000_000, help="documents to plan rows for")
+    documents = parser.parse_args().documents
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    plans = Table(title=f"Rows of 4,096 planned for {documents:,} documents on {os.cpu_count()} CPU cores")
+    for column in ("documents are", "planned and kept, s", "opened again, s", "peak, MiB", "rows are full"):
+        plans.add_column(column, justify="left" if column == "documents are" else "right")
+    for name, concatenate in (("whole, packed", False), ("end to end, cut", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            (planned, opened, full), memory = run_in_process(plan, Path(folder), documents, concatenate)
+        plans.add_row(name, f"{planned:.1f}", f"{opened:.4f}", f"{memory:,.0f}", f"{full:.2%}")
+    console.print(plans)
+    loader = Table(
+        title=f"Loader: {GPUS} GPUs x {TOKENS_PER_GPU:,} tokens/s = {GPUS * TOKENS_PER_GPU:,} tokens/s taken"
+    )
+    for column in ("row", "rows/s", "tokens/s", "rows/s taken", "times as fast"):
+        loader.add_column(column, justify="right")
+    for length in SEQUENCES:
+        with tempfile.TemporaryDirectory() as folder:
+            speed, _ = run_in_process(load, Path(folder), length)
+        taken = GPUS * TOKENS_PER_GPU / length
+        loader.add_row(
+            f"{length:,}", f"{speed:,.0f}", f"{speed * length:,.0f}", f"{taken:.1f}", f"{speed / taken:,.0f}"
+        )
+    console.print(loader)
+
+
+if __name__ == "__main__":
+    main()
