@@ -226,6 +226,7 @@ def count_learned(learned: Sliced, positions: np.ndarray) -> tuple[np.ndarray, i
         block = learned[start : start + _BLOCK_TOKENS]
         low, high = np.searchsorted(positions, [start + 1, start + len(block) + 1])
         if low < high:
-            counts[low:high] = total + np.cumsum(block, dtype=np.int32)[positions[low:high] - start - 1]
+            counts[low:high] = np.cumsum(block, dtype=np.int32)[positions[low:high] - start - 1]
+            counts[low:high] += total
         total += int(np.count_nonzero(block))
     return counts, total

@@ -162,6 +162,21 @@ def test_learned_tokens_are_counted_in_blocks(block, monkeypatch):
     assert total == LEARNED.sum()
 
 
+def test_more_learned_tokens_than_32_bits_count():
+    block = np.ones(packing._BLOCK_TOKENS, bool)
+
+    class Everything:
+        def __len__(self):
+            return (1 << 31) + 10
+
+        def __getitem__(self, part):
+            return block[: min(part.stop, len(self)) - part.start]
+
+    positions = np.array([5, (1 << 31) + 5])
+    counts, total = packing.count_learned(Everything(), positions)
+    assert counts.tolist() == positions.tolist() and total == (1 << 31) + 10
+
+
 @pytest.mark.parametrize(("packed", "concatenate"), [(True, True), (True, False), (False, False)])
 def test_a_plan_is_kept_beside_the_tokens(packed, concatenate, tmp_path, monkeypatch, caplog):
     documents = store([2, 30, 31, 32, 1], [2, 20, 21, 1], [2, 10, 1])
