@@ -299,7 +299,15 @@ def _read_table(stream: io.BufferedReader, part: "Part") -> Located:
     usual = b"\t" if part.ending == ".tsv" else b","
     separator = max((usual, b",", b"\t", b";"), key=first.count).decode()
     with _decode(stream) as text:
-        yield from _read_rows(csv.reader(text, delimiter=separator, strict=True), part)
+        yield from _read_rows(csv.reader(_take_lines(text, part), delimiter=separator, strict=True), part)
+
+
+def _take_lines(text: io.TextIOWrapper, part: "Part") -> Iterator[str]:
+    """The lines of a table. Raises ValueError for one that is longer than any document may be."""
+    while line := text.readline(MAX_BYTES):
+        if len(line) == MAX_BYTES:
+            raise ValueError(f"{part.label} has a line that is {_SIZE}; mend the file")
+        yield line
 
 
 def _read_rows(rows: Any, part: "Part") -> Located:
