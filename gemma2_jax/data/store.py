@@ -84,6 +84,8 @@ def build_store(
     cannot be written to.
     """
     folder = cache / f"{split}-{_fingerprint(data, split, tokenizer)}"
+    if folder.exists() and not os.access(cache, os.W_OK):
+        return open_store(folder)  # whole, as it has its name; there is no place for a lock
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")) as locked:
@@ -103,7 +105,7 @@ def build_store(
                 _move_folder(partial, folder)
                 store = _reopen_store(folder)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS and not str(error.filename).startswith(str(cache)):
+        if error.errno not in _DISK_ERRORS and not Path(str(error.filename)).is_relative_to(cache):
             raise  # of the source
         raise OSError(
             f"tokenized data could not be written to {cache} ({error}); make room there, or name a folder on another "
@@ -256,7 +258,7 @@ class _Journal:
             with paths[name].open("rb") as piece, (self._folder / name).open("ab") as whole:
                 shutil.copyfileobj(piece, whole, 1 << 20)
         with (self._folder / "offsets").open("ab") as offsets:
-            (self.tokens + np.cumsum(lengths)).tofile(offsets)
+            offsets.write((self.tokens + np.cumsum(lengths)).data)
         self.done, self.documents = number + 1, self.documents + len(lengths)
         self.tokens += int(lengths.sum())
         self.report.add(Report.from_json(json.loads(paths["report"].read_text())))

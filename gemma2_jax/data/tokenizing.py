@@ -63,7 +63,7 @@ def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> Non
             if encoded:
                 tokens, learned = zip(*encoded, strict=True)
                 for file, array in zip(files, _as_arrays(tokens, learned), strict=True):
-                    array.tofile(file)
+                    file.write(array.data)  # tofile's error does not say that the disk is full
             advance(len(batch))
     partial = piece_file(job.folder, number, "report.partial")
     partial.write_text(json.dumps(report.to_json()))
@@ -176,7 +176,7 @@ def main() -> None:
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers)
 
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError, KeyboardInterrupt):
         job: Job = pickle.load(sys.stdin.buffer)
         while True:
             number: int = pickle.load(sys.stdin.buffer)
@@ -185,7 +185,10 @@ def main() -> None:
             except BrokenPipeError:
                 raise
             except OSError as error:
-                answer(os_error=[error.errno, error.strerror, error.filename])
+                if error.errno is None:  # a library's own
+                    answer(error=str(error))
+                else:
+                    answer(os_error=[error.errno, error.strerror, error.filename])
             except ValueError as error:
                 answer(error=str(error))
             else:

@@ -1,9 +1,9 @@
 """The store of tokens: made once, by any number of processes, whole or not at all, and resumed after a kill."""
 
-import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -189,13 +189,24 @@ def test_a_bad_document_is_named_by_a_worker(tmp_path, tokenizer, monkeypatch):
         build_store(data, "train", tokenizer, tmp_path / "cache")
 
 
-def test_a_full_disk_is_named(tmp_path, tokenizer, monkeypatch):
-    def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b " * 9999}))
+    data = DataConfig(train=str(tmp_path / "a.jsonl"), kind="text", eval_fraction=0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may be longer, as if the disk were full
+    try:
+        with pytest.raises(OSError, match=f"data could not be written to {tmp_path}/cache .*File too large.*--data.ca"):
+            build_store(data, "train", tokenizer, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(tokenizing, "piece_file", fail)
-    with pytest.raises(OSError, match=f"data could not be written to {tmp_path}/cache .*No space left.*--data.cache"):
-        build_store(write_files(tmp_path / "data", 1), "train", tokenizer, tmp_path / "cache")
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path, tokenizer, monkeypatch):
+    data = write_files(tmp_path / "data", 1)
+    built = build_store(data, "train", tokenizer, tmp_path / "cache")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(store, "_lock", None)
+    assert build_store(data, "train", tokenizer, tmp_path / "cache").folder == built.folder
 
 
 def test_the_folder_of_stores(monkeypatch):
