@@ -133,27 +133,44 @@ def _build(command: Build) -> None:
 
 def _inspect(command: Inspect) -> None:
     from gemma2_jax.data import inspection
-    from gemma2_jax.data.indexed import find_prefix, open_indexed
-    from gemma2_jax.data.store import build_store, cache_folder, open_store
+    from gemma2_jax.data.store import open_store
 
-    data, samples = replace(command.data, train=command.source), command.samples
     folder = Path(command.source)
-    tokenizer = data.tokenizer
-    if (folder / "config.txt").is_file():  # of a run
-        data, tokenizer = configs.from_file(folder / "config.txt").data, str(folder / "tokenizer")
+    is_run = (folder / "config.txt").is_file()
+    data = configs.from_file(folder / "config.txt").data if is_run else replace(command.data, train=command.source)
+    tokenizer = str(folder / "tokenizer") if is_run else data.tokenizer
     loaded = _load_tokenizer(tokenizer) if tokenizer else None
     if (folder / "offsets").is_file():
-        found = inspection.inspect_store(open_store(folder), loaded, samples=samples)
-    elif prefix := find_prefix(data.train):
-        found = inspection.inspect_indexed(open_indexed(prefix), loaded, samples=samples)
-    elif (folder / "config.txt").is_file() and loaded:
-        store = build_store(data, "train", loaded, cache_folder(data), show=True)
-        found = inspection.inspect_store(store, loaded, samples=samples)
+        _print_inspection(inspection.inspect_store(open_store(folder), loaded, samples=command.samples))
     else:
-        found = inspection.inspect_source(data, loaded, documents=command.documents, samples=samples)
-    _print_inspection(found)
+        for number, source in enumerate(_split_sources(data.train)):
+            print("\n" * bool(number), end="")
+            _print_inspection(_inspect_source(command, replace(data, train=source), loaded, is_run))
     if not tokenizer:
         print("\nWith --data.tokenizer FOLDER, a folder or a Hub id, tokens are counted and shown as text.")
+
+
+def _split_sources(text: str) -> list[str]:
+    """The sources of a,b or of 0.7*a,0.3*b, without their weights."""
+    if "," not in text or Path(text).exists():
+        return [text]
+    return [re.sub(r"^[\d.]+\*", "", part.strip()) for part in text.split(",")]
+
+
+def _inspect_source(
+    command: Inspect, data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", is_run: bool
+) -> "Inspection":
+    """The inspection of one source; of a run, what it has tokenized of it."""
+    from gemma2_jax.data import inspection
+    from gemma2_jax.data.indexed import find_prefix, open_indexed
+    from gemma2_jax.data.store import build_store, cache_folder
+
+    if prefix := find_prefix(data.train):
+        return inspection.inspect_indexed(open_indexed(prefix), tokenizer, samples=command.samples)
+    if is_run and tokenizer:
+        store = build_store(data, "train", tokenizer, cache_folder(data), show=True)
+        return inspection.inspect_store(store, tokenizer, samples=command.samples)
+    return inspection.inspect_source(data, tokenizer, documents=command.documents, samples=command.samples)
 
 
 def _print_inspection(found: "Inspection") -> None:

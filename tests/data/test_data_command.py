@@ -182,3 +182,10 @@ def test_indexed_data_is_inspected(run, tmp_path):
     assert "documents       3, of which 1 are empty" in said
     assert "100% of documents begin with token 2 (<bos>), 100% of documents end with token 1 (<eos>)" in said
     assert "tokens          5, of which 3 (60%) are learned" in said
+
+
+def test_each_of_several_sources_is_inspected(run, corpus, tmp_path):
+    with IndexedWriter(f"{tmp_path}/a", np.dtype("<u2"), tmp_path / "partial") as writer:
+        writer.write(np.array([2, 1]), np.array([2]))
+    said = run("inspect", f"0.7*{tmp_path}/a,0.3*{corpus}", "--samples", "0")
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("source")] == [f"{tmp_path}/a.bin", corpus]
