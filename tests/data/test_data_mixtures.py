@@ -85,7 +85,8 @@ def test_a_schedule_typed_out():
 
 def test_each_source_is_within_a_row_of_its_share():
     draw = random.Random(0)
-    cases = [[1] + [Fraction(1, 100)] * 50, [9973, 1], [1] * 12]
+    # Of the first, to give each row to the source that is furthest behind would leave one more than a row behind.
+    cases = [[5, 1, 19, 53, 2, 53], [1] + [Fraction(1, 100)] * 50, [9973, 1], [1] * 12]
     cases += [[draw.randint(1, draw.choice([3, 60, 400])) for _ in range(draw.randint(2, 12))] for _ in range(40)]
     for weights in cases:
         schedule = mixtures.Schedule([Fraction(weight) for weight in weights])
