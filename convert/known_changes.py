@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +50,20 @@ def known_changes(row: Row, model: ModelConfig) -> list[Change]:
             if model.mlp_width % (2 * size) == 0
             for order in (_split_ranks, _join_ranks)
         ]
+    # One that moves values and one that computes others; the rest undo each other, or nobody has seen them together.
+    pairs = [_both(*pair) for pair in combinations(found, 2) if pair[0].rounds != pair[1].rounds]
     square = row.path.endswith("/w") and len(row.groups) == 2
-    return found + [Change("transposed", np.transpose, row.path)] * square
+    return found + [Change("transposed", np.transpose, row.path)] * square + pairs
+
+
+def _both(first: Change, second: Change) -> Change:
+    """Two changes, one after the other, of the array that is compared or of the one that is in its place."""
+    return Change(
+        f"{first.description} and {second.description}",
+        lambda tensor: second.apply(first.apply(tensor)),
+        second.path if first.rounds else first.path,
+        rounds=first.rounds or second.rounds,
+    )
 
 
 def _attention_changes(row: Row, model: ModelConfig, name: str) -> list[Change]:

@@ -4,6 +4,8 @@ Arrays are compared by our paths and layouts, a layer at a time, so that memory 
 explanations of a single array; the conclusion here is drawn from all of them.
 """
 
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,17 +16,20 @@ from flax import nnx
 
 from gemma2_jax.config import ComputeConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint, describe_model_differences, load_weights, read_array
-from gemma2_jax.convert.files import orbax
+from gemma2_jax.convert.files import gguf, orbax
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.convert.known_changes import Change, explains, known_changes, low_rank
+from gemma2_jax.convert.sources import TensorSource
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
 
 _TUNED = 0.5  # the largest relative difference of an array that further training may explain
 _UNRELATED = 1.0  # independent weights of one size differ by sqrt(2) of themselves
+# What quantizing to n bits may change, times 2**-n: it was 1.25 of normal values in each of llama.cpp's formats.
+_QUANTIZED = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,8 @@ def compare_checkpoints(
     Args:
       progress: is called with the number of bytes of `first` compared since the last call.
 
-    Raises ValueError where one checkpoint lacks an array of the other, or has it in another shape.
+    Raises ValueError where one checkpoint lacks an array of the other, or has it in another shape, with what to compare
+    instead.
     """
     for checkpoint in (first, second):
         if checkpoint.model is None:
@@ -81,11 +87,57 @@ def compare_checkpoints(
             clauses = [f"has {path} with shape {shape}" if shape else f"has no {path}" for shape in pair]
             reason = f"{first.path} {clauses[0]}, and {second.path} {clauses[1]}"
             differences = describe_config_differences(first, second)
-            size = f"; they are models of different sizes: {differences}" if all(pair) and differences else ""
-            raise ValueError(reason + size)
+            if all(pair) and differences:
+                raise ValueError(f"{reason}; they are models of different sizes: {differences}")
+            raise ValueError(f"{reason}; {_suggest_merge(first, second)}")
     assert first.model
     rows = {row.path: row for row in (*table.MODEL, *table.table_rows(first.adapter, first.model.layers))}
     return [_compare_arrays(rows[path], first, second, progress) for path in shapes]
+
+
+def _suggest_merge(first: Checkpoint, second: Checkpoint) -> str:
+    """What can be compared of two checkpoints with other arrays: the weights that their adapters make of the model."""
+    if not (first.has_weights and second.has_weights):
+        return "one is an adapter alone: give its model's weights to both, or to none"
+    commands, after_norm = list[str](), list[str]()
+    for checkpoint, target in ((first, "FIRST"), (second, "SECOND")):
+        words = ["python", "-m", "gemma2_jax.convert", str(checkpoint.path), target, "--merge", "--to", "hf"]
+        commands += [shlex.join(words)] if checkpoint.adapter.kind != "none" else []
+        after_norm += checkpoint.adapter.unmergeable_targets
+    if after_norm:
+        return (
+            "an adapter that is added after the post-norm (adapter.after_norm) cannot be merged, and compares with "
+            "others of its projections alone"
+        )
+    return f"merge what is an adapter into its model, and compare that: {' and '.join(commands)}"
+
+
+def describe_adapter_differences(first: Checkpoint, second: Checkpoint) -> str:
+    """What makes the same arrays of two adapters different functions: scales, places and tokens; may be empty."""
+    assert first.model
+    layers, adapters = range(first.model.layers), (first.adapter, second.adapter)
+    scales = [[x.layer_scale(name, layer) for name in table.match_targets(x) for layer in layers] for x in adapters]
+    values = [" ".join(f"{scale:g}" for scale in sorted(set(found))) for found in scales]
+    differences = {
+        f"the scale (alpha, rank and rslora) is {values[0]} and {values[1]}": scales[0] != scales[1],
+        "one is added after the post-norm (adapter.after_norm)": bool(adapters[0].unmergeable_targets)
+        != bool(adapters[1].unmergeable_targets),
+        "their rows are of other tokens (adapter.trainable_tokens)": adapters[0].trainable_tokens
+        != adapters[1].trainable_tokens,
+    }
+    return "; ".join(sentence for sentence, differ in differences.items() if differ)
+
+
+def list_dtypes(arrays: list[Difference], every: list[Difference]) -> list[str]:
+    """A sentence for each pair of dtypes that differ, with the arrays that have them."""
+    groups: dict[tuple[str, str], list[Difference]] = {}
+    for array in arrays:
+        groups.setdefault(array.dtypes, []).append(array)
+    return [
+        f"of {_describe_arrays(group, every)} the first has {dtypes[0]} and the second {dtypes[1]}"
+        for dtypes, group in groups.items()
+        if dtypes[0] != dtypes[1]
+    ]
 
 
 def describe_config_differences(first: Checkpoint, second: Checkpoint) -> str:
@@ -153,7 +205,10 @@ def _compare_arrays(row: Row, first: Checkpoint, second: Checkpoint, progress: C
         difference = tally.add(a, b)
         if not tally.changes and row in table.PROJECTIONS.values():
             tally.add_rank(difference, b)
+    relative = _ratio(tally.difference_squares, tally.squares) ** 0.5
     explanation = tally.changes[0].description if tally.layers and tally.changes else ""
+    if tally.layers and not tally.changes:
+        explanation = _explain_quantized(row, (first, second), relative)
     if explanation and row.stacked and tally.layers < stored.shape[0]:
         explanation += f" in {tally.layers} of {stored.shape[0]} layers"
     return Difference(
@@ -162,10 +217,24 @@ def _compare_arrays(row: Row, first: Checkpoint, second: Checkpoint, progress: C
         unequal=tally.unequal,
         size=int(np.prod(stored.shape, dtype=np.int64)),
         largest=tally.largest,
-        relative=_ratio(tally.difference_squares, tally.squares) ** 0.5,
+        relative=relative,
         explanation=explanation,
         rank=tally.rank,
     )
+
+
+def _explain_quantized(row: Row, pair: tuple[Checkpoint, Checkpoint], relative: float) -> str:
+    """The explanation of a difference no larger than quantizing makes, where an array is quantized; else empty."""
+    types = set[str]()
+    for checkpoint in pair:
+        source = checkpoint.find_source(row.path)
+        if isinstance(source, TensorSource):
+            names = source.rows[row.path].names(source.model.layers)
+            tensors = (source.tensors.by_name[name] for name in names)
+            types |= {tensor.type for tensor in tensors if isinstance(tensor, gguf.Tensor) and tensor.quantized}
+    bits = [int(digits[0]) for kind in types if (digits := re.search(r"\d", kind))]
+    explained = bits and relative <= _QUANTIZED * 2.0 ** -min(bits)
+    return f"but for what {' and '.join(sorted(types))} rounds" if explained else ""
 
 
 def _pieces(row: Row, checkpoint: Checkpoint) -> Iterator[Index]:
@@ -217,7 +286,7 @@ def conclude(arrays: list[Difference], tolerance: float = 0.0) -> str:
     if not unexplained:
         return f"The second holds the weights of the first, stored otherwise: {explained}{rest}."
     if explained:
-        rest = f"; besides, the second holds those of the first stored otherwise: {explained}{rest}"
+        rest = f". Of what else differs, the second holds the first's stored otherwise: {explained}{rest}"
     # A difference in a few elements has a low rank too, and is no adapter's.
     ranks = [array.rank for array in unexplained if array.rank and array.unequal * 100 >= array.size]
     if len(ranks) == len(unexplained):
@@ -233,8 +302,7 @@ def conclude(arrays: list[Difference], tolerance: float = 0.0) -> str:
             return f"All projections differ by little ({span}), as in a model and one that was tuned from it{rest}."
         if low >= _UNRELATED:
             return f"They are models of one size that have nothing in common ({span}){rest}."
-    verb = "differs" if len(unexplained) == 1 else "differ"
-    return f"{_describe_arrays(unexplained, arrays)} {verb} by no change that is known ({span}){rest}."
+    return f"They differ in {_describe_arrays(unexplained, arrays)}, by no change that is known ({span}){rest}."
 
 
 def _relative_span(arrays: list[Difference]) -> tuple[float, float]:
@@ -256,7 +324,7 @@ def _describe_arrays(chosen: list[Difference], arrays: list[Difference]) -> str:
         return "all arrays"
     kinds = list(dict.fromkeys(array.kind for array in chosen))
     if len(chosen) > 2 and len(chosen) == sum(array.kind in kinds for array in arrays):
-        return f"all {_join_words(kinds)}"
+        return _join_words(["the embedding" if kind == "embedding" else f"all {kind}" for kind in kinds])
     names = [array.name for array in chosen]
     return _join_words([*names[:4], f"{len(names) - 4} more"] if len(names) > 5 else names)
 

@@ -209,7 +209,11 @@ def claim_tensors(expected: Shapes, actual: Mapping[str, tuple[int, ...]], sourc
             transposed = tuple(actual[name]) == shape[::-1]
             raise ValueError(
                 f"{source}: {name} has shape {tuple(actual[name])} where its config expects {shape}; "
-                + ("it is stored transposed" if transposed else "it is a checkpoint of another config")
+                + (
+                    "it is stored transposed; store its transpose (tensor.T.contiguous()) in its place"
+                    if transposed
+                    else "it is a checkpoint of another config"
+                )
             )
 
 

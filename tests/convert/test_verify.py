@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_files import HF, PEFT, Tensors, load_tensors
+from megatron_files import DORA, HF, PEFT, Tensors, load_tensors
 from safetensors.numpy import save_file
 
 from gemma2_jax.convert import verify
@@ -121,16 +121,16 @@ CASES = {
     ),
     "one element": Case(
         lambda name, w, every: w + np.eye(*w.shape, dtype=w.dtype) * (np.arange(w.shape[1]) == 3), r"0.*gate",
-        {"mlp/gate": "1"}, "mlp/gate differs by no change that is known (relative L2",
+        {"mlp/gate": "1"}, "They differ in mlp/gate, by no change that is known (relative L2",
     ),
     "one bit of some elements": Case(
         lambda name, w, every: (w.view(np.uint16) + (RNG(len(name)).random(w.shape) < 0.1)).view(w.dtype), "proj",
         dict.fromkeys(MATRICES, ""), "All projections differ by little", "bf16",
     ),
     "some norms": Case(
-        add_noise(0.1), "input_layernorm", {"pre_attn_norm": ""}, "pre_attn_norm differs by no change that is known"
+        add_noise(0.1), "input_layernorm", {"pre_attn_norm": ""}, "differ in pre_attn_norm, by no change that is known"
     ),
-    "all norms": Case(add_noise(0.1), "norm", dict.fromkeys(NORMS, ""), "all norms differ by no change that is known"),
+    "all norms": Case(add_noise(0.1), "norm", dict.fromkeys(NORMS, ""), "They differ in all norms, by no change that"),
     "tuned": Case(
         add_noise(0.05), "proj|embed", dict.fromkeys(("embedding", *MATRICES), ""),
         "All projections differ by little (relative L2 0.0",
@@ -142,7 +142,12 @@ CASES = {
     "two changes": Case(
         lambda name, w, every: w + 1 if "norm" in name else w + w[::-1], rf"norm|{K}",
         dict.fromkeys(NORMS, "plus 1") | {"attn/k": ""},
-        "attn/k differs by no change that is known (relative L2 1); besides, the second holds those of the first",
+        "They differ in attn/k, by no change that is known (relative L2 1). Of what else differs, the second holds the "
+        f"first's stored otherwise: all norms plus 1{SAME}",
+    ),
+    "two changes of one array": Case(
+        lambda name, w, every: pair_rows(name, w / 4, every), Q,
+        {"attn/q": f"{PAIRED} and divided by sqrt(query_pre_attn_scalar)"}, f"attn/q {PAIRED} and divided by sqrt",
     ),
 }  # fmt: skip
 
@@ -181,6 +186,19 @@ def test_dtypes_explain_a_difference():
     assert verify.conclude(verify.compare_checkpoints(*pair), 0.1) == "They hold the same weights, within 0.1."
 
 
+def test_arrays_that_one_lacks_are_merged_to_be_compared(tmp_path):
+    base, lora, dora = HF["f32"], *(open_checkpoint(x, base=HF["f32"]) for x in (PEFT, DORA))
+    for pair, said in (
+        (
+            (open_checkpoint(base), lora),
+            rf"; merge what is an adapter .*: python \S+ \S+ {PEFT} SECOND --merge --to hf$",
+        ),
+        ((lora, dora), "adapter/m.*; an adapter that is added after the post-norm .* cannot be merged"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            verify.compare_checkpoints(*pair)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_rows_of_an_adapter_in_the_order_of_ranks_are_known(ranks, tmp_path):
     at = Path(shutil.copytree(PEFT, tmp_path / "it"))
@@ -198,5 +216,7 @@ def test_the_rows_of_an_adapter_in_the_order_of_ranks_are_known(ranks, tmp_path)
 
 def test_a_matrix_that_is_not_square_shows_that_it_is_transposed(tmp_path):
     folder = save_changed(tmp_path / "it", Case(lambda name, w, every: np.ascontiguousarray(w.T), "k_proj", {}, ""))
-    with pytest.raises(ValueError, match=r"k_proj\S+ has shape \(64, 32\) .* \(32, 64\); it is stored transposed"):
+    with pytest.raises(
+        ValueError, match=r"k_proj\S+ has shape \(64, 32\) .* \(32, 64\); it is stored transposed; store its"
+    ):
         open_checkpoint(folder)
