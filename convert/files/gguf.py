@@ -36,9 +36,11 @@ _BLOCK = 1 << 22  # elements that are quantized or dequantized at a time, as bot
 
 @dataclass(frozen=True)
 class Array:
-    """An array of the header, of which only the length is kept."""
+    """An array of the header, of which only the place is kept: `read_elements` reads it."""
 
     length: int
+    kind: int  # the number of its elements' type
+    start: int  # of its elements in the file
 
 
 Written = int | float | bool | str | list[str] | list[int] | list[float]
@@ -111,6 +113,15 @@ def open_file(path: Path) -> File:
     except ValueError as error:
         raise ValueError(f"{path} is no GGUF file, or is damaged: {error}; get it again") from error
     return File(path, metadata, tensors)
+
+
+def read_elements(path: Path, array: Array) -> list[Any]:
+    """The elements of an array of a header that `open_file` has read. Raises ValueError where it is damaged."""
+    with path.open("rb") as file:
+        try:
+            return _Header(file, memory.Version.of(path).size).elements_of(array)
+        except ValueError as error:
+            raise ValueError(f"{path} is no GGUF file, or is damaged: {error}; get it again") from error
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,7 @@ class _Header:
         self.elements += length
         if self.elements > _MOST_ELEMENTS:
             raise ValueError(f"the arrays of its header have {self.elements:,} elements or more")
+        array = Array(length, kind, self.position)
         if kind == _STRING:
             for _ in range(length):
                 self._skip(self._number("<Q"))
@@ -223,7 +235,16 @@ class _Header:
             self._skip(length * struct.calcsize(_SCALARS[kind]))
         else:
             raise ValueError(f"{key} is an array of type {kind}; there are arrays of numbers and of strings only")
-        return Array(length)
+        return array
+
+    def elements_of(self, array: Array) -> list[Any]:
+        """The elements of an array that was passed over."""
+        self.file.seek(array.start)
+        self.position = array.start
+        if array.kind == _STRING:
+            return [self._string() for _ in range(array.length)]
+        layout = np.dtype(_SCALARS[array.kind])
+        return np.frombuffer(self._take(array.length * layout.itemsize), layout).tolist()
 
     def _skip(self, count: int) -> None:
         self._advance(count)

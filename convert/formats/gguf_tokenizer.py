@@ -3,7 +3,8 @@
 llama.cpp has tokenizers of its own, and two of them are Gemma 2's: "llama", SentencePiece's BPE, which joins the pair
 whose piece has the highest score; and "gpt2", byte-level BPE with its list of merges, which the tiny model has. A
 tokenizer of another kind is refused. What llama.cpp needs does not say all that a tokenizer.json does, so that file is
-written too, whole, under the key that GGUF has for it; a tokenizer is read from there or not at all.
+written too, whole, under the key that GGUF has for it. A tokenizer is read from there; of a file without it, as
+llama.cpp's own converter writes them, Gemma's is made from its pieces as from a tokenizer.model.
 
 Source: llama.cpp's conversion/base.py (types and scores of pieces), src/llama-vocab.cpp (what it makes of them).
 """
@@ -14,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma2_jax.convert.files.gguf import File, Written, open_file
+from gemma2_jax.convert.files.gguf import Array, File, Written, open_file, read_elements
 from gemma2_jax.convert.files.safetensors import write_json
+from gemma2_jax.convert.formats.sentencepiece import LONGEST_PIECE, Piece, SpecialTokens, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +26,7 @@ _JSON, _TEMPLATE = "tokenizer.huggingface.json", "tokenizer.chat_template"
 _GGML = "tokenizer.ggml."
 _SPECIAL_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
+_PIECES = {"tokens": 8, "scores": 6, "token_type": 5}  # the types of their elements: string, float32, int32
 # Control tokens that Gemma's tokenizer does not mark as special.
 _CONTROL_LIKE = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -142,8 +145,38 @@ def merge_warnings(metadata: Mapping[str, Written]) -> list[str]:
 
 
 def has_tokenizer(file: File) -> bool:
-    """Whether the file has its tokenizer.json in it."""
-    return isinstance(file.metadata.get(_JSON), str)
+    """Whether the file has its tokenizer.json in it, or the pieces of Gemma's tokenizer."""
+    return isinstance(file.metadata.get(_JSON), str) or _has_pieces(file)
+
+
+def _has_pieces(file: File) -> bool:
+    """Whether llama.cpp splits texts by the file's pieces as Gemma's tokenizer does."""
+    get = file.metadata.get
+    arrays = [get(f"{_GGML}{key}") for key in _PIECES]
+    kinds = [(array.kind, array.length) for array in arrays if isinstance(array, Array)]
+    lengths = [length for _, length in kinds]
+    whole = [kind for kind, _ in kinds] == [*_PIECES.values()] and len({*lengths}) == 1
+    options = [get(f"{_GGML}{key}") for key in ("model", "add_bos_token", "add_eos_token", "add_space_prefix")]
+    return whole and options[:2] == ["llama", True] and options[2] in (None, False) and options[3] is False
+
+
+def _unpack_pieces(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Writes the tokenizer.json of the pieces, as of a tokenizer.model. Raises ValueError where they are damaged."""
+    texts, scores, kinds = (read_elements(path, metadata[f"{_GGML}{key}"]) for key in _PIECES)
+    while kinds and kinds[-1] == _UNUSED:  # rows of the embedding beyond the tokenizer's
+        kinds.pop()
+    pieces = [
+        # llama.cpp has spaces as spaces in what is searched for, and calls control what Gemma's tokenizer does not.
+        Piece(text.replace(" ", "▁") if kind == _USER_DEFINED else text, score,
+              _USER_DEFINED if kind == _CONTROL and text != "<pad>" and _CONTROL_LIKE.fullmatch(text) else kind)
+        for text, score, kind in zip(texts, scores, kinds, strict=False)
+    ]  # fmt: skip
+    ids = {name.removesuffix("_token"): metadata.get(f"{_GGML}{key}_token_id") for name, key in _SPECIAL_IDS.items()}
+    wrong = [name for name, number in ids.items() if number is not None and number not in range(len(pieces))]
+    if wrong or len({piece.text for piece in pieces}) < len(pieces) or max(map(len, texts), default=0) > LONGEST_PIECE:
+        reason = ", ".join(wrong) or "one is there twice, or is too long"
+        raise ValueError(f"{path}: its {len(pieces):,} pieces are no tokenizer ({reason}); get it again")
+    write_tokenizer(pieces, SpecialTokens(**ids), folder)
 
 
 def missing_notes(file: File) -> tuple[str, ...]:
@@ -164,7 +197,11 @@ def special_ids(file: File) -> dict[str, int]:
 def unpack_tokenizer(path: Path, folder: Path) -> None:
     """Writes the tokenizer of a GGUF file as transformers reads it. Raises ValueError where it is damaged."""
     metadata = open_file(path).metadata
-    text = metadata[_JSON]
+    text = metadata.get(_JSON)
+    if text is None:
+        _unpack_pieces(path, metadata, folder)
+        _unpack_template(metadata, folder)
+        return
     try:
         spec = json.loads(str(text))
         names = {number: piece for piece, number in spec["model"]["vocab"].items()}
@@ -179,5 +216,9 @@ def unpack_tokenizer(path: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(str(text), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     write_json(folder / "tokenizer_config.json", config)
+    _unpack_template(metadata, folder)
+
+
+def _unpack_template(metadata: Mapping[str, Any], folder: Path) -> None:
     if isinstance(template := metadata.get(_TEMPLATE), str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

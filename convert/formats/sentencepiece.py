@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the t
 _BPE = 2  # a type of model
 _SPACE = "▁"
 _TURNS = ("<start_of_turn>", "<end_of_turn>")  # user-defined, and special in every tokenizer.json of Gemma's
-_LARGEST_FILE, _LONGEST_PIECE = 1 << 26, 200  # Gemma 2's file has 4 MB, and its longest piece 31 characters
+_LARGEST_FILE, LONGEST_PIECE = 1 << 26, 200  # Gemma 2's file has 4 MB, and its longest piece 31 characters
 
 
 class Piece(NamedTuple):
@@ -85,7 +85,7 @@ def _read_model(path: Path) -> tuple[list[Piece], SpecialTokens]:
         "one with spaces as they are": not normalizer.escape_whitespaces,
         "one with spaces at the ends of words": trainer.treat_whitespace_as_suffix,
         "one with unused pieces": any(piece.kind == UNUSED for piece in pieces),
-        f"one with pieces of over {_LONGEST_PIECE} characters": any(len(p.text) > _LONGEST_PIECE for p in pieces),
+        f"one with pieces of over {LONGEST_PIECE} characters": any(len(p.text) > LONGEST_PIECE for p in pieces),
         "one with a piece twice": len({piece.text for piece in pieces}) != len(pieces),
     }.items():
         if found:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers.tokenization_utils_base import generate_merges
 
+from gemma2_jax.convert.files.gguf import open_file, write_gguf
 from gemma2_jax.convert.formats import gguf_tokenizer
 from gemma2_jax.convert.formats.companions import load_tokenizer
 
@@ -66,6 +67,28 @@ def test_gemma_s_tokenizer_has_the_scores_and_types_that_llama_cpp_s_converter_g
     assert gguf_tokenizer.merge_warnings(found) == []
     with pytest.raises(ValueError, match="its tokenizer has 274 pieces, and its embedding 270 rows"):
         gguf_tokenizer.tokenizer_metadata(tokenizer, 270)
+
+
+def test_the_tokenizer_of_a_file_without_tokenizer_json_is_made_from_its_pieces(tmp_path):
+    """As llama.cpp's own converter writes them."""
+    original = load_tokenizer(gemma_tokenizer(tmp_path / "tokenizer"))
+    metadata = gguf_tokenizer.tokenizer_metadata(original, 276)
+    del metadata["tokenizer.huggingface.json"]
+    file = tmp_path / "it.gguf"
+    write_gguf(file, {"general.architecture": "gemma2"} | metadata, {}, [], lambda size: None)
+    assert gguf_tokenizer.has_tokenizer(open_file(file))
+    read = load_tokenizer(file)
+    vocab = original.get_vocab()
+    vocab["\t"] = vocab.pop("<0x09>")  # as Gemma's has it, whose pieces of several tabs are merged from it
+    assert read.get_vocab() == vocab and read.chat_template == original.chat_template
+    for text in ("abc ab  bc a", "  <mask>abc<end_of_turn>", "cab é <bos>▁a", "", "a\tb"):
+        assert read(text)["input_ids"] == original(text)["input_ids"], text
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id, read.unk_token_id) == (2, 1, 0, 3)
+    write_gguf(
+        file, {"general.architecture": "gemma2"} | metadata | {"tokenizer.ggml.bos_token_id": 274}, {}, [], print
+    )
+    with pytest.raises(ValueError, match=r"its 274 pieces are no tokenizer \(bos\)"):
+        load_tokenizer(file)
 
 
 @pytest.mark.parametrize(
