@@ -169,30 +169,42 @@ def _verify(command: Verify) -> None:
     with _progress_bar(size) as progress:
         arrays = verify.compare_checkpoints(pair[0], pair[1], progress)
     different = [array for array in arrays if not array.within(command.atol)]
-    shown = [array for array in arrays if array.unequal or array in different]
-    if shown:
-        describe.print_table(_difference_table(shown))
+    if different:
+        describe.print_table(_difference_table(different))
     elements = sum(array.size for array in arrays)
     rule = f"within {command.atol:g}" if command.atol else "bit by bit"
-    print(f"{len(arrays) - len(different)} of {len(arrays)} arrays ({elements:,} elements) are the same, {rule}")
+    largest = f"; the largest difference is {max(a.largest for a in arrays):.3g}" if not different else ""
+    print(
+        f"{len(arrays) - len(different)} of {len(arrays)} arrays ({elements:,} elements) are the same, {rule}"
+        + largest * bool(command.atol)
+    )
+    for dtypes in verify.list_dtypes(different, arrays):
+        print(f"note: {dtypes}")
     if configs := verify.describe_config_differences(*pair):
         print(f"note: their configs differ: {configs}")
     print(verify.conclude(arrays, command.atol))
+    if adapters := verify.describe_adapter_differences(*pair):
+        print(f"Their adapters compute different things all the same: {adapters}.")
     if command.prompt is not None:
         _compare_logits(pair, command.prompt)
-    if different:
+    if different or adapters:
         sys.exit(1)
 
 
 def _difference_table(arrays: "list[Difference]") -> "Table":
+    from rich import box
     from rich.table import Column, Table
 
-    numbers = (Column(name, justify="right") for name in ("elements", "unequal", "by at most", "relative L2"))
-    table = Table(Column("array", no_wrap=True), "dtypes", *numbers, "the second is the first")
-    for array in arrays:
-        explanation = array.explanation or (f"plus a matrix of rank {array.rank}" if array.rank else "")
-        amounts = f"{array.size:,}", f"{array.unequal:,}", f"{array.largest:.3g}", f"{array.relative:.3g}"
-        table.add_row(array.path, ", ".join(dict.fromkeys(array.dtypes)), *amounts, explanation)
+    # Without lines between columns, and with names and shares, all fits into 80.
+    numbers = (Column(name, justify="right") for name in ("unequal", "by at most", "relative L2"))
+    explanations = [x.explanation or (f"plus a matrix of rank {x.rank}" if x.rank else "") for x in arrays]
+    columns = "array", *numbers, *(["the second is the first"] if any(explanations) else [])
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for array, explanation in zip(arrays, explanations, strict=True):
+        many = array.unequal * 100 >= array.size
+        unequal = f"{array.unequal / array.size:.0%}" if many else f"{array.unequal:,}"
+        amounts = f"{array.largest:.3g}", f"{array.relative:.3g}", *([explanation] if any(explanations) else [])
+        table.add_row(array.name, unequal, *amounts)
     return table
 
 
@@ -243,9 +255,10 @@ _COMMANDS: dict[str, tuple[type, Callable]] = {
 def _convert(command: Convert, show_progress: bool = True) -> None:
     from gemma2_jax.convert.files.folder import expand_path
     from gemma2_jax.convert.job import Job
-    from gemma2_jax.convert.writing import write_checkpoint
+    from gemma2_jax.convert.writing import check_target, write_checkpoint
 
     target = expand_path(command.dst)
+    check_target(target, command.to)  # before a model is downloaded
     source = _open(command.src, command.adapter, command.hf_config, command.drop)
     ranks = command.tp, command.pp
     job = Job(
@@ -306,9 +319,8 @@ def _suggest_use(job: "Job", target: Path) -> str:
         model = base or "its base model"
         if job.reader == "vllm":
             return f"serve it: {_vllm_command(job, model, target)}"
-        grown = ""
-        if (job.adapter.replaces("embedding") or job.source.grown) and job.source.model:
-            grown = f" after model.resize_token_embeddings({job.source.model.vocab_size})"
+        rows = _grown_rows(job)
+        grown = f" after model.resize_token_embeddings({rows})" if rows else ""
         return f"load it: peft.PeftModel.from_pretrained(model, {str(target)!r}), where model is {model}{grown}"
     if job.to == "gguf":
         return f"run it: llama-cli -m {quoted}, or with Ollama: FROM {target} in a Modelfile"
@@ -319,12 +331,28 @@ def _suggest_use(job: "Job", target: Path) -> str:
     if job.to == "megatron-adapter":
         return _suggest_adapter_use(base, target)
     if job.to == "megatron-legacy":  # without --finetune it looks for the state of the optimizer and of the RNG
-        return f"load it with Megatron-LM: --load {quoted} --ckpt-format torch --finetune"
+        config = shlex.quote(str(job.source.path)) if job.source.format == "huggingface" else "MODEL"
+        return (
+            f"load it with Megatron-LM: --load {quoted} --ckpt-format torch --finetune\n"
+            f"read it here, as it does not say its config: python -m gemma2_jax.convert inspect {quoted} --hf-config "
+            f"{config}"
+        )
     if "adapter" in job.groups:
         if "weights" in job.groups:
             return f"load it: gemma2_jax.load({str(target)!r})"
         return f"load it with its model: gemma2_jax.load({base or 'MODEL'!r}, adapter={str(target)!r})"
-    return f"train from it: python -m gemma2_jax.train --config NAME --init {quoted}"
+    rows = _grown_rows(job)
+    grown = f" --model.vocab_size {rows}" if rows else ""
+    return f"train from it: python -m gemma2_jax.train --config NAME --init {quoted}{grown}"
+
+
+def _grown_rows(job: "Job") -> int | None:
+    """The rows of the embedding, where those of the adapter's model are fewer, or not known and it has its own."""
+    source = job.source
+    assert source.model is not None
+    stored = {part.shapes["embedding"].shape[0] for part in source.sources if "embedding" in part.shapes}
+    unknown = source.lacks_base and bool(stored)
+    return source.model.vocab_size if stored - {source.model.vocab_size} or unknown else None
 
 
 def _vllm_command(job: "Job", base: str, target: Path) -> str:

@@ -217,7 +217,7 @@ class Job:
         if self.zero_projections:
             found.append(
                 f"{' and '.join(self.zero_projections)} had no adapter, without which Megatron-Bridge loads none for "
-                "the projections that it fuses with it; an adapter of zeros, which adds nothing, is written for each"
+                "the projections that it fuses with them; an adapter of zeros, which adds nothing, is written for each"
             )
         if self.depends_on_ranks:
             found.append(

@@ -20,6 +20,7 @@ What else people have is in `recognition`, which says what it is.
 import os
 import re
 import reprlib
+import shlex
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -166,7 +167,8 @@ def _open_huggingface(folder: Path, base: Checkpoint | None, drop: Sequence[str]
     tied = hf.get("tie_word_embeddings") is not False
     tensors, notes = state_dict.open_state_dict(stored, drop, folder, tied=tied)
     source = TensorSource.open(folder, tensors, table.MODEL, model)
-    remedy = f"; --drop '*{table.HEAD}' takes the embedding for it"
+    command = f"python -m gemma2_jax.convert {shlex.quote(str(folder))} NEW --drop '*{table.HEAD}' --to hf"
+    remedy = f"; {command} takes the embedding for it"
     table.check_tied_head(tensors.shapes, tensors.read, folder, remedy)
     if not tied:
         notes += ("its config unties the output matrix, which is the embedding all the same",)
@@ -212,7 +214,7 @@ def _open_deepmind(folder: Path, base: Checkpoint | None) -> Checkpoint:
 def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
     opened = peft.open_adapter(folder)
     base_name = opened.config.get("base_model_name_or_path")
-    base = base or _open_base(folder, base_name)
+    base = _prefer_weights(base, _check_base_name(folder, base_name))
     adapted = Checkpoint(
         format="peft",
         path=folder,
@@ -225,7 +227,10 @@ def _open_peft(folder: Path, base: Checkpoint | None) -> Checkpoint:
 
     def read_base(row: Row, layer: int | None) -> WeightTensor:
         if base is None or base.model is None or row.path not in base.shapes:
-            raise ValueError(f"{folder} changes a part of {row.name} only, so that its model's weights are needed too")
+            raise ValueError(
+                f"{folder} changes a part of {row.name} only, so that its model's weights are needed too; name their "
+                "folder in base_model_name_or_path of its adapter_config.json, or give them, and this as --adapter"
+            )
         return WeightTensor(source=base.find_source(row.path), model=base.model, row=row, layer=layer)
 
     def open_source(model: ModelConfig) -> Source:
@@ -263,15 +268,15 @@ def _open_orbax(folder: Path, base: Checkpoint | None) -> Checkpoint:
         return OrbaxSource.open(adapter, table.table_rows(settings, model.layers, grown=grown), model)
 
     base_name, embedding = config.get("base_model_name_or_path"), shapes.get("embedding")
-    base = base or _open_base(folder, base_name)
+    base = _prefer_weights(base, _check_base_name(folder, base_name))
     return attach_base(adapted, base, open_source, base_name, embedding.shape[0] if embedding else None)
 
 
 def _run_step(folder: Path) -> tuple[Path, Path] | None:
     """The folder of a run and that of its newest step, where `folder` is a run or a step of one (then that step)."""
-    folder = folder.absolute()
-    if folder.name.isdecimal() and folder.parent.name == "checkpoints" and (folder.parents[1] / "config.txt").is_file():
-        return folder.parents[1], folder
+    step = folder.absolute()
+    if step.name.isdecimal() and step.parent.name == "checkpoints" and (step.parents[1] / "config.txt").is_file():
+        return step.parents[1], step
     if not (folder / "config.txt").is_file() or not (folder / "checkpoints").is_dir():
         return None
     steps = [step for step in (folder / "checkpoints").iterdir() if step.name.isdecimal()]
@@ -316,7 +321,8 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
         raise ValueError(f"{folder} trained an adapter on random weights, which nothing holds; train it with init set")
     rows = table.table_rows(config.adapter, config.model.layers)
     open_source = partial(OrbaxSource.open, params, rows, of_run=True)
-    return attach_base(run, base or _open_start(folder, config), open_source, config.init)
+    base = _prefer_weights(base, config.init, config.model) or _open_start(folder, config)
+    return attach_base(run, base, open_source, config.init)
 
 
 def _open_start(run: Path, config: configs.Config) -> Checkpoint:
@@ -410,7 +416,7 @@ def _open_megatron_adapter(
     adapted = replace(empty, adapter=adapter, notes=notes)
     names = megatron_config.base_names(run)
     base_name = next(filter(_is_folder, names), names[-1] if names else None)
-    return attach_base(adapted, base or _open_if_folder(base_name), open_source, base_name)
+    return attach_base(adapted, _prefer_weights(base, base_name), open_source, base_name)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -430,7 +436,7 @@ def _open_gguf(path: Path, base: Checkpoint | None) -> Checkpoint:
             rows = gguf.rename_rows(table.table_rows(adapter, model.layers))
             return TensorSource.open(file_path, Tensors(file.tensors), rows, model)
 
-        base = base or _open_if_folder(base_name)
+        base = _prefer_weights(base, base_name)
         return attach_base(replace(empty, adapter=adapter), base, open_source, base_name)
     model = gguf.model_config(file)
     refuse_base(file_path, model, base)
@@ -471,11 +477,25 @@ def _open_config(folder: Path) -> Checkpoint:
     )
 
 
-def _open_base(adapter: Path, name: Any) -> Checkpoint | None:
-    """The model that an adapter names, where that is a folder."""
+def _prefer_weights(base: Checkpoint | None, name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:
+    """The model of an adapter: the one given; or where that is a config alone, the one that is named if it is there.
+
+    Raises ValueError where that is of another config than the one given.
+    """
+    if base is not None and base.sources:
+        return base
+    found = _open_if_folder(name, model)
+    if found is None or found.model is None:
+        return base
+    refuse_base(found.path, found.model, base)
+    return found
+
+
+def _check_base_name(adapter: Path, name: Any) -> str | None:
+    """The model that an adapter names. Raises ValueError where that cannot be a folder or a Hub id."""
     if not isinstance(name, str | None):
         raise ValueError(f"{adapter} names {reprlib.repr(name)} as its model, which is no folder or Hub id")
-    return _open_if_folder(name)
+    return name
 
 
 def _open_if_folder(name: str | None, model: ModelConfig | None = None) -> Checkpoint | None:

@@ -10,13 +10,13 @@ import numpy as np
 
 from gemma2_jax.convert import writing_megatron
 from gemma2_jax.convert.files import gguf as gguf_files, orbax, safetensors
-from gemma2_jax.convert.files.folder import atomic_folder, atomic_path
+from gemma2_jax.convert.files.folder import atomic_folder, atomic_path, check_place
 from gemma2_jax.convert.formats import gguf
 from gemma2_jax.convert.formats.companions import copy_companions
 from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.formats.table import Row
-from gemma2_jax.convert.job import Job, Part, Progress, read_ahead
+from gemma2_jax.convert.job import Format, Job, Part, Progress, read_ahead
 
 
 def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: None) -> None:
@@ -24,15 +24,9 @@ def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: N
 
     Raises ValueError if `target` already holds something or the disk has no room, and OSError if writing fails.
     """
+    check_target(target, job.to)
     target = target.absolute()
-    to_file = job.to.startswith("gguf")
-    if to_file != (target.suffix == ".gguf"):
-        raise ValueError(f"{target}: --to gguf and gguf-adapter write a file whose name ends in .gguf, others a folder")
-    try:
-        str(target).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{str(target)!r} has bytes that are not UTF-8; give another name") from error
-    with (atomic_path if to_file else atomic_folder)(target, job.size) as partial_target:
+    with (atomic_path if job.to.startswith("gguf") else atomic_folder)(target, job.size) as partial_target:
         try:
             _write(partial_target, target, job, progress)
         except OSError as error:
@@ -42,6 +36,17 @@ def write_checkpoint(job: Job, target: Path, progress: Progress = lambda size: N
             raise OSError(
                 f"{target} could not be written ({error.strerror or error}); make room there, or write somewhere else"
             ) from error
+
+
+def check_target(target: Path, to: Format) -> None:
+    """Raises ValueError where `target` is no place for a checkpoint in this format."""
+    if to.startswith("gguf") != (target.suffix == ".gguf"):
+        raise ValueError(f"{target}: --to gguf and gguf-adapter write a file whose name ends in .gguf, others a folder")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(target)!r} has bytes that are not UTF-8; give another name") from error
+    check_place(target)
 
 
 def _write(folder: Path, target: Path, job: Job, progress: Progress) -> None:

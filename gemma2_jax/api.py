@@ -270,8 +270,8 @@ def _check_format(name: str) -> None:
     formats = get_args(Format)
     if name not in formats:
         near = difflib.get_close_matches(str(name).lower(), formats, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no format {name!r}; {hint}There are {', '.join(formats)}")
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"there is no format {name!r}{hint} There are {', '.join(formats)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -357,7 +357,7 @@ def test_what_a_format_cannot_hold_is_warned_of(tmp_path):
 def test_a_format_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no format 'pfet'; did you mean peft"):
         g2.convert(TINY, tmp_path / "out", to="pfet")
-    with pytest.raises(ValueError, match="there is no format 'xyz'; There are orbax, hf"):
+    with pytest.raises(ValueError, match=r"there is no format 'xyz'\. There are orbax, hf"):
         g2.convert(TINY, tmp_path / "out", to="xyz")
     assert not (tmp_path / "out").exists()
 

@@ -56,9 +56,9 @@ def atomic_path(path: Path, size: int) -> Iterator[Path]:
     Raises ValueError where `path` holds something already, the disk has no room or another process is writing to the
     same path, and OSError where nothing can be written there.
     """
+    check_place(path)
     path = Path(os.path.realpath(path))
     with explain_write_failure(path, "write somewhere else"):
-        _check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
@@ -77,8 +77,17 @@ def atomic_path(path: Path, size: int) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_place(path: Path) -> None:
-    """Raises ValueError unless a folder or a file can take this place, where nothing may be but an empty folder."""
+def check_place(path: Path) -> None:
+    """Raises ValueError unless a folder or a file can take this place, where nothing may be but an empty folder.
+
+    Of a link it is the place that the link leads to. Raises OSError where nobody can look there.
+    """
+    path = Path(os.path.realpath(path))
+    with explain_write_failure(path, "write somewhere else"):
+        _refuse_occupied(path)
+
+
+def _refuse_occupied(path: Path) -> None:
     if path.is_symlink():
         raise ValueError(f"{path} is a link that leads back to itself; delete it, or write somewhere else")
     if not path.exists():
@@ -154,8 +163,17 @@ def _lock(descriptor: int) -> None:
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
-    """This folder if it holds a tokenizer."""
-    return folder if any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)) else None
+    """This folder if it holds a tokenizer. Raises ValueError where something else has the name of one of its files."""
+    files = [_is_file(folder / name) for name in (TOKENIZER_JSON, TOKENIZER_MODEL, "tokenizer_config.json")]
+    return folder if any(files[:2]) else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file. Raises ValueError where there is something else, which is not passed over in silence."""
+    if path.is_file() or not os.path.lexists(path):
+        return path.is_file()
+    what = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else "no file"
+    raise ValueError(f"{path} is {what}; copy the file there, or delete that")
 
 
 def has_model_only(folder: Path) -> bool:
@@ -165,7 +183,7 @@ def has_model_only(folder: Path) -> bool:
 
 def generation_file(folder: Path) -> Path | None:
     """The defaults of generation that this folder holds."""
-    return folder / _GENERATION if (folder / _GENERATION).is_file() else None
+    return folder / _GENERATION if _is_file(folder / _GENERATION) else None
 
 
 def copy_companions(tokenizer: Path | None, generation: Path | None, target: Path) -> None:

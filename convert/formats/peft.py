@@ -10,6 +10,7 @@ one matrix for both, so that what makes them differ is refused. `peft_config` ha
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from gemma2_jax.convert.formats.peft_tensors import (
     are_equal,
     read_whole,
 )
-from gemma2_jax.convert.formats.state_dict import WRAPPER, check_elements
+from gemma2_jax.convert.formats.state_dict import HEADS, WRAPPER, check_elements
 from gemma2_jax.convert.formats.table import Row
 
 CONFIG = "adapter_config.json"
@@ -318,9 +319,9 @@ class PeftAdapter:
         if "weight" in parts and self._is_saved(module):
             return parts["weight"]
         if _TOKENS in parts:
-            indices, rows = peft_config.token_indices(self.config, module, self.source), read_whole(parts[_TOKENS])
+            indices = peft_config.token_indices(self.config, module, self.source)
             self._check_tokens(indices, tied.shape[0])
-            return ReplacedRows(tied, indices, rows)
+            return ReplacedRows(tied, indices, parts[_TOKENS].read((slice(None), slice(None))))
         if "lora_embedding_A" in parts:
             a, b = (read_whole(parts[f"lora_embedding_{letter}"]) for letter in "AB")
             return LowRankSum(tied, np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), self._scale(module))
@@ -364,6 +365,12 @@ def open_adapter(folder: Path) -> PeftAdapter:
                 found["base_layer"] = name
             case part if part != "original_module":
                 found[part] = name
+    for sign in HEADS:
+        if found := [name for name in unknown if fnmatchcase(name.removeprefix(table.PEFT), sign.pattern)]:
+            raise ValueError(
+                f"{folder} has {sign.said} ({table.list_names(found)}), which is no part of the language model; train "
+                "a LoRA with task_type CAUSAL_LM, which has none"
+            )
     if unknown:
         raise ValueError(
             f"{folder} has tensors that are none of an adapter to Gemma 2: {table.list_names(unknown)}; train without "

@@ -61,7 +61,7 @@ class PaddedTensor:
 
 @dataclass(frozen=True, eq=False)
 class ReplacedRows:
-    """A matrix of which some rows are other ones."""
+    """A matrix of which some rows are other ones, in the dtype that holds the values of both."""
 
     matrix: Tensor
     indices: list[int]
@@ -73,11 +73,11 @@ class ReplacedRows:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.matrix.dtype
+        return np.dtype(jnp.result_type(self.matrix.dtype, self.rows.dtype))
 
     def read(self, index: Index) -> np.ndarray:
         span = range(self.shape[0])[index[0]]
-        part = self.matrix.read(index).copy()
+        part = self.matrix.read(index).astype(self.dtype)  # a copy
         for token, row in zip(self.indices, self.rows, strict=True):
             if token in span:
                 part[token - span.start] = row[index[1]].astype(self.dtype)

@@ -7,6 +7,7 @@ and what makes up another model is refused with what can be done.
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
@@ -88,7 +89,8 @@ def open_state_dict(
         if found := _fitting(names.values(), (sign.pattern,)):
             raise ValueError(
                 f"{source} has {sign.said} ({table.list_names(found)}), which is no part of the language model; "
-                f"--drop '{sign.pattern}' leaves it out"
+                f"leave it out with python -m gemma2_jax.convert {shlex.quote(str(source))} NEW --drop "
+                f"'{sign.pattern}' --to hf"
             )
     return Tensors({name: tensors.by_name[stored] for stored, name in names.items() if name not in {*buffers}}), (
         *notes,

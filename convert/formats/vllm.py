@@ -30,7 +30,8 @@ RULES = (
     ),
     Rule(
         breaks=lambda adapter: adapter.modules_to_save,
-        sentence="it has weights in place of the model's (modules_to_save), which vLLM refuses to load",
+        sentence="it has weights in place of the model's (by modules_to_save, or by LoRA on the embedding), which vLLM "
+        "refuses to load",
         source="vllm/lora/peft_helper.py, modules_to_save",
     ),
     Rule(

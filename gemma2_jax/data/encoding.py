@@ -39,6 +39,7 @@ def load_tokenizer(folder: str | Path, origin: str | Path | None = None) -> "Pre
         raise ValueError(f"{origin} holds no tokenizer; it needs tokenizer.json and tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer("")  # which looks at settings that loading does not
     except (ImportError, MemoryError):  # of this machine, not of the files
         raise
     except Exception as error:  # the libraries raise KeyError, TypeError and Exception itself for damaged files

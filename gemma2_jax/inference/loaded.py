@@ -223,7 +223,7 @@ def load_generator(checkpoint: Checkpoint, dtype: DType | None = None) -> Genera
 
     An adapter is merged into the weights if that is possible, as it would slow down every step.
     """
-    model = load_model(checkpoint, dtype=dtype or default_dtype())
+    model = load_model(replace(checkpoint, tokenizer=None), dtype=dtype or default_dtype())
     adapter = model.adapter
     graph, state = nnx.split(model)
     weights = flatten_state(state)

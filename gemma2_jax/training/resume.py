@@ -44,7 +44,8 @@ def open_source(config: Config) -> Checkpoint | None:
         remedy = f"give {model} as --init and the adapter alone as --adapter to go on training it"
         if not source.adapter.unmergeable_targets:
             remedy += f", or merge it first with python -m gemma2_jax.convert {config.init} MERGED --to orbax --merge"
-        raise ValueError(f"init {config.init} has a {source.adapter.kind} adapter; {remedy}")
+        kind = {"lora": "LoRA", "dora": "DoRA"}[source.adapter.kind]
+        raise ValueError(f"init {config.init} has a {kind} on it; {remedy}")
     for field in dataclasses.fields(config.model):
         configured, stored = getattr(config.model, field.name), getattr(source.model, field.name)
         grows = field.name == "vocab_size" and configured > stored  # which `tokenizer.grow_vocabulary` decides
@@ -56,8 +57,8 @@ def open_source(config: Config) -> Checkpoint | None:
             )
     if config.init_adapter:
         source = open_checkpoint(config.init_adapter, base=source)
+        _check_vocabulary(config, source)  # first, as there the remedy is another
         _check_adapter(config, source.adapter)
-        _check_vocabulary(config, source)
     return source
 
 
@@ -73,27 +74,30 @@ def _check_adapter(config: Config, adapter: AdapterConfig) -> None:
         ranks = {name: {layer: config.layer_rank(name, layer) for layer in layers} for name in projections}
         alphas = {name: {layer: config.layer_alpha(name, layer) for layer in layers} for name in projections}
         return dataclasses.asdict(config) | {
-            "targets": " ".join(projections),
-            "layers": " ".join(map(str, config.layers)),
-            "rank_pattern": " ".join(f"{name} {rank}" for name, rank in list_patterns(ranks, config.rank)),
-            "alpha_pattern": " ".join(f"{name} {alpha}" for name, alpha in list_patterns(alphas, config.alpha)),
-            "modules_to_save": " ".join(weight_name(row.path) for row in table.MODEL if config.replaces(row.path)),
-            "trainable_tokens": " ".join(map(str, config.trainable_tokens)),
+            "targets": tuple(projections),
+            "rank_pattern": list_patterns(ranks, config.rank),
+            "alpha_pattern": list_patterns(alphas, config.alpha),
+            "modules_to_save": tuple(weight_name(row.path) for row in table.MODEL if config.replaces(row.path)),
         }
 
     configured, stored = comparable_fields(config.adapter), comparable_fields(adapter)
     configured["kind"] = config.adapter.kind
     different = [name for name in stored if name != "dropout" and configured[name] != stored[name]]
     if different:
-        values = [[str(fields[name]) or "none" for fields in (stored, configured)] for name in different]
+        values = [[_write_value(fields[name]) or "none" for fields in (stored, configured)] for name in different]
         facts = (
             f"it has {name} {value}, and adapter.{name} is {other}"
             for name, (value, other) in zip(different, values, strict=True)
         )
         raise ValueError(
             f"the adapter {config.init_adapter} is not of the kind that this run trains: {'; '.join(facts)}; "
-            f"give {' '.join(f'--adapter.{name} {stored[name]}'.rstrip() for name in different)}"
+            f"give {' '.join(f'--adapter.{name} {_write_value(stored[name])}'.rstrip() for name in different)}"
         )
+
+
+def _write_value(value: Any) -> str:
+    """A value as an option takes it: those of a tuple one after another."""
+    return " ".join(map(_write_value, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_vocabulary(config: Config, source: Checkpoint) -> None:

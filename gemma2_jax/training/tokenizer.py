@@ -53,7 +53,8 @@ def _find_tokenizer(config: Config, source: Checkpoint | None) -> Path:
         return locate_folder(config.data.tokenizer, weights=False)
     if source and source.tokenizer:
         return source.tokenizer
-    raise ValueError("no tokenizer: init has none beside its weights, so set data.tokenizer to a folder or hub id")
+    start = f"init {config.init} has no tokenizer beside its weights" if config.init else "there is no tokenizer"
+    raise ValueError(f"{start}; give --data.tokenizer, a folder or Hub id")
 
 
 def _write_tokenizer(

@@ -177,7 +177,7 @@ DROPPED: dict[str, tuple[Edit, str, str]] = {
     "an untied head": (
         save_head(lambda head: head.index_fill(0, torch.tensor([3]), 1)), "*lm_head.weight",
         r"lm_head\.weight is not the embedding \(it differs from the embedding in 1 of 384 rows\), so that the model "
-        r"has an untied head; .*; --drop '\*lm_head\.weight'",
+        r"has an untied head; .*; python -m gemma2_jax.convert \S+ NEW --drop '\*lm_head\.weight' --to hf takes the",
     ),
     "a longer head": (
         save_head(lambda head: torch.cat([head, head[:2]])), table.HEAD, r"it has shape \(386, 36\) where the emb"

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import AdapterConfig, ModelConfig
+from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import gguf as files, safetensors
 from gemma2_jax.convert.formats import gguf as formats, table
@@ -130,6 +131,22 @@ def test_keys_are_those_of_llama_cpp_s_converter(written):
         "gemma2.final_logit_softcapping": 30,
         "gemma2.rope.freq_base": 10_000,
     }
+
+
+def test_quantizing_explains_no_more_than_it_changes(written, tmp_path):
+    shutil.copytree(TINY, tmp_path / "tuned")
+    noise = np.random.default_rng(0)
+    tuned = {
+        name: (w.astype(np.float32) * noise.normal(1, 0.02, w.shape)).astype(w.dtype) if w.ndim > 1 else w
+        for name, w in TENSORS.items()
+    }
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    for folder, said, sentence in (
+        (TINY, {"but for what Q8_0 rounds", "in bfloat16"}, "the first, stored otherwise: the embedding and all proj"),
+        (tmp_path / "tuned", {"", "in bfloat16"}, "All projections differ by little (relative L2 0.02"),
+    ):
+        arrays = verify.compare_checkpoints(open_checkpoint(written["q8_0"]), open_checkpoint(folder))
+        assert {array.explanation for array in arrays} == said and sentence in verify.conclude(arrays)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -251,7 +251,7 @@ CASES = {
     ),
     "classifier": case(
         change=edit_tensors(lambda t: t.update({"base_model.model.score.weight": torch.zeros(2, CONFIG.width)})),
-        error=r"none of an adapter to Gemma 2: base_model\.model\.score\.weight; train without them",
+        error=r"has a classifier's or reward model's head \(base_model\.model\.score\.weight\), .*task_type CAUSAL_LM",
     ),
     "a module is missing": case(
         change=edit_tensors(lambda t: [t.pop(name) for name in [*t] if "layers.2.self_attn" in name]),
@@ -455,7 +455,7 @@ def test_an_adapter_alone_is_described(plain, tmp_path):
     ("fields", "reasons"),
     [
         ({"kind": "dora"}, ["it is a DoRA, which vLLM refuses to load"]),
-        ({"modules_to_save": ("final_norm",)}, ["weights in place of the model's (modules_to_save)"]),
+        ({"modules_to_save": ("final_norm",)}, ["weights in place of the model's (by modules_to_save"]),
         ({"trainable_tokens": (3,)}, ["it has rows of the embedding (trainable_tokens), which vLLM refuses to load"]),
         (
             {"rank_pattern": (("attn/q", 4),)},

@@ -1,6 +1,7 @@
 """The tokenizer that came with a model, and its defaults of generation, go wherever its weights go, byte for byte."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_files_of_two_tokenizers_do_not_mix(model, adapter, tmp_path):
     source = open_checkpoint(tmp_path / "adapter", base=model)
     write_checkpoint(Job(source=source, to="hf", merge=True), tmp_path / "merged")
     assert found(tmp_path / "merged") == own | {"generation_config.json": FILES["generation_config.json"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("tokenizer.json", lambda path: path.symlink_to("gone"), "is a link to nothing; copy the file there"),
+        ("tokenizer.model", Path.mkdir, "is a folder; copy"),
+        ("tokenizer_config.json", os.mkfifo, "is no file; copy"),
+        ("generation_config.json", Path.mkdir, "is a folder; copy"),
+    ],
+)
+def test_what_is_no_file_is_not_passed_over(tiny, name, make, said):
+    (tiny / name).unlink()
+    make(tiny / name)
+    with pytest.raises(ValueError, match=f"/{name} {said}"):
+        open_checkpoint(tiny)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, train
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig
@@ -145,6 +145,8 @@ def test_adapters_that_a_run_exports_are_those_of_its_checkpoints(run, adapter):
         assert (run / "tokenizer" / file).read_bytes() == contents(adapter)[file] == (TINY / file).read_bytes()
     exported = opening.open_checkpoint(run / "adapters" / "4")
     assert (exported.format, exported.base) == ("peft", str(TINY))
+    for place in (run, adapter):  # a config that is given does not hide the weights that are there
+        assert opening.open_checkpoint(place, hf_config=TINY).has_weights
 
 
 def going_on(run: Path, adapter: Path, workdir: Path, **changes) -> Config:
@@ -259,9 +261,36 @@ def test_adapters_that_do_not_fit_are_refused(run, adapter, tmp_path):
     assert resume.open_source(train.parse([*sft, *options]).run).adapter == replace(
         config.adapter, targets=tuple(every.split())
     )
-    message = rf"init {adapter} has a {run.name} adapter; give its model, {TINY}, as --init and the adapter alone as"
+    kind = {"lora": "LoRA", "dora": "DoRA"}[run.name]
+    message = rf"init {adapter} has a {kind} on it; give its model, {TINY}, as --init and the adapter alone as"
     with pytest.raises(ValueError, match=message):
         resume.open_source(replace(config, init=str(adapter), init_adapter=""))
+
+
+def changed_adapter(adapter: Path, folder: Path, settings: dict, **added: np.ndarray) -> Path:
+    """A copy with other settings and more tensors."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    save_file(load_file(adapter / tensors.ADAPTER) | added, folder / tensors.ADAPTER)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["lora"], indirect=True)
+def test_settings_are_compared_as_values_and_the_vocabulary_before_them(run, adapter, tmp_path):
+    config = going_on(run, adapter, tmp_path / "run")
+    whole = changed_adapter(adapter, tmp_path / "whole", {"alpha_pattern": {"q_proj": 4}})
+    patterns = replace(config.adapter, alpha_pattern=(("attn/q", 4.0),))
+    source = resume.open_source(replace(config, init_adapter=str(whole), adapter=patterns))
+    assert source is not None and source.adapter.alpha_pattern == patterns.alpha_pattern
+    with pytest.raises(ValueError, match=r"it has alpha_pattern attn/q 4, and adapter.alpha_pattern is none; give"):
+        resume.open_source(replace(config, init_adapter=str(whole)))
+    names = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    rows = np.zeros((4099, config.model.width), np.float32)
+    grown = changed_adapter(adapter, tmp_path / "grown", saved, **dict.fromkeys(names, rows))
+    with pytest.raises(ValueError, match=r"grown the vocabulary to 4099 tokens.*; merge it first .* 4099$"):
+        resume.open_source(replace(config, init_adapter=str(grown)))
 
 
 def test_the_checkpoint_in_the_repository():
