@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from gemma2_jax.config import DataConfig
 from gemma2_jax.data import chat, encoding
 from gemma2_jax.data.records import Example, Turn
 from gemma2_jax.data.report import Report
+
+TINY = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 
 
 def encode(tokenizer, *documents, report=None, **choices):
@@ -101,6 +105,11 @@ def test_tokenizers_that_will_not_do_are_errors(tmp_path):
         encoding.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is damaged"):
+        encoding.load_tokenizer(tmp_path)
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    settings = json.loads((TINY / "tokenizer_config.json").read_text()) | {"model_max_length": "a"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"is damaged \(TypeError"):
         encoding.load_tokenizer(tmp_path)
 
 
