@@ -125,3 +125,15 @@ def _to_rows(batch: "pyarrow.RecordBatch") -> list:
         if batch.num_rows == 1:
             return [error]
         return [row for number in range(batch.num_rows) for row in _to_rows(batch.slice(number, 1))]
+    except (OverflowError, ValueError):  # dates beyond Python's, which are no texts
+        return batch.select([name for name in batch.schema.names if _has_python_values(batch, name)]).to_pylist()
+
+
+def _has_python_values(batch: "pyarrow.RecordBatch", name: str) -> bool:
+    try:
+        batch.column(name).to_pylist()
+    except UnicodeDecodeError:
+        return True
+    except (OverflowError, ValueError):
+        return False
+    return True

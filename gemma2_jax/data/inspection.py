@@ -20,11 +20,11 @@ from gemma2_jax.data.indexed import Indexed
 from gemma2_jax.data.records import Example
 from gemma2_jax.data.report import Report
 from gemma2_jax.data.store import Store
+from gemma2_jax.data.tokenizing import batch_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_DOCUMENTS_PER_CALL = 256  # of the tokenizer
 _BORDERS = 100_000  # documents whose first and last tokens are looked at
 _BLOCK = 1 << 24  # tokens that are counted at one time
 _SHOWN_PLACES = 3
@@ -112,7 +112,7 @@ def _read_documents(
     """What became of the first documents, and whether there are more."""
     report, tally = _BoundedReport(most=documents), _Tally(kept=samples)
     examples = _read_enough(sources.read_examples(data, "train", report))
-    for batch in itertools.batched(itertools.islice(examples, documents or None), _DOCUMENTS_PER_CALL):
+    for batch in batch_examples(itertools.islice(examples, documents or None)):
         if tokenizer:
             for tokens, learned in _read_enough(encode_examples(batch, tokenizer, data, report)):
                 tally.add(_split_runs(tokens, learned))

@@ -101,7 +101,15 @@ def build_store(
                     tokenizer=tokenizer,
                     folder=partial,
                 )
-                _write_store(job, show=show, workers=workers or _count_workers(job))
+                try:
+                    _write_store(job, show=show, workers=workers or _count_workers(job))
+                finally:
+                    if folder.name != f"{split}-{_fingerprint(data, split, tokenizer)}":
+                        shutil.rmtree(partial)
+                        raise ValueError(
+                            f"{sources.open_source(data, split)} changed while it was tokenized; the same command "
+                            "begins again, once nothing writes to it"
+                        )
                 _move_folder(partial, folder)
                 store = _reopen_store(folder)
     except OSError as error:
@@ -210,8 +218,8 @@ def _explain_emptiness(data: DataConfig, split: sources.Split, report: Report) -
     if report.dropped:
         return f"no document of {sources.open_source(data, split)} can be trained on: {'; '.join(report.describe())}"
     return (
-        f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on; give a smaller "
-        "one, or 0 to hold out none, or other data as --data.eval"
+        f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on, as at least one is "
+        "held out; give 0 to hold out none, or other data as --data.eval"
     )
 
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,14 @@ from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
 from gemma2_jax.data.encoding import encode_examples
 from gemma2_jax.data.places import Piece
+from gemma2_jax.data.records import Example
 from gemma2_jax.data.report import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_DOCUMENTS_PER_CALL = 256  # of the tokenizer, which takes a few hundred bytes of memory for each token
+# Of one call of the tokenizer, which takes a few hundred bytes of memory for each token.
+_DOCUMENTS_PER_CALL, _CHARACTERS_PER_CALL = 256, 2_000_000
 PIECE_FILES = ("tokens", "learned", "lengths")  # int32 [tokens], bool [tokens] and int64 [documents] of a piece
 
 
@@ -58,7 +60,7 @@ def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> Non
     examples = sources.read_piece(job.data, job.split, job.pieces[number], job.digest_bound, report)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(piece_file(job.folder, number, name).open("wb")) for name in PIECE_FILES]
-        for batch in itertools.batched(examples, _DOCUMENTS_PER_CALL):
+        for batch in batch_examples(examples):
             encoded = list(encode_examples(batch, job.tokenizer, job.data, report))
             if encoded:
                 tokens, learned = zip(*encoded, strict=True)
@@ -68,6 +70,19 @@ def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> Non
     partial = piece_file(job.folder, number, "report.partial")
     partial.write_text(json.dumps(report.to_json()))
     partial.rename(piece_file(job.folder, number, "report"))
+
+
+def batch_examples(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The documents in lists that one call of the tokenizer takes."""
+    batch, characters = [], 0
+    for example in examples:
+        batch.append(example)
+        characters += len(example.prompt) + len(example.completion) + sum(len(turn.content) for turn in example.turns)
+        if len(batch) == _DOCUMENTS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _as_arrays(tokens: Sequence[list[int]], learned: Sequence[list[bool]]) -> Iterator[np.ndarray]:

@@ -495,3 +495,11 @@ def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no file or folder 'org/tiny'; .*: pip install 'gemma2-jax\[datasets\]'"):
         choose("org/tiny")
+
+
+def test_dates_that_python_does_not_have_do_no_harm(tmp_path):
+    """A column beside the texts; its values are absent."""
+    days = pyarrow.array([4_000_000, 1], pyarrow.int32()).cast(pyarrow.date32())  # of the year 12921, and of 1970
+    parquet.write_table(pyarrow.table({"text": ["if", "or"], "day": days}), tmp_path / "a.parquet")
+    data = DataConfig(kind="text", train=str(tmp_path / "a.parquet"), eval="python-docs")
+    assert [example.completion for example in sources.read_examples(data, "train")] == ["if", "or"]

@@ -15,6 +15,7 @@ import pytest
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources, store, tokenizing
+from gemma2_jax.data.records import Example
 from gemma2_jax.data.store import build_store
 
 
@@ -78,7 +79,7 @@ def test_a_store_that_failed_has_no_name(jsonl, tmp_path, tokenizer):
 
 def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
     data = DataConfig(kind="text", train=jsonl({"text": "a"}))
-    message = r"data.eval_fraction 0.02 leaves no document of .* to train on; give a smaller one, or 0 to hold out none"
+    message = r"data.eval_fraction 0.02 leaves no document of .* to train on, .*; give 0 to hold out none"
     with pytest.raises(ValueError, match=message):
         build_store(data, "train", tokenizer, tmp_path / "cache")
     whole = build_store(replace(data, eval_fraction=0.0), "train", tokenizer, tmp_path / "cache")
@@ -187,6 +188,31 @@ def test_a_bad_document_is_named_by_a_worker(tmp_path, tokenizer, monkeypatch):
     data = replace(write_files(tmp_path / "data", 4), on_bad="stop")
     with pytest.raises(ValueError, match=r"data/00.jsonl:2: 'text' is empty, .*; --data.on_bad skip"):
         build_store(data, "train", tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_source_that_changes_is_named(bad, tmp_path, tokenizer, monkeypatch):
+    """Also where what it is while it changes cannot be read."""
+    data, tokenize = write_files(tmp_path / "data", 2), tokenizing.tokenize_piece
+
+    def tokenize_and_change(*arguments):
+        tokenize(*arguments)
+        (tmp_path / "data" / "01.jsonl").write_text('{"text": "in"}\n')
+        if bad:
+            raise ValueError("01.jsonl:1: not JSON")
+
+    monkeypatch.setattr(tokenizing, "tokenize_piece", tokenize_and_change)
+    with pytest.raises(ValueError, match=r"data changed while it was tokenized; the same command begins again"):
+        build_store(data, "train", tokenizer, tmp_path / "cache")
+    monkeypatch.setattr(tokenizing, "tokenize_piece", tokenize)
+    assert build_store(data, "train", tokenizer, tmp_path / "cache").report.documents == 2
+
+
+def test_large_documents_are_tokenized_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(tokenizing, "_CHARACTERS_PER_CALL", 10)
+    examples = [Example(where="", completion="x" * size) for size in (3, 3, 4, 30, 1, 1)]
+    batches = [[len(example.completion) for example in batch] for batch in tokenizing.batch_examples(examples)]
+    assert batches == [[3, 3, 4], [30], [1, 1]]
 
 
 def test_a_full_disk_is_named(tmp_path, tokenizer):
