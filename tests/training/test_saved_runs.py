@@ -46,6 +46,7 @@ def pack_like_version_0_1(lengths, length, random):
 def test_a_run_of_version_0_1_goes_on(saved, monkeypatch):
     """The same adapter, optimizer and, were rows still packed as then, losses that version 0.1 would have had."""
     monkeypatch.setattr(packing, "assign_rows", pack_like_version_0_1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(saved.parent / "cache"))  # where no other plan of these rows is kept
     (position,) = (saved / "checkpoints/4/loop").glob("metadata")
     state = json.loads(position.read_text())
     state["data"]["of"]["packing"] = "by length"
