@@ -20,7 +20,7 @@ from gemma2_jax.data.indexed import find_prefix
 from gemma2_jax.data.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron_order import MegatronRows
 from gemma2_jax.data.mixtures import MixedRows
-from gemma2_jax.data.store import build_store
+from gemma2_jax.data.store import Store, build_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,6 +101,13 @@ class Batches:
             weights = [str(source.weight or "") for source in rows.sources]
             return {"sources": [*map(_identify_rows, rows.parts)], "weights": weights, "batch_size": batch_size}
         return {**_identify_rows(rows), "batch_size": batch_size}
+
+    @property
+    def stores(self) -> list[Store]:
+        """The tokenized documents of each source; of Megatron's order none."""
+        if isinstance(self.rows, MegatronRows):
+            return []
+        return [part.store for part in (self.rows.parts if isinstance(self.rows, MixedRows) else (self.rows,))]
 
     @property
     def summary(self) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BORDERS = 100_000  # documents whose first and last tokens are looked at
 _BLOCK = 1 << 24  # tokens that are counted at one time
 _SHOWN_PLACES = 3
+_SHOWN_RUNS, _SHOWN_CHARACTERS = 6, 100  # of an example in a line
 _SHOWN_END = 60  # tokens at each end of a long run, or so many times 4 characters
 
 Piece = tuple[str, bool]  # a part of a document's text, and whether it is learned
@@ -165,6 +166,20 @@ def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None
         tokens = indexed.tokens[offsets[number] : offsets[number + 1]].tolist()
         chosen.append(_show_pieces(_split_runs(tokens, [False, *[True] * (len(tokens) - 1)]), tokenizer))
     return Inspection(facts=facts, samples=chosen)
+
+
+def describe_example(store: Store, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A document in a line, with what is learned between [[ and ]]; its middle parts are left out."""
+    (number,) = _choose_documents(len(store.offsets) - 1, 1)
+    begin, end = store.offsets[number : number + 2].tolist()
+    runs = _split_runs(store.tokens[begin:end].tolist(), store.learned[begin:end].tolist())
+    texts = [(_shorten(str(tokenizer.decode(tokens))), is_learned) for tokens, is_learned in runs[:_SHOWN_RUNS]]
+    line = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in texts)
+    return line.replace("\n", "\\n") + (" ..." if len(runs) > _SHOWN_RUNS else "")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 40]} ... {text[-40:]}"
 
 
 def _describe_places(data: DataConfig) -> Iterator[Fact]:

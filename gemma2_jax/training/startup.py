@@ -17,6 +17,7 @@ from gemma2_jax.config import TOKEN_ROWS, Config, DataConfig, is_adapter_path
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import mixtures, sources
 from gemma2_jax.data.batches import Batches, EvalBatches
+from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
 from gemma2_jax.training.step import Program
@@ -32,6 +33,7 @@ class Startup:
     program: Program
     source: Checkpoint | None  # the weights given; None: random ones
     batches: Batches
+    example: str  # a document of the training data, with its learned tokens marked
     eval_batches: EvalBatches | None  # None: no evaluation
     train_step: jax.stages.Compiled
     compile_seconds: float  # of both steps
@@ -95,7 +97,18 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     yield "training data", f"{config.data.train}: {startup.batches.summary}"
     for name, text in startup.batches.describe_sources(config.steps).items():
         yield f"  {name}", text
+    for store in startup.batches.stores:
+        if store.report.documents:  # .bin and .idx files have no report
+            yield "documents", f"{_list_shapes(store)}; {store.report.describe_longest(train.sequence_length)}"
+        for sentence in store.report.describe():
+            yield "note", sentence
+    if startup.example:
+        yield "example", startup.example
     yield "held-out data", describe_eval(config, startup.eval_batches)
+
+
+def _list_shapes(store: Store) -> str:
+    return ", ".join(f"{count:,} {shape}" for shape, count in store.report.shapes.most_common())
 
 
 def _describe_execution(startup: Startup) -> Iterator[tuple[str, str]]:
