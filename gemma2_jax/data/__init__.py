@@ -1,4 +1,7 @@
-"""From documents to batches: `python_docs` and `sources` read, `encoding` tokenizes, `packing` lays out rows.
+"""From documents to batches, in the order of the work:
 
-`batches` combines them and is what a training loop uses. Nothing in here puts arrays on devices.
+`reading` and `python_docs` give records, `sources` says which are trained on, `records` makes documents of them, `chat`
+and `encoding` make tokens, `tokenizing` does so in many processes and `store` keeps them, `packing` lays out rows and
+`plans` keeps which, `mixtures` takes rows of several sources, and `batches` is what a training loop uses. Nothing in
+here puts arrays on devices.
 """

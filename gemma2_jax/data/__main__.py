@@ -119,7 +119,7 @@ def _load_tokenizer(place: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def _build(command: Build) -> None:
-    from gemma2_jax.data.building import build_indexed
+    from gemma2_jax.data.megatron.building import build_indexed
 
     data = replace(command.data, train=command.source)
     tokenizer = _load_tokenizer(data.tokenizer)
@@ -162,7 +162,7 @@ def _inspect_source(
 ) -> "Inspection":
     """The inspection of one source; of a run, what it has tokenized of it."""
     from gemma2_jax.data import inspection
-    from gemma2_jax.data.indexed import find_prefix, open_indexed
+    from gemma2_jax.data.megatron.indexed import find_prefix, open_indexed
     from gemma2_jax.data.store import build_store, cache_folder
 
     if prefix := find_prefix(data.train):

@@ -14,11 +14,12 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import megatron_order, mixtures, packing, sources
+from gemma2_jax.data import mixtures, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
-from gemma2_jax.data.indexed import find_prefix
-from gemma2_jax.data.indexed_store import open_indexed_store
-from gemma2_jax.data.megatron_order import MegatronRows
+from gemma2_jax.data.megatron import order as megatron_order
+from gemma2_jax.data.megatron.indexed import find_prefix
+from gemma2_jax.data.megatron.indexed_store import open_indexed_store
+from gemma2_jax.data.megatron.order import MegatronRows
 from gemma2_jax.data.mixtures import MixedRows
 from gemma2_jax.data.store import Store, build_store
 

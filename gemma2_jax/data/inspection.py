@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
 from gemma2_jax.data.encoding import encode_examples
-from gemma2_jax.data.indexed import Indexed
+from gemma2_jax.data.megatron.indexed import Indexed
 from gemma2_jax.data.records import Example
 from gemma2_jax.data.report import Report
 from gemma2_jax.data.store import Store

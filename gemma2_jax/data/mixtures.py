@@ -2,7 +2,7 @@
 
 With weights, such as 0.7*chat.jsonl,0.3*code/, each source is shuffled and repeated by itself, and after any number of
 rows has given its share of them, to within one row. Without, an epoch has every row of all of them once. Blends of
-Megatron's order have rules of their own (`megatron_order`).
+Megatron's order have rules of their own (`megatron.order`).
 """
 
 import glob

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import places, python_docs
-from gemma2_jax.data.places import Piece
+from gemma2_jax.data import python_docs
+from gemma2_jax.data.reading import places
+from gemma2_jax.data.reading.places import Piece
 from gemma2_jax.data.records import BadRecord, Example, make_example
 from gemma2_jax.data.report import Report
 

@@ -25,7 +25,7 @@ import numpy as np
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
 from gemma2_jax.data.encoding import encode_examples
-from gemma2_jax.data.places import Piece
+from gemma2_jax.data.reading.places import Piece
 from gemma2_jax.data.records import Example
 from gemma2_jax.data.report import Report
 

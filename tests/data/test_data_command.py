@@ -12,8 +12,9 @@ import pytest
 
 from gemma2_jax import config as configs
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import __main__ as command, building, tokenizing
-from gemma2_jax.data.indexed import IndexedWriter, open_indexed
+from gemma2_jax.data import __main__ as command, tokenizing
+from gemma2_jax.data.megatron import building
+from gemma2_jax.data.megatron.indexed import IndexedWriter, open_indexed
 from gemma2_jax.data.store import build_store
 
 TINY = str(Path(__file__).parents[2] / "assets" / "tiny-gemma2")

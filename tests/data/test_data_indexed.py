@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import indexed
 from gemma2_jax.data.batches import Layout, train_batches
-from gemma2_jax.data.indexed import IndexedWriter, find_prefix, open_indexed, smallest_dtype
-from gemma2_jax.data.indexed_store import open_indexed_store
+from gemma2_jax.data.megatron import indexed
+from gemma2_jax.data.megatron.indexed import IndexedWriter, find_prefix, open_indexed, smallest_dtype
+from gemma2_jax.data.megatron.indexed_store import open_indexed_store
 from gemma2_jax.data.packing import pack_documents
 from gemma2_jax.data.store import Store
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import megatron_order
 from gemma2_jax.data.batches import Layout, eval_batches, train_batches
-from gemma2_jax.data.indexed import IndexedWriter, open_indexed, split_bounds
-from gemma2_jax.data.megatron_order import Request, build_blend, build_order, open_rows
+from gemma2_jax.data.megatron import order as megatron_order
+from gemma2_jax.data.megatron.indexed import IndexedWriter, open_indexed, split_bounds
+from gemma2_jax.data.megatron.order import Request, build_blend, build_order, open_rows
 
 SMALL = ([10, 11, 1], [20, 1], [30, 31, 32, 1])  # 9 tokens: 4 samples of 2 tokens and one more
 DATA = DataConfig(kind="text", order="megatron", seed=0, eval_fraction=0)

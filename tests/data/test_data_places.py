@@ -18,7 +18,8 @@ from fsspec.implementations.memory import MemoryFile
 from pyarrow import ipc, parquet
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import hub, places, sources
+from gemma2_jax.data import sources
+from gemma2_jax.data.reading import hub, places
 from gemma2_jax.data.records import SHAPES, BadRecord, make_example
 from gemma2_jax.data.report import Report
 
@@ -129,7 +130,7 @@ def test_values_of_an_array_may_be_cut_anywhere(tmp_path, monkeypatch):
     values = [1234567, -0.125e10, True, None, 12, float("-inf"), "\\\n\u00e9\U0001f600", [1, {"a": []}], {}]
     (tmp_path / "a.json").write_text(json.dumps(values))
     for size in range(1, 20):
-        monkeypatch.setattr("gemma2_jax.data.formats.BUFFER_BYTES", size)
+        monkeypatch.setattr("gemma2_jax.data.reading.formats.BUFFER_BYTES", size)
         assert [record for _, record, _ in places.read_piece(cut(tmp_path / "a.json", 1)[0])] == values
 
 
@@ -228,8 +229,8 @@ def test_a_bad_row_is_left_out_and_the_others_are_read(tmp_path):
 
 
 def test_no_record_is_longer_than_memory_is_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemma2_jax.data.formats.MAX_BYTES", 1 << 20)
-    monkeypatch.setattr("gemma2_jax.data.formats.BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr("gemma2_jax.data.reading.formats.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("gemma2_jax.data.reading.formats.BUFFER_BYTES", 1 << 16)
     long = {"prompt": "Q", "completion": "A" * (1 << 21)}
     (tmp_path / "a.jsonl").write_bytes(write_lines([RECORDS[0], long, RECORDS[1]]))
     report = Report()

@@ -2,7 +2,7 @@
 
 Both files are memory-mapped, so that opening costs a pass over the index and no memory. The layout is that of
 Megatron-LM's megatron/core/datasets/indexed_dataset.py: a document is one or more sequences, and almost always one.
-What is trained on and in which order is the business of `packing` and `megatron_order`.
+What is trained on and in which order is the business of `packing` and `order`.
 """
 
 import itertools

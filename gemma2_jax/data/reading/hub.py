@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma2_jax.data.files import File, first_line
+from gemma2_jax.data.reading.files import File, first_line
 
 _EXTRA = "pip install 'gemma2-jax[datasets]'"
 

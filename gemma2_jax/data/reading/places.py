@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import columnar, files, formats, hub, splits
-from gemma2_jax.data.files import File
+from gemma2_jax.data.reading import columnar, files, formats, hub, splits
+from gemma2_jax.data.reading.files import File
 
 Record = tuple[str, object, str]  # where it is, the record or the BadRecord that it is, and its name
 _ENDINGS = (*formats.TEXT_ENDINGS, ".parquet", ".arrow")

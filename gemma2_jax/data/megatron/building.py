@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data.indexed import Indexed, IndexedWriter, check_target, find_prefix, open_indexed, smallest_dtype
+from gemma2_jax.data.megatron.indexed import (
+    Indexed,
+    IndexedWriter,
+    check_target,
+    find_prefix,
+    open_indexed,
+    smallest_dtype,
+)
 from gemma2_jax.data.store import Store, build_store
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data.indexed import Indexed, check_tokens, choose_part, find_prefix, open_indexed
+from gemma2_jax.data.megatron.indexed import Indexed, check_tokens, choose_part, find_prefix, open_indexed
 from gemma2_jax.data.sources import Split, open_source
 
 _FORMAT = 1  # to be raised when the code makes other arrays

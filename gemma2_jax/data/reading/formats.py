@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gemma2_jax.data.files import BUFFER_BYTES, open_file
+from gemma2_jax.data.reading.files import BUFFER_BYTES, open_file
 from gemma2_jax.data.records import SHAPES, BadRecord
 
 if TYPE_CHECKING:
-    from gemma2_jax.data.places import Part
+    from gemma2_jax.data.reading.places import Part
 
 Located = Iterator[tuple[str, object]]  # where a record is, and the record or a BadRecord
 MAX_BYTES = 1 << 28  # of one record

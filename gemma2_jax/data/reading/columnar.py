@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma2_jax.data.files import BUFFER_BYTES, is_url, open_file
+from gemma2_jax.data.reading.files import BUFFER_BYTES, is_url, open_file
 from gemma2_jax.data.records import BadRecord
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from gemma2_jax.data.places import Part
+    from gemma2_jax.data.reading.places import Part
 
 _MAX_ROWS, _BATCH_BYTES = 1024, 1 << 24  # of the rows that are Python objects at one time
 _ARROW_FILE = b"ARROW1"  # how a file of Arrow's IPC begins, and a stream does not

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data.indexed import check_tokens, choose_part, open_indexed
+from gemma2_jax.data.megatron.indexed import check_tokens, choose_part, open_indexed
 from gemma2_jax.data.sources import Split
 from gemma2_jax.data.store import Store
 
