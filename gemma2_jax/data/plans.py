@@ -39,7 +39,7 @@ def keep_plan(store: Store, name: str, make_plan: Callable[[], Plan]) -> Plan:
     """The plan of that name in the store's folder; if there is none, or a damaged one, one is made and kept there.
 
     A plan is written to a temporary file and then renamed, so that one of that name is whole, and processes do not
-    disturb each other: they write the same. Raises OSError if it cannot be written.
+    disturb each other: they write the same. One that cannot be written is returned, after a warning.
     """
     if store.folder is None:
         return make_plan()
@@ -54,7 +54,8 @@ def keep_plan(store: Store, name: str, make_plan: Callable[[], Plan]) -> Plan:
     try:
         _write_plan(path, plan)
     except OSError as error:
-        raise OSError(f"the plan of rows could not be written to {path} ({error}); make room there") from error
+        logger.warning("the plan of rows could not be written to %s (%s); each process makes its own", path, error)
+        return plan
     return _open_plan(path, store)
 
 
