@@ -26,6 +26,7 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.lock import lock_workdir
+from gemma2_jax.training.resume import open_source
 from gemma2_jax.training.step import Program
 
 TINY = ROOT / "assets" / "tiny-gemma2"
@@ -300,10 +301,11 @@ with hosts.process_group(config.HostsConfig(coordinator=sys.argv[2], count=2, in
         time.sleep(3)
         late.touch()
     with jax.set_mesh(program.mesh):
-        state, _ = resume.start_state(program, resume.open_source(given), types.SimpleNamespace(latest=None))
+        source = resume.open_source(given)
+        state, _ = resume.start_state(program, source, types.SimpleNamespace(latest=None))
         assert late.exists(), "process 0 would begin a collective alone, and Gloo give it up after 30 seconds"
         assert not any(w.is_fully_addressable for w in state.params.values())
-        export.AdapterExports(given).save(1, state.params)
+        export.AdapterExports(given, source).save(1, state.params)
 """
 
 
@@ -315,7 +317,7 @@ def test_an_adapter_through_two_processes(tmp_path):
     given = replace(given, train=replace(given.train, export_adapter=True))
     program, rng = Program(given, make_mesh(given.mesh)), np.random.default_rng(0)
     adapter = {path: rng.normal(size=w.shape).astype(w.dtype) for path, w in program.params.items()}
-    AdapterExports(given).save(
+    AdapterExports(given, open_source(given)).save(
         0, {path: jax.device_put(w, program.params[path].sharding) for path, w in adapter.items()}
     )
     folder = given.output / "adapters" / "0"

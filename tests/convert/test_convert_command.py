@@ -320,7 +320,8 @@ def test_adapters_alone_are_compared_by_their_arrays_and_have_no_logits(run):
 
 
 def start_command(*words) -> subprocess.Popen:
-    words = [sys.executable, "-m", "gemma2_jax.convert", *map(str, words)]
+    # A shell has what it starts in the background ignore SIGINT, and nohup SIGHUP; this process may have been.
+    words = ["env", "--default-signal=INT,HUP", sys.executable, "-m", "gemma2_jax.convert", *map(str, words)]
     return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -1,8 +1,6 @@
 """`python -m gemma2_jax.data`: text written as .bin and .idx, and what is printed of data sets."""
 
 import itertools
-import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +55,12 @@ def test_text_is_written_as_it_is_trained_on(run, corpus, tmp_path, tokenizer, b
 
 def test_an_interrupted_build_goes_on(run, corpus, tmp_path, capsys, monkeypatch):
     words = "build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(IndexedWriter, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(IndexedWriter, "write", interrupt)
         with pytest.raises(SystemExit, match="130"):
             run(*words)
     assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
