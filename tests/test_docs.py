@@ -143,8 +143,9 @@ def run_shell(fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loose(line: str) -> str:
-    """A printed line without its numbers, absolute paths, spaces and plurals, which differ from run to run."""
+    """A printed line without numbers, absolute paths, spaces, plurals and names of documents, which differ by run."""
     line = re.sub(r"(?<!\S)~?/\S+", "#", line.replace("batches", "batch"))
+    line = re.sub(r"\(python-docs: [^)]*\)", "(python-docs: #)", line)
     line = re.sub(r"\d[\d,]*(\.\d+)?(e-?\d+)?", "#", line)
     return re.sub(r"[\s━╸╺]+", "", line)
 

@@ -169,10 +169,9 @@ def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None
 
 
 def describe_example(store: Store, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A document in a line, with what is learned between [[ and ]]; its middle parts are left out."""
-    (number,) = _choose_documents(len(store.offsets) - 1, 1)
-    begin, end = store.offsets[number : number + 2].tolist()
-    runs = _split_runs(store.tokens[begin:end].tolist(), store.learned[begin:end].tolist())
+    """The first document in a line, with what is learned between [[ and ]]; its middle parts are left out."""
+    end = store.offsets[1].item()
+    runs = _split_runs(store.tokens[:end].tolist(), store.learned[:end].tolist())
     texts = [(_shorten(str(tokenizer.decode(tokens))), is_learned) for tokens, is_learned in runs[:_SHOWN_RUNS]]
     line = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in texts)
     return line.replace("\n", "\\n") + (" ..." if len(runs) > _SHOWN_RUNS else "")

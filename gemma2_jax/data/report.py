@@ -81,7 +81,9 @@ class Report:
         tokens, where = self.longest
         longest = f"the longest has {tokens:,} tokens ({where})"
         finding = self.long.get(str(length))  # of a length that is no power of two, the first is not known
-        return f"{longest}, the first of more than {length:,} is {finding.first}" if finding else longest
+        if finding is None or finding.count == 1:
+            return longest
+        return f"{longest}; {finding.count:,} have more than {length:,}, of which {finding.first} is the first"
 
 
 def _count(findings: dict[str, Finding], reason: str, finding: Finding) -> None:

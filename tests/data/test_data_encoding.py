@@ -169,5 +169,5 @@ def test_long_documents_are_told_of(tokenizer):
         power: (sum(length > int(power) for length in lengths), "a:1" if int(power) < lengths[1] else "a:2")
         for power in first.long
     }
-    assert first.describe_longest(256).endswith("(a:2), the first of more than 256 is a:1")
+    assert first.describe_longest(256).endswith("(a:2); 3 have more than 256, of which a:1 is the first")
     assert first.describe_longest(4096) == f"the longest has {lengths[2]:,} tokens (a:2)"
