@@ -316,7 +316,7 @@ class DataConfig:
         if not re.fullmatch(r"\w+([.-]\w+)*", self.split):
             raise ValueError(
                 f"data.split is {self.split!r}; it must be the name of a split, such as train or validation; to train "
-                "on a part of one, give fewer steps"
+                "on a part of one, give fewer steps, or data.splits where it has .bin and .idx files"
             )
         if self.columns and not re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", self.columns):
             raise ValueError(f"data.columns is {self.columns!r}; it must be like prompt=question,completion=answer")
