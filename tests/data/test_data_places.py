@@ -102,7 +102,7 @@ def test_every_format_holds_the_same(tmp_path, name, monkeypatch):
     assert read(tmp_path / name) == DOCUMENTS
     whole = [located for piece in cut(tmp_path / name, 1 << 20) for located in places.read_piece(piece)]
     for module in ("files", "formats"):
-        monkeypatch.setattr(f"gemma2_jax.data.{module}.BUFFER_BYTES", 7)
+        monkeypatch.setattr(f"gemma2_jax.data.reading.{module}.BUFFER_BYTES", 7)
     for size in (1, 60, 200):
         pieces = pickle.loads(pickle.dumps(cut(tmp_path / name, size)))
         assert [located for piece in pieces for located in places.read_piece(piece)] == whole
