@@ -107,10 +107,11 @@ def _write_gguf(path: Path, job: Job, progress: Progress) -> None:
 
 
 def _write_orbax(folder: Path, job: Job, rows: tuple[Row, ...], progress: Progress) -> None:
-    writer = orbax.Writer(folder, {row.path: job.shapes[row.path] for row in rows})
     arrays = read_ahead(job.ordered_part, job.parts(rows))
+    ready = [next(arrays)]  # so that others are read while Orbax is imported and writes what it keeps beside them
+    writer = orbax.Writer(folder, {row.path: job.shapes[row.path] for row in rows})
     for part in job.parts(rows):
-        array = next(arrays)
+        array = ready.pop() if ready else next(arrays)
         writer.write(part.row.path, part.index, array)
         progress(array.nbytes)
         del array  # before the next one is asked for, whose memory it may be
