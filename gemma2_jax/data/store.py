@@ -103,13 +103,10 @@ def build_store(
                 )
                 try:
                     _write_store(job, show=show, workers=workers or _count_workers(job))
-                finally:
-                    if folder.name != f"{split}-{_fingerprint(data, split, tokenizer)}":
-                        shutil.rmtree(partial)
-                        raise ValueError(
-                            f"{sources.open_source(data, split)} changed while it was tokenized; the same command "
-                            "begins again, once nothing writes to it"
-                        )
+                except (ValueError, OSError):
+                    _check_unchanged(job, folder)
+                    raise
+                _check_unchanged(job, folder)
                 _move_folder(partial, folder)
                 store = _reopen_store(folder)
     except OSError as error:
@@ -133,6 +130,16 @@ def _lock(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def _check_unchanged(job: tokenizing.Job, folder: Path) -> None:
+    """Raises ValueError, and removes what was made, if the source is no longer what the store is named after."""
+    if folder.name != f"{job.split}-{_fingerprint(job.data, job.split, job.tokenizer)}":
+        shutil.rmtree(job.folder)
+        raise ValueError(
+            f"{sources.open_source(job.data, job.split)} changed while it was tokenized; the same command begins "
+            "again, once nothing writes to it"
+        )
 
 
 def _move_folder(source: Path, target: Path) -> None:
