@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import make_parser
-from gemma2_jax import config as configs
+from gemma2_jax import recipes
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step, make_program
@@ -77,7 +77,7 @@ def row(name: str, found: CompiledStep) -> tuple[str, ...]:
 
 def traffic_row(name: str, rows: int, mesh: MeshConfig) -> tuple[str, ...]:
     """GB over each axis, with `rows` rows of a step for each of its data x fsdp shards."""
-    config = configs.load_recipe(name)
+    config = recipes.load_recipe(name)
     batch = rows * mesh.data * mesh.fsdp
     found = compiled(replace(config, train=replace(config.train, global_batch_size=batch)), mesh)
     sent = {axis: kinds.total() / 1e9 for axis, kinds in sum_traffic(found.traffic).items()}
@@ -106,7 +106,7 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 140
     given, least = [], []
-    cases = {name: configs.load_recipe(name) for name in RECIPES}
+    cases = {name: recipes.load_recipe(name) for name in RECIPES}
     for name, config in cases.items():
         given.append(row(name, compiled(config, replace(config.mesh, data=1))))
     show(console, "With the recipes' own meshes", COLUMNS, given)

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.options import describe_library
 from benchmarks.peer import MODELS, our_weights, transformers_model
-from gemma2_jax import config as configs
+from gemma2_jax import recipes
 from gemma2_jax.config import ModelConfig
 
 ROWS, LENGTH, STEPS = 16, 256, 5
@@ -33,7 +33,7 @@ def ours(model: ModelConfig, kind: str, weights: Path) -> Step:
     from gemma2_jax.training.loop import place_batch
     from gemma2_jax.training.step import Program
 
-    recipe = configs.load_recipe(f"tiny_{kind}")
+    recipe = recipes.load_recipe(f"tiny_{kind}")
     config = replace(recipe, model=model, init="", optim=replace(recipe.optim, warmup_steps=0, weight_decay=0.0))
     program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
     state = program.initial_state(our_weights(model, weights))
@@ -66,7 +66,7 @@ def transformers(model: ModelConfig, kind: str, weights: Path) -> Step:
 
     # peft 0.21 calls what transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    recipe = configs.load_recipe(f"tiny_{kind}")
+    recipe = recipes.load_recipe(f"tiny_{kind}")
     whole = transformers_model(model)
     if kind == "lora":
         targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.checkpoints import Checkpoint, attach_base, inherit_files, refuse_base
@@ -296,7 +296,7 @@ def _open_run(folder: Path, base: Checkpoint | None) -> Checkpoint:
         text = memory.read_bounded(config_path, 1 << 20).decode()
     except ValueError as error:
         raise ValueError(f"{config_path} is damaged ({error}); copy it again") from error
-    config = configs.from_text(text, str(config_path))
+    config = config_text.from_text(text, str(config_path))
     params = _orbax_root(step / "params")
     if params is None:
         raise ValueError(f"{step} has no params; name another of {workdir / 'checkpoints'}")

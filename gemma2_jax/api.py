@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text, recipes
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config, DType, FileDType, MeshConfig
 
@@ -204,7 +204,7 @@ def recipe(name: str, **changes: Any) -> Config:
     Traceback (most recent call last):
     ValueError: there is no train.batch_size; did you mean train.micro_batch_size or train.global_batch_size?
     """
-    return _change_fields(configs.load_recipe(str(name)), changes, "")
+    return _change_fields(recipes.load_recipe(str(name)), changes, "")
 
 
 def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
@@ -229,8 +229,8 @@ def _change_fields(node: Any, changes: dict[str, Any], prefix: str) -> Any:
         value = str(value) if isinstance(value, Path) else tuple(value) if isinstance(value, list) else value
         if f"{prefix}{name}" in ("data.train", "data.eval") and isinstance(value, tuple):
             value = configs.join_sources(f"{prefix}{name}", [str(source) for source in value])
-        if not configs.matches_type(value, types[name]):
-            raise ValueError(f"{prefix}{name} is {value!r}; it must be {configs.describe_type(types[name])}")
+        if not config_text.matches_type(value, types[name]):
+            raise ValueError(f"{prefix}{name} is {value!r}; it must be {config_text.describe_type(types[name])}")
         values[name] = value
     return dataclasses.replace(node, **values)
 

@@ -5,21 +5,16 @@ Nothing here says how a choice is carried out. This module imports the standard 
 line can answer `--help` before JAX is loaded.
 """
 
-import ast
 import dataclasses
-import difflib
 import fnmatch
-import importlib.util
 import math
-import os
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
 
 DType = Literal["float32", "bfloat16"]
 FileDType = Literal["float32", "bfloat16", "float16", "q8_0"]  # that weights are written in; the last two in GGUF alone
@@ -302,7 +297,7 @@ class DataConfig:
     packing: bool = True  # several documents share a row, and attend only to themselves
     # Of rows: documents shuffled and packed, or as Megatron-LM reads its .bin and .idx files, sample for sample.
     order: Literal["shuffled", "megatron"] = "shuffled"
-    splits: str = ""  # of .bin and .idx files: documents trained on, held out and left, as 9999,8,2; else eval_fraction
+    split_shares: str = ""  # of .bin and .idx files: documents trained on, held out, left: 9999,8,2; else eval_fraction
     seed: int = 1234  # of the order of documents
     cache: str = ""  # folder of tokenized data, shared by runs; empty: in SAVE_DIR, else in ~/.cache/gemma2_jax
 
@@ -316,15 +311,21 @@ class DataConfig:
         if not re.fullmatch(r"\w+([.-]\w+)*", self.split):
             raise ValueError(
                 f"data.split is {self.split!r}; it must be the name of a split, such as train or validation; to train "
-                "on a part of one, give fewer steps, or data.splits where it has .bin and .idx files"
+                "on a part of one, give fewer steps, or data.split_shares where it is of .bin and .idx files"
             )
         if self.columns and not re.fullmatch(r"\w+=[^=,]+(,\w+=[^=,]+)*", self.columns):
             raise ValueError(f"data.columns is {self.columns!r}; it must be like prompt=question,completion=answer")
-        if self.splits and self.eval:
-            raise ValueError(f"data.splits {self.splits} and data.eval {self.eval} both say what is held out; give one")
+        if self.split_shares and self.eval:
+            raise ValueError(
+                f"data.split_shares {self.split_shares} and data.eval {self.eval} both say what is held out; give one"
+            )
         number = r"\d+(\.\d+)?"
-        if self.splits and (not re.fullmatch(f"{number}(,{number}){{0,2}}", self.splits) or not self.shares[0]):
-            raise ValueError(f"data.splits is {self.splits!r}; it must be like 9999,8,2: trained on, held out and left")
+        if self.split_shares and (
+            not re.fullmatch(f"{number}(,{number}){{0,2}}", self.split_shares) or not self.shares[0]
+        ):
+            raise ValueError(
+                f"data.split_shares is {self.split_shares!r}; it must be like 9999,8,2: trained on, held out and left"
+            )
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -336,9 +337,9 @@ class DataConfig:
         """How much of an indexed data set is trained on, held out and neither; they need not add up to 1."""
         if self.eval:
             return 1.0, 0.0, 0.0
-        if not self.splits:
+        if not self.split_shares:
             return 1 - self.eval_fraction, self.eval_fraction, 0.0
-        given = tuple(map(float, self.splits.split(",")))
+        given = tuple(map(float, self.split_shares.split(",")))
         return given + (0.0,) * (3 - len(given))
 
     @property
@@ -525,122 +526,6 @@ class Config:
         return Path(self.workdir)
 
 
-def default_workdir(name: str) -> str:
-    """Where a run of that name is written if no workdir is given: in the folder that SAVE_DIR names, else in runs."""
-    return str(Path(os.environ.get("SAVE_DIR") or "runs") / name)
-
-
-def pretrain(name: str, model: ModelConfig, **changes) -> Config:
-    """A pretraining run from random weights in `default_workdir(NAME)`, with Megatron-Bridge's defaults for Gemma 2."""
-    defaults: dict[str, Any] = dict(
-        data=DataConfig(kind="text"),
-        optim=OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=500),
-        train=TrainConfig(
-            sequence_length=4096,
-            global_batch_size=32,
-            micro_batch_size=2,
-            seed=1234,
-            eval_every=500,
-            eval_batches=32,
-            checkpoint_every=500,
-        ),
-        steps=300_000,
-    )
-    return Config(**({"workdir": default_workdir(name), "model": model} | defaults | changes))
-
-
-def finetune(name: str, model: ModelConfig, init: str, kind: Literal["sft", "lora", "dora"], **changes) -> Config:
-    """A fine-tuning run from given weights in `default_workdir(NAME)`, with Megatron-Bridge's defaults for Gemma 2."""
-    if kind == "sft":
-        adapter, lr = AdapterConfig(), 5e-6
-    else:
-        adapter, lr = AdapterConfig(kind=kind, rank=32, alpha=64.0 if kind == "dora" else 32.0), 1e-4
-    defaults: dict[str, Any] = dict(
-        adapter=adapter,
-        data=DataConfig(kind="instructions", seed=5678),
-        optim=OptimConfig(lr=lr, warmup_steps=10),
-        steps=100,
-    )
-    return Config(**({"workdir": default_workdir(name), "model": model, "init": init} | defaults | changes))
-
-
-def recipe_names() -> list[str]:
-    """Names that `load_recipe` knows."""
-    return sorted(path.stem for path in _recipe_folder().glob("*.py") if path.stem != "__init__")
-
-
-def load_recipe(name: str) -> Config:
-    """The recipe of that name, or the one in that Python file, whose `config()` is called."""
-    path = Path(name) if name.endswith(".py") else _recipe_folder() / f"{name}.py"
-    if not path.is_file():
-        near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(
-            f"there is no recipe {name!r}{hint} There are {', '.join(recipe_names())}; a Python file with a function "
-            "config() is one too"
-        )
-    spec = importlib.util.spec_from_file_location(f"gemma2_jax.configs.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "config", None)):
-        raise ValueError(f"{path} has no function config(); a recipe is a function config() that returns a Config")
-    return module.config()
-
-
-def to_text(config: Config) -> str:
-    """Every field as a line `group.field = value`: what `--print` shows and a run keeps as config.txt."""
-    return "".join(f"{key} = {value!r}\n" for key, value in _flatten_fields(config))
-
-
-def from_file(path: Path) -> Config:
-    """The config in a run's config.txt. Raises ValueError naming the file where it is damaged."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged, as it is not UTF-8 ({error}); copy it again") from error
-    return from_text(text, str(path))
-
-
-def from_text(text: str, source: str = "config.txt") -> Config:
-    """The config that `to_text` wrote. Raises ValueError naming the line that is not one of its own."""
-    groups: dict[str, dict] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        key, separator, value = line.partition(" = ")
-        group, _, name = key.rpartition(".")
-        try:
-            groups.setdefault(group, {})[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # as `ast` has it
-            raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`") from error
-        if not separator:
-            raise ValueError(f"{source}:{number}: {line!r} is not a line `group.field = value`")
-    types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
-    _rename_old_fields(groups.get("data", {}))
-    try:
-        nested = {name: kind(**groups.pop(name, {})) for name, kind in types.items()}
-        config = Config(**nested, **groups.pop("", {}))
-    except TypeError as error:
-        raise ValueError(f"{source} is of another version of this program: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    if groups:
-        raise ValueError(f"{source} is of another version of this program: unknown groups {sorted(groups)}")
-    for node in (config, *(getattr(config, name) for name in types)):
-        for f in dataclasses.fields(node):
-            if f.name not in types and not matches_type(getattr(node, f.name), f.type):
-                value = reprlib.repr(getattr(node, f.name))
-                raise ValueError(f"{source}: {f.name} is {value}; it must be {describe_type(f.type)}")
-    return config
-
-
-def _rename_old_fields(data: dict) -> None:
-    """Puts the columns that runs up to 0.1 kept in fields of their own where they are now."""
-    columns = {name: data.pop(f"{name}_key", name) for name in ("text", "prompt", "completion")}
-    renamed = [f"{name}={column}" for name, column in columns.items() if column != name]
-    if renamed:
-        data["columns"] = ",".join(renamed)
-
-
 def join_sources(field: str, value: str | Sequence[str]) -> str:
     """The text of sources that may be given as a list. Raises ValueError where a comma is part of one's name."""
     if isinstance(value, str):
@@ -649,45 +534,3 @@ def join_sources(field: str, value: str | Sequence[str]) -> str:
         if "," in source:
             raise ValueError(f"{field} lists {source!r}, and commas separate sources; write ? in place of its comma")
     return ",".join(value)
-
-
-def matches_type(value: Any, kind: Any) -> bool:
-    """Whether a field of that type can have this value."""
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return any(value == one and type(value) is type(one) for one in inner)
-    if get_origin(kind) is tuple:
-        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches_type, value, kinds))
-    if isinstance(kind, UnionType):
-        return any(matches_type(value, one) for one in inner)
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def describe_type(kind: Any) -> str:
-    """What a field of that type may be, in words."""
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, inner))}"
-    if get_origin(kind) is tuple:
-        kinds = {str: "strings", int: "whole numbers", int | str: "whole numbers and strings"}
-        return f"a tuple of {kinds.get(inner[0], 'pairs of a pattern and a number')}"
-    if isinstance(kind, UnionType):
-        return " or ".join(map(describe_type, inner))
-    return names[kind]
-
-
-def _flatten_fields(node, prefix: str = ""):
-    for f in dataclasses.fields(node):
-        value = getattr(node, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _flatten_fields(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value
-
-
-def _recipe_folder() -> Path:
-    spec = importlib.util.find_spec("gemma2_jax.configs")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))

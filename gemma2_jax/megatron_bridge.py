@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma2_jax import api, config as configs
+from gemma2_jax import api, recipes
 from gemma2_jax.config import Config
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _FIELDS = {
     "model.seq_length": "train.sequence_length",
     "dataset.seq_length": "train.sequence_length",
     **dict.fromkeys(("dataset.data_path", "dataset.blend"), "data.train"),
-    "dataset.split": "data.splits",
+    "dataset.split": "data.split_shares",
     "dataset.random_seed": "data.seed",
     "model.tensor_model_parallel_size": "mesh.tensor",
     "model.pipeline_model_parallel_size": "mesh.stage",
@@ -139,7 +139,7 @@ def _make_recipe(function: str) -> Callable[..., Config]:
         fields = _megatron_order(fields) | fields
         if "name" in arguments or "dir" in arguments:
             folder, name = arguments.get("dir"), arguments.get("name", recipe)
-            fields["workdir"] = f"{folder}/{name}" if folder else configs.default_workdir(name)
+            fields["workdir"] = f"{folder}/{name}" if folder else recipes.default_workdir(name)
         changes = "".join(f", {name}={value!r}" for name, value in fields.items())
         _say(function, f"recipe({recipe!r}{changes})")
         return api.recipe(recipe, **_nest_fields(fields))
@@ -188,7 +188,7 @@ def _megatron_order(fields: dict[str, Any]) -> dict[str, Any]:
     first = fields.get("data.train", "").partition(",")[0].rpartition("*")[2]
     if not Path(f"{first.removesuffix('.bin').removesuffix('.idx')}.idx").is_file():
         return {}
-    return {"data.order": "megatron"} | ({} if "data.eval" in fields else {"data.splits": "9999,8,2"})
+    return {"data.order": "megatron"} | ({} if "data.eval" in fields else {"data.split_shares": "9999,8,2"})
 
 
 gemma2_2b_pretrain_config = _make_recipe("gemma2_2b_pretrain_config")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from gemma2_jax import command_line, config as configs, megatron_bridge
+from gemma2_jax import command_line, config_text, megatron_bridge, recipes
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
 
@@ -50,7 +50,7 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: 
         arguments = [f"--{argument}" if re.match(r"[a-z][\w.-]*=", argument) else argument for argument in arguments]
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
         recipe = _find_recipe(arguments, program)
-        default = command(config=recipe, run=configs.load_recipe(recipe))
+        default = command(config=recipe, run=recipes.load_recipe(recipe))
         arguments = [_capitalize_boolean(argument, default.run) for argument in arguments]
     except ValueError as error:
         command_line.exit_usage(str(error), program)
@@ -127,7 +127,7 @@ def _describe_error(error: Exception, workdir: Path) -> str:
 
 def _print_config(config: Config) -> None:
     try:
-        print(configs.to_text(config), end="", flush=True)
+        print(config_text.to_text(config), end="", flush=True)
     except BrokenPipeError:
         command_line.exit_closed_pipe()
     except OSError as error:
@@ -159,10 +159,10 @@ def _find_recipe(arguments: list[str], program: str) -> str:
         return values[0]
     if {"--help", "-h"} & {*arguments}:
         return HELP_RECIPE
-    names = ", ".join(configs.recipe_names())
+    names = ", ".join(recipes.recipe_names())
     there_are = f"There are {names}; a Python file with a function config() is one too"
     if arguments and not arguments[0].startswith("-"):
-        near = command_line.suggest(arguments[0], configs.recipe_names())
+        near = command_line.suggest(arguments[0], recipes.recipe_names())
         raise ValueError(
             f"{arguments[0]} is not an option: a recipe is given as --config NAME{near or '.'} {there_are}"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, recipes
 from gemma2_jax.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training.step import Program
@@ -94,7 +94,7 @@ def training_gradients(
     rows, length = tokens.shape
     kind = "sft" if adapter.kind == "none" else adapter.kind
     train = TrainConfig(sequence_length=length, global_batch_size=rows, micro_batch_size=rows)
-    run = configs.finetune("test", config, "", kind, adapter=adapter, train=train, compute=F32)
+    run = recipes.finetune("test", config, "", kind, adapter=adapter, train=train, compute=F32)
     sizes = mesh or MeshConfig(data=1)
     program = Program(run, make_mesh(sizes, jax.devices()[: math.prod(vars(sizes).values())]))
     params, frozen = ({path: weights[path] for path in part} for part in (program.params, program.frozen))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax import config as configs
+from gemma2_jax import config_text, recipes
 from gemma2_jax.config import Config
 from gemma2_jax.data import python_docs
 from gemma2_jax.training.checkpoint import Checkpoints
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def small(name: str, workdir: Path, **changes) -> Config:
     """The tiny recipe with few documents, short rows and two narrow layers, random weights, on all eight devices."""
-    recipe = configs.load_recipe(name)
+    recipe = recipes.load_recipe(name)
     return replace(
         recipe,
         model=replace(recipe.model, layers=2, width=48, mlp_width=128),
@@ -44,8 +44,8 @@ def small(name: str, workdir: Path, **changes) -> Config:
 
 def command(name: str, config: Config) -> list[str]:
     """The command line that gives this config."""
-    recipe = dict(line.split(" = ", 1) for line in configs.to_text(configs.load_recipe(name)).splitlines())
-    lines = dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
+    recipe = dict(line.split(" = ", 1) for line in config_text.to_text(recipes.load_recipe(name)).splitlines())
+    lines = dict(line.split(" = ", 1) for line in config_text.to_text(config).splitlines())
     changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
     return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
 
@@ -63,7 +63,7 @@ def lines_of(workdir: Path) -> list[dict]:
 def saved_run(workdir: Path, config: Config, steps: dict[int, dict[str, np.ndarray]]) -> Path:
     """A training run's folder as training leaves it."""
     workdir.mkdir()
-    (workdir / "config.txt").write_text(configs.to_text(config))
+    (workdir / "config.txt").write_text(config_text.to_text(config))
     with Checkpoints(workdir, keep=3) as checkpoints:
         for step, params in steps.items():
             checkpoints.save(step, {path: jnp.asarray(w) for path, w in params.items()}, {"count": jnp.zeros(())}, {})

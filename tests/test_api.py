@@ -19,7 +19,7 @@ from small_runs import shorten_python_docs
 from strange_folders import configure
 
 import gemma2_jax as g2
-from gemma2_jax import api, config as configs
+from gemma2_jax import api, config_text, recipes
 from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
@@ -268,7 +268,7 @@ def test_recipes_refuse_unknown_names(changes, message):
 
 def test_recipes_take_groups_and_fields():
     found = g2.recipe("9b_lora", steps=7, train=dict(seed=3), data=g2.DataConfig(train="x"), optim=dict(lr=1e-3))
-    base = configs.load_recipe("9b_lora")
+    base = recipes.load_recipe("9b_lora")
     expected = replace(
         base,
         steps=7,
@@ -343,7 +343,7 @@ def test_a_recipe_takes_values_of_the_right_type(changes, message):
 
 def test_paths_and_lists_become_what_config_txt_holds():
     config = g2.recipe("tiny_lora", workdir=Path("out/run"), adapter=dict(targets=["attn/q"]))
-    assert configs.from_text(configs.to_text(config)) == config
+    assert config_text.from_text(config_text.to_text(config)) == config
 
 
 def test_what_a_format_cannot_hold_is_warned_of(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_jax import config as configs, train
+from gemma2_jax import config as configs, config_text, recipes, train
 from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 
 GOLDEN = Path(__file__).parent / "golden" / "configs"
@@ -21,19 +21,19 @@ TINY = [f"tiny_{kind}" for kind in ("pretrain", "sft", "lora", "dora")]
 
 
 def test_there_are_these_recipes():
-    assert configs.recipe_names() == sorted(REAL + TINY)
+    assert recipes.recipe_names() == sorted(REAL + TINY)
 
 
 @pytest.mark.parametrize("name", REAL + TINY)
 def test_recipes_are_golden(name):
     """A recipe says what it said. Where it is meant to change, write the new text: UPDATE_GOLDEN=1 pytest."""
-    path, text = GOLDEN / f"{name}.txt", configs.to_text(configs.load_recipe(name))
+    path, text = GOLDEN / f"{name}.txt", config_text.to_text(recipes.load_recipe(name))
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     changes = "\n".join(difflib.unified_diff(path.read_text().splitlines(), text.splitlines(), lineterm=""))
     assert not changes, changes
-    assert configs.from_text(text) == configs.load_recipe(name)
+    assert config_text.from_text(text) == recipes.load_recipe(name)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_often_wrong():
 
 def test_megatron_bridge_defaults():
     """The table of its Gemma 2 recipes."""
-    pretrain, sft, lora, dora = (configs.load_recipe(f"9b_{kind}") for kind in ("pretrain", "sft", "lora", "dora"))
+    pretrain, sft, lora, dora = (recipes.load_recipe(f"9b_{kind}") for kind in ("pretrain", "sft", "lora", "dora"))
     assert (pretrain.optim.lr, pretrain.optim.min_lr, pretrain.optim.warmup_steps) == (3e-4, 3e-5, 500)
     assert (pretrain.train.global_batch_size, pretrain.train.micro_batch_size) == (32, 2)
     assert (pretrain.train.sequence_length, pretrain.steps, pretrain.train.seed) == (4096, 300_000, 1234)
@@ -121,7 +121,7 @@ def test_no_evaluation_may_be_asked():
     ],
 )
 def test_values_that_no_run_can_have(group, fields, message):
-    recipe = configs.load_recipe("2b_lora")
+    recipe = recipes.load_recipe("2b_lora")
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(
             recipe, **({group: dataclasses.replace(getattr(recipe, group), **fields)} if group else fields)
@@ -135,7 +135,7 @@ def test_booleans_as_megatron_bridge_writes_them():
 
 
 def test_adapters_without_what_they_are_for():
-    recipe = configs.load_recipe("2b_lora")
+    recipe = recipes.load_recipe("2b_lora")
     with pytest.raises(ValueError, match="init_adapter is here, and init is empty; set init to the model it is for"):
         dataclasses.replace(recipe, init="", init_adapter="here")
     exporting = dataclasses.replace(recipe.train, export_adapter=True)
@@ -145,13 +145,13 @@ def test_adapters_without_what_they_are_for():
 
 
 def test_config_text_of_another_version():
-    text = configs.to_text(configs.load_recipe("2b_lora"))
+    text = config_text.to_text(recipes.load_recipe("2b_lora"))
     with pytest.raises(ValueError, match=r"another version of this program: .*'hue'"):
-        configs.from_text(text + "optim.hue = 'red'\n")
+        config_text.from_text(text + "optim.hue = 'red'\n")
     with pytest.raises(ValueError, match=r"another version of this program: unknown groups \['paint'\]"):
-        configs.from_text(text + "paint.hue = 'red'\n")
+        config_text.from_text(text + "paint.hue = 'red'\n")
     with pytest.raises(ValueError, match=r"config.txt:2: .model.layers = __import__"):
-        configs.from_text("steps = 1\nmodel.layers = __import__('os').getcwd()\n")
+        config_text.from_text("steps = 1\nmodel.layers = __import__('os').getcwd()\n")
 
 
 def test_both_ways_of_naming_a_field():
@@ -170,13 +170,13 @@ def test_both_ways_of_naming_a_field():
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from gemma2_jax.config import GEMMA2_2B, finetune\n\n"
+        "from gemma2_jax.config import GEMMA2_2B\nfrom gemma2_jax.recipes import finetune\n\n"
         "def config():\n    return finetune('mine', GEMMA2_2B, 'somewhere', 'lora', steps=3)\n"
     )
-    assert configs.load_recipe(str(path)).steps == 3
+    assert recipes.load_recipe(str(path)).steps == 3
     path.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"has no function config\(\)"):
-        configs.load_recipe(str(path))
+        recipes.load_recipe(str(path))
 
 
 @pytest.mark.parametrize("module", ["train", "generate", "plan", "convert", "data"])
@@ -198,7 +198,7 @@ def test_help_lists_every_field():
         [sys.executable, "-m", "gemma2_jax.train", "--config", "27b_lora", "--help"],
         capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
     ).stdout  # fmt: skip
-    for line in configs.to_text(configs.load_recipe("27b_lora")).splitlines():
+    for line in config_text.to_text(recipes.load_recipe("27b_lora")).splitlines():
         key = line.split(" = ")[0].replace("_", "-")
         shown = re.search(rf"--{re.escape(key)}[^\n]*", text)
         assert shown, f"--{key} is not listed"
@@ -221,6 +221,6 @@ def test_columns_on_the_command_line(arguments):
 
 
 def test_columns_of_earlier_runs():
-    text = configs.to_text(configs.load_recipe("tiny_lora"))
+    text = config_text.to_text(recipes.load_recipe("tiny_lora"))
     old = "data.text_key = 'text'\ndata.prompt_key = 'q'\ndata.completion_key = 'completion'\n"
-    assert configs.from_text(text.replace("data.columns = ''\n", old)).data.column_names == {"prompt": "q"}
+    assert config_text.from_text(text.replace("data.columns = ''\n", old)).data.column_names == {"prompt": "q"}

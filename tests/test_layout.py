@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma2_jax import config as configs
+from gemma2_jax import recipes
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training.step import Program
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Rooms, from the spine to the commands. A file may import its own room and those on earlier lines, never a later one.
 FLOORS = (
     ("config", "command_line"),
+    ("recipes", "config_text"),
     ("dims",),
     ("mesh",),
     ("kernels",),
@@ -90,9 +91,9 @@ def points_back(here: tuple[str, ...], there: tuple[str, ...]) -> bool:
 def test_imports_go_one_way(path):
     here = names_of(path)
     if not here:
-        assert {there[0] for there in imported(path)} <= {"api", "config", "model", "planning", "training"}
+        assert {there[0] for there in imported(path)} <= {"api", "config", "recipes", "model", "planning", "training"}
     elif here[0] == "configs":
-        assert {there[0] for there in imported(path)} <= {"config"}
+        assert {there[0] for there in imported(path)} <= {"config", "recipes"}
     else:
         back = sorted(".".join(there) for there in imported(path) if points_back(here, there))
         assert not back, f"{'.'.join(here)} imports {back}, which come after it"
@@ -106,7 +107,7 @@ def test_files_say_what_they_are(path):
 @pytest.mark.usefixtures("optimized")  # else XLA does not use that library
 def test_sums_are_repeatable():
     """Norms of DoRA, a fused sum, come out finite and alike each time (see cluster/platforms.py)."""
-    recipe = configs.load_recipe("tiny_dora")
+    recipe = recipes.load_recipe("tiny_dora")
     config = replace(recipe, init="", model=replace(recipe.model, layers=2))
     program = Program(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     starts = [program.initial_state(program.random_base()).params for _ in range(5)]

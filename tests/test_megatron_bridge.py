@@ -14,7 +14,7 @@ import pytest
 from peers import BITING, hf_model
 
 import gemma2_jax as g2
-from gemma2_jax import config as configs, generate, megatron_bridge, train
+from gemma2_jax import config as configs, config_text, generate, megatron_bridge, recipes, train
 from gemma2_jax.config import Config
 from gemma2_jax.convert import __main__ as convert
 from gemma2_jax.convert.opening import open_checkpoint
@@ -146,7 +146,7 @@ def test_pretraining_recipes(block, capsys):
     exec(block, scope)
     config: Config = scope["config"]
     (size,) = re.findall(r"import gemma2_(\w+)_pretrain_config", block)
-    base = configs.load_recipe(f"{size}_pretrain")
+    base = recipes.load_recipe(f"{size}_pretrain")
     assert config == replace(
         base,
         workdir=f"runs/my_gemma2_{size}_pretrain",
@@ -169,7 +169,7 @@ def test_finetuning_recipes(block):
     config: Config = scope["config"]
     (size,) = re.findall(r"import gemma2_(\w+)_finetune_config", block)
     kind = "sft" if "full" in block else "lora"
-    base = configs.load_recipe(f"{size}_{kind}")
+    base = recipes.load_recipe(f"{size}_{kind}")
     assert config == replace(
         base,
         workdir=f"runs/gemma2_{size}_{'full' if kind == 'sft' else 'lora'}_finetune",
@@ -187,7 +187,7 @@ def test_training_commands(block, capsys):
     config = train.parse(words).run
     (size,) = re.findall(r"--recipe gemma2_(\w+)_finetune_config", block)
     kind = "sft" if "--peft none" in block else "lora"
-    base = configs.load_recipe(f"{size}_{kind}")
+    base = recipes.load_recipe(f"{size}_{kind}")
     assert config == replace(
         base,
         workdir=f"/save/gemma2_{size}_{'finetune' if kind == 'sft' else 'lora'}",
@@ -200,7 +200,7 @@ def test_training_commands(block, capsys):
 
 def test_every_argument_and_field_has_a_place():
     """What is translated exists in our config, and takes the value."""
-    known = {line.split(" = ")[0] for line in configs.to_text(configs.load_recipe("2b_lora")).splitlines()}
+    known = {line.split(" = ")[0] for line in config_text.to_text(recipes.load_recipe("2b_lora")).splitlines()}
     assert {*megatron_bridge._ARGUMENTS.values(), *megatron_bridge._FIELDS.values()} <= known
     config = megatron_bridge.gemma2_27b_finetune_config(
         name="x",
@@ -248,9 +248,19 @@ def test_indexed_data_is_read_in_its_order(corpora, paths, source):
     """With the splits of its recipes, unless the held-out data is named."""
     paths = paths.format(corpora) if isinstance(paths, str) else [path.format(corpora) for path in paths]
     data = megatron_bridge.gemma2_2b_pretrain_config(data_paths=paths).data
-    assert (data.train, data.order, data.splits, data.seed) == (source.format(corpora), "megatron", "9999,8,2", 1234)
+    assert (data.train, data.order, data.split_shares, data.seed) == (
+        source.format(corpora),
+        "megatron",
+        "9999,8,2",
+        1234,
+    )
     data = megatron_bridge.gemma2_2b_pretrain_config(train_data_path=paths, valid_data_path=[f"{corpora}/b"]).data
-    assert (data.train, data.eval, data.order, data.splits) == (source.format(corpora), f"{corpora}/b", "megatron", "")
+    assert (data.train, data.eval, data.order, data.split_shares) == (
+        source.format(corpora),
+        f"{corpora}/b",
+        "megatron",
+        "",
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,10 +274,10 @@ def test_indexed_data_is_read_in_its_order(corpora, paths, source):
 def test_commands_name_indexed_data(corpora, words, source):
     words = [word.format(corpora) for word in words]
     data = train.parse(["--recipe", "gemma2_2b_pretrain_config", *words]).run.data
-    assert (data.train, data.order, data.splits) == (source.format(corpora), "megatron", "9999,8,2")
+    assert (data.train, data.order, data.split_shares) == (source.format(corpora), "megatron", "9999,8,2")
     words += ['dataset.split="90,10,0"', "dataset.random_seed=7"]
     data = train.parse(["--recipe", "gemma2_2b_pretrain_config", *words]).run.data
-    assert (data.order, data.splits, data.seed) == ("megatron", "90,10,0", 7)
+    assert (data.order, data.split_shares, data.seed) == ("megatron", "90,10,0", 7)
     with pytest.raises(SystemExit):
         train.parse(["--recipe", "gemma2_2b_pretrain_config", "dataset.blend=[1,2,3]"])
 
@@ -320,7 +330,7 @@ def test_other_commands_are_left_alone(capsys):
 def test_what_is_given_in_another_way(capsys):
     """None is not given, a folder alone is taken, and sequence parallelism is said to be always on."""
     config = megatron_bridge.gemma2_9b_finetune_config(dir="/d", finetune_lr=None, sequence_parallel=True)
-    assert config == replace(configs.load_recipe("9b_lora"), workdir="/d/9b_lora")
+    assert config == replace(recipes.load_recipe("9b_lora"), workdir="/d/9b_lora")
     with pytest.raises(ValueError, match="sequence_parallel is False; here it is part of tensor parallelism"):
         megatron_bridge.gemma2_9b_finetune_config(sequence_parallel=False)
     with pytest.raises(AttributeError, match="tensor_paralel"):

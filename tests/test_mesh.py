@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from peers import BITING
 
-from gemma2_jax import config as configs, dims, mesh as meshes
+from gemma2_jax import config as configs, dims, mesh as meshes, recipes
 from gemma2_jax.config import ComputeConfig, MeshConfig, ModelConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training.loop import place_batch
@@ -38,7 +38,7 @@ def test_impossible_meshes(config, message):
 
 
 def program(kind: str, mesh: MeshConfig, devices: int = 8, **changes) -> Program:
-    config = configs.finetune(
+    config = recipes.finetune(
         "test",
         BITING["9b"],
         "",
@@ -72,10 +72,10 @@ def test_what_does_not_divide_is_named():
         program("sft", MeshConfig(), train=TrainConfig(sequence_length=32, global_batch_size=12))
 
 
-@pytest.mark.parametrize("name", [name for name in configs.recipe_names() if not name.startswith("tiny")])
+@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if not name.startswith("tiny")])
 def test_shardings_are_golden(name):
     """Shardings of every recipe's state, read off arrays of its model, shrunk; UPDATE_GOLDEN=1 renews them."""
-    recipe = configs.load_recipe(name)
+    recipe = recipes.load_recipe(name)
     config = replace(
         recipe,
         model=replace(BITING[name.split("_")[0]], layers=3),
@@ -323,7 +323,7 @@ def test_constrain_without_a_mesh_is_nothing():
     ],
 )
 def test_stages_and_their_bubble(name, mesh, layers, passes, bubble):
-    config = replace(configs.load_recipe(name), mesh=mesh)
+    config = replace(recipes.load_recipe(name), mesh=mesh)
     run = Program(config, make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]))
     stages = run.pipeline
     assert [int(stages.stage_layers(stage)) for stage in range(stages.stages)] == layers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gemma2_jax import command_line, config as configs
+from gemma2_jax import command_line, config_text
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import DataConfig
 
@@ -52,7 +52,7 @@ class Inspect:
         command_line.check_paths(self, "source")
         if self.documents < 0 or self.samples < 0:
             raise ValueError(f"documents is {self.documents} and samples {self.samples}; neither may be negative")
-        _check_fields(self.data, ("train", "eval", "eval_fraction", "packing", "order", "splits", "seed"))
+        _check_fields(self.data, ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Build:
         command_line.check_paths(self, "source", "prefix")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers is {self.workers}; it must be at least 1")
-        others = ("train", "eval", "eval_fraction", "packing", "order", "splits", "seed", "cache")
+        others = ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "seed", "cache")
         _check_fields(self.data, others)
         if not self.data.tokenizer:
             raise ValueError("--data.tokenizer must be given: a folder, or a Hub id such as google/gemma-2-2b")
@@ -137,7 +137,7 @@ def _inspect(command: Inspect) -> None:
 
     folder = Path(command.source)
     is_run = (folder / "config.txt").is_file()
-    data = configs.from_file(folder / "config.txt").data if is_run else replace(command.data, train=command.source)
+    data = config_text.from_file(folder / "config.txt").data if is_run else replace(command.data, train=command.source)
     tokenizer = str(folder / "tokenizer") if is_run else data.tokenizer
     loaded = _load_tokenizer(tokenizer) if tokenizer else None
     if (folder / "offsets").is_file():

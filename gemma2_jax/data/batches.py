@@ -234,10 +234,10 @@ def _pack_rows(
     source = sources.open_source(data, split)
     if prefix := find_prefix(source):
         store = open_indexed_store(data, split, prefix, tokenizer, cache)
-    elif data.splits:
+    elif data.split_shares:
         raise ValueError(
-            f"data.splits {data.splits} divides .bin and .idx files, and {source} is none; --data.eval_fraction holds "
-            "out a share of it"
+            f"data.split_shares {data.split_shares} divides .bin and .idx files, and {source} is none; "
+            "--data.eval_fraction holds out a share of it"
         )
     else:
         store = build_store(data, split, tokenizer, cache, show=layout.share_index == 0)

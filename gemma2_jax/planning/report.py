@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import Config
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.described_cluster import USABLE_BYTES
@@ -97,7 +97,7 @@ def plan_in_subprocess(config: Config, gpus: int) -> Plan:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.run(
         [sys.executable, "-m", "gemma2_jax.planning.report", str(gpus)],
-        input=configs.to_text(config),
+        input=config_text.to_text(config),
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -127,7 +127,7 @@ def _answer(config: Config, gpus: int) -> dict:
 
 def main() -> None:
     """Reads a config from standard input, and writes its plan to standard output as JSON."""
-    config = configs.from_text(sys.stdin.read(), "the config of the plan")
+    config = config_text.from_text(sys.stdin.read(), "the config of the plan")
     described_cluster.prepare_jax()
     print(json.dumps(_answer(config, int(sys.argv[1]))))
 

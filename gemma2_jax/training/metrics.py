@@ -31,7 +31,8 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from gemma2_jax.config import Config, to_text
+from gemma2_jax.config import Config
+from gemma2_jax.config_text import to_text
 
 PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a bar on
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma2_jax import config as configs
+from gemma2_jax import config_text
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, list_patterns, weight_name
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
@@ -136,7 +136,7 @@ def _check_changes(config: Config, path: Path) -> list[str]:
     changes = config_differences(config, path)
     forbidden = {key: text for key, text in changes.items() if not key.startswith(FREE_FIELDS)}
     if forbidden:
-        saved = configs.from_file(path)
+        saved = config_text.from_file(path)
         remedy = "Give that run's values, or another --workdir"
         if not any(key.startswith(("model.", "adapter.", "init")) for key in forbidden):
             remedy += describe_new_start(dataclasses.replace(saved, workdir=config.workdir))
@@ -162,7 +162,7 @@ def describe_new_start(config: Config) -> str:
 
 def _write_config(config: Config, path: Path) -> None:
     complete = path.with_suffix(".tmp")
-    complete.write_text(configs.to_text(config))
+    complete.write_text(config_text.to_text(config))
     complete.replace(path)
 
 
@@ -182,7 +182,7 @@ def _check_same_options(config: Config, path: Path) -> None:
 def config_differences(config: Config, path: Path) -> dict[str, str]:
     """How the config differs from the one in a file, by field. Fields of `hosts` are not compared."""
     # The file is parsed and written again, so that a field that is newer than the file gets its default.
-    saved = configs.from_file(path)
+    saved = config_text.from_file(path)
     same = [name for name in ("init", "init_adapter") if _is_same_folder(getattr(saved, name), getattr(config, name))]
     saved = dataclasses.replace(saved, **{name: getattr(config, name) for name in same})
     before, now = (_config_lines(config) for config in (saved, config))
@@ -199,7 +199,7 @@ def _is_same_folder(first: str, second: str) -> bool:
 
 
 def _config_lines(config: Config) -> dict[str, str]:
-    return dict(line.split(" = ", 1) for line in configs.to_text(config).splitlines())
+    return dict(line.split(" = ", 1) for line in config_text.to_text(config).splitlines())
 
 
 def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkpoints) -> tuple[State, dict | None]:

@@ -19,7 +19,7 @@ import yaml
 from safetensors.numpy import load_file
 from small_runs import ROOT, command, lines_of, small
 
-from gemma2_jax import config as configs, train
+from gemma2_jax import config as configs, config_text, train
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
 from gemma2_jax.mesh import make_mesh
@@ -288,9 +288,9 @@ def test_saved_by_one_killed_and_resumed_by_two(alone, tmp_path):
 # A run's start and its first export, with no step between them. Process 1 comes late.
 FROM_ADAPTER_TO_ADAPTER = """
 import pathlib, sys, time, types
-from gemma2_jax import config
+from gemma2_jax import config, config_text
 from gemma2_jax.cluster import hosts
-given = config.from_text(open(sys.argv[1]).read())
+given = config_text.from_text(open(sys.argv[1]).read())
 with hosts.process_group(config.HostsConfig(coordinator=sys.argv[2], count=2, index=int(sys.argv[3]))):
     import jax
     from gemma2_jax.training import export, resume, step
@@ -322,7 +322,7 @@ def test_an_adapter_through_two_processes(tmp_path):
     )
     folder = given.output / "adapters" / "0"
     config = replace(given, workdir=str(tmp_path / "run"), init_adapter=str(folder))
-    (tmp_path / "config.txt").write_text(configs.to_text(config))
+    (tmp_path / "config.txt").write_text(config_text.to_text(config))
     words = [sys.executable, "-c", FROM_ADAPTER_TO_ADAPTER, tmp_path / "config.txt", f"127.0.0.1:{free_port()}"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     for status, _, error in ends(

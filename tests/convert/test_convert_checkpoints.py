@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_runs import saved_run
 
-from gemma2_jax import config as configs, mesh as meshes
+from gemma2_jax import config_text, mesh as meshes, recipes
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import job, sources
 from gemma2_jax.convert.__main__ import main
@@ -556,6 +556,6 @@ def test_help_comes_before_jax():
 
 def test_a_run_without_a_checkpoint_is_known_for_one(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.txt").write_text(configs.to_text(configs.load_recipe("tiny_lora")))
+    (tmp_path / "config.txt").write_text(config_text.to_text(recipes.load_recipe("tiny_lora")))
     with pytest.raises(ValueError, match="is a training run that has no whole checkpoint yet; resume it"):
         open_checkpoint(tmp_path)

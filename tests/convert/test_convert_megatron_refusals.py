@@ -32,7 +32,7 @@ from megatron_files import (
     twin_model,
 )
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import load_weights
@@ -58,7 +58,7 @@ def test_a_run_from_megatron_lm(kind, tmp_path):
     params = {path: x for path, x in source.shapes.items() if ("/adapter/" in path) == (kind == "lora")}
     workdir = tmp_path / "run"
     workdir.mkdir()
-    (workdir / "config.txt").write_text(configs.to_text(config))
+    (workdir / "config.txt").write_text(config_text.to_text(config))
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(1, load_weights(source, params), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)

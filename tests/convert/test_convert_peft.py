@@ -16,7 +16,7 @@ from flax import nnx
 from peers import BITING
 from safetensors.numpy import load_file, save_file
 
-from gemma2_jax import config as configs, dims
+from gemma2_jax import config as configs, config_text, dims
 from gemma2_jax.config import AdapterConfig, Config, OptimConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
@@ -202,7 +202,7 @@ def test_a_run_with_an_adapter(base, peft_adapters, tmp_path, kind):
     config = Config(
         workdir="x", model=CONFIG, adapter=KINDS[kind], optim=OptimConfig(lr=1.0), train=train, init=str(base)
     )
-    (workdir / "config.txt").write_text(configs.to_text(config))
+    (workdir / "config.txt").write_text(config_text.to_text(config))
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(5, load_weights(loaded, trained), {"count": jnp.zeros(())}, {})
     run = open_checkpoint(workdir)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from small_runs import ROOT, saved_run
 
-from gemma2_jax import config as configs
+from gemma2_jax import recipes
 from gemma2_jax.config import GEMMA2_TINY
 from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
@@ -79,7 +79,7 @@ def exports(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("exports")
     source, random, runs = open_checkpoint(TINY), np.random.default_rng(0), {}
     for kind in ("sft", "lora"):
-        config = replace(configs.load_recipe(f"tiny_{kind}"), init=str(TINY), workdir=str(folder / kind))
+        config = replace(recipes.load_recipe(f"tiny_{kind}"), init=str(TINY), workdir=str(folder / kind))
         if kind == "sft":
             weights = {path: np.asarray(w, np.float32) for path, w in load_weights(source, source.shapes).items()}
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma2_jax import config as configs
+from gemma2_jax import config_text, recipes
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import __main__ as command, tokenizing
 from gemma2_jax.data.megatron import building
@@ -171,8 +171,8 @@ def test_tokenized_data_is_inspected(run, corpus, tmp_path, tokenizer):
     assert "documents       3\nshapes          3 text\n" in of_store and "<bos>[[One text.<eos>]]" in of_store
     workdir = tmp_path / "run"
     workdir.mkdir()
-    config = replace(configs.load_recipe("tiny_pretrain"), data=data)
-    (workdir / "config.txt").write_text(configs.to_text(config))
+    config = replace(recipes.load_recipe("tiny_pretrain"), data=data)
+    (workdir / "config.txt").write_text(config_text.to_text(config))
     (workdir / "tokenizer").symlink_to(TINY)
     assert run("inspect", str(workdir)) == of_store
 

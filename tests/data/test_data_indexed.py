@@ -161,7 +161,7 @@ def test_it_is_packed_like_any_tokenized_text(tmp_path, tokenizer, packing, spli
     with IndexedWriter(str(tmp_path / "a"), np.dtype("<u2"), tmp_path / "partial") as writer:
         lengths = np.array([*map(len, documents[:5]), 0, *map(len, documents[5:])])
         writer.write(np.concatenate(documents), lengths)
-    data = DataConfig(kind="text", train=str(tmp_path / "a.bin"), splits="75,20,5")
+    data = DataConfig(kind="text", train=str(tmp_path / "a.bin"), split_shares="75,20,5")
     indexed = open_indexed_store(data, split, str(tmp_path / "a"), tokenizer, tmp_path / "cache")
     part = documents[first:last]
     learned = np.concatenate([np.arange(len(document)) > 0 for document in part])
@@ -179,16 +179,16 @@ def test_it_is_packed_like_any_tokenized_text(tmp_path, tokenizer, packing, spli
 
 
 def test_splits_of_other_data_are_an_error(tmp_path, jsonl, tokenizer):
-    data = DataConfig(kind="text", train=jsonl({"text": "a"}), splits="9,1")
+    data = DataConfig(kind="text", train=jsonl({"text": "a"}), split_shares="9,1")
     with pytest.raises(
-        ValueError, match=r"data.splits 9,1 divides .bin and .idx files, and .*data.jsonl is none; --data"
+        ValueError, match=r"data.split_shares 9,1 divides .bin and .idx files, and .*data.jsonl is none; --data"
     ):
         train_batches(data, tokenizer, Layout(sequence_length=8, batch_size=1), cache=tmp_path)
     for wrong in ("9,x", "1,2,3,4", "0,1", "-1,2"):
         with pytest.raises(ValueError, match="it must be like 9999,8,2: trained on, held out and left"):
-            DataConfig(splits=wrong)
+            DataConfig(split_shares=wrong)
     with pytest.raises(ValueError, match="both say what is held out; give one"):
-        DataConfig(splits="9,1", eval="b")
+        DataConfig(split_shares="9,1", eval="b")
 
 
 def test_no_file_is_written_over(prefix, tmp_path):

@@ -189,7 +189,7 @@ def test_without_weights_each_is_read_once(write, ask):
 def test_rows_are_those_of_megatron_core(write, ask, train, held_out, samples, trained, evaluated):
     """Digests of what BlendedMegatronDatasetBuilder of megatron-core 0.19.2 gave for these documents and seed 1234."""
     names = {"a": write(corpus(1, 60), "a"), "b": write(corpus(2, 40), "b")}
-    fields = {"eval": held_out.format(**names)} if held_out else {"splits": "80,20,0"}
+    fields = {"eval": held_out.format(**names)} if held_out else {"split_shares": "80,20,0"}
     for part, count, expected in zip(("train", "eval"), samples, (trained, evaluated), strict=True):
         rows = ask(train.format(**names), count, length=16, part=part, seed=1234, **fields)
         digest = hashlib.blake2b(digest_size=8)
@@ -220,7 +220,7 @@ def test_held_out_documents_are_another_part(write, ask):
     made = corpus(3, 50)
     prefix = write(made)
     for split, (first, last) in {"train": (0, 40), "eval": (40, 45)}.items():
-        rows = ask(prefix, 70, length=8, part=split, splits="80,10,10")
+        rows = ask(prefix, 70, length=8, part=split, split_shares="80,10,10")
         assert texts(rows) == slow_samples(made, first, last, 70, 8, 0)
 
 
@@ -266,7 +266,7 @@ def test_a_token_of_another_tokenizer_is_an_error(write, ask):
 def made(tokenizer, write, tmp_path):
     """A function that makes batches of 4 rows of a blend."""
     source = ",".join(f"{weight}*{write(corpus(weight, 60), f'set{weight}')}" for weight in (7, 3))
-    data = replace(DATA, train=source, splits="80,20")
+    data = replace(DATA, train=source, split_shares="80,20")
 
     def make(function=train_batches, **options):
         sizes = {name: options.pop(name) for name in ("share_index", "share_count") if name in options}

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from peers import BITING, hf_model, state_dict, training_gradients
 
-from gemma2_jax import config as configs, generate
+from gemma2_jax import config as configs, config_text, generate, recipes
 from gemma2_jax.config import AdapterConfig, MeshConfig, ModelConfig
 from gemma2_jax.convert import __main__ as command
 from gemma2_jax.convert.checkpoints import Checkpoint
@@ -158,7 +158,7 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     base = folder / "base"
     hf_model(CONFIG).save_pretrained(base)
     train = configs.TrainConfig(sequence_length=8)
-    config = configs.finetune("x", CONFIG, str(base), "dora", adapter=ADAPTERS["dora"], train=train)
+    config = recipes.finetune("x", CONFIG, str(base), "dora", adapter=ADAPTERS["dora"], train=train)
     trained_run(folder / "run", config, {p: w for p, w in weights_of("dora").items() if "/adapter/" in p})
     write_checkpoint(Job(source=open_checkpoint(folder / "run"), to="orbax"), folder / "orbax")
     return open_checkpoint(folder / "orbax")
@@ -167,7 +167,7 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
 def trained_run(folder: Path, config: configs.Config, params) -> None:
     """What training leaves of an adapter."""
     folder.mkdir()
-    (folder / "config.txt").write_text(configs.to_text(config))
+    (folder / "config.txt").write_text(config_text.to_text(config))
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, {p: jnp.asarray(w) for p, w in params.items()}, {"count": jnp.zeros(())}, {})
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_merged_is_refused(checkpoint):
     for choices in ({"to": "hf"}, {"to": "hf", "merge": True}, {"to": "orbax", "merge": True}):
         with pytest.raises(ValueError, match=refused):
             Job(source=checkpoint, **choices)
-    config = configs.finetune("x", CONFIG, str(checkpoint.path), "sft", train=configs.TrainConfig(sequence_length=8))
+    config = recipes.finetune("x", CONFIG, str(checkpoint.path), "sft", train=configs.TrainConfig(sequence_length=8))
     with pytest.raises(ValueError, match=rf"give its model, {re.escape(checkpoint.base)}, as --init") as error:
         resume.open_source(config)
     assert "--merge" not in str(error.value)
@@ -228,7 +228,7 @@ def test_peft_is_told_nothing_and_the_user_is(checkpoint, tmp_path, capsys):
 
 
 def test_the_command_says_why_a_step_is_slow(tmp_path, capsys):
-    config = replace(configs.load_recipe("tiny_lora"), init=str(ASSETS))
+    config = replace(recipes.load_recipe("tiny_lora"), init=str(ASSETS))
     config = replace(config, adapter=replace(config.adapter, after_norm=True, targets=("mlp/down",), rank=2))
     size = config.model
     shapes = {"a": (size.layers, size.mlp_width, 2), "b": (size.layers, 2, size.width)}

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, recipes
 from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, TrainConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.mesh import make_mesh
@@ -269,7 +269,7 @@ def test_tokens_that_cannot_be_meant_are_refused(fields, message):
 
 
 def run(kind: str, **train) -> tuple[configs.Config, Program]:
-    config = configs.finetune(
+    config = recipes.finetune(
         "test",
         BITING["2b"],
         "",
@@ -313,7 +313,7 @@ def test_rows_of_tokens_cost_no_gradient_of_the_embedding():
     """Nothing of the embedding's shape is computed, and the optimizer has the moments of these rows alone."""
     adapter = AdapterConfig(kind="lora", rank=2, targets=("attn/q",), trainable_tokens=(5, 9, 300))
     train = TrainConfig(sequence_length=32, global_batch_size=4)
-    config = configs.finetune("test", BITING["2b"], "", "lora", adapter=adapter, compute=F32, train=train)
+    config = recipes.finetune("test", BITING["2b"], "", "lora", adapter=adapter, compute=F32, train=train)
     program = Program(config, make_mesh(configs.MeshConfig(data=1), jax.devices()[:1]))
     assert program.params[TOKEN_ROWS].shape == (3, config.model.width)
     shapes = [leaf.shape for leaf in jax.tree.leaves(program.state.optimizer)]

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from rich.console import Console
 
 from benchmarks.machine_code import find_calls
-from gemma2_jax import config as configs, plan
+from gemma2_jax import plan, recipes
 from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step
@@ -140,7 +140,7 @@ def test_missing_plugin_names_the_extra(monkeypatch):
 @cache
 def small(kind: str = "sft", **mesh: int) -> CompiledStep:
     shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
-    config = configs.finetune(
+    config = recipes.finetune(
         "test",
         SMALL,
         "",
@@ -252,7 +252,7 @@ def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
     ],
 )
 def test_kernels_in_every_layer(name, mesh):
-    config = replace(configs.load_recipe(name), mesh=mesh)
+    config = replace(recipes.load_recipe(name), mesh=mesh)
     model = replace(config.model, layers=3, vocab_size=2048)
     train = replace(config.train, sequence_length=6144, global_batch_size=2, micro_batch_size=1)
     compute = replace(config.compute, gpu_flags="none")  # which has loops once in the program, not twice
@@ -291,7 +291,7 @@ def test_kernels_in_every_layer(name, mesh):
 )
 def test_real_steps_fit(name, mesh, length):
     """Compiled at real size, in less than a minute, they fit in what XLA may take of 80 GB."""
-    config = replace(configs.load_recipe(name), mesh=mesh)
+    config = replace(recipes.load_recipe(name), mesh=mesh)
     config = replace(config, train=replace(config.train, sequence_length=length))
     found = compile_step(config, math.prod(vars(mesh).values()))
     run, needed = kernels(found)
@@ -303,7 +303,7 @@ def test_real_steps_fit(name, mesh, length):
 
 def test_depth_does_not_lengthen_programs():
     """The step of 27B as XLA gets it: eight layers against all of them."""
-    config = replace(configs.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=4))
+    config = replace(recipes.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=4))
     lengths = []
     for layers in (8, config.model.layers):
         run = Program(replace(config, model=replace(config.model, layers=layers)), make_mesh(config.mesh))
@@ -317,7 +317,7 @@ def test_depth_does_not_lengthen_programs():
 @pytest.mark.exhaustive
 def test_depth_does_not_lengthen_compilation():
     """The real step of 27B, eight layers against all of them, in CPU seconds: other processes do not count."""
-    config = replace(configs.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
+    config = replace(recipes.load_recipe("27b_pretrain"), mesh=MeshConfig(data=1, fsdp=2, tensor=8))
     seconds = []
     for layers in (8, config.model.layers):
         started = time.process_time()
@@ -328,4 +328,4 @@ def test_depth_does_not_lengthen_compilation():
 
 def test_subprocess_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"^12 GPUs cannot be planned for"):
-        plan_in_subprocess(configs.load_recipe("9b_lora"), 12)
+        plan_in_subprocess(recipes.load_recipe("9b_lora"), 12)

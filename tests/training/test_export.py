@@ -18,7 +18,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from gemma2_jax import config as configs, train
+from gemma2_jax import config_text, recipes, train
 from gemma2_jax.config import AdapterConfig, Config, MeshConfig
 from gemma2_jax.convert import checkpoints, opening
 from gemma2_jax.convert.files import safetensors as tensors
@@ -44,7 +44,7 @@ QUESTION = "<start_of_turn>user\nWhat does json.dumps do?<end_of_turn>\n<start_o
 def run(request, tmp_path_factory) -> Path:
     """A few steps of the tiny recipe from the checkpoint in the repository, at a rate that shows."""
     workdir = tmp_path_factory.mktemp("run") / request.param
-    recipe = configs.load_recipe(f"tiny_{request.param}")
+    recipe = recipes.load_recipe(f"tiny_{request.param}")
     sizes = dict(sequence_length=64, global_batch_size=8, micro_batch_size=1, eval_batches=1)
     saves = dict(checkpoint_every=1, export_adapter=True)
     loop.train(
@@ -151,7 +151,7 @@ def test_adapters_that_a_run_exports_are_those_of_its_checkpoints(run, adapter):
 
 def going_on(run: Path, adapter: Path, workdir: Path, **changes) -> Config:
     """The run's config, with that adapter to start from."""
-    config = configs.from_text((run / "config.txt").read_text())
+    config = config_text.from_text((run / "config.txt").read_text())
     return replace(config, **{"init_adapter": str(adapter), "workdir": str(workdir)} | changes)
 
 
@@ -184,7 +184,7 @@ def test_weights_trained_beside_an_adapter_resume_and_are_exported(tmp_path):
     parts = AdapterConfig(
         kind="lora", rank=2, targets=("attn/q",), layers=(1, 5), modules_to_save=("embedding", "pre_*_norm")
     )
-    recipe = configs.load_recipe("tiny_lora")
+    recipe = recipes.load_recipe("tiny_lora")
     short = replace(recipe.train, sequence_length=64, micro_batch_size=1)
     config = replace(recipe, adapter=parts, train=short, init=str(TINY), workdir=str(tmp_path / "run"))
     program = Program(config, make_mesh(MeshConfig(data=2, stage=4)))
@@ -199,7 +199,7 @@ def test_weights_trained_beside_an_adapter_resume_and_are_exported(tmp_path):
     assert state.frozen.keys() == program.frozen.keys() and "embedding" in state.params
     for path, w in trained.items():
         np.testing.assert_array_equal(state.params[path], w, err_msg=path)
-    (tmp_path / "run" / "config.txt").write_text(configs.to_text(config))
+    (tmp_path / "run" / "config.txt").write_text(config_text.to_text(config))
     write_checkpoint(Job(source=opening.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / tensors.ADAPTER)
     layers = {int(name.split(".")[4]) for name in stored if "lora_A" in name}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_runs import lines_of
 
-from gemma2_jax import config as configs
+from gemma2_jax import config_text
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data import packing
 from gemma2_jax.training import loop
@@ -25,7 +25,7 @@ def saved(tmp_path) -> Path:
 
 
 def go_on(saved: Path) -> None:
-    config = configs.from_text((saved / "config.txt").read_text())
+    config = config_text.from_text((saved / "config.txt").read_text())
     loop.train(replace(config, workdir=str(saved), steps=8, train=replace(config.train, micro_batch_size=1)))
 
 

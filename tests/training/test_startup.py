@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_runs import ROOT, lines_of, small
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.training import loop, resume, startup
@@ -38,7 +38,7 @@ def test_fewer_steps_than_were_taken(tmp_path, capsys):
     assert f"The adapter of step 2: {tmp_path}/checkpoints/2/params" in said
     assert (result.step, int(result.state.step), result.losses) == (2, 2, {})
     assert lines_of(tmp_path) == before
-    assert configs.from_text((tmp_path / "config.txt").read_text()).steps == 2
+    assert config_text.from_text((tmp_path / "config.txt").read_text()).steps == 2
     with pytest.raises(ValueError, match=r"holds another run: optim.lr was"):
         loop.train(replace(config, steps=1, optim=replace(config.optim, lr=1.0)))
 
@@ -116,7 +116,7 @@ def test_a_model_under_another_name_is_the_same(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     config = replace(small("tiny_lora", tmp_path), init="model")
     path = tmp_path / "config.txt"
-    path.write_text(configs.to_text(config))
+    path.write_text(config_text.to_text(config))
     assert not resume.config_differences(replace(config, init=str(tmp_path / "model")), path)
     assert [*resume.config_differences(replace(config, init="elsewhere"), path)] == ["init"]
     path.write_bytes(b"steps = \xff")

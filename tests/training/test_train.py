@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from small_runs import ROOT, command, lines_of, small
 
-from gemma2_jax import config as configs
+from gemma2_jax import config as configs, config_text, recipes
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.convert.checkpoints import read_array
 from gemma2_jax.convert.opening import open_checkpoint
@@ -38,7 +38,7 @@ def in_the_repository(monkeypatch):
 
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Everything in a checkpoint, by name."""
-    config = configs.from_text((workdir / "config.txt").read_text())
+    config = config_text.from_text((workdir / "config.txt").read_text())
     program = Program(config, make_mesh(config.mesh))
     with Checkpoints(workdir, keep=9) as checkpoints:
         params, optimizer, state = checkpoints.restore(step, program.params, program.state.optimizer)
@@ -100,7 +100,7 @@ def test_what_a_run_writes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "run.lock",
     }  # fmt: skip
-    assert configs.from_text((tmp_path / "config.txt").read_text()) == config
+    assert config_text.from_text((tmp_path / "config.txt").read_text()) == config
     lines = lines_of(tmp_path)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
@@ -299,7 +299,7 @@ def copied(tmp_path: Path) -> Path:
 
 def from_checkpoint(init: Path, workdir: Path, **data) -> Config:
     """The tiny recipe as it is, but for where it starts and what it reads."""
-    recipe = configs.load_recipe("tiny_lora")
+    recipe = recipes.load_recipe("tiny_lora")
     train = replace(recipe.train, micro_batch_size=2)
     data_config = replace(recipe.data, **data)
     return replace(recipe, init=str(init), workdir=str(workdir), steps=1, train=train, data=data_config)

@@ -14,7 +14,7 @@ import transformers
 from peers import hf_model
 from small_runs import ROOT, small
 
-from gemma2_jax import config as configs
+from gemma2_jax import config_text
 from gemma2_jax.config import GEMMA2_TINY, TOKEN_ROWS, AdapterConfig, Config, MeshConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
 from gemma2_jax.convert.job import Job
@@ -81,7 +81,7 @@ def test_the_embedding_grows_is_trained_and_is_exported(config, adapter, tmp_pat
     loop.train(config)
     said = " ".join(capsys.readouterr().out.split())
     assert f"4,096 rows of {config.init} + 128 for added tokens = 4,224 (model.vocab_size); a new row starts as" in said
-    assert configs.from_text((config.output / "config.txt").read_text()).model.vocab_size == 4224
+    assert config_text.from_text((config.output / "config.txt").read_text()).model.vocab_size == 4224
     loop.train(replace(config, steps=3))  # by the same command, with the tokenizer that the run kept
     assert "resumes after step 2" in " ".join(capsys.readouterr().out.split())
     run = open_checkpoint(config.output)
@@ -109,7 +109,7 @@ def test_the_embedding_grows_is_trained_and_is_exported(config, adapter, tmp_pat
 def check_token_rows(config: Config, run: Checkpoint, folder: Path) -> None:
     """What is kept of rows that were trained, that a straight run has the same, and that peft computes with them."""
     ids = (4096, 4097, 4098, TOKENIZER.encode("for", add_special_tokens=False)[0], 300)
-    saved = configs.from_text((config.output / "config.txt").read_text())
+    saved = config_text.from_text((config.output / "config.txt").read_text())
     assert saved.adapter.trainable_tokens == run.adapter.trainable_tokens == ids
     result = loop.train(replace(config, steps=3, workdir=str(folder / "straight")))
     every = slice(None), slice(None)

@@ -179,7 +179,7 @@ def choose_part(data: DataConfig, split: Split, prefix: str, count: int) -> tupl
         purpose = "to train on" if split == "train" else "held out"
         raise ValueError(
             f"shares of {shares} leave none of the {count:,} documents of {prefix} {purpose}; give others as "
-            "--data.splits, or as --data.eval_fraction"
+            "--data.split_shares, or as --data.eval_fraction"
         )
     return first, last
 
