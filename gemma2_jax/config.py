@@ -92,8 +92,12 @@ class ModelConfig:
         within the window, as in the PaLM paper's MFU (arXiv:2204.02311, appendix B) less its masked half.
         """
         matrices = self.parameter_count() - (4 * self.layers + 1) * self.width
+        return 2 * matrices + self.attention_flops(length)
+
+    def attention_flops(self, length: int) -> float:
+        """The part of `forward_flops` that multiplies no weights: queries by keys, and scores by values."""
         pairs = sum(_causal_pairs(length, window) for window in self.layer_windows(length))
-        return 2 * matrices + 4 * self.heads * self.head_width * pairs / length
+        return 4 * self.heads * self.head_width * pairs / length
 
 
 def _check_numbers(config, group: str) -> None:
@@ -390,7 +394,9 @@ class TrainConfig:
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
     export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP
+    tensorboard: bool = False  # metrics go to TensorBoard as well, in WORKDIR/tensorboard
     wandb: str = ""  # Weights & Biases project that metrics go to as well; empty: none
+    mlflow: str = ""  # MLflow experiment that metrics go to as well, where MLFLOW_TRACKING_URI says; empty: none
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -514,11 +520,14 @@ class Config:
     def training_flops(self) -> float:
         """FLOPs of training on one token: the forward pass, and as much again for each backward product.
 
-        There are two, by inputs and by weights; a frozen base has the first only. `ModelConfig.forward_flops` says
-        what is counted. Recomputed work is not.
+        A product has two backward products, one by each factor; that of a frozen weight has only the one by its inputs.
+        Adapters' own products, some percent of the model's, and those by weights in `modules_to_save` are not counted;
+        nor is recomputed work. `ModelConfig.forward_flops` says what is.
         """
-        products = 2 if self.adapter.kind == "none" else 1
-        return (1 + products) * self.model.forward_flops(self.train.sequence_length)
+        length = self.train.sequence_length
+        forward, attention = self.model.forward_flops(length), self.model.attention_flops(length)
+        backward = 2 * forward if self.adapter.kind == "none" else forward + attention
+        return forward + backward
 
     @property
     def output(self) -> Path:

@@ -51,6 +51,19 @@ def test_sizes(model, parameters, gflops):
         assert 3 * model.forward_flops(length) / 1e9 == pytest.approx(expected, abs=0.006)
 
 
+def test_flops_of_frozen_weights():
+    """A frozen weight has no gradient; queries, keys and values have one each, whatever is trained."""
+    trained, adapted = recipes.load_recipe("9b_sft"), recipes.load_recipe("9b_lora")
+    length = trained.train.sequence_length
+    model = trained.model
+    # Keys that the queries of a row see, by hand: all layers are within the window.
+    assert length == adapted.train.sequence_length <= model.window
+    attention = 42 * 2 * 2 * 16 * 256 * (length + 1) / 2
+    assert model.attention_flops(length) == attention
+    assert trained.training_flops == pytest.approx(3 * model.forward_flops(length))
+    assert adapted.training_flops == pytest.approx(2 * (model.forward_flops(length) - attention) + 3 * attention)
+
+
 def test_what_is_often_wrong():
     """Values that other programs have had wrong."""
     assert GEMMA2_9B.mlp_width == 14336

@@ -21,7 +21,7 @@ from gemma2_jax.data.inspection import describe_example
 from gemma2_jax.data.store import cache_folder
 from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
-from gemma2_jax.training import metrics, resume, startup
+from gemma2_jax.training import environment, metrics, resume, startup, trackers
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.lock import lock_workdir
@@ -58,7 +58,7 @@ def train(config: Config) -> Result:
     Raises ValueError if the config cannot be carried out, FloatingPointError if the loss or its gradient is no longer
     finite, and OSError if the disk cannot be written to.
     """
-    metrics.check_wandb(config)
+    trackers.check_packages(config)
     console = Console()
     mesh = make_mesh(config.mesh)
     Program(without_texts(config), mesh)  # what does not fit is said before anything is read
@@ -79,6 +79,7 @@ def train(config: Config) -> Result:
             state, _ = resume.start_state(program, source, checkpoints)
             adapters.save(checkpoints.latest, state.params)  # the run may have ended before it was written
             return report_finished(console, program, checkpoints.latest, state)
+        environment.record_start(config.output, checkpoints.latest or 0)
         with hosts.process_zero_first("tokenize"):
             batches, held_out_batches = open_data(program, tokenizer)
         compile_started = time.perf_counter()
@@ -138,7 +139,9 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
             log.log_evaluation(0, run.evaluate(state))
     for step in range(start_step + 1, config.steps + 1):
         trace.before_step(step)
-        state, values = run.train_step(state, place_batch(run.program, next(run.batches)))
+        with log.wait():
+            batch = place_batch(run.program, next(run.batches))
+        state, values = run.train_step(state, batch)
         log.step(step, values)
         trace.after_step(step)
         if run.evaluate and is_due(step, config.train.eval_every, config.steps):
@@ -149,6 +152,7 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
                 position = {"step": step, "data": run.batches.get_state()}
                 run.checkpoints.save(step, state.params, state.optimizer, position)
                 run.adapters.save(step, state.params)
+                log.log_checkpoint(step)
     return state
 
 

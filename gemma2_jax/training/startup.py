@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma2_jax.cluster import hosts, platforms
-from gemma2_jax.config import TOKEN_ROWS, Config, DataConfig, is_adapter_path
+from gemma2_jax.config import Config, DataConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import mixtures, sources
 from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
-from gemma2_jax.training.step import Program
+from gemma2_jax.training.step import Program, parameter_group
 from gemma2_jax.training.tokenizer import describe_vocabulary
 
 _PROMPT_WIDTH = 60  # characters of the suggested prompt, at most
@@ -237,14 +237,3 @@ def describe_memory(compiled: jax.stages.Compiled) -> str:
         return "not known"
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     return f"{arguments / 2**20:,.0f} MiB state and batch + {temporaries / 2**20:,.0f} MiB temporaries a device"
-
-
-def parameter_group(path: str) -> str:
-    """The part of the model that a weight is counted under."""
-    if path == TOKEN_ROWS:
-        return "rows of tokens"
-    if is_adapter_path(path):
-        return "adapters"
-    if path.endswith("norm/w"):
-        return "norms"
-    return path.split("/")[1] if path.startswith("blocks/") else path

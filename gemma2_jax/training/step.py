@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
-from gemma2_jax.config import Config, is_adapter_path
+from gemma2_jax.config import TOKEN_ROWS, Config, is_adapter_path
 from gemma2_jax.data.mixtures import list_sources
 from gemma2_jax.data.sources import SPLITS, Split
 from gemma2_jax.dims import Abstract
@@ -158,8 +158,9 @@ class Program:
     def train_step(self, state: State[jax.Array], batch: Batch) -> tuple[State[jax.Array], dict[str, jax.Array]]:
         """One optimizer step on the global batch: the new state, and metrics as float32 scalars.
 
-        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), lr and target_tokens; of
-        several sources, loss/NAME too, which is not a number where the batch has no target tokens of that source.
+        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), grad_norm/GROUP, lr,
+        target_tokens, and tokens, which are all but padding; of several sources, loss/NAME too, which is not a number
+        where the batch has no target tokens of that source.
         """
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
         (loss, source_losses), gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
@@ -176,6 +177,7 @@ class Program:
             "target_tokens": targets,
             "tokens": jnp.sum(batch["segments"] > 0),
         }
+        metrics |= {f"grad_norm/{group}": norm for group, norm in group_norms(gradients).items()}
         if source_losses is not None:
             means = source_losses / self._count_targets(batch)[1:]
             metrics |= {f"loss/{name}": means[number] for number, name in enumerate(self.sources["train"])}
@@ -233,6 +235,28 @@ class Program:
     def _pad_layers(self, path: str, w: jax.Array) -> jax.Array:
         padding = self._stored_layers - w.shape[0] if self._is_stacked(path) else 0
         return jnp.pad(w, ((0, padding), *((0, 0),) * (w.ndim - 1)))
+
+
+def group_norms(gradients: Weights) -> dict[str, jax.Array]:
+    """The norm of the gradient of each `parameter_group`; empty where there is one group, whose norm is the whole's.
+
+    Its sums of squares are those that the norm of the whole gradient and its clipping take, which XLA computes once.
+    """
+    groups: dict[str, list[jax.Array]] = {}
+    for path, gradient in gradients.items():
+        groups.setdefault(parameter_group(path).replace(" ", "_"), []).append(gradient)
+    return {group: optax.tree.norm(members) for group, members in groups.items()} if len(groups) > 1 else {}
+
+
+def parameter_group(path: str) -> str:
+    """The part of the model that a weight is counted under."""
+    if path == TOKEN_ROWS:
+        return "rows of tokens"
+    if is_adapter_path(path):
+        return "adapters"
+    if path.endswith("norm/w"):
+        return "norms"
+    return path.split("/")[1] if path.startswith("blocks/") else path
 
 
 def _shardings(tree: Any) -> Any:

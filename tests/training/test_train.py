@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -98,7 +97,7 @@ def test_what_a_run_writes(tmp_path):
     config = replace(config, train=replace(config.train, eval_every=1))
     result = loop.train(config)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "config.txt", "metrics.jsonl", "checkpoints", "tokenizer", "run.lock",
+        "config.txt", "environment.json", "metrics.jsonl", "checkpoints", "tokenizer", "run.lock",
     }  # fmt: skip
     assert config_text.from_text((tmp_path / "config.txt").read_text()) == config
     lines = lines_of(tmp_path)
@@ -269,26 +268,6 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     assert int(message.split()[3].rstrip(";")) >= newest >= 5
     kept = f"the checkpoint of step {newest} is kept in {tmp_path}/checkpoints, and the same command resumes after it"
     assert message.endswith(f"; {kept}")
-
-
-def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):
-    config = small("tiny_lora", tmp_path, steps=1)
-    config = replace(config, train=replace(config.train, wandb="a-project"))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    with pytest.raises(ValueError, match=r"pip install 'gemma2-jax\[wandb\]'"):
-        loop.train(config)
-    started, logged, finished = [], [], []
-    page = SimpleNamespace(
-        log=lambda line, step: logged.append((step, line)), finish=lambda exit_code: finished.append(0)
-    )
-    fake = SimpleNamespace(init=lambda **options: started.append(options) or page)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    loop.train(config)
-    assert started[0]["project"] == "a-project"
-    assert started[0]["config"]["optim.lr"] == "0.005"
-    assert started[0]["name"] == tmp_path.name
-    assert [line for _, line in logged] == lines_of(tmp_path)
-    assert finished == [0]
 
 
 def copied(tmp_path: Path) -> Path:

@@ -1,0 +1,61 @@
+"""What is known of the devices: how fast they can be at best, and how much of their memory is taken."""
+
+import re
+from dataclasses import dataclass
+
+import jax
+
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that one kind of device can compute, as its maker states it."""
+
+    device_kind: str  # a regular expression that is found in `jax.Device.device_kind`, the name its driver gives it
+    tflops: float  # TFLOP/s of dense bfloat16 products that accumulate in float32
+    source: str  # whose data sheet; where that states 2:4 sparsity, which training has not, here is half of it
+
+
+# The first that fits counts.
+PEAKS = (
+    Peak(r"\bGB200\b", 2500.0, f"{_NVIDIA}/gb200-nvl72: 5 PFLOPS with sparsity a GPU"),
+    Peak(r"\bB200\b", 2250.0, f"{_NVIDIA}/hgx: 4.5 PFLOPS with sparsity a GPU"),
+    Peak(r"\bGH200\b", 989.5, f"{_NVIDIA}/grace-hopper-superchip: 1,979 with sparsity"),
+    Peak(r"\bH200 NVL\b", 835.5, f"{_NVIDIA}/h200: 1,671 with sparsity"),
+    Peak(r"\bH200\b", 989.5, f"{_NVIDIA}/h200: 1,979 with sparsity"),
+    Peak(r"\bH100 NVL\b", 835.5, f"{_NVIDIA}/h100: 1,671 with sparsity"),
+    Peak(r"\bH100 PCIe\b", 756.5, "NVIDIA H100 PCIe product brief: 1,513 with sparsity"),
+    Peak(r"\bH100\b", 989.5, f"{_NVIDIA}/h100: 1,979 with sparsity, of SXM"),
+    Peak(r"\bH800 PCIe\b", 756.5, "NVIDIA H800 PCIe product brief: 1,513 with sparsity"),
+    Peak(r"\bH800\b", 989.5, "as H100, whose chip it is"),
+    Peak(r"\bH20\b", 148.0, "NVIDIA H20 data sheet: 148"),
+    Peak(r"\bA[18]00\b", 312.0, f"{_NVIDIA}/a100: 312, of SXM and PCIe; A800 is its chip"),
+    Peak(r"\bA40\b", 149.7, f"{_NVIDIA}/a40: 149.7"),
+    Peak(r"\bA30\b", 165.0, f"{_NVIDIA}/products/a30-gpu: 165"),
+    Peak(r"\bA10\b", 125.0, f"{_NVIDIA}/products/a10-gpu: 125"),
+    Peak(r"\bL40S\b", 362.05, f"{_NVIDIA}/l40s: 362.05"),
+    Peak(r"\bL40\b", 181.05, f"{_NVIDIA}/l40: 181.05"),
+    Peak(r"\bL4\b", 121.0, f"{_NVIDIA}/l4: 242 with sparsity"),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device at most; None where the kind is not in `PEAKS`, or is a slice of one (MIG)."""
+    if re.search(r"\bMIG\b", device_kind):
+        return None
+    return next((peak.tflops * 1e12 for peak in PEAKS if re.search(peak.device_kind, device_kind)), None)
+
+
+def measure_memory() -> dict[str, int]:
+    """Bytes in use now, and at most since the process began, on the fullest of this process's devices.
+
+    Empty where devices do not tell, as CPUs do not. It asks the allocator, and waits for no computation.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
+    return {
+        name: max(counts[key] for counts in stats)
+        for name, key in names.items()
+        if all(key in counts for counts in stats)
+    }
