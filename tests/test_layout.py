@@ -43,7 +43,8 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer"), ("pipeline",), ("checkpoint", "step"), ("metrics", "profiling", "tokenizer"),
+        ("lock", "optim", "layer", "environment", "progress", "speed"), ("pipeline",),
+        ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer"),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),

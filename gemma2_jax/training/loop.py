@@ -58,7 +58,7 @@ def train(config: Config) -> Result:
     Raises ValueError if the config cannot be carried out, FloatingPointError if the loss or its gradient is no longer
     finite, and OSError if the disk cannot be written to.
     """
-    trackers.check_packages(config)
+    trackers.check_services(config)
     console = Console()
     mesh = make_mesh(config.mesh)
     Program(without_texts(config), mesh)  # what does not fit is said before anything is read

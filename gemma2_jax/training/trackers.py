@@ -5,6 +5,7 @@ dict with "step", and numbers, texts or lists of texts by name. `close` ends, an
 process 0 has trackers.
 """
 
+import contextlib
 import html
 import importlib
 import json
@@ -25,7 +26,7 @@ from gemma2_jax.training.environment import hide_secrets
 from gemma2_jax.training.progress import ConsoleLines
 
 QUEUED_LINES = 10_000  # that may wait for a service
-RETRY_SECONDS = 60.0  # between a failure of a service and the next line that it is given
+RETRY_SECONDS = 60.0  # after the first failure of a service, before it is tried again
 CLOSING_SECONDS = 30.0  # that the end of a run waits for a service
 
 type Line = Mapping[str, Any]
@@ -55,19 +56,26 @@ def open_trackers(config: Config, console: Console, start_step: int) -> list[Tra
     return trackers
 
 
-def check_packages(config: Config) -> None:
-    """Raises ValueError if the config asks for a tracker whose package is not installed."""
+def check_services(config: Config) -> None:
+    """Raises ValueError if the config asks for a tracker whose package is not installed, or that needs a login."""
     if jax.process_index() != 0:
         return
     for service in SERVICES:
+        if not service.asked(config):
+            continue
+        asked = f"train.{service.field} is {service.asked(config)!r}"
+        leave = f"or leave train.{service.field} {service.off}"
         try:
-            if service.asked(config):
-                importlib.import_module(service.package)
+            package = importlib.import_module(service.package)
         except ImportError as error:
-            raise ValueError(
-                f"train.{service.field} is {service.asked(config)!r}, but {service.package} is not installed: "
-                f"pip install 'gemma2-jax[{service.field}]', or leave train.{service.field} {service.off}"
-            ) from error
+            install = f"pip install 'gemma2-jax[{service.field}]'"
+            raise ValueError(f"{asked}, but {service.package} is not installed: {install}, {leave}") from error
+        if service.field == "wandb":
+            try:
+                package.login(verify=False)  # asks for a key where there is a terminal
+            except package.errors.UsageError as error:
+                remedy = "run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline to keep the page in the workdir"
+                raise ValueError(f"{asked}, but W&B has no key of yours; {remedy}, {leave}") from error
 
 
 class MetricsFile:
@@ -89,8 +97,9 @@ class MetricsFile:
 class Background:
     """A tracker in a thread of its own, for which training never waits, and whose failures do not end it.
 
-    A line that fails is left out, and the next is given RETRY_SECONDS later; those between wait in a queue. The first
-    failure is said, and at the end how many lines were left out.
+    It is opened until that succeeds. A line that fails is left out. After each failure the thread waits, each time
+    RETRY_SECONDS longer, up to an hour; lines wait in a queue meanwhile. The first failure is said, and at the end how
+    many lines were left out.
     """
 
     def __init__(self, name: str, tracker: Tracker, say: Callable[[str], None]):
@@ -99,52 +108,46 @@ class Background:
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._closing = threading.Event()
         self._failures = 0
-        self._left_out = 0
+        self._given, self._taken = 0, 0  # lines
 
     def open(self) -> None:
         self._thread.start()
 
     def log(self, line: Line) -> None:
-        try:
+        self._given += 1
+        with contextlib.suppress(queue.Full):
             self._lines.put_nowait(line)
-        except queue.Full:
-            self._left_out += 1
 
     def close(self, failed: bool) -> None:
         self._closing.set()
-        try:
+        with contextlib.suppress(queue.Full):
             self._lines.put(failed, timeout=CLOSING_SECONDS)
-            self._thread.join(CLOSING_SECONDS)
-        except queue.Full:
-            pass
-        if self._thread.is_alive():
-            self._say(f"{self._name} did not take all lines in {CLOSING_SECONDS:g} s; metrics.jsonl has them")
-        elif self._left_out:
-            self._say(f"{self._name} lacks {self._left_out} line(s), which metrics.jsonl has")
+        self._thread.join(CLOSING_SECONDS)
+        if missing := self._given - self._taken:
+            self._say(f"{self._name} lacks {missing} line(s), which metrics.jsonl has")
+        elif self._thread.is_alive():
+            self._say(f"{self._name} was not done in {CLOSING_SECONDS:g} s; it may lack the last lines")
 
     def _serve(self) -> None:
-        is_open = False
+        while not self._attempt(self._tracker.open):
+            if self._closing.is_set():
+                return
         while not isinstance(line := self._lines.get(), bool):
-            try:
-                if not is_open:
-                    self._tracker.open()
-                    is_open = True
-                self._tracker.log(line)
-            except Exception as error:  # whatever a client may raise
-                self._report(error)
-                self._left_out += 1
-                self._closing.wait(RETRY_SECONDS)
-        try:
-            if is_open:
-                self._tracker.close(line)
-        except Exception as error:
-            self._report(error)
+            self._taken += self._attempt(self._tracker.log, line)
+        self._attempt(self._tracker.close, line)
 
-    def _report(self, error: Exception) -> None:
-        self._failures += 1
-        if self._failures == 1:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            self._say(f"warning: {self._name} failed ({reason}); training goes on, and later lines are tried again")
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> bool:
+        """Whether it succeeds. After a failure it returns when it is time to go on."""
+        try:
+            action(*arguments)
+        except Exception as error:  # whatever a client may raise
+            self._failures += 1
+            if self._failures == 1:
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                self._say(f"warning: {self._name} failed ({reason}); training goes on, and it is tried again")
+            self._closing.wait(min(self._failures * RETRY_SECONDS, 3600))
+            return False
+        return True
 
 
 class TensorBoard:
