@@ -302,6 +302,7 @@ class DataConfig:
     # Of rows: documents shuffled and packed, or as Megatron-LM reads its .bin and .idx files, sample for sample.
     order: Literal["shuffled", "megatron"] = "shuffled"
     split_shares: str = ""  # of .bin and .idx files: documents trained on, held out, left: 9999,8,2; else eval_fraction
+    stream: bool = False  # one source read while it is trained on, in its own order, instead of tokenized before
     seed: int = 1234  # of the order of documents
     cache: str = ""  # folder of tokenized data, shared by runs; empty: in SAVE_DIR, else in ~/.cache/gemma2_jax
 
@@ -322,6 +323,12 @@ class DataConfig:
         if self.split_shares and self.eval:
             raise ValueError(
                 f"data.split_shares {self.split_shares} and data.eval {self.eval} both say what is held out; give one"
+            )
+        if self.stream and (self.order == "megatron" or self.split_shares):
+            name = "data.split_shares" if self.split_shares else "data.order megatron"
+            raise ValueError(
+                f"data.stream tokenizes documents as it reads them, and {name} is for .bin and .idx files, which hold "
+                "tokens already; leave out data.stream"
             )
         number = r"\d+(\.\d+)?"
         if self.split_shares and (

@@ -51,7 +51,7 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: 
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
         recipe = _find_recipe(arguments, program)
         default = command(config=recipe, run=recipes.load_recipe(recipe))
-        arguments = [_capitalize_boolean(argument, default.run) for argument in arguments]
+        arguments = _capitalize_booleans(arguments, default.run)
     except ValueError as error:
         command_line.exit_usage(str(error), program)
     return command_line.parse(command, arguments, program, default)
@@ -68,14 +68,19 @@ def _join_columns(arguments: list[str]) -> list[str]:
     return words
 
 
-def _capitalize_boolean(argument: str, config: Config) -> str:
-    """--data.packing=false as --data.packing=False, as Megatron-Bridge's commands may write it."""
-    name, separator, value = argument.partition("=")
-    field: Any = config
-    for part in name.removeprefix("--").replace("-", "_").split("."):
-        field = getattr(field, part, None)
-    is_boolean = isinstance(field, bool) and value.lower() in ("true", "false")
-    return f"{name}{separator}{value.capitalize()}" if is_boolean else argument
+def _capitalize_booleans(arguments: list[str], config: Config) -> list[str]:
+    """--data.packing false as --data.packing False, after a space or =, as shells and Megatron-Bridge write it."""
+    words: list[str] = []
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator and words:
+            name, value = words[-1], argument
+        field: Any = config
+        for part in name.removeprefix("--").replace("-", "_").split("."):
+            field = getattr(field, part, None)
+        is_boolean = isinstance(field, bool) and value.lower() in ("true", "false")
+        words.append(argument.removesuffix(value) + value.capitalize() if is_boolean else argument)
+    return words
 
 
 def main(program: str = PROGRAM) -> None:

@@ -144,6 +144,7 @@ def test_values_that_no_run_can_have(group, fields, message):
 def test_booleans_as_megatron_bridge_writes_them():
     for value, packing in (("false", False), ("TRUE", True), ("False", False)):
         assert train.parse(["--config", "9b_dora", f"data.packing={value}"]).run.data.packing is packing
+        assert train.parse(["--config", "9b_dora", "--data.packing", value]).run.data.packing is packing
     assert train.parse(["--config", "9b_dora", "data.train=true"]).run.data.train == "true"
 
 

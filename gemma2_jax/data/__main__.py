@@ -52,7 +52,9 @@ class Inspect:
         command_line.check_paths(self, "source")
         if self.documents < 0 or self.samples < 0:
             raise ValueError(f"documents is {self.documents} and samples {self.samples}; neither may be negative")
-        _check_fields(self.data, ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "seed"))
+        _check_fields(
+            self.data, ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "stream", "seed")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Build:
         command_line.check_paths(self, "source", "prefix")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers is {self.workers}; it must be at least 1")
-        others = ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "seed", "cache")
+        others = ("train", "eval", "eval_fraction", "packing", "order", "split_shares", "stream", "seed", "cache")
         _check_fields(self.data, others)
         if not self.data.tokenizer:
             raise ValueError("--data.tokenizer must be given: a folder, or a Hub id such as google/gemma-2-2b")
@@ -160,14 +162,14 @@ def _split_sources(text: str) -> list[str]:
 def _inspect_source(
     command: Inspect, data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", is_run: bool
 ) -> "Inspection":
-    """The inspection of one source; of a run, what it has tokenized of it."""
+    """The inspection of one source; of a run, what it has tokenized of it beforehand."""
     from gemma2_jax.data import inspection
     from gemma2_jax.data.megatron.indexed import find_prefix, open_indexed
     from gemma2_jax.data.store import build_store, cache_folder
 
     if prefix := find_prefix(data.train):
         return inspection.inspect_indexed(open_indexed(prefix), tokenizer, samples=command.samples)
-    if is_run and tokenizer:
+    if is_run and tokenizer and not data.stream:
         store = build_store(data, "train", tokenizer, cache_folder(data), show=True)
         return inspection.inspect_store(store, tokenizer, samples=command.samples)
     return inspection.inspect_source(data, tokenizer, documents=command.documents, samples=command.samples)

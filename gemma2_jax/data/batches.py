@@ -22,6 +22,7 @@ from gemma2_jax.data.megatron.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron.order import MegatronRows
 from gemma2_jax.data.mixtures import MixedRows
 from gemma2_jax.data.store import Store, build_store
+from gemma2_jax.data.streaming import Stream, StreamBatches, open_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,17 +55,26 @@ class Layout:
         """Rows of a batch in each share, B."""
         return self.batch_size // self.share_count
 
+    @property
+    def share(self) -> slice:
+        """The rows of a batch that are read here."""
+        return slice(self.share_index * self.share_rows, (self.share_index + 1) * self.share_rows)
+
 
 class Batches:
     """An endless iterator of training batches: epochs follow each other without a gap, each in another order.
 
     Of several sources with weights, each goes through epochs of its own. Rows in Megatron's order are as many as the
-    run takes, and are taken once, as they come.
+    run takes, and are taken once, as they come. A stream has its documents in the order of its source in every epoch.
     """
 
-    def __init__(self, rows: AnyRows, layout: Layout, *, seed: int) -> None:
+    def __init__(self, rows: AnyRows | Stream, layout: Layout, *, seed: int) -> None:
         self.rows = rows
         self.layout = layout
+        if isinstance(rows, Stream):
+            show = layout.share_index == 0
+            self._batches = StreamBatches(rows, batch_size=layout.batch_size, share=layout.share, show=show)
+            return
         if isinstance(rows, MixedRows):
             dataset = rows.shuffle(seed)
         else:
@@ -96,6 +106,8 @@ class Batches:
 
     def _identity(self) -> dict:
         rows, batch_size = self.rows, self.layout.batch_size
+        if isinstance(rows, Stream):  # whose position has a digest of all rows taken
+            return {"stream": rows.data.train, "length": rows.length, "batch_size": batch_size}
         if isinstance(rows, MegatronRows):  # of more rows of the same order, the first are the same
             return {"order": rows.identity, "length": rows.length, "batch_size": batch_size}
         if isinstance(rows, MixedRows):
@@ -105,14 +117,18 @@ class Batches:
 
     @property
     def stores(self) -> list[Store]:
-        """The tokenized documents of each source; of Megatron's order none."""
+        """The tokenized documents of each source; of Megatron's order none, of a stream its first."""
         if isinstance(self.rows, MegatronRows):
             return []
+        if isinstance(self.rows, Stream):
+            return [self.rows.first_document]
         return [part.store for part in (self.rows.parts if isinstance(self.rows, MixedRows) else (self.rows,))]
 
     @property
     def summary(self) -> str:
         """The rows in a line, and how long an epoch is."""
+        if isinstance(self.rows, Stream):
+            return self.rows.summary
         steps = f"{len(self.rows) / self.layout.batch_size:,.1f} steps"
         if isinstance(self.rows, MegatronRows):
             return f"{self.rows.summary}; {steps}"
@@ -143,6 +159,7 @@ class EvalBatches:
     rows: AnyRows
     layout: Layout
     max_batches: int
+    origin: str = ""  # what the rows are of, where their number does not tell
 
     def __len__(self) -> int:
         return min(self.max_batches, -(-len(self.rows) // self.layout.batch_size))
@@ -150,19 +167,21 @@ class EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        share_rows = self.layout.share_rows
-        start = index * self.layout.batch_size + self.layout.share_index * share_rows
+        share, first = self.layout.share, index * self.layout.batch_size
         padding = packing.empty_batch(self.rows.length)
         if isinstance(self.rows, MixedRows):
             padding["sources"] = np.array(0, np.int32)
-        rows = [self.rows[row] if row < len(self.rows) else padding for row in range(start, start + share_rows)]
+        rows = [
+            self.rows[row] if row < len(self.rows) else padding
+            for row in range(first + share.start, first + share.stop)
+        ]
         return {name: np.stack([row[name] for row in rows]) for name in padding}
 
     @property
     def summary(self) -> str:
         """The rows in a line, and how many batches of them are read."""
         rows = self.rows.summary if isinstance(self.rows, MegatronRows) else _describe_rows(self.rows)
-        return f"{rows}; {_count(len(self), 'batch', 'batches')} of them evaluated"
+        return f"{self.origin}{rows}; {_count(len(self), 'batch', 'batches')} of them evaluated"
 
 
 def train_batches(
@@ -173,6 +192,8 @@ def train_batches(
     `steps` is how many of them the run takes, on which Megatron's order depends, and no other. Raises ValueError if
     data is missing or malformed, or if no document of it can be trained on.
     """
+    if data.stream:
+        return Batches(open_stream(data, tokenizer, layout.sequence_length), layout, seed=data.seed)
     if data.order == "megatron":
         return Batches(_order_rows(data, "train", tokenizer, layout, cache, steps), layout, seed=data.seed)
     return Batches(_open_rows(data, "train", tokenizer, layout, cache), layout, seed=data.seed)
@@ -191,8 +212,13 @@ def eval_batches(
 
     Megatron's order depends on how many evaluations there are, as Megatron reads on in each.
     """
+    if data.stream and sources.is_share_held_out(data):
+        stream = Stream(data=data, tokenizer=tokenizer, length=layout.sequence_length)
+        store = stream.read_held_out(max_batches * layout.batch_size * layout.sequence_length)
+        rows: AnyRows = _pack_store(store, data, "eval", layout)
+        return EvalBatches(rows=rows, layout=layout, max_batches=max_batches, origin=stream.held_out_origin)
     if data.order == "megatron":
-        rows: AnyRows = _order_rows(data, "eval", tokenizer, layout, cache, evaluations * max_batches)
+        rows = _order_rows(data, "eval", tokenizer, layout, cache, evaluations * max_batches)
     else:
         rows = _open_rows(data, "eval", tokenizer, layout, cache)
     return EvalBatches(rows=rows, layout=layout, max_batches=max_batches)
@@ -241,6 +267,10 @@ def _pack_rows(
         )
     else:
         store = build_store(data, split, tokenizer, cache, show=layout.share_index == 0)
+    return _pack_store(store, data, split, layout)
+
+
+def _pack_store(store: Store, data: DataConfig, split: sources.Split, layout: Layout) -> packing.Rows:
     try:
         return packing.pack_documents(
             store,
@@ -251,7 +281,7 @@ def _pack_rows(
         )
     except ValueError as error:
         purpose = "training" if split == "train" else "held-out"
-        raise ValueError(f"no {purpose} document of {source} is of use: {error}") from error
+        raise ValueError(f"no {purpose} document of {sources.open_source(data, split)} is of use: {error}") from error
 
 
 def _describe_rows(rows: packing.Rows | MixedRows) -> str:
@@ -275,7 +305,9 @@ def _identify_rows(rows: packing.Rows) -> dict:
 
 def _describe_identity(identity: dict) -> str:
     """In words, what `Batches.get_state` keeps to recognize its rows."""
-    if "order" in identity:
+    if "stream" in identity:
+        rows = f"rows of {identity['length']:,} in a stream of {identity['stream']}"
+    elif "order" in identity:
         rows = f"rows of {identity['length']:,} in Megatron's order {identity['order']} (which depends on steps)"
     elif "sources" in identity:
         pairs = zip(identity["sources"], identity["weights"], strict=True)

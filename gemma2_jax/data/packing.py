@@ -10,6 +10,7 @@ Memory for a plan grows with the number of documents, by some 50 bytes each, and
 
 from bisect import bisect_left, insort
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,15 @@ from gemma2_jax.data.plans import Plan, keep_plan
 from gemma2_jax.data.store import Sliced, Store
 
 _BLOCK_TOKENS = 1 << 22  # tokens of a store whose `learned` is in memory at one time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """What a row holds of one document."""
+
+    tokens: np.ndarray  # int32 [length], or [length + 1] with the token after it where the document goes on
+    learned: np.ndarray  # bool, of each of these
+    length: int  # tokens that the row holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +42,12 @@ class Rows:
         return self.plan.rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row's arrays, all [T].
-
-        tokens (int32) is the input, 0 where padded; targets (int32) the token after each in the same document, and
-        weights (float32) 1 where that counts in the loss, both 0 where there is none; segments (int32) tells the
-        row's documents apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
-        """
-        arrays = empty_batch(self.length)
-        start = 0  # where in the row the piece starts
-        for segment, (begin, length, end) in enumerate(zip(*self._find_pieces(index), strict=True), start=1):
-            known = min(length, end - begin - 1)  # tokens that another follows in the document
-            columns, next_tokens = slice(start, start + length), slice(begin + 1, begin + 1 + known)
-            arrays["tokens"][columns] = self.store.tokens[begin : begin + length]
-            arrays["segments"][columns] = segment
-            arrays["positions"][columns] = np.arange(length)
-            arrays["targets"][start : start + known] = self.store.tokens[next_tokens]
-            arrays["weights"][start : start + known] = self.store.learned[next_tokens]
-            start += length
-        return arrays
+        """One row's arrays, as `write_row` has them."""
+        segments = []
+        for begin, length, end in zip(*self._find_pieces(index), strict=True):
+            part = slice(begin, min(begin + length + 1, end))
+            segments.append(Segment(tokens=self.store.tokens[part], learned=self.store.learned[part], length=length))
+        return write_row(segments, self.length)
 
     def _find_pieces(self, index: int) -> tuple[list[int], list[int], list[int]]:
         """Of each piece of a row: where in the store it begins, its length, and where its document ends."""
@@ -69,6 +67,26 @@ class Rows:
             begins, ends = self.store.offsets[documents], self.store.offsets[documents + 1]
             lengths = np.minimum(ends - begins, self.length)
         return begins.tolist(), lengths.tolist(), ends.tolist()
+
+
+def write_row(segments: Iterable[Segment], length: int) -> dict[str, np.ndarray]:
+    """The arrays of a row of `length` tokens with these segments, all [T].
+
+    tokens (int32) is the input, 0 where padded; targets (int32) the token after each in the same document, and weights
+    (float32) 1 where that counts in the loss, both 0 where there is none; segments (int32) tells the row's documents
+    apart, from 1, and is 0 where padded; positions (int32) counts from 0 in each of them.
+    """
+    arrays = empty_batch(length)
+    start = 0  # where in the row the segment starts
+    for number, segment in enumerate(segments, start=1):
+        columns, known = slice(start, start + segment.length), slice(start, start + len(segment.tokens) - 1)
+        arrays["tokens"][columns] = segment.tokens[: segment.length]
+        arrays["segments"][columns] = number
+        arrays["positions"][columns] = np.arange(segment.length)
+        arrays["targets"][known] = segment.tokens[1:]
+        arrays["weights"][known] = segment.learned[1:]
+        start += segment.length
+    return arrays
 
 
 def empty_batch(length: int) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ data, or else a share of its documents, by a hash of each, so that their order d
 `encoding`.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -40,12 +41,18 @@ def choose_places(data: DataConfig, split: Split) -> places.Choice:
     return held_out if split == "eval" and held_out.places else training
 
 
-def list_pieces(data: DataConfig, split: Split, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+def list_pieces(data: DataConfig, split: Split, piece_bytes: int) -> list[Piece]:
     """The documents that a split is read from, in pieces of about so many bytes, in a fixed order.
 
     Raises ValueError if there are none.
     """
     return places.list_pieces(choose_places(data, split).places, piece_bytes) or [Piece(parts=())]
+
+
+def open_whole(data: DataConfig, split: Split) -> Piece:
+    """All documents that a split is read from as one piece, which is found without reading any."""
+    (piece,) = list_pieces(data, split, sys.maxsize)
+    return piece
 
 
 def fingerprint(data: DataConfig, split: Split) -> list:
@@ -62,9 +69,7 @@ def read_examples(data: DataConfig, split: Split, report: Report | None = None) 
     ValueError if the source has no files. A record that makes no document is an error that names its file and line or
     row, counted from 1, or is counted in `report`, as `data.on_bad` says.
     """
-    bound, report = find_digest_bound(data), report or Report()
-    for piece in list_pieces(data, split):
-        yield from read_piece(data, split, piece, bound, report)
+    yield from read_piece(data, split, open_whole(data, split), find_digest_bound(data), report or Report())
 
 
 def read_piece(data: DataConfig, split: Split, piece: Piece, bound: float | None, report: Report) -> Iterator[Example]:
@@ -74,21 +79,25 @@ def read_piece(data: DataConfig, split: Split, piece: Piece, bound: float | None
             yield example
 
 
-def find_digest_bound(data: DataConfig) -> float | None:
+def is_share_held_out(data: DataConfig) -> bool:
+    """Whether what is held out is a share of the training data's documents, or none of them; else it is other data."""
+    return not data.eval and choose_places(data, "eval") == choose_places(data, "train")
+
+
+def find_digest_bound(data: DataConfig, documents: int | None = None) -> float | None:
     """The digest below which documents of the training data are held out; None where other data is.
 
-    Finding it reads a few documents.
+    Finding it reads a few documents. With it, at least one is held out of the first so many; None: of all.
     """
-    if data.eval or choose_places(data, "eval") != choose_places(data, "train"):
+    if not is_share_held_out(data):
         return None
     if not data.eval_fraction:
         return 0
     bound, lowest = data.eval_fraction * 2**64, math.inf
-    for piece in list_pieces(data, "train"):
-        for example in _read_documents(data, piece, Report()):
-            if example.digest < bound:
-                return bound
-            lowest = min(lowest, example.digest)
+    for example in itertools.islice(_read_documents(data, open_whole(data, "train"), Report()), documents):
+        if example.digest < bound:
+            return bound
+        lowest = min(lowest, example.digest)
     return lowest + 1
 
 

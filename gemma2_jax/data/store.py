@@ -203,7 +203,7 @@ def _write_store(job: tokenizing.Job, *, show: bool, workers: int) -> None:
                 journal.append(number)
                 progress.advance(task, job.pieces[number].size)
     if not journal.tokens:
-        raise ValueError(_explain_emptiness(job.data, job.split, journal.report))
+        raise ValueError(explain_emptiness(job.data, job.split, journal.report))
     for sentence in journal.report.describe():
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for leftover in job.folder.glob("piece-*"):  # of a piece that was put in just before a kill
@@ -221,7 +221,8 @@ def _announce(console: Console, job: tokenizing.Job, journal: "_Journal") -> Non
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def _explain_emptiness(data: DataConfig, split: sources.Split, report: Report) -> str:
+def explain_emptiness(data: DataConfig, split: sources.Split, report: Report) -> str:
+    """Why nothing is left to train on, or to hold out, of documents with this report."""
     if report.dropped:
         return f"no document of {sources.open_source(data, split)} can be trained on: {'; '.join(report.describe())}"
     return (

@@ -87,6 +87,7 @@ def test_many_documents_are_written_in_parts(run, jsonl, tmp_path, monkeypatch):
         (["build", "{corpus}", "{folder}/out", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["inspect", "{corpus}", "--samples", "-1"], "documents is 1000 and samples -1; neither may be negative"),
         (["inspect", ""], "source is empty"),
+        (["inspect", "{corpus}", "--data.stream", "True"], "data.stream is a choice of a run"),
         (["bulid"], "there is no command bulid; did you mean build? There are inspect, build"),
     ],
 )
@@ -175,6 +176,10 @@ def test_tokenized_data_is_inspected(run, corpus, tmp_path, tokenizer):
     (workdir / "config.txt").write_text(config_text.to_text(config))
     (workdir / "tokenizer").symlink_to(TINY)
     assert run("inspect", str(workdir)) == of_store
+    stream = replace(config, data=replace(data, stream=True, cache=f"{tmp_path}/none"))
+    (workdir / "config.txt").write_text(config_text.to_text(stream))
+    assert "documents       3\n" in run("inspect", str(workdir))
+    assert not (tmp_path / "none").exists(), "a stream is tokenized to be inspected"
 
 
 def test_indexed_data_is_inspected(run, tmp_path):

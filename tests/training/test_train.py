@@ -139,6 +139,28 @@ def test_each_source_of_a_mixture_has_a_loss(tmp_path, capsys):
     assert not any("/" in name for line in lines_of(tmp_path / "alone") for name in line)
 
 
+def test_a_stream_goes_on_where_it_was(tmp_path, capsys):
+    """Four steps, and two and two more: the same losses, on documents in the order of their file."""
+    straight, broken = (small("tiny_lora", tmp_path / name, steps=4) for name in ("straight", "broken"))
+    straight, broken = (replace(run, data=replace(run.data, stream=True)) for run in (straight, broken))
+    losses = loop.train(straight).losses
+    said = capsys.readouterr()
+    assert (
+        "training data      tests/fixtures/sums.jsonl: a stream: documents in their own order, not shuffled" in said.out
+    )
+    assert re.search(r"example +<bos><start_of_turn>user\\nThere are 51 bears", said.out)
+    assert re.search(r"held-out data +tests/fixtures/sums.jsonl: a share of 0.05 by hash, .*: \d documents", said.out)
+    first = loop.train(replace(broken, steps=2)).losses
+    second = loop.train(broken).losses
+    assert first | second == losses and len(second) == 2
+    said = capsys.readouterr()
+    assert "reading tests/fixtures/sums.jsonl again, up to row 16, the last that the run has taken" in said.err
+    state = [json.loads(saved(tmp_path / name, 4)["loop"]) for name in ("straight", "broken")]
+    assert state[0] == state[1] and state[0]["data"]["batches"]["rows"] == 32
+    with pytest.raises(ValueError, match=r"holds another run: data.stream was True and is False"):
+        loop.train(small("tiny_lora", tmp_path / "broken", steps=6))
+
+
 def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys, monkeypatch):
     once = small("tiny_lora", tmp_path, steps=1)
     loop.train(once)

@@ -123,8 +123,7 @@ def _name_places(places: Sequence[Place]) -> str:
 
 def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tuple[str, ...]]:
     """The places of a source by their split, "" where no name tells it; and what is to be said of others."""
-    is_known = split_ending(source)[0] in _ENDINGS
-    if hub.is_hub_name(source) and not is_known and not os.path.exists(source):
+    if is_hub_data_set(source):
         return _search_hub(source, data), ()
     if data.subset:
         raise ValueError(f"data.subset {data.subset!r} is of a data set of the Hub, and {source} is none; leave it out")
@@ -157,6 +156,11 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
         by_split.setdefault(split, []).append(_make_place(file))
     notes = (f"{source}: {_count_files(passed)} passed over, such as {passed[0].path}",) if passed else ()
     return by_split, notes
+
+
+def is_hub_data_set(source: str) -> bool:
+    """Whether a source is a data set of the Hub, which is downloaded as a whole."""
+    return hub.is_hub_name(source) and split_ending(source)[0] not in _ENDINGS and not os.path.exists(source)
 
 
 def _search_hub(name: str, data: DataConfig) -> dict[str, list[Place]]:
