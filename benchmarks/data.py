@@ -1,20 +1,23 @@
-"""Data on this CPU: rows planned for ten million documents, and rows a second from the loader.
+"""Data on this CPU: rows planned for ten million documents, rows a second from the loader, tokens a second of a stream.
 
     python -m benchmarks.data [--documents 10000000]
 
 Each case is a process of its own, so that its peak memory is its own. Documents have lengths drawn from a log-normal
-distribution, 400 tokens on average. The loader reads a synthetic store in a temporary folder, and its speed stands
-beside what a cluster of 8 H100s takes: at most 2,250 tokens/s a GPU, published for LoRA on Qwen2.5 32B, on one GPU of
-such a cluster, with Megatron-like stacks. That is a bound taken from elsewhere, not a measurement of this program.
+distribution, 400 tokens on average. The loader reads a synthetic store in a temporary folder. A stream reads JSONL with
+parts of Python's documentation, as texts or as conversations, and tokenizes them. Both speeds stand beside what a
+cluster of 8 H100s takes: at most 2,250 tokens/s a GPU, published for LoRA on Qwen2.5 32B, on one GPU of such a cluster,
+with Megatron-like stacks. That is a bound taken from elsewhere, not a measurement of this program.
 """
 
 import importlib
+import json
 import multiprocessing
 import os
+import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.options import make_parser
@@ -22,6 +25,8 @@ from benchmarks.options import make_parser
 GPUS, TOKENS_PER_GPU = 8, 2_250  # of LoRA on 32B, tokens/s; see above
 LOADED_DOCUMENTS = 200_000
 SEQUENCES = (2048, 4096, 8192)
+TOKENIZER = "assets/tiny-gemma2"
+STREAMED_DOCUMENTS = 4000  # in the file of a stream, which begins again
 
 
 def run_in_process(function: Callable, *arguments):
@@ -94,7 +99,11 @@ def load(folder: Path, length: int, seconds: float = 10.0) -> float:
     rows = pack_documents(
         Store(**maps, offsets=offsets, folder=folder), length=length, packing=True, concatenate=False, seed=0
     )
-    batches = Batches(rows, Layout(sequence_length=length, batch_size=16), seed=0)
+    return _count_rows(Batches(rows, Layout(sequence_length=length, batch_size=16), seed=0), seconds)
+
+
+def _count_rows(batches: Iterator, seconds: float) -> float:
+    """Rows a second of batches of 16."""
     for _ in range(8):
         next(batches)  # what was read ahead does not count
     count, start = 0, time.perf_counter()
@@ -102,6 +111,24 @@ def load(folder: Path, length: int, seconds: float = 10.0) -> float:
         next(batches)
         count += 16
     return count / elapsed
+
+
+def stream(folder: Path, kind: str, seconds: float = 10.0) -> float:
+    """Tokens a second of a stream, in rows of 4,096."""
+    from gemma2_jax.config import DataConfig
+    from gemma2_jax.data import python_docs
+    from gemma2_jax.data.batches import Layout, load_tokenizer, train_batches
+
+    texts, numbers = list(python_docs.python_documents().values()), random.Random(0)
+    with (folder / "data.jsonl").open("w") as file:
+        for _ in range(STREAMED_DOCUMENTS):
+            text = numbers.choice(texts)[: numbers.randrange(500, 4000)]
+            half = len(text) // 2
+            turns = [{"role": "user", "content": text[:half]}, {"role": "assistant", "content": f"{text[half:]}."}]
+            print(json.dumps({"text": text} if kind == "text" else {"messages": turns}), file=file)
+    data = DataConfig(kind=kind, train=str(folder / "data.jsonl"), stream=True, eval_fraction=0.0)
+    layout = Layout(sequence_length=4096, batch_size=16)
+    return 4096 * _count_rows(train_batches(data, load_tokenizer(TOKENIZER), layout, cache=folder), seconds)
 
 
 def main() -> None:
@@ -133,6 +160,14 @@ def main() -> None:
             f"{length:,}", f"{speed:,.0f}", f"{speed * length:,.0f}", f"{taken:.1f}", f"{speed / taken:,.0f}"
         )
     console.print(loader)
+    streams = Table(title="A stream, which one process reads")
+    for column in ("documents are", "tokens/s", "peak, MiB", "times as fast as is taken"):
+        streams.add_column(column, justify="left" if column == "documents are" else "right")
+    for kind in ("text", "instructions"):
+        with tempfile.TemporaryDirectory() as folder:
+            speed, memory = run_in_process(stream, Path(folder), kind)
+        streams.add_row(kind, f"{speed:,.0f}", f"{memory:,.0f}", f"{speed / (GPUS * TOKENS_PER_GPU):,.0f}")
+    console.print(streams)
 
 
 if __name__ == "__main__":
