@@ -71,7 +71,7 @@ def progress_bar(console: Console, *, hidden: bool) -> Progress:
     """The progress bar of a run, whose tasks have a field `text`. In a narrow terminal the bar itself gets shorter."""
     text = TextColumn("{task.fields[text]}")
     columns = TextColumn("step"), MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=None), text
-    return _Bar(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True)
+    return _Bar(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True, refresh_per_second=4)
 
 
 class _Bar(Progress):
