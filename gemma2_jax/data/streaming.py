@@ -141,13 +141,13 @@ def open_stream(data: DataConfig, tokenizer: "PreTrainedTokenizerFast", length: 
             f"data.train {data.train} is .bin and .idx files, which hold tokens already and are read as they are; "
             "leave out data.stream"
         )
-    if data.train != sources.PYTHON_DOCS and places.is_hub_data_set(data.train):
+    if places.is_hub_data_set(data.train):
         raise ValueError(
             f"data.train {data.train} is a data set of the Hub, which would be downloaded as a whole first; to read "
             f"its files as a stream, name them by URL, such as hf://datasets/{data.train}/**/*.parquet"
         )
     stream = Stream(data=data, tokenizer=tokenizer, length=length)
-    assert len(stream.first_document.tokens)
+    _ = stream.first_document  # read now, so that a mistake in it is named before a step is compiled
     return stream
 
 
