@@ -301,8 +301,8 @@ def train(config: Config) -> Result:
 
     The same config and working directory resume the run. Of several processes each calls it (`config.hosts`).
 
-    Raises ValueError for what cannot be done as asked, FloatingPointError when the loss is no longer finite, and
-    OSError when the disk does not take what is written.
+    Raises ValueError for what cannot be done as asked, FloatingPointError when too many steps in a row are
+    not finite, and OSError when the disk does not take what is written.
 
     >>> sizes = dict(sequence_length=64, global_batch_size=8, micro_batch_size=1, eval_batches=1)
     >>> config = recipe("tiny_lora", steps=2, workdir="out/run", train=sizes)

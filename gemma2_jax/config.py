@@ -452,6 +452,20 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Steps that go wrong. One whose loss or gradient is not finite is skipped: it changes no weight and no moment."""
+
+    skip_limit: int = 10  # steps in a row that may be skipped; the run ends with one more, and keeps its weights
+    skip_deviations: float = 0.0  # a gradient norm this many standard deviations above the mean is skipped too; 0: none
+    spike_deviations: float = 6.0  # a loss this many standard deviations above the mean is warned of; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("skip_limit", "skip_deviations", "spike_deviations"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"guard.{name} is {getattr(self, name)}; it must not be negative, nor infinite")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """An XLA trace for XProf or TensorBoard, under WORKDIR/profile."""
 
@@ -494,6 +508,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random

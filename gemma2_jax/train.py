@@ -86,8 +86,9 @@ def _capitalize_booleans(arguments: list[str], config: Config) -> list[str]:
 def main(program: str = PROGRAM) -> None:
     """Parses and trains.
 
-    The status is 0, 1 after an error that it names, 2 for arguments that it does not understand, 130 after Ctrl-C or
-    SIGTERM, and 141 where nobody reads its standard output any more.
+    The status is 0, 1 after an error that it names, 2 for arguments that it does not understand, 77 after too many
+    steps whose loss or gradient is not finite, 130 after Ctrl-C or SIGTERM, and 141 where nobody reads its standard
+    output any more.
     """
     command = parse(sys.argv[1:], program=program)
     if command.print:
@@ -103,7 +104,9 @@ def main(program: str = PROGRAM) -> None:
             loop.train(command.run)
     except (BrokenPipeError, SystemExit):  # rich raises the latter
         _end_process(141, f"standard output was closed; {describe_interruption(command.run.output)}")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        _end_process(77, f"error: {error}")
+    except (ValueError, OSError) as error:
         _end_process(1, f"error: {_describe_error(error, command.run.output)}")
     except KeyboardInterrupt:
         _end_process(130, describe_interruption(command.run.output))

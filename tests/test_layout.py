@@ -43,7 +43,7 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer", "environment", "progress", "speed"), ("pipeline",),
+        ("lock", "optim", "layer", "environment", "progress", "speed", "guard"), ("pipeline",),
         ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer"),
         ("startup", "resume", "export"), ("loop",),
     ),

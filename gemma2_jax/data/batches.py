@@ -82,14 +82,19 @@ class Batches:
             if isinstance(rows, packing.Rows):
                 dataset = dataset.shuffle(seed).repeat()
         # All shares of all batches in order; each reader takes every share_count-th of them.
-        shares = dataset.batch(layout.share_rows, drop_remainder=True)
-        self._batches = iter(shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
+        self._shares = dataset.batch(layout.share_rows, drop_remainder=True)
+        self._batches = iter(self._shares[layout.share_index :: layout.share_count].to_iter_dataset(_READ_OPTIONS))
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
         return next(self._batches)
+
+    def read_shares(self, number: int) -> list[Batch]:
+        """All shares of the batch of that number, counted from 0, whichever are read here; the position stays."""
+        first = number * self.layout.share_count
+        return list(self._shares[first : first + self.layout.share_count])
 
     def get_state(self) -> dict:
         """The position after the last batch taken, for JSON; the same in every process."""

@@ -6,7 +6,7 @@ Everything here is gathered for people to read; nothing trains on it. `__main__`
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _BORDERS = 100_000  # documents whose first and last tokens are looked at
 _BLOCK = 1 << 24  # tokens that are counted at one time
 _SHOWN_PLACES = 3
+_SHOWN_TOKENS = 64  # at the beginning of a document of a batch
 _SHOWN_RUNS, _SHOWN_CHARACTERS = 6, 100  # of an example in a line
 _SHOWN_END = 60  # tokens at each end of a long run, or so many times 4 characters
 
@@ -166,6 +167,25 @@ def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None
         tokens = indexed.tokens[offsets[number] : offsets[number + 1]].tolist()
         chosen.append(_show_pieces(_split_runs(tokens, [False, *[True] * (len(tokens) - 1)]), tokenizer))
     return Inspection(facts=facts, samples=chosen)
+
+
+def list_documents(
+    shares: Iterable[dict[str, np.ndarray]], tokenizer: "PreTrainedTokenizerFast", names: Sequence[str]
+) -> list[dict]:
+    """The documents of a batch, given in shares, [B, T] each: row, number of tokens, how the text begins, and source.
+
+    Without packing a document goes on to the end of its row. `names` are those of several sources.
+    """
+    documents, first_row = [], 0
+    for share in shares:
+        for row, (tokens, segments) in enumerate(zip(share["tokens"], share["segments"], strict=True)):
+            source = {"source": names[int(share["sources"][row])]} if "sources" in share else {}
+            for segment in range(1, int(segments.max(initial=0)) + 1):
+                document = tokens[segments == segment]
+                text = tokenizer.decode(document[:_SHOWN_TOKENS].tolist())
+                documents.append({"row": first_row + row, **source, "tokens": len(document), "text": text})
+        first_row += len(share["tokens"])
+    return documents
 
 
 def describe_example(store: Store, tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -17,13 +17,14 @@ from rich.console import Console
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
 from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
-from gemma2_jax.data.inspection import describe_example
+from gemma2_jax.data.inspection import describe_example, list_documents
 from gemma2_jax.data.store import cache_folder
 from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import environment, metrics, resume, startup, trackers
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.export import AdapterExports
+from gemma2_jax.training.guard import Guard
 from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.step import Batch, Program, State
@@ -55,8 +56,8 @@ class Result:
 def train(config: Config) -> Result:
     """Carries out the run, or resumes it if its working directory has checkpoints of the same config.
 
-    Raises ValueError if the config cannot be carried out, FloatingPointError if the loss or its gradient is no longer
-    finite, and OSError if the disk cannot be written to.
+    Raises ValueError if the config cannot be carried out, FloatingPointError if the loss or its gradient stays
+    other than finite, and OSError if the disk cannot be written to.
     """
     trackers.check_services(config)
     console = Console()
@@ -87,7 +88,12 @@ def train(config: Config) -> Result:
         evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
         compile_seconds = time.perf_counter() - compile_started
         state, position = resume.start_state(program, source, checkpoints)
-        start_step = resume.restore_position(config, batches, position)
+        guard = Guard(
+            config,
+            program.describe_skip,
+            lambda step: list_documents(batches.read_shares(step - 1), tokenizer, program.sources["train"]),
+        )
+        start_step = resume.restore_position(config, batches, guard, position)
         if start_step:
             adapters.save(start_step, state.params)  # the run may have ended before it was written
         startup.print_startup(
@@ -109,10 +115,11 @@ def train(config: Config) -> Result:
             config,
             console,
             start_step=start_step,
+            guard=guard,
             eval_sources=program.sources["eval"],
             count_epochs=batches.count_epochs,
         )
-        run = Run(program, batches, train_step, evaluate, checkpoints, adapters)
+        run = Run(program, batches, train_step, evaluate, guard, checkpoints, adapters)
         with log, Trace(config, start_step, log.pause) as trace:
             state = take_steps(run, state, start_step, log, trace)
     startup.print_ending(console, config, config.steps, trace.folder)
@@ -127,13 +134,14 @@ class Run:
     batches: Batches
     train_step: jax.stages.Compiled
     evaluate: Callable[[State], np.ndarray] | None
+    guard: Guard
     checkpoints: Checkpoints
     adapters: AdapterExports
 
 
 def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> State:
     """Takes the steps after `start_step`, evaluates and saves when due, and returns the state after the last step."""
-    config = run.program.config
+    config, is_unsaved = run.program.config, False
     if run.evaluate and start_step == 0:
         with log.pause():
             log.log_evaluation(0, run.evaluate(state))
@@ -147,13 +155,24 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         if run.evaluate and is_due(step, config.train.eval_every, config.steps):
             with log.pause():
                 log.log_evaluation(step, run.evaluate(state))
-        if is_due(step, config.train.checkpoint_every, config.steps):
-            with log.pause():  # It raises where the loss is not finite, so that such weights are not saved.
-                position = {"step": step, "data": run.batches.get_state()}
-                run.checkpoints.save(step, state.params, state.optimizer, position)
-                run.adapters.save(step, state.params)
-                log.log_checkpoint(step)
+        is_unsaved |= is_due(step, config.train.checkpoint_every, config.steps)
+        if is_unsaved:
+            with log.pause():
+                if run.guard.row == 0 or step == config.steps:  # else these weights may be why steps are skipped
+                    save(run, step, state)
+                    log.log_checkpoint(step)
+                    is_unsaved = False
+        if run.guard.is_exhausted:
+            raise FloatingPointError(run.guard.describe_end())
     return state
+
+
+def save(run: Run, step: int, state: State) -> None:
+    """Starts writing the checkpoint of a step, to which all steps before it have ended; and writes its adapter."""
+    history = {name: float(x) for name, x in jax.device_get(state.history).items()}
+    position = {"step": step, "data": run.batches.get_state(), "history": history, "guard": run.guard.get_state()}
+    run.checkpoints.save(step, state.params, state.optimizer, position)
+    run.adapters.save(step, state.params)
 
 
 def report_finished(console: Console, program: Program, step: int, state: State) -> Result:

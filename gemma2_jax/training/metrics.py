@@ -18,7 +18,10 @@ from rich.console import Console
 from gemma2_jax.cluster import devices
 from gemma2_jax.config import Config
 from gemma2_jax.training import trackers
+from gemma2_jax.training.guard import Guard
 from gemma2_jax.training.speed import Speed
+
+NOT_LOGGED = ("tokens", "taken", "fault")  # of a step's metrics, as they are not of its line
 
 
 class Metrics:
@@ -33,12 +36,13 @@ class Metrics:
         console: Console,
         *,
         start_step: int,
+        guard: Guard,
         eval_sources: Sequence[str] = (),  # names of the sources of held-out data
         count_epochs: Callable[[int], dict[str, float]] = lambda step: {},  # by source, where there are several
     ):
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
-        self._config, self._console, self._start_step = config, console, start_step
+        self._config, self._console, self._start_step, self._guard = config, console, start_step, guard
         self._eval_sources, self._count_epochs = eval_sources, count_epochs
         self._trackers: list[trackers.Tracker] = []
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []  # steps whose metrics have not been read
@@ -81,7 +85,7 @@ class Metrics:
             self._pending.append((step, values))
 
     def flush(self) -> None:
-        """Waits for every step, and logs the last if that is due. Raises FloatingPointError as `step` does."""
+        """Waits for every step, and logs the last if that is due."""
         if self._pending:
             self._read(self._pending[-1][0])
 
@@ -116,47 +120,37 @@ class Metrics:
         return step % self._config.train.log_every == 0 or step == self._config.steps
 
     def _read(self, step: int) -> None:
-        """Waits for the steps up to this one, checks them, and logs this one if that is due.
-
-        Raises FloatingPointError naming the first whose loss or gradient is not finite.
-        """
+        """Waits for the steps up to this one, shows them to the guard, and logs this one if that is due."""
         count = sum(number <= step for number, _ in self._pending)
         ended, self._pending = self._pending[:count], self._pending[count:]
         read = jax.device_get([dict(values) for _, values in ended])
         for (number, _), values in zip(ended, read, strict=True):
-            _check_finite(number, float(values["loss"]), float(values["grad_norm"]))
+            if text := self._guard.see(number, values):
+                self.log_event(number, "spike" if values["taken"] else "skip", text)
             self._count_tokens(number, values)
         for number, values in self._pending:
             if _is_ready(values["tokens"]):  # on some platforms dispatching a step takes as long as the step itself
                 self._count_tokens(number, values)
         if self._is_logged(step):
-            values = {name: float(value) for name, value in read[-1].items() if name != "tokens"}
-            # A step may have no target tokens of a source.
-            self._log_step(
-                step, {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
-            )
+            self._log_step(step, {name: float(x) for name, x in read[-1].items() if name not in NOT_LOGGED})
 
     def _count_tokens(self, step: int, values: Mapping[str, Any]) -> None:
         if step > self._counted_step:
-            self._speed.add_step(int(values["tokens"]), int(values["target_tokens"]))
+            learned = float(values["target_tokens"])  # not finite where the batch itself is not
+            self._speed.add_step(int(values["tokens"]), int(learned) if math.isfinite(learned) else 0)
             self._counted_step = step
 
     def _log_step(self, step: int, values: dict[str, float]) -> None:
         self.losses[step] = values["loss"]
         epochs = {f"epochs/{name}": round(epochs, 4) for name, epochs in self._count_epochs(step).items()}
-        self.log({"step": step, **values, **self._speed.measure(), **devices.measure_memory(), **epochs})
+        # A step may have no target tokens of a source; and JSON has only numbers that are finite.
+        finite = {name: x for name, x in values.items() if math.isfinite(x)}
+        skipped = {"skipped": self._guard.skipped}
+        self.log({"step": step, **finite, **self._speed.measure(), **devices.measure_memory(), **skipped, **epochs})
 
 
 def _close_tracker(tracker: trackers.Tracker, failed: type | None, flush_failed: type | None, *_: Any) -> None:
     tracker.close((failed or flush_failed) is not None)
-
-
-def _check_finite(step: int, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise FloatingPointError(
-            f"step {step} has loss {loss} and gradient norm {grad_norm}; it was not saved. Start again in another "
-            "--workdir with a lower optim.lr, a lower optim.clip_norm or more optim.warmup_steps"
-        )
 
 
 def _is_ready(x: Any) -> bool:

@@ -1,5 +1,8 @@
 """The optimizer: AdamW with clipping, a warmup-cosine schedule, and a decay mask, as an optax chain."""
 
+from typing import Any, cast
+
+import jax
 import optax
 
 from gemma2_jax.config import OptimConfig
@@ -25,6 +28,12 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def warmup_length(config: OptimConfig, steps: int) -> int:
     """Warmup steps in a run of `steps` steps: fewer than `warmup_steps` if the decay would have ended by then."""
     return min(config.warmup_steps, (config.decay_steps or steps) - 1)
+
+
+def count_updates(state: optax.OptState) -> jax.Array:
+    """Steps that the optimizer has taken, an int32 scalar: those of the run but for the ones that were skipped."""
+    counts = optax.tree.get_all_with_path(state, "count")
+    return cast(Any, counts[0][1])
 
 
 def make_optimizer(config: OptimConfig, steps: int, letters: dict[str, str]) -> optax.GradientTransformation:

@@ -17,13 +17,14 @@ from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data.batches import Batches
 from gemma2_jax.model.gemma2 import Weights
 from gemma2_jax.training.checkpoint import Checkpoints
+from gemma2_jax.training.guard import Guard, no_history
 from gemma2_jax.training.step import Program, State
 from gemma2_jax.training.trackers import truncate_metrics
 
 # A run may go on with other values of the fields that begin like this; any other change would make it another run.
 FREE_FIELDS = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.")
 FREE_FIELDS += ("train.keep_checkpoints", "train.micro_batch_size", "train.export_adapter", "mesh.")
-FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow")
+FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow", "guard.")
 FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
 
 
@@ -125,7 +126,8 @@ def claim_workdir(config: Config, latest: int | None) -> list[str]:
             changes = _check_changes(config, path) if latest is not None and path.exists() else []
             if latest is None or latest <= config.steps:
                 _write_config(config, path)
-                truncate_metrics(config.output / "metrics.jsonl", -1 if latest is None else latest)
+                for name in ("metrics.jsonl", "skipped.jsonl"):
+                    truncate_metrics(config.output / name, -1 if latest is None else latest)
             return changes
         if latest is None or latest <= config.steps:
             _check_same_options(config, path)
@@ -220,7 +222,12 @@ def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkp
         frozen = {path: w for path, w in load_base(program, source).items() if path in program.frozen}
         # `device_put` would compare the number between processes, some of which may not have reached this line yet.
         step = jax.make_array_from_callback((), program.state.step.sharding, lambda _: np.int32(latest))
-        state = State(step=step, params=params, frozen=frozen, optimizer=optimizer)
+        known = position.get("history", no_history())  # which version 0.1 did not keep
+        history = {
+            name: jax.make_array_from_callback((), x.sharding, lambda _, name=name: np.float32(known[name]))
+            for name, x in program.state.history.items()
+        }
+        state = State(step=step, params=params, frozen=frozen, optimizer=optimizer, history=history)
     hosts.wait_for_processes("start_state")
     return state, position
 
@@ -230,8 +237,8 @@ def load_base(program: Program, source: Checkpoint | None) -> Weights:
     return load_weights(source, program.base) if source else program.random_base()
 
 
-def restore_position(config: Config, batches: Batches, position: dict | None) -> int:
-    """Makes the batches go on where the run was, and returns its step; 0 without a position, as the run then starts.
+def restore_position(config: Config, batches: Batches, guard: Guard, position: dict | None) -> int:
+    """Makes batches and guard go on where the run was. Returns its step; 0 without a position, as the run then starts.
 
     Raises ValueError if the data is not what it was when the position was saved.
     """
@@ -244,4 +251,6 @@ def restore_position(config: Config, batches: Batches, position: dict | None) ->
             f"the run in {config.output} cannot go on with this data: {error}. Give back the data, the sizes and "
             f"the version of gemma2_jax of that run{describe_new_start(config)}"
         ) from error
+    if "guard" in position:  # which version 0.1 did not keep
+        guard.set_state(position["guard"])
     return position["step"]

@@ -4,6 +4,8 @@
 shardings of its arrays (no memory), and the functions to compile. The loop calls them; a planner can compile them.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -23,7 +25,7 @@ from gemma2_jax.dims import Abstract
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2, Weights
-from gemma2_jax.training import optim
+from gemma2_jax.training import guard, optim
 from gemma2_jax.training.pipeline import Batch, Pipeline
 
 BATCH_DTYPES = {"tokens": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
@@ -39,7 +41,9 @@ GPU_FLAGS: dict[str, dict[str, bool | int]] = {
 }
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "frozen", "optimizer", "history"], meta_fields=[]
+)
 @dataclass(frozen=True, kw_only=True)
 class State[Leaf: (jax.Array, jax.ShapeDtypeStruct)]:
     """Everything a step reads and replaces: arrays, or their shapes, dtypes and shardings alone."""
@@ -48,6 +52,7 @@ class State[Leaf: (jax.Array, jax.ShapeDtypeStruct)]:
     params: dict[str, Leaf]  # the weights that are trained, by path
     frozen: dict[str, Leaf]  # the other weights
     optimizer: optax.OptState  # the optimizer's state for `params`
+    history: dict[str, Leaf]  # of the gradient norms of earlier steps: `guard.judge_step`
 
 
 class Program:
@@ -86,7 +91,9 @@ class Program:
             self.params,
             transform_non_params=lambda leaf: scalar(leaf.shape, leaf.dtype),
         )
-        return State(step=scalar((), "int32"), params=self.params, frozen=self.frozen, optimizer=optimizer)
+        history = {name: scalar((), x.dtype) for name, x in guard.no_history().items()}
+        step = scalar((), "int32")
+        return State(step=step, params=self.params, frozen=self.frozen, optimizer=optimizer, history=history)
 
     @property
     def base(self) -> Abstract:
@@ -151,29 +158,39 @@ class Program:
                 path: self._pad_layers(path, weights[path].astype(leaf.dtype)) for path, leaf in self.params.items()
             }
             frozen = {path: base[path] for path in self.frozen}
-            return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=self.optimizer.init(params))
+            optimizer, history = self.optimizer.init(params), jax.tree.map(jnp.asarray, guard.no_history())
+            return State(step=jnp.int32(0), params=params, frozen=frozen, optimizer=optimizer, history=history)
 
         return jax.jit(create_state, out_shardings=_shardings(self.state), donate_argnums=0)(base)
 
     def train_step(self, state: State[jax.Array], batch: Batch) -> tuple[State[jax.Array], dict[str, jax.Array]]:
-        """One optimizer step on the global batch: the new state, and metrics as float32 scalars.
+        """One optimizer step on the global batch: the new state, and metrics as scalars.
 
-        The metrics are loss (nats, the mean over target tokens), grad_norm (before clipping), grad_norm/GROUP, lr,
-        target_tokens, and tokens, which are all but padding; of several sources, loss/NAME too, which is not a number
-        where the batch has no target tokens of that source.
+        A step that `guard.judge_step` does not take leaves the weights and the optimizer as they were; `taken` tells,
+        and `fault` is what `guard.find_nonfinite` found in a step that is not finite. The other metrics are loss (nats,
+        the mean over target tokens), grad_norm (before clipping), grad_norm/GROUP, lr, target_tokens, and tokens, which
+        are all but padding; of several sources, loss/NAME too, which is not a number where the batch has no target
+        tokens of that source.
         """
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step) if self._has_dropout else None
         (loss, source_losses), gradients = self.pipeline.gradients(state.params, state.frozen, self._passes(batch), key)
         targets = jnp.sum(batch["weights"])
         share = 1 / jnp.maximum(targets, 1)
-        gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), gradients, state.params)
+        sums, loss = gradients, loss * share
+        gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), sums, state.params)
         with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            taken, history = guard.judge_step(self.config.guard, state.history, loss, norm)
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
             params = cast(Weights, optax.apply_updates(state.params, updates))
+            before, after = (state.params, state.optimizer), (params, optimizer)
+            params, optimizer = jax.tree.map(partial(jnp.where, taken), after, before)
         metrics = {
-            "loss": loss * share,
-            "grad_norm": optax.tree.norm(gradients),
-            "lr": self.schedule(state.step),
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.schedule(optim.count_updates(state.optimizer)),
+            "taken": taken,
+            "fault": self._find_fault(loss, norm, sums, state),
             "target_tokens": targets,
             "tokens": jnp.sum(batch["segments"] > 0),
         }
@@ -181,7 +198,26 @@ class Program:
         if source_losses is not None:
             means = source_losses / self._count_targets(batch)[1:]
             metrics |= {f"loss/{name}": means[number] for number, name in enumerate(self.sources["train"])}
-        return State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer), metrics
+        state = State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer, history=history)
+        return state, metrics
+
+    def _find_fault(self, loss: jax.Array, norm: jax.Array, gradients: Weights, state: State[jax.Array]) -> jax.Array:
+        """What `guard.find_nonfinite` finds, which is looked for only where there is something."""
+        return jax.lax.cond(
+            jnp.isfinite(loss) & jnp.isfinite(norm),
+            lambda *_: jnp.int32(-1),
+            guard.find_nonfinite,
+            loss,
+            gradients,
+            {**state.params, **state.frozen},
+        )
+
+    def describe_skip(self, values: Mapping[str, float]) -> str:
+        """Why a step with these metrics was skipped."""
+        loss, norm = float(values["loss"]), float(values["grad_norm"])
+        if math.isfinite(loss) and math.isfinite(norm):
+            return f"its gradient is beyond guard.skip_deviations {self.config.guard.skip_deviations:g}"
+        return guard.describe_place(int(values["fault"]), loss, self.params, {**self.params, **self.frozen})
 
     def eval_step(self, state: State[jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed loss (nats) and number of target tokens of a batch; of several sources, of all and then of each."""
