@@ -71,6 +71,7 @@ class Batches:
     def __init__(self, rows: AnyRows | Stream, layout: Layout, *, seed: int) -> None:
         self.rows = rows
         self.layout = layout
+        self._shares: grain.MapDataset | None = None  # a stream cannot go back
         if isinstance(rows, Stream):
             show = layout.share_index == 0
             self._batches = StreamBatches(rows, batch_size=layout.batch_size, share=layout.share, show=show)
@@ -92,7 +93,12 @@ class Batches:
         return next(self._batches)
 
     def read_shares(self, number: int) -> list[Batch]:
-        """All shares of the batch of that number, counted from 0, whichever are read here; the position stays."""
+        """All shares of the batch of that number, counted from 0, whichever are read here; none of a stream's.
+
+        The position stays.
+        """
+        if self._shares is None:
+            return []
         first = number * self.layout.share_count
         return list(self._shares[first : first + self.layout.share_count])
 

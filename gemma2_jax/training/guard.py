@@ -182,7 +182,7 @@ class Guard:
         with self._path.open("a") as file:
             file.write(json.dumps({**line, "documents": documents}) + "\n")
         if not documents:
-            return ""
+            return "; its documents cannot be listed, as a stream is not read twice"
         shown = ", ".join(f"{document['text'][:SHOWN_CHARACTERS]!r}" for document in documents[:SHOWN_DOCUMENTS])
         return f"; its batch has {len(documents)} document(s), {shown}, ..., which are listed in {self._path}"
 
@@ -190,7 +190,7 @@ class Guard:
         """Why the run ends, and what one can do."""
         assert self.last is not None
         return (
-            f"{self.row} steps in a row were skipped, and guard.skip_limit is {self._config.skip_limit}; the last is "
+            f"{self.row} step(s) in a row were skipped, and guard.skip_limit is {self._config.skip_limit}; the last is "
             f"step {self.last.step}: {self.last}. No checkpoint was written since the first of them, and "
             f"{self._path} lists their documents. Look at these, and start again in another --workdir, with a lower "
             "optim.lr, a lower optim.clip_norm or more optim.warmup_steps where the documents are sound"

@@ -165,7 +165,7 @@ def test_the_limit_is_of_steps_in_a_row(tmp_path):
     assert resumed.is_exhausted
     assert resumed.skipped == 5
     assert resumed.describe_end().startswith(
-        "3 steps in a row were skipped, and guard.skip_limit is 2; the last is step 5"
+        "3 step(s) in a row were skipped, and guard.skip_limit is 2; the last is step 5"
     )
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 3, 4, 5]
@@ -177,7 +177,7 @@ def test_weights_that_blew_up_end_the_run_and_are_not_saved(tmp_path):
     config = small("tiny_sft", tmp_path, steps=9)
     config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0), guard=GuardConfig(skip_limit=3))
     config = replace(config, train=replace(config.train, log_every=100, eval_every=100, checkpoint_every=1))
-    with pytest.raises(FloatingPointError, match=r"4 steps in a row were skipped.*the last is step 5: loss .*"):
+    with pytest.raises(FloatingPointError, match=r"4 step\(s\) in a row were skipped.*the last is step 5: loss .*"):
         loop.train(config)
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         assert checkpoints.latest == 1
@@ -213,3 +213,13 @@ def test_a_run_with_a_bad_batch_goes_on_and_resumes_alike(tmp_path, monkeypatch)
         [{**line, "seconds": 0} for line in lines_of(tmp_path / name) if "event" in line] for name in ("whole", "parts")
     ]
     assert [line["step"] for line in kept[0]] == [line["step"] for line in kept[1]] == [4, 5]
+
+
+def test_documents_of_a_stream_cannot_be_listed(tmp_path):
+    config = small("tiny_sft", tmp_path, steps=2)
+    config = replace(config, data=replace(config.data, stream=True, eval_fraction=0.0), guard=GuardConfig(skip_limit=0))
+    config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
+    with pytest.raises(FloatingPointError, match=r"1 step\(s\) in a row were skipped"):
+        loop.train(config)
+    [line] = [line for line in lines_of(tmp_path) if "event" in line]
+    assert "its documents cannot be listed, as a stream is not read twice" in line["text"]
