@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from gemma2_jax.cluster import hosts, platforms
+from gemma2_jax.cluster import devices, hosts, platforms
 from gemma2_jax.config import Config, DataConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import mixtures, sources
@@ -76,9 +76,9 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     config, train = program.config, program.config.train
     shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     passes = train.global_batch_size // (train.micro_batch_size * shards)
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    kinds = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     place = hosts.find_place(config.hosts, os.environ)
-    yield "devices", f"{devices}, {place}; mesh {describe_mesh(program.mesh)}"
+    yield "devices", f"{kinds}, {place}; mesh {describe_mesh(program.mesh)}"
     yield (
         "step",
         f"{train.global_batch_size} rows x {train.sequence_length} tokens = "
@@ -89,7 +89,7 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     yield (
         "model FLOPs",
         f"{config.training_flops / 1e9:.3g} GFLOP a token (forward, {products}; attention causal and windowed, as if "
-        "unpacked)",
+        f"unpacked){describe_peak(program.device.device_kind)}",
     )
     if program.mesh.shape["stage"] > 1:
         yield "pipeline", describe_pipeline(program)
@@ -228,6 +228,15 @@ def describe_parameters(program: Program) -> str:
     trained, total = sum(leaf.size for leaf in program.params.values()), groups.total()
     parts = " + ".join(f"{name} {size:,}" for name, size in groups.items())
     return f"{parts} = {total:,}; trained {trained:,} ({trained / total:.2%})"
+
+
+def describe_peak(device_kind: str) -> str:
+    """What MFU is measured by, to follow other text; empty for a CPU, of which nobody asks."""
+    if device_kind == "cpu":
+        return ""
+    if peak := devices.peak_flops(device_kind):
+        return f"; MFU is by {peak / 1e12:g} TFLOP/s a device, its peak in dense bfloat16"
+    return f"; no MFU, as the peak of {device_kind} is not in PEAKS of gemma2_jax/cluster/devices.py"
 
 
 def describe_memory(compiled: jax.stages.Compiled) -> str:

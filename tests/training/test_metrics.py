@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from rich.console import Console
 from small_runs import ROOT, lines_of, small
 
 from gemma2_jax.cluster import devices
-from gemma2_jax.training import guard, loop, metrics, progress, speed
+from gemma2_jax.config import MeshConfig
+from gemma2_jax.mesh import make_mesh
+from gemma2_jax.training import guard, loop, metrics, progress, speed, startup
 from gemma2_jax.training.export import AdapterExports
+from gemma2_jax.training.step import Program, group_norms
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -119,3 +123,67 @@ def test_lines_without_a_terminal_are_plain(tmp_path):
     assert said[1:] == [f"step {step}: held-out loss {3 + step}.0000 (perplexity {text})" for step, text in
                         ((1, "54.60"), (2, "148.41"))]  # fmt: skip
     assert {"step": 2, "eval_loss": 5.0}.items() <= lines_of(tmp_path)[-1].items()
+
+
+def test_waiting_counts_only_when_the_devices_are_idle(monkeypatch, tmp_path):
+    """A batch that comes while the step before is still computed has cost nothing."""
+    now = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    measured = speed.Speed(small("tiny_sft", tmp_path))
+    measured.start()
+    for is_idle, seconds in ((True, 2.0), (False, 4.0), (True, 8.0)):
+        with measured.wait(lambda is_idle=is_idle: is_idle):
+            now[0] += seconds
+    now[0] += 16
+    measured.add_step(tokens=30, learned_tokens=15)
+    numbers = measured.measure()
+    assert (numbers["seconds"], numbers["wait_seconds"], numbers["learned_tokens_per_s"]) == (30, 10, 0.5)
+    assert measured.measure() == numbers, "no step has ended since"
+
+
+def test_norms_of_gradients_by_group(tmp_path):
+    """Of the parts that the startup block counts parameters by; an adapter is one part, which is the whole."""
+    config = small("tiny_sft", tmp_path, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(config.mesh)
+    program = Program(config, mesh)
+    rng = np.random.default_rng(0)
+    gradients = {path: rng.normal(size=leaf.shape).astype("float32") for path, leaf in program.params.items()}
+    with jax.set_mesh(mesh):
+        placed = {path: jax.device_put(g, program.params[path].sharding) for path, g in gradients.items()}
+        norms = jax.jit(group_norms)(placed)
+    assert norms.keys() == {"attn", "mlp", "norms", "embedding"}
+    for group, parts in {
+        "attn": ["blocks/attn/"], "mlp": ["blocks/mlp/"], "embedding": ["embedding"],
+        "norms": ["blocks/pre_", "blocks/post_", "final_norm"],
+    }.items():  # fmt: skip
+        members = [g.ravel() for path, g in gradients.items() if path.startswith(tuple(parts))]
+        np.testing.assert_allclose(norms[group], np.linalg.norm(np.concatenate(members)), rtol=1e-5)
+    adapted = Program(small("tiny_lora", tmp_path), make_mesh(MeshConfig()))
+    assert group_norms(adapted.params) == {}
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5), ("NVIDIA H200 NVL", 835.5), ("NVIDIA GH200 480GB", 989.5), ("NVIDIA H20", 148.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA A100-PCIE-40GB", 312.0),
+        ("NVIDIA L40S", 362.05), ("NVIDIA L40", 181.05), ("NVIDIA L4", 121.0), ("NVIDIA A10", 125.0),
+        ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A10G", None), ("Tesla V100-SXM2-16GB", None),
+    ],
+)  # fmt: skip
+def test_peaks_of_devices(device_kind, tflops):
+    """By the names that drivers give; a slice of a device, and one that the table lacks, have none."""
+    assert devices.peak_flops(device_kind) == (tflops and pytest.approx(tflops * 1e12))
+    said = startup.describe_peak(device_kind)
+    assert (f"MFU is by {tflops:g} TFLOP/s" if tflops else f"no MFU, as the peak of {device_kind} is not in") in said
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9, "num_allocs": 3}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}]
+    fake = [SimpleNamespace(memory_stats=lambda counts=counts: counts) for counts in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: fake)
+    assert devices.measure_memory() == {"memory_bytes": 7, "memory_peak_bytes": 9}
+    fake[1].memory_stats = lambda: None
+    assert devices.measure_memory() == {}
