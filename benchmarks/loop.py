@@ -67,7 +67,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
 
     from gemma2_jax import recipes
     from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.training import loop, metrics, profiling
+    from gemma2_jax.training import guard, loop, metrics, profiling
     from gemma2_jax.training.step import Program
     from gemma2_jax.training.tokenizer import load_run_tokenizer
 
@@ -84,9 +84,10 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
         train_step = loop.compile_step(program, program.train_step, program.batch, donate_argnums=0)
         states = {name: program.initial_state(program.random_base()) for name in ("bare", "full")}
         unused: Any = SimpleNamespace(save=lambda *_: None)
-        run = loop.Run(program, batches, train_step, None, unused, unused)
+        watch = guard.Guard(config, program.describe_skip, lambda step: [])
+        run = loop.Run(program, batches, train_step, None, watch, unused, unused)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
-        log = metrics.Metrics(config, console, start_step=0)
+        log = metrics.Metrics(config, console, start_step=0, guard=watch)
         done = 0
 
         def run_bare() -> None:
