@@ -1,14 +1,14 @@
 """The plan of which documents are in which row, kept in a file beside the tokens that every process memory-maps."""
 
+import contextlib
 import logging
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from gemma2_jax.data.cache import hold_lock
 from gemma2_jax.data.store import Store
 
 logger = logging.getLogger(__name__)
@@ -38,40 +38,51 @@ class Plan:
 def keep_plan(store: Store, name: str, make_plan: Callable[[], Plan]) -> Plan:
     """The plan of that name in the store's folder; if there is none, or a damaged one, one is made and kept there.
 
-    A plan is written to a temporary file and then renamed, so that one of that name is whole, and processes do not
-    disturb each other: they write the same. One that cannot be written is returned, after a warning.
+    One process makes it, and others that need it wait. A plan that cannot be written is returned, after a warning.
     """
     if store.folder is None:
         return make_plan()
     path = store.folder / f"plan-{FORMAT}-{name}.npy"
+    with contextlib.suppress(ValueError, OSError, EOFError):
+        return _open_plan(path, store)
+    plan = None
+    try:
+        with hold_lock(store.folder) as lock:
+            plan = _reopen_plan(path, store)
+            if plan is None:
+                plan = make_plan()
+                partial = lock.name_partial(path)
+                _write_plan(partial, plan)
+                partial.replace(path)
+                plan = _open_plan(path, store)
+    except OSError as error:
+        logger.warning("the plan of rows could not be written to %s (%s); each process makes its own", path, error)
+    return plan or make_plan()
+
+
+def _reopen_plan(path: Path, store: Store) -> Plan | None:
+    """The plan, if another process has made it meanwhile; None, after a warning, where it is damaged."""
     try:
         return _open_plan(path, store)
     except FileNotFoundError:
         pass
     except (ValueError, OSError, EOFError) as error:
         logger.warning("the plan of rows in %s is damaged (%s), and is made again", path, error)
-    plan = make_plan()
-    try:
-        _write_plan(path, plan)
-    except OSError as error:
-        logger.warning("the plan of rows could not be written to %s (%s); each process makes its own", path, error)
-        return plan
-    return _open_plan(path, store)
+    return None
 
 
-def _write_plan(path: Path, plan: Plan) -> None:
+def _write_plan(partial: Path, plan: Plan) -> None:
     totals = [getattr(plan, name) for name in _TOTALS[1:]]
     parts = np.array([KINDS.index(plan.kind), *totals], np.int64), plan.bounds, plan.order
-    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             shape = (sum(map(len, parts)),)
             np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
             for part in parts:
                 part.astype("<i8", copy=False).tofile(file)
-        partial.replace(path)
-    finally:
+    except OSError:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def _open_plan(path: Path, store: Store) -> Plan:

@@ -8,13 +8,11 @@ does not grow with the number of documents.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources, tokenizing
+from gemma2_jax.data.cache import hold_lock
 from gemma2_jax.data.report import Report
 
 if TYPE_CHECKING:
@@ -88,11 +87,10 @@ def build_store(
         return open_store(folder)  # whole, as it has its name; there is no place for a lock
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_suffix(".lock")) as locked:
+        with hold_lock(folder) as lock:
             store = _reopen_store(folder) if folder.exists() else None
             if store is None:
-                # On a file system without locks, each process builds in a folder of its own, and the last one stays.
-                partial = folder.with_suffix(".partial" if locked else f".{socket.gethostname()}-{os.getpid()}")
+                partial = lock.name_partial(folder)
                 job = tokenizing.Job(
                     data=data,
                     split=split,
@@ -100,6 +98,7 @@ def build_store(
                     pieces=tuple(sources.list_pieces(data, split, sources.PIECE_BYTES)),
                     tokenizer=tokenizer,
                     folder=partial,
+                    lock=lock.descriptor,
                 )
                 try:
                     _write_store(job, show=show, workers=workers or _count_workers(job))
@@ -107,6 +106,7 @@ def build_store(
                     _check_unchanged(job, folder)
                     raise
                 _check_unchanged(job, folder)
+                (partial / "journal").unlink(missing_ok=True)
                 _move_folder(partial, folder)
                 store = _reopen_store(folder)
     except OSError as error:
@@ -118,18 +118,6 @@ def build_store(
         ) from error
     assert store is not None
     return store
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Waits until no other process holds the lock. Gives False on a file system that has no locks."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def _check_unchanged(job: tokenizing.Job, folder: Path) -> None:
@@ -180,7 +168,9 @@ def _reopen_store(folder: Path) -> Store | None:
 
 
 def _write_store(job: tokenizing.Job, *, show: bool, workers: int) -> None:
-    """Tokenizes what a killed build has not, and puts the pieces together in their order."""
+    """Tokenizes what a killed build has not, and puts the pieces together in their order; the report comes last."""
+    if (job.folder / "report.json").exists():
+        return  # the build was killed just before the store got its name
     job.folder.mkdir(exist_ok=True)
     journal = _Journal(job.folder)
     console = Console(stderr=True, quiet=not show)
@@ -208,8 +198,9 @@ def _write_store(job: tokenizing.Job, *, show: bool, workers: int) -> None:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for leftover in job.folder.glob("piece-*"):  # of a piece that was put in just before a kill
         leftover.unlink()
-    (job.folder / "report.json").write_text(json.dumps(journal.report.to_json()))
-    journal.remove()
+    complete = job.folder / "report.tmp"
+    complete.write_text(json.dumps(journal.report.to_json()))
+    complete.rename(job.folder / "report.json")
 
 
 def _announce(console: Console, job: tokenizing.Job, journal: "_Journal") -> None:
@@ -259,10 +250,10 @@ class _Journal:
     def _read_lines(self) -> Iterator[dict]:
         if not self._path.exists():
             return
-        whole = self._path.read_text().rpartition("\n")[0]
-        self._path.write_text(f"{whole}\n" if whole else "")
+        whole, end, _ = self._path.read_bytes().rpartition(b"\n")
+        os.truncate(self._path, len(whole + end))  # without the line that a kill has cut
         if whole:
-            yield json.loads(whole.rpartition("\n")[2])
+            yield json.loads(whole.rpartition(b"\n")[2])
 
     def append(self, number: int) -> None:
         """Puts a piece at the end of the store, and removes its own files."""
@@ -283,10 +274,6 @@ class _Journal:
             print(json.dumps(state | {"report": self.report.to_json()}), file=file)
         for path in paths.values():
             path.unlink()
-
-    def remove(self) -> None:
-        """Removes the file, as the store is whole."""
-        self._path.unlink()
 
 
 def _fingerprint(data: DataConfig, split: sources.Split, tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -3,7 +3,8 @@
 A worker is `python -m gemma2_jax.data.tokenizing`: a child of its own, and not one of multiprocessing, which would run
 the user's script again in each. It reads a pickled `Job` and then numbers of pieces from its standard input, writes
 each piece's files beside the store that `store` assembles, and answers on its standard output with a line of JSON. When
-its parent ends, by whatever signal, it ends too.
+its parent ends, by whatever signal, it ends too, at once. It has the store's lock until then, so that nobody goes on
+with a build that one of its workers still writes to.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ class Job:
     pieces: tuple[Piece, ...]
     tokenizer: "PreTrainedTokenizerFast"
     folder: Path  # where the files of pieces are written
+    lock: int | None = None  # descriptor of the store's lock, which workers inherit
 
 
 def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> None:
@@ -146,7 +149,11 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            pass_fds=() if job.lock is None else (job.lock,),
         )
         self._ask(pickle.dumps(job))
 
@@ -180,8 +187,16 @@ class _Worker:
             self._process.stdin.flush()
 
 
+def _receive_numbers(numbers: SimpleQueue) -> None:
+    """Takes numbers from the parent while pieces are tokenized, and ends this process as soon as there is no parent."""
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            numbers.put(pickle.load(sys.stdin.buffer))
+    os._exit(1)
+
+
 def main() -> None:
-    """Tokenizes the pieces that the parent names, until it names no more or has ended."""
+    """Tokenizes the pieces that the parent names, until it has ended."""
     # transformers imports torch where it is installed, which takes seconds and 300 MB, and tokenizers need none of it.
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None
@@ -193,8 +208,10 @@ def main() -> None:
 
     with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError, KeyboardInterrupt):
         job: Job = pickle.load(sys.stdin.buffer)
+        numbers: SimpleQueue[int] = SimpleQueue()
+        threading.Thread(target=_receive_numbers, args=(numbers,), daemon=True).start()
         while True:
-            number: int = pickle.load(sys.stdin.buffer)
+            number = numbers.get()
             try:
                 tokenize_piece(job, number, lambda documents: answer(documents=documents))
             except BrokenPipeError:

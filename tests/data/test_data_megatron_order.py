@@ -4,7 +4,9 @@ import hashlib
 import math
 import re
 import shutil
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,6 +326,17 @@ def test_what_was_made_is_read_again(write, ask, monkeypatch):
     rows = ask(source, 50)
     assert texts(rows) == before
     assert isinstance(rows.orders[0].sample_index, np.memmap)
+
+
+def test_what_a_killed_process_made_is_made_again(write, ask, tmp_path, monkeypatch):
+    prefix = write(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            ask(prefix, 4)
+    assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == [".lock", ".partial"]
+    ask(prefix, 4)
+    assert [path.suffix for path in sorted((tmp_path / "cache").iterdir())] == ["", ".lock"]
 
 
 def test_what_cannot_be_kept_or_read_is_told(write, ask, tmp_path):

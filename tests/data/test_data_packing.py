@@ -1,6 +1,8 @@
 """Rows, typed out: which document goes where, what is predicted from what, and what is cut off."""
 
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,3 +211,15 @@ def test_a_plan_that_cannot_be_written_is_used_as_it_is(tmp_path, caplog):
     rows = packing.pack_documents(replace(documents, folder=tmp_path / "none"), **choices)
     assert arrays(rows) == arrays(packing.pack_documents(documents, **choices))
     assert "none/plan-1-cut-4-0.npy (" in caplog.text
+
+
+def test_a_plan_that_was_killed_leaves_nothing(tmp_path, monkeypatch):
+    documents = replace(store([2, 10, 1]), folder=tmp_path / "store")
+    documents.folder.mkdir()
+    choices = dict(length=4, packing=True, concatenate=True, seed=SEED)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            packing.pack_documents(documents, **choices)
+    packing.pack_documents(documents, **choices)
+    assert [path.name for path in documents.folder.iterdir()] == ["plan-1-cut-4-0.npy"]

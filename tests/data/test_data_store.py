@@ -1,14 +1,19 @@
 """The store of tokens: made once, by any number of processes, whole or not at all, and resumed after a kill."""
 
+import fcntl
 import json
 import os
+import pickle
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +91,7 @@ def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
     assert len(whole.offsets) == 2
 
 
+STORE_FILES = ["learned", "offsets", "report.json", "tokens"]
 FILE_BYTES = 60  # of those that `write_files` writes, at most
 
 
@@ -117,7 +123,7 @@ def interrupt(function, number, before=lambda: None):
     return run
 
 
-@pytest.mark.parametrize("moment", ["tokenized", "appended", "half appended"])
+@pytest.mark.parametrize("moment", ["tokenized", "appended", "half appended", "checked", "named"])
 def test_a_build_that_was_interrupted_goes_on(moment, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_BYTES", FILE_BYTES)
     data, cache = write_files(tmp_path / "data", 6), tmp_path / "cache"
@@ -127,11 +133,16 @@ def test_a_build_that_was_interrupted_goes_on(moment, tmp_path, tokenizer, monke
         (folder,) = cache.glob("*.partial")
         with (folder / "tokens").open("ab") as file:
             file.write(b"123456")
+        with (folder / "journal").open("a") as file:
+            file.write('{"pieces": 4, "tok')
         (folder / "piece-0000002.tokens").write_bytes(b"of a piece that was put in")
 
     with monkeypatch.context() as patch:
         if moment == "appended":
             patch.setattr(store._Journal, "append", interrupt(store._Journal.append, 3))
+        elif moment in ("checked", "named"):
+            name = "_check_unchanged" if moment == "checked" else "_move_folder"
+            patch.setattr(store, name, lambda *_: signal.raise_signal(signal.SIGINT))
         else:
             before = leave_bytes if moment == "half appended" else lambda: None
             patch.setattr(tokenizing, "tokenize_piece", interrupt(tokenizing.tokenize_piece, 3, before))
@@ -142,10 +153,10 @@ def test_a_build_that_was_interrupted_goes_on(moment, tmp_path, tokenizer, monke
         sources, "read_piece", lambda *given: tokenized.append(given[2].parts[0].path[-8:-6]) or read(*given)
     )
     assert_same(build_store(data, "train", tokenizer, cache), expected)
-    assert tokenized == ["04", "05"]
+    assert tokenized == ([] if moment in ("checked", "named") else ["04", "05"])
     assert expected.report.dropped["empty"].count == 3
     (folder,) = (entry for entry in cache.iterdir() if not entry.suffix)
-    assert sorted(entry.name for entry in folder.iterdir()) == ["learned", "offsets", "report.json", "tokens"]
+    assert sorted(entry.name for entry in folder.iterdir()) == STORE_FILES
 
 
 BUILD = """
@@ -160,25 +171,64 @@ store.build_store(data, "train", load_tokenizer("assets/tiny-gemma2"), Path(sys.
 """
 
 
-def test_processes_that_are_killed_and_others_that_go_on(tmp_path, tokenizer, monkeypatch):
-    """As many processes as there are CPUs make what one makes, and end with their parent."""
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_processes_that_are_killed_and_others_that_go_on(tmp_path, tokenizer, monkeypatch, caplog):
+    """As many processes as there are CPUs make what one makes. Another job waits until the last of them has ended."""
     monkeypatch.setattr(sources, "PIECE_BYTES", FILE_BYTES)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    data, cache = write_files(tmp_path / "data", 40), tmp_path / "cache"
+    data, cache = write_files(tmp_path / "data", 400), tmp_path / "cache"
     expected = build_store(data, "train", tokenizer, tmp_path / "other")
-    parent = subprocess.Popen([sys.executable, "-c", BUILD, data.train, cache, str(FILE_BYTES)], stderr=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, "-c", BUILD, data.train, cache, str(FILE_BYTES)])
     while not list(cache.glob("*.partial/journal")) and parent.poll() is None:
         time.sleep(0.001)
-    children = subprocess.run(["ps", "--ppid", str(parent.pid), "-o", "pid="], capture_output=True, text=True).stdout
-    parent.send_signal(signal.SIGKILL)
-    parent.communicate()
-    assert len(children.split()) >= 2
+    parent.send_signal(signal.SIGSTOP)
+    listed = subprocess.run(["ps", "--ppid", str(parent.pid), "-o", "pid="], capture_output=True, text=True).stdout
+    workers = [*map(int, listed.split())]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGSTOP)
     monkeypatch.setattr(store, "_SMALL_SOURCE_BYTES", 0)
-    assert_same(build_store(data, "train", tokenizer, cache), expected)
-    deadline = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{child}") for child in children.split()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            other = threads.submit(build_store, data, "train", tokenizer, cache)
+            while not caplog.messages:
+                assert not other.done()
+                time.sleep(0.001)
+            owner = (
+                rf"another process \(pid {parent.pid} on {re.escape(socket.gethostname())}\) makes {cache}/train-\w+; "
+            )
+            assert re.match(f"{owner}this one waits", caplog.messages[0])
+            parent.send_signal(signal.SIGKILL)
+            parent.wait()
+            with next(cache.glob("*.lock")).open() as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the worker has it, who could still write
+        finally:
+            os.kill(workers[0], signal.SIGCONT)
+        assert_same(other.result(timeout=60), expected)
+    assert not any(map(is_alive, workers))
+    assert sorted(path.name for path in other.result().folder.iterdir()) == STORE_FILES
+    assert len(list(cache.iterdir())) == 2  # with the lock
+
+
+def test_a_worker_without_a_parent_ends_in_the_middle_of_a_piece(tmp_path, tokenizer):
+    data = write_files(tmp_path / "data", 1)
+    pieces = tuple(sources.list_pieces(data, "train"))
+    job = tokenizing.Job(
+        data=data, split="train", digest_bound=None, pieces=pieces, tokenizer=tokenizer, folder=tmp_path
+    )
+    path = tmp_path / "data" / "00.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    with subprocess.Popen([sys.executable, "-m", tokenizing.__name__], stdin=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write(pickle.dumps(job) + pickle.dumps(0))
+        worker.stdin.flush()
+        with path.open("w"):  # which waits until the worker reads what is never written
+            worker.stdin.close()
+            assert worker.wait(timeout=60) == 1
 
 
 def test_a_bad_document_is_named_by_a_worker(tmp_path, tokenizer, monkeypatch):
@@ -231,7 +281,7 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path, tokenizer, monkeypatch)
     data = write_files(tmp_path / "data", 1)
     built = build_store(data, "train", tokenizer, tmp_path / "cache")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(store, "_lock", None)
+    monkeypatch.setattr(store, "hold_lock", None)
     assert build_store(data, "train", tokenizer, tmp_path / "cache").folder == built.folder
 
 

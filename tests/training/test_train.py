@@ -35,6 +35,18 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+SUMS = "tests/fixtures/sums.jsonl"
+
+
+def divide_sums(folder: Path) -> list[Path]:
+    """Two files in the folder, few.jsonl and many.jsonl, of the documents of SUMS."""
+    lines = (ROOT / SUMS).read_text().splitlines(keepends=True)
+    paths = [folder / "few.jsonl", folder / "many.jsonl"]
+    for path, part in zip(paths, (lines[:40], lines[40:]), strict=True):
+        path.write_text("".join(part))
+    return paths
+
+
 def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Everything in a checkpoint, by name."""
     config = config_text.from_text((workdir / "config.txt").read_text())
@@ -50,8 +62,16 @@ def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
     [pytest.param("sft", marks=pytest.mark.exhaustive), "lora", pytest.param("dora", marks=pytest.mark.exhaustive)],
 )
 def test_killed_and_resumed_equals_straight(kind, tmp_path):
-    """Five steps, kill -9, resumed to ten: weights, optimizer and data position are those of ten straight."""
-    straight, broken = (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))
+    """Five steps, kill -9, resumed to ten: weights, optimizer and data position are those of ten straight.
+
+    The adapter of LoRA is trained on a mixture by weight.
+    """
+    few, many = divide_sums(tmp_path)
+    source = f"0.3*{few},0.7*{many}" if kind == "lora" else SUMS
+    straight, broken = (
+        replace(config, data=replace(config.data, train=source))
+        for config in (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))
+    )
     loop.train(straight)
     process = subprocess.Popen(
         command(f"tiny_{kind}", broken),
@@ -67,7 +87,7 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
     assert process.returncode == -signal.SIGKILL, output
     assert complete.exists(), output
     assert not (complete.parent / "10").exists(), "it was over before it was killed"
-    assert "training data      tests/fixtures/sums.jsonl: 144 documents" in output
+    assert f"training data      {source}: {'2 sources by weight' if kind == 'lora' else '144 documents'}" in output
     assert not [line for line in output.splitlines() if line != line.rstrip() or "\x1b" in line or "━" in line]
     loop.train(broken)
     expected, got = saved(tmp_path / "straight", 10), saved(tmp_path / "broken", 10)
@@ -75,8 +95,8 @@ def test_killed_and_resumed_equals_straight(kind, tmp_path):
     for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     losses = [
-        {line["step"]: line["loss"] for line in lines_of(tmp_path / name) if "loss" in line}
-        for name in ("straight", "broken")
+        {line["step"]: [line[name] for name in line if "loss" in name] for line in lines_of(folder) if "loss" in line}
+        for folder in (tmp_path / "straight", tmp_path / "broken")
     ]
     assert losses[0] == losses[1]
     assert list(losses[1]) == list(range(1, 11)), "a step is missing, or logged twice"
@@ -119,9 +139,7 @@ def test_what_a_run_writes(tmp_path):
 
 def test_each_source_of_a_mixture_has_a_loss(tmp_path, capsys):
     """Over stages and shards, its held-out loss is that of a run on it alone, on the same weights."""
-    lines = (ROOT / "tests/fixtures/sums.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("few", lines[:40]), ("many", lines[40:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    divide_sums(tmp_path)
     config = small("tiny_lora", tmp_path / "mixed", steps=2, mesh=MeshConfig(data=2, stage=2, fsdp=2))
     text = f"0.25*{tmp_path}/few.jsonl,0.75*{tmp_path}/many.jsonl"
     loop.train(replace(config, data=replace(config.data, train=text)))

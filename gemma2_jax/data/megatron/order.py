@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-import tempfile
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma2_jax.config import DataConfig
+from gemma2_jax.data.cache import hold_lock
 from gemma2_jax.data.megatron.indexed import Indexed, check_tokens, choose_part, find_prefix, open_indexed
 from gemma2_jax.data.sources import Split, open_source
 
@@ -221,9 +222,11 @@ def _keep_arrays(cache: Path, key: list, build: Callable[[], dict[str, np.ndarra
     digest = hashlib.blake2b(json.dumps([_FORMAT, key]).encode(), digest_size=16).hexdigest()
     folder = cache / f"megatron-{digest}"
     if not folder.exists():
-        arrays = build()
         try:
-            _write_arrays(folder, arrays)
+            cache.mkdir(parents=True, exist_ok=True)
+            with hold_lock(folder) as lock:
+                if not folder.exists():  # another process may have made it meanwhile
+                    _write_arrays(folder, lock.name_partial(folder), build())
         except OSError as error:
             raise OSError(
                 f"the order of rows could not be written to {cache} ({error}); make room there, or name a folder on "
@@ -237,19 +240,18 @@ def _keep_arrays(cache: Path, key: list, build: Callable[[], dict[str, np.ndarra
         ) from error
 
 
-def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_arrays(folder: Path, partial: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a folder of arrays, which gets its name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="megatron-") as temporary:
-        partial = Path(temporary) / "arrays"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
         partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # it exists if another process has finished before
-                raise
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():  # without locks, another process may have finished before
+            raise
 
 
 def sample_counts(weights: Sequence[float], rows: int, surplus: float = 0.0) -> list[int]:
