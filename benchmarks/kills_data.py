@@ -325,6 +325,10 @@ def read_batches(logs: list[Path]) -> Iterator[tuple[int, int, str]]:
                     yield json.dumps(position), entry["first"] + row, digest
 
 
+def count_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def read_losses(workdir: Path) -> dict[int, float]:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
@@ -361,12 +365,18 @@ def run_training(console, kills: int, seed: int) -> None:
         start, finished, found = 0, False, {}
         while not finished:
             processes, devices = STARTS[start % len(STARTS)]
-            moment = numbers.uniform(0.15, 0.9) * seconds if start < kills else 1e9
             kind = numbers.choice(KINDS[:2])
+            # A quarter of the kills come before the first batch: while data is read, or the program is compiled.
+            batches = 0 if start % 4 == 0 else numbers.randint(1, 3 * SAVE_EVERY)
+            delay = numbers.uniform(0, 0.3 if batches else 0.4 * seconds)
             log, began = broken / f"log-{start}", time.monotonic()
             running = start_training(broken, sources, processes, devices, log)
-            while time.monotonic() < began + moment and any(process.poll() is None for process in running):
+            due = None  # when the kill comes
+            while any(process.poll() is None for process in running) and (due is None or time.monotonic() < due):
+                if due is None and start < kills and count_lines(Path(f"{log}-0")) >= batches:
+                    due = time.monotonic() + delay
                 time.sleep(0.01)
+            moment = time.monotonic() - began
             victim, *others = numbers.sample(running, len(running))
             workers = [child for process in running for child in list_children(process.pid)]
             if victim.poll() is None:
