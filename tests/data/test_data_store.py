@@ -214,7 +214,7 @@ def test_processes_that_are_killed_and_others_that_go_on(tmp_path, tokenizer, mo
 
 def test_a_worker_without_a_parent_ends_in_the_middle_of_a_piece(tmp_path, tokenizer):
     data = write_files(tmp_path / "data", 1)
-    pieces = tuple(sources.list_pieces(data, "train"))
+    pieces = tuple(sources.list_pieces(data, "train", sources.PIECE_BYTES))
     job = tokenizing.Job(
         data=data, split="train", digest_bound=None, pieces=pieces, tokenizer=tokenizer, folder=tmp_path
     )
