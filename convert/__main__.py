@@ -3,6 +3,7 @@
     SRC DST --to FORMAT    convert
     inspect PATH           say what a checkpoint is
     verify A B             compare two, tensor by tensor
+    verify RUN             check every step of a run, or one, by its checksums
     import, export         convert under Megatron-Bridge's names
 
 This is the command line only: it parses its arguments before it imports slow libraries, and prints what it read and
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from gemma2_jax.convert.checkpoints import Checkpoint
     from gemma2_jax.convert.job import Job
+    from gemma2_jax.convert.steps import StepCheck
     from gemma2_jax.convert.verify import Difference
 
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -82,11 +84,12 @@ class Inspect:
 class Verify:
     """Compare two checkpoints of any formats, array by array, and say what explains it where they differ.
 
-    The exit status is 1 where they differ.
+    Given one alone, a run or a step of one, check each step: its files by their checksums, its arrays by the run's
+    config. The exit status is 1 where two differ, or a step is damaged.
     """
 
     first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, a .gguf file, or a Hub id
-    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # another
+    second: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None  # another
     atol: float = 0.0  # largest difference of two elements that counts as none; 0: bits and dtypes must be the same
     prompt: str | None = None  # compare their logits on this text too
     hf_config: str | None = None  # folder or Hub id with the config.json of Megatron checkpoints that have none
@@ -162,6 +165,9 @@ def _inspect(command: Inspect) -> None:
 
 
 def _verify(command: Verify) -> None:
+    if command.second is None:
+        _verify_steps(Path(command.first).expanduser())
+        return
     from gemma2_jax.convert import describe, verify
 
     pair = [_open(path, None, command.hf_config) for path in (command.first, command.second)]
@@ -189,6 +195,42 @@ def _verify(command: Verify) -> None:
         _compare_logits(pair, command.prompt)
     if different or adapters:
         sys.exit(1)
+
+
+def _verify_steps(path: Path) -> None:
+    from gemma2_jax.convert import describe, steps
+
+    folders = steps.list_folders(path)
+    size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    with _progress_bar(size) as progress:
+        checks = list(steps.check_steps(folders, progress))
+    describe.print_table(_steps_table(checks))
+    in_use = [check for check in checks if check.in_use]
+    damaged = [check.name for check in in_use if check.problem]
+    unverified = [check.name for check in in_use if not check.problem and not check.verified]
+    print(f"{len(in_use) - len(damaged)} of {len(in_use)} steps are whole")
+    if unverified:
+        print("note: what has no checksums was only read to its end, and may hold bits that have flipped")
+    if damaged:
+        print(f"Training sets a damaged step aside where an earlier one is whole; to mend {damaged[0]}, copy it again.")
+        sys.exit(1)
+
+
+def _steps_table(checks: "list[StepCheck]") -> "Table":
+    from rich import box
+    from rich.filesize import decimal
+    from rich.table import Column, Table
+
+    table = Table(
+        "step", Column("files", justify="right"), Column("size", justify="right"), "found",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    for check in checks:
+        whole = "as it was written" if check.verified else "whole, but without checksums"
+        table.add_row(
+            check.name, f"{check.files:,}", decimal(check.size), f"damaged: {check.problem}" if check.problem else whole
+        )
+    return table
 
 
 def _difference_table(arrays: "list[Difference]") -> "Table":

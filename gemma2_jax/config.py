@@ -400,6 +400,7 @@ class TrainConfig:
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
+    save_deadline: int = 3600  # seconds that writing a checkpoint may take, after which the run ends
     export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP
     tensorboard: bool = False  # metrics go to TensorBoard as well, in WORKDIR/tensorboard
     wandb: str = ""  # Weights & Biases project that metrics go to as well; empty: none

@@ -65,6 +65,8 @@ class Reader:
         where a chunk is damaged.
         """
         store = self._open(path)
+        if not index:
+            return self._read(store, (), path)
         first, *rest = index
         span = range(store.shape[0])[first]
         depth = self.chunk(path)[0]
@@ -176,7 +178,10 @@ def list_paths(folder: Path) -> dict[str, str]:
     """
     try:
         entries = read_json(folder / METADATA)["tree_metadata"].values()
-        keys = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
+        arrays = [
+            entry for entry in entries if not entry.get("value_metadata", {}).get("skip_deserialize")
+        ]  # else None
+        keys = [[key["key"] for key in entry["key_metadata"]] for entry in arrays]
         return {"/".join(names): ".".join(names) for names in keys}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / METADATA} is damaged, or of no Orbax checkpoint; copy it again") from error

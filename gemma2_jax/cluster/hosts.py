@@ -8,6 +8,7 @@ together. When one of them fails, is killed or loses its host, each of the other
 import atexit
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -218,6 +219,22 @@ def wait_for_processes(moment: str) -> None:
 
     if jax.distributed.is_initialized():
         jax_internals.wait_for_all(moment, _BARRIER_SECONDS)
+
+
+def gather_answers(question: str, answer: str, seconds: float = _BARRIER_SECONDS) -> list[str]:
+    """The answers of all processes to a question, by index, of which this process gives one; its own for one process.
+
+    A run asks a question once, of all its processes. Any thread may ask, as no device takes part. Raises TimeoutError
+    where an answer has not come after so many seconds.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return [answer]
+    try:
+        return jax_internals.gather_answers(question, answer, math.ceil(seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"not every process has answered {question} after {seconds:.0f} s") from error
 
 
 @contextlib.contextmanager

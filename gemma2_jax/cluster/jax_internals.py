@@ -39,13 +39,20 @@ def wait_for_all(name: str, seconds: int) -> None:
     distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
 
 
+def give_answer(question: str, answer: str) -> None:
+    """Gives this process's answer to a question without waiting for those that `gather_answers` collects."""
+    state = importlib.import_module("jax._src.distributed").global_state
+    state.client.key_value_set(f"{question}/{state.process_id}", answer)
+
+
 def gather_answers(question: str, answer: str, seconds: int) -> list[str]:
     """Gives this process's answer to a question, and returns those of all processes, by index. Each asks it once.
 
-    `multihost_utils.process_allgather` cannot do it: it is a collective of the devices, which have not started yet.
+    `multihost_utils.process_allgather` cannot do it: it is a collective of the devices, which may not have started yet,
+    or may be busy with a step. Raises JaxRuntimeError where an answer does not come in time.
     """
+    give_answer(question, answer)
     state = importlib.import_module("jax._src.distributed").global_state
-    state.client.key_value_set(f"{question}/{state.process_id}", answer)
     return [
         state.client.blocking_key_value_get(f"{question}/{index}", seconds * 1000)
         for index in range(state.num_processes)

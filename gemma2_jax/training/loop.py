@@ -68,7 +68,7 @@ def train(config: Config) -> Result:
     with (
         jax.set_mesh(mesh),
         lock_workdir(config.output),
-        Checkpoints(config.output, config.train.keep_checkpoints) as checkpoints,
+        Checkpoints(config.output, config.train.keep_checkpoints, config.train.save_deadline) as checkpoints,
     ):
         tokenizer = load_run_tokenizer(config, source, resumes=checkpoints.latest is not None)
         config = grow_vocabulary(find_tokens(config, source, tokenizer), source, tokenizer)
@@ -108,6 +108,7 @@ def train(config: Config) -> Result:
                 compile_seconds=compile_seconds,
                 start_step=start_step,
                 changes=changes,
+                checkpoint=checkpoints.opened,
                 shortage=checkpoints.describe_shortage(program.params, program.state.optimizer),
             ),
         )
@@ -155,7 +156,7 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         if run.evaluate and is_due(step, config.train.eval_every, config.steps):
             with log.pause():
                 log.log_evaluation(step, run.evaluate(state))
-        is_unsaved |= is_due(step, config.train.checkpoint_every, config.steps)
+        is_unsaved |= is_due(step, config.train.checkpoint_every, config.steps) or run.checkpoints.is_overdue(step)
         if is_unsaved:
             with log.pause():
                 if run.guard.row == 0 or step == config.steps:  # else these weights may be why steps are skipped

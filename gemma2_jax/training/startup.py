@@ -39,6 +39,7 @@ class Startup:
     compile_seconds: float  # of both steps
     start_step: int  # steps that the run has already taken
     changes: list[str]  # how the config differs from what it was when the run was last started
+    checkpoint: str  # from which the run goes on, and how whole it is: `Checkpoints.opened`
     shortage: str  # of room for a checkpoint: `Checkpoints.describe_shortage`
 
 
@@ -59,6 +60,8 @@ def _describe_weights(startup: Startup) -> Iterator[tuple[str, str]]:
     origin = f"{source.format} {source.path}" if source else f"random (train.seed {config.train.seed})"
     start = f"resumes after step {start_step}" if start_step else "starts"
     yield "run", f"{config.output}, {start}, to step {config.steps}"
+    if startup.checkpoint:
+        yield "checkpoint", startup.checkpoint
     yield "weights", config.init if config.init_adapter else origin
     if config.init_adapter:
         yield "adapter", f"{'started' if start_step else 'starts'} from {origin}"

@@ -2,17 +2,21 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron_files import DORA, HF, PEFT, Tensors, load_tensors
 from safetensors.numpy import save_file
+from small_runs import ROOT, saved_run, small
 
-from gemma2_jax.convert import verify
+from gemma2_jax import recipes
+from gemma2_jax.convert import __main__ as convert, steps, verify
 from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
 
 RNG = np.random.default_rng
@@ -220,3 +224,58 @@ def test_a_matrix_that_is_not_square_shows_that_it_is_transposed(tmp_path):
         ValueError, match=r"k_proj\S+ has shape \(64, 32\) .* \(32, 64\); it is stored transposed; store its"
     ):
         open_checkpoint(folder)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A run of two steps with an adapter."""
+    config = replace(small("tiny_lora", tmp_path / "run"), init=str(ROOT / "assets/tiny-gemma2"))
+    config = replace(config, model=recipes.load_recipe("tiny_lora").model)
+    rows = table.array_shapes(table.table_rows(config.adapter, config.model.layers), config.model)
+    params = {path: RNG(0).standard_normal(shape, np.float32) for path, shape in rows.items()}
+    return saved_run(tmp_path / "run", config, {5: params, 10: params})
+
+
+def test_the_steps_of_a_run(saved, capsys, monkeypatch):
+    """By their checksums, and where there are none by what can be read; the status says whether all are whole."""
+
+    def verify_run(path: Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["convert", "verify", str(path)])
+        try:
+            convert.main()
+        except SystemExit as exit:
+            return int(exit.code or 0), capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    folder = saved / "checkpoints"
+    status, said = verify_run(saved)
+    assert status == 0 and said.endswith("\n2 of 2 steps are whole\n")
+    assert re.findall(r"^(5|10) .*  as it was written$", said, re.MULTILINE) == ["5", "10"]
+    (folder / "5" / "checksums.json").unlink()
+    shutil.copytree(folder / "5", folder / "7.damaged")
+    (folder / "7.damaged" / "loop" / "metadata").unlink()
+    status, said = verify_run(saved)
+    assert status == 0 and "\n2 of 2 steps are whole\nnote: what has no checksums was only read" in said
+    assert re.search(r"^5 .*  whole, but without checksums\n7.damaged .*  damaged: .*metadata", said, re.MULTILINE)
+    weights = max((folder / "10").glob("params/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    status, said = verify_run(saved)
+    assert status == 1 and "\n1 of 2 steps are whole\n" in said
+    assert re.search(
+        rf"^10 .*  damaged: params/ocdbt.process_0/d/{weights.name} is not as it was written$", said, re.MULTILINE
+    )
+    assert verify_run(folder / "10")[0] == 1
+    assert verify_run(folder / "5")[0] == 0
+
+
+def test_a_step_of_another_config(saved, capsys, monkeypatch):
+    text = (saved / "config.txt").read_text()
+    (saved / "config.txt").write_text(text.replace("adapter.rank = 8", "adapter.rank = 4"))
+    (check, _) = steps.check_steps(steps.list_folders(saved))
+    assert re.search(r"blocks/attn/[kqv]/adapter/a .*8.* 4", check.problem), check.problem
+    with pytest.raises(
+        ValueError, match=r"tests is neither a run, .*, nor a step of one; to compare it .*: verify \S+ B"
+    ):
+        steps.list_folders(ROOT / "tests")

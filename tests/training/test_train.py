@@ -255,7 +255,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
         return usage._replace(free=0 if (tmp_path / "checkpoints" / "5").exists() else usage.free)
 
     monkeypatch.setattr(shutil, "disk_usage", shrinking)
-    with pytest.raises(OSError, match=r"step 10 needs .* has 0 bytes free; make room, .* resumes after step 5"):
+    said = (
+        r"step 10 was not saved: it needs .* has 0 bytes free\. The newest weights saved are .*/5/params; once that is "
+    )
+    with pytest.raises(OSError, match=said + "mended, the same command resumes after step 5$"):
         loop.train(config)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
     monkeypatch.undo()
@@ -272,7 +275,7 @@ def test_a_write_that_fails(tmp_path):
         ["bash", "-c", limited], env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert "error: a checkpoint could not be written to" in result.stderr
+    assert "error: the checkpoint of step 1 was not saved: " in result.stderr
     assert "the same command starts from the beginning" in result.stderr
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest is None

@@ -1,0 +1,139 @@
+"""The steps of a run, each a folder checkpoints/STEP that training writes: which there are, and whether they are whole.
+
+A step's checksums are written after the step itself, so a run that was killed between the two leaves a step without;
+so did versions of gemma2_jax that wrote none. Such a step is read from end to end instead, by which a file that is
+missing or cut short is found, but not every bit that has flipped.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma2_jax import config_text
+from gemma2_jax.config import Config
+from gemma2_jax.convert.files import checksums, orbax
+from gemma2_jax.convert.formats import table
+from gemma2_jax.convert.sources import OrbaxSource
+
+ITEMS = ("params", "optimizer")  # of arrays; beside them is loop, which is JSON
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The steps in a run's folder of checkpoints, in order. Those that are set aside have other names."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def has_checksums(step: Path) -> bool:
+    """Whether damage of a step's folder can be found for certain."""
+    return (step / checksums.CHECKSUMS).exists()
+
+
+def find_damage(
+    step: Path, index: int = 0, count: int = 1, progress: Callable[[float], None] = lambda count: None
+) -> str:
+    """What is wrong with a step's folder, as words that follow its name and a colon; empty if it is whole.
+
+    Of `count` processes that share the work, this one is `index`, and finds what is wrong with its share of the files.
+    `progress` is called with the bytes of each that is done.
+    """
+    try:
+        sums = checksums.read_checksums(step)
+    except ValueError as error:
+        return str(error)
+    if sums is None:
+        return _find_unreadable(step) if index == 0 else ""
+    by_size = sorted(sums, key=lambda name: sums[name], reverse=True)
+    return checksums.find_damage(step, {name: sums[name] for name in by_size[index::count]}, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCheck:
+    """What was found in a step's folder."""
+
+    name: str  # of the folder: the step, or STEP.damaged, which training has set aside
+    files: int
+    size: int  # bytes
+    verified: bool  # by checksums; else only by reading all of it
+    problem: str  # empty if there is none
+
+    @property
+    def in_use(self) -> bool:
+        """Whether training would go on from it, and other commands would read it."""
+        return self.name.isdecimal()
+
+
+def list_folders(path: Path) -> list[Path]:
+    """The steps of a run and those that are set aside, in order; of a step itself, that step.
+
+    Raises ValueError where the path is neither a run nor a step of one.
+    """
+    if path.absolute().parent.name == "checkpoints" and (path.absolute().parents[1] / "config.txt").is_file():
+        return [path]
+    if not (path / "config.txt").is_file() or not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is neither a run, which has config.txt and checkpoints, nor a step of one; to compare it with "
+            f"another checkpoint, give that too: verify {path} B"
+        )
+    named = [(re.fullmatch(r"(\d+)(\.damaged.*)?", step.name), step) for step in (path / "checkpoints").iterdir()]
+    return [step for found, step in sorted((int(found[1]), step) for found, step in named if found)]
+
+
+def check_steps(folders: list[Path], progress: Callable[[float], None] = lambda count: None) -> Iterator[StepCheck]:
+    """Checks each step's files by their checksums, and its arrays by the run's config.
+
+    Raises ValueError where the config is damaged.
+    """
+    for step in folders:
+        config = config_text.from_file(step.absolute().parents[1] / "config.txt")
+        sizes = [path.stat().st_size for path in step.rglob("*") if path.is_file()]
+        yield StepCheck(
+            name=step.absolute().name,
+            files=len(sizes),
+            size=sum(sizes),
+            verified=has_checksums(step),
+            problem=find_damage(step, progress=progress) or _find_mismatch(step, config),
+        )
+
+
+def _find_mismatch(step: Path, config: Config) -> str:
+    """What arrays are not those of the run's config; empty if all are."""
+    rows = table.MODEL
+    if config.adapter.kind != "none":
+        rows = table.table_rows(config.adapter, config.model.layers)
+    try:
+        OrbaxSource.open(step / "params", rows, config.model, of_run=True)
+    except (ValueError, OSError) as error:
+        return orbax.error_summary(error)
+    params, optimizer = (orbax.Reader(step / item).shapes for item in ITEMS)
+    for path, kept in optimizer.items():
+        owner = next((name for name in params if path.endswith(f"/{name}")), None)
+        if owner and kept.shape != params[owner].shape:
+            return f"optimizer has {path} of {kept.shape}, and params has {owner} of {params[owner].shape}"
+    return ""
+
+
+def _find_unreadable(step: Path) -> str:
+    """What cannot be read of a step's folder that has no checksums; empty if nothing."""
+    missing = [name for name in (*ITEMS, "loop") if not (step / name).is_dir()]
+    if missing:
+        return f"it has no {' and no '.join(missing)}"
+    try:
+        json.loads((step / "loop" / "metadata").read_text())
+        for item in ITEMS:
+            reader = orbax.Reader(step / item)
+            for path in reader.shapes:
+                _read_array(reader, path)
+    except (ValueError, OSError) as error:
+        return orbax.error_summary(error).partition(" [")[0].rstrip(".")  # TensorStore adds its JSON
+    return ""
+
+
+def _read_array(reader: orbax.Reader, path: str) -> None:
+    """Reads all of an array, some rows of its chunks at a time, as a stack of layers may be larger than memory."""
+    shape = reader.shapes[path].shape
+    rows = reader.chunk(path)[0] if shape else 1
+    for start in range(0, shape[0] if shape else 1, rows):
+        first = [slice(start, min(start + rows, shape[0]))] if shape else []
+        reader.read(path, (*first, *(slice(size) for size in shape[1:])))
