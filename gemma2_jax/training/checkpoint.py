@@ -20,10 +20,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import jax
@@ -63,8 +64,18 @@ class Checkpoints:
         Raises ValueError where the newest step is damaged, and no earlier one is whole.
         """
         self.folder = workdir.absolute() / "checkpoints"
+        self._log: Callable[[int, str, str], None] | None = None
+        self._events: SimpleQueue[tuple[int, str, str]] = SimpleQueue()  # not logged yet; threads add to them
         self._remove_partial()
-        self.opened = _choose_whole_step(self.folder)
+        whole, damaged = _find_whole_step(self.folder)
+        self.opened = "" if whole is None else _describe_step(self.folder, whole)
+        for step, reason in damaged.items():
+            kept = _set_aside(self.folder / str(step))
+            text = (
+                f"the checkpoint {self.folder}/{step} is damaged: {reason}; it is kept as {kept}, and the run goes on"
+            )
+            self._say(whole or 0, "damaged", f"{text} from step {whole}")
+        _gather("")  # until which no process may look at what is there
         self._deadline = deadline
         self._write: _Write | None = None  # under way, or ended since `_settle` was last called
         self._failure: _Failure | None = None  # of the newest write, if it failed
@@ -101,6 +112,10 @@ class Checkpoints:
         unfinished = self._write.step if self._write is not None and not self._write.ended.is_set() else None
         return max((step for step in self._manager.all_steps() if step != unfinished), default=None)
 
+    def report(self, log: Callable[[int, str, str], None]) -> None:
+        """Has what happens to steps logged, as a step, an event and a text, by the thread that calls `is_overdue`."""
+        self._log = log
+
     def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(self._keep),
@@ -121,16 +136,16 @@ class Checkpoints:
             handlers.add(item, restore, handler)
         return ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
-    def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> None:
-        """Starts writing a step; returns when the arrays may be donated. `loop` must be JSON.
+    def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> bool:
+        """Starts writing a step, and returns when the arrays may be donated; False if it is not begun for lack of room.
 
-        Where it cannot be written, that is said, and tried again with a later step. An interrupt is raised when the
-        write has started, so that the step is kept. Raises TimeoutError as `is_overdue` does.
+        `loop` must be JSON. Where it cannot be written, that is said, and tried again with a later step. An interrupt
+        is raised when the write has started, so that the step is kept. Raises TimeoutError as `is_overdue` does.
         """
         self._settle()
         if shortage := _gather(self.describe_shortage(params, optimizer))[0]:
             self._fail(step, f"it {shortage}", size=_count_bytes(params, optimizer))
-            return
+            return False
         write = _Write(step=step, name=f"checkpoint {next(_questions)}", deadline=self._deadline)
         if self._agreement:
             self._agreement.begin(write.name)
@@ -147,6 +162,7 @@ class Checkpoints:
             )
             self._write = write
             threading.Thread(target=self._follow, args=(write,), name="follow_write", daemon=True).start()
+        return True
 
     def is_overdue(self, step: int) -> bool:
         """Whether to save after this step, which is not due, as an earlier one found no room and now there is some.
@@ -154,6 +170,8 @@ class Checkpoints:
         Every process calls it after every step, and all get the same answer. Raises TimeoutError where the write that
         is under way takes longer than its deadline.
         """
+        while self._log is not None and not self._events.empty():
+            self._log(*self._events.get())
         if self._write is not None and not self._write.ended.is_set():
             self._wait_for_write(self._write, 0)
         elif self._failure is not None and step % _RETRY_STEPS == 0:
@@ -201,7 +219,7 @@ class Checkpoints:
                     write.ended.set()
                 return
         if self._failure is not None:
-            self._say(f"the checkpoint of step {write.step} is saved")
+            self._say(write.step, "saved", f"the checkpoint of step {write.step} is saved")
             self._failure = None
         self._add_checksums(write)
         write.ended.set()
@@ -231,12 +249,15 @@ class Checkpoints:
         if self._failure is None:
             room = f"when there is room, which is looked for every {_RETRY_STEPS} steps, or " if size else ""
             self._say(
+                step,
+                "not saved",
                 f"the checkpoint of step {step} was not saved: {reason}. Training goes on, and the next is tried "
-                f"{room}when due; {self._describe_kept()}"
+                f"{room}when due; {self._describe_kept()}",
             )
         self._failure = _Failure(step=step, reason=reason, size=size)
 
-    def _say(self, text: str) -> None:
+    def _say(self, step: int, event: str, text: str) -> None:
+        self._events.put((step, event, text))
         if jax.process_index() == 0:
             print(text, file=sys.stderr, flush=True)
 
@@ -321,7 +342,7 @@ class _Agreement:
 
     def __init__(self):
         self._barrier = ocp.multihost.get_barrier_sync_fn()
-        self._name, self._open = "", set()  # barriers of the write under way that this process has not come to
+        self._name, self._open = "", set[str]()  # barriers of the write under way that this process has not come to
 
     def begin(self, name: str) -> None:
         """Called before a write is started, which all processes know by this name."""
@@ -329,8 +350,8 @@ class _Agreement:
 
     def wait(self, *, key: str, timeout_ms: int) -> None:
         """Returns when all processes have called it with this key. Raises OSError where one of them has failed."""
-        barrier = next((barrier for barrier in _WRITE_BARRIERS if barrier in key), None)
-        if barrier is None:
+        barrier = next((barrier for barrier in _WRITE_BARRIERS if barrier in key), "")
+        if not barrier:
             if (error := sys.exception()) is not None:
                 while self._open:
                     jax_internals.give_answer(f"{self._name}/{self._open.pop()}", _summarize(error))
@@ -344,10 +365,10 @@ class _Agreement:
             raise OSError(next(filter(None, reasons)))
 
 
-def _choose_whole_step(folder: Path) -> str:
-    """Sets the newest steps aside until one is whole, and says what was found; empty where there are no steps.
+def _find_whole_step(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """The newest step that is whole, None where there are no steps, and what is wrong with those after it.
 
-    The processes share the work. Raises ValueError where steps are damaged and none is whole, and sets none aside then.
+    The processes share the work. Raises ValueError where there are steps and none is whole.
     """
     candidates = json.loads(_gather(json.dumps(steps.list_steps(folder)))[0])
     damaged: dict[int, str] = {}
@@ -359,38 +380,31 @@ def _choose_whole_step(folder: Path) -> str:
             )
         reasons = _gather(steps.find_damage(path, jax.process_index(), jax.process_count()))
         if not any(reasons):
-            return _set_aside(folder, damaged, step)
+            return step, damaged
         damaged[step] = next(filter(None, reasons))
     if damaged:
         step, reason = next(iter(damaged.items()))
-        others = " and none of the earlier ones is whole" if len(damaged) > 1 else " and there is none before it"
+        others = "none of the earlier ones is whole" if len(damaged) > 1 else "there is none before it"
         raise ValueError(
-            f"the checkpoint {folder / str(step)} is damaged: {reason},{others}; copy that folder again, or move it "
-            "away to start from the beginning"
+            f"the checkpoint {folder / str(step)} is damaged: {reason}, and {others}; copy that folder again, or move "
+            "it away to start from the beginning"
         )
-    return ""
+    return None, {}
 
 
-def _set_aside(folder: Path, damaged: dict[int, str], whole: int) -> str:
-    """Renames damaged steps, and says what is known of the step that is whole."""
+def _describe_step(folder: Path, step: int) -> str:
+    if steps.has_checksums(folder / str(step)):
+        return f"step {step} is as it was written, by its checksums"
+    return f"step {step} has no checksums, as its run was killed before they were written; it could be read to its end"
+
+
+def _set_aside(step: Path) -> str:
+    """Renames a damaged step, in process 0, and returns its new name."""
+    names = (f"{step.name}.damaged{suffix}" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2))))
+    name = next(name for name in names if not step.with_name(name).exists())
     if jax.process_index() == 0:
-        for step, reason in damaged.items():
-            target = folder / f"{step}.damaged"
-            for number in itertools.count(2):
-                if not target.exists():
-                    break
-                target = folder / f"{step}.damaged-{number}"
-            (folder / str(step)).rename(target)
-            print(
-                f"the checkpoint {folder / str(step)} is damaged: {reason}; it is kept as {target.name}, and the run "
-                f"goes on from step {whole}",
-                file=sys.stderr,
-                flush=True,
-            )
-    _gather("")  # until which no process may look at what is there
-    if steps.has_checksums(folder / str(whole)):
-        return f"step {whole} is as it was written, by its checksums"
-    return f"step {whole} has no checksums, as its run was killed before they were written; it could be read to its end"
+        step.rename(step.with_name(name))
+    return name
 
 
 def _gather(answer: str) -> list[str]:

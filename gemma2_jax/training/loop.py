@@ -160,20 +160,25 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         if is_unsaved:
             with log.pause():
                 if run.guard.row == 0 or step == config.steps:  # else these weights may be why steps are skipped
-                    save(run, step, state)
-                    log.log_checkpoint(step)
+                    if save(run, step, state):
+                        log.log_checkpoint(step)
                     is_unsaved = False
         if run.guard.is_exhausted:
             raise FloatingPointError(run.guard.describe_end())
     return state
 
 
-def save(run: Run, step: int, state: State) -> None:
-    """Starts writing the checkpoint of a step, to which all steps before it have ended; and writes its adapter."""
+def save(run: Run, step: int, state: State) -> bool:
+    """Starts writing the checkpoint of a step, to which all steps before it have ended; and writes its adapter.
+
+    False where there is no room for it.
+    """
     history = {name: float(x) for name, x in jax.device_get(state.history).items()}
     position = {"step": step, "data": run.batches.get_state(), "history": history, "guard": run.guard.get_state()}
-    run.checkpoints.save(step, state.params, state.optimizer, position)
+    if not run.checkpoints.save(step, state.params, state.optimizer, position):
+        return False
     run.adapters.save(step, state.params)
+    return True
 
 
 def report_finished(console: Console, program: Program, step: int, state: State) -> Result:
