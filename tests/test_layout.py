@@ -39,7 +39,7 @@ ORDER_WITHIN = {
     "model": (("loss", "attention"), ("gemma2",), ("lora",)),
     "convert": (
         ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",), ("opening",),
-        ("describe", "merging", "known_changes"), ("job",),
+        ("describe", "merging", "known_changes", "steps"), ("job",),
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (

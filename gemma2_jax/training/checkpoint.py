@@ -44,7 +44,7 @@ DEADLINE_SECONDS = 3600
 _RETRY_STEPS = 10  # between looks at a disk that had no room
 _LOGGERS = ("absl", "asyncio", "concurrent.futures")  # through which Orbax reports errors
 _PARTIAL = "*.orbax-checkpoint-tmp*"  # folders that Orbax writes a step to, before it has its name
-_WRITE_BARRIERS = ("async_write_complete", "async_commit_complete")  # of Orbax, before and after a step is renamed
+_WRITE_BARRIERS: tuple[str, ...] = ("async_write_complete", "async_commit_complete")  # of Orbax
 _questions = itertools.count()  # the processes of a run ask one another in the same order
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
             self._say(whole or 0, "damaged", f"{text} from step {whole}")
         _gather("")  # until which no process may look at what is there
         self._deadline = deadline
-        self._write: _Write | None = None  # under way, or ended since `_settle` was last called
+        self._write: _Write | None = None  # under way, or ended since `_finish_write` was last called
         self._failure: _Failure | None = None  # of the newest write, if it failed
         self._agreement = _Agreement() if jax.process_count() > 1 else None
         self._keep = keep
@@ -94,7 +94,7 @@ class Checkpoints:
                 return  # a write ends only when all processes end it, and the others are about to end themselves
             if failed is KeyboardInterrupt and self._write is not None and not self._write.ended.is_set():
                 print("a checkpoint is still being written; interrupt again to give it up", file=sys.stderr, flush=True)
-            self._settle()
+            self._finish_write()
             self._manager.close()
             self._remove_partial()
             if failed is None and self._failure is not None:
@@ -142,7 +142,7 @@ class Checkpoints:
         `loop` must be JSON. Where it cannot be written, that is said, and tried again with a later step. An interrupt
         is raised when the write has started, so that the step is kept. Raises TimeoutError as `is_overdue` does.
         """
-        self._settle()
+        self._finish_write()
         if shortage := _gather(self.describe_shortage(params, optimizer))[0]:
             self._fail(step, f"it {shortage}", size=_count_bytes(params, optimizer))
             return False
@@ -187,7 +187,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         return f"needs {decimal(size)}, and {self.folder} has {decimal(free)} free" if size > free else ""
 
-    def _settle(self) -> None:
+    def _finish_write(self) -> None:
         """Waits until the write under way has ended, well or not. Raises TimeoutError at its deadline."""
         if self._write is not None:
             self._wait_for_write(self._write, self._write.seconds_left)

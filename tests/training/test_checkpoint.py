@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_during_a_write(small_disk, monkeypatch, capsys):
     large = {"embedding": jnp.asarray(noise)}
     with Checkpoints(small_disk, keep=2) as checkpoints:
         checkpoints.save(1, large, {"count": jnp.zeros(())}, {})
-        checkpoints._settle()
+        checkpoints._finish_write()
         monkeypatch.setattr(Checkpoints, "describe_shortage", lambda *_: "")  # others fill the disk after it looked
         ballast = small_disk / "ballast"
         with contextlib.suppress(OSError):
@@ -292,7 +292,7 @@ with hosts.process_group(HostsConfig(coordinator=sys.argv[1], count=2, index=ind
         for step in (1, 2, 3):
             limit(1000 if step == 2 else resource.RLIM_INFINITY)
             checkpoints.save(step, {"embedding": make(step)}, {"count": make(step)}, {"step": step})
-            checkpoints._settle()
+            checkpoints._finish_write()
             print(step, checkpoints.latest, flush=True)
     name = next(path for path in (workdir / "checkpoints/3").glob("params/ocdbt.process_1/d/*"))
     hosts.wait_for_processes("all is written")

@@ -128,7 +128,7 @@ def test_notes_on_the_weights_are_said(tmp_path):
     config = small("tiny_sft", tmp_path, init="model")
     program = SimpleNamespace(config=config, params={"embedding": np.ones(3)}, frozen={})
     source = Checkpoint(format="huggingface", path=Path("model"), model=config.model, notes=("one", "another"))
-    lines = [*startup._describe_weights(SimpleNamespace(program=program, source=source, start_step=0))]
+    lines = [*startup._describe_weights(SimpleNamespace(program=program, source=source, start_step=0, checkpoint=""))]
     assert lines[1:4] == [("weights", "huggingface model"), ("note", "one"), ("note", "another")]
 
 
