@@ -39,7 +39,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_written(tmp_path,
 
 
 class FakeWandb:
-    """What of wandb is used. A page that is known has had lines up to step 2."""
+    """What of wandb is used. A page that is known has had lines up to step 3."""
 
     errors = SimpleNamespace(UsageError=KeyError)
 
@@ -53,7 +53,7 @@ class FakeWandb:
         known = any(options["id"] == other["id"] for other in self.started)
         self.started.append(options)
         return SimpleNamespace(
-            step=3 if known else 0,
+            step=4 if known else 0,
             log=lambda line, step: self.logged.append((step, line)),
             finish=lambda exit_code: self.finished.append(exit_code),
         )
@@ -73,8 +73,8 @@ def test_wandb_gets_the_same_lines(tmp_path, monkeypatch):
     assert len(fake.logged) == len(lines) == 6
     for (step, sent), line in zip(fake.logged, lines, strict=True):
         assert sent | {"step": step, "time": line["time"]} == line
-    loop.train(replace(config, steps=3))
-    assert [step for step, _ in fake.logged[6:]] == [3, 3, 3]
+    loop.train(replace(config, steps=4))
+    assert [step for step, _ in fake.logged[6:]] == [4, 4, 4], "the page has step 3 from before"
     (config.output / "checkpoints").rename(tmp_path / "moved")
     loop.train(config)
     ids = [options["id"] for options in fake.started]
