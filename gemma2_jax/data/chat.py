@@ -4,13 +4,15 @@ What a template does not take is found by trying it once: Gemma 2's has no place
 sides alternate. `encoding` makes tokens of the pieces.
 """
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
+from gemma2_jax.data.message_bounds import BoundedTemplate, bound_messages
 from gemma2_jax.data.records import BadRecord, Example, Turn
 from gemma2_jax.data.report import Report
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 SYSTEM_MOVED = "the system prompt was put before the next user turn, as the chat template has no place for it"
 TURNS_MERGED = "consecutive turns of one role were merged (data.repeated_roles)"
 
+_TRIED = (("user", " a\n"), ("assistant", "\tb "), ("user", "<c>\n\n"), ("assistant", "d"))  # a conversation
 _MOST_WRITTEN = 1_000_000  # characters; the descriptions of tools that a template has in it are a few thousand
 
 
@@ -31,11 +34,31 @@ class ChatFormat:
     takes_system: bool
     takes_repeats: bool
     repeated_roles: Literal["refuse", "merge"]
+    bounded: BoundedTemplate | None = None  # of a template that need not write a conversation's beginnings one by one
 
     def write(self, turns: Sequence[Turn], *, cue: bool = False) -> str:
         """The conversation's text, with the beginning of an answer if `cue`. Raises ValueError as `write_messages`."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return write_messages(messages, self.tokenizer, cue=cue)
+        return write_messages(_as_messages(turns), self.tokenizer, cue=cue)
+
+    def open_beginnings(self, turns: Sequence[Turn]) -> Callable[[int, bool], str]:
+        """The function that writes so many of the first turns, and a cue if asked. Both raise ValueError as `write`."""
+        if self.bounded is None or turns[0].role == "assistant":  # whose cue comes after no message
+            return lambda count, cue: self.write(turns[:count], cue=cue)
+        messages = _as_messages(turns)
+        with _explain_refusal():
+            *pieces, end = self.bounded.write(messages)
+            cue_end = self.bounded.cue_end
+
+        def write_beginning(count: int, cue: bool) -> str:
+            text = "".join([*pieces[: count + 1], cue_end if cue else end])
+            _check_size(text, messages[:count])
+            return text
+
+        return write_beginning
+
+
+def _as_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 def write_messages(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast", *, cue: bool = False) -> str:
@@ -43,17 +66,28 @@ def write_messages(messages: list[dict[str, str]], tokenizer: "PreTrainedTokeniz
 
     Raises ValueError with the reason where the template refuses them, fails, or writes far more than they hold.
     """
-    try:
+    with _explain_refusal():
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
+    _check_size(text, messages)
+    return text
+
+
+@contextlib.contextmanager
+def _explain_refusal() -> Iterator[None]:
+    """Raises ValueError with the reason for whatever a template raises."""
+    try:
+        yield
     except ImportError:  # of this machine, not of the template
         raise
     except Exception as error:  # a template is a program, and may raise whatever Python does
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(reason.partition("\n")[0]) from error
+
+
+def _check_size(text: str, messages: list[dict[str, str]]) -> None:
     given = sum(len(message["content"]) for message in messages)
     if len(text) > _MOST_WRITTEN + 10 * given:
         raise ValueError(f"it writes {len(text):,} characters for {given:,}")
-    return text
 
 
 def open_chat_format(tokenizer: "PreTrainedTokenizerFast", repeated_roles: Literal["refuse", "merge"]) -> ChatFormat:
@@ -62,8 +96,30 @@ def open_chat_format(tokenizer: "PreTrainedTokenizerFast", repeated_roles: Liter
     user, answer = Turn(role="user", content="a"), Turn(role="assistant", content="b")
     system = Turn(role="system", content="c")
     return replace(
-        chat, takes_system=_takes(chat, [system, user, answer], "c"), takes_repeats=_takes(chat, [user, user, answer])
+        chat,
+        takes_system=_takes(chat, [system, user, answer], "c"),
+        takes_repeats=_takes(chat, [user, user, answer]),
+        bounded=_find_bounded(chat),
     )
+
+
+def _find_bounded(chat: ChatFormat) -> BoundedTemplate | None:
+    """The template with the bounds of its messages, where it has them and writes what the tokenizer writes."""
+    if chat.tokenizer.chat_template is None:
+        return None
+    try:
+        source, special_tokens = chat.tokenizer.get_chat_template(), chat.tokenizer.special_tokens_map
+        bounded = bound_messages(source, {name: str(token) for name, token in special_tokens.items()})
+    except ValueError:  # of several templates, none is the default
+        return None
+    faster, tried = replace(chat, bounded=bounded), [Turn(role=role, content=text) for role, text in _TRIED]
+    try:
+        write, reference = faster.open_beginnings(tried), chat.open_beginnings(tried)
+        beginnings = itertools.product(range(1, len(tried) + 1), (False, True))
+        is_same = all(write(count, cue) == reference(count, cue) for count, cue in beginnings)
+    except ValueError:  # the template takes no such conversation
+        return None
+    return bounded if is_same else None
 
 
 def _takes(chat: ChatFormat, turns: list[Turn], written: str = "") -> bool:
@@ -90,13 +146,14 @@ def split_conversation(example: Example, chat: ChatFormat, report: Report) -> li
         )
     turns = _arrange_turns(example, chat, report)
     try:
-        whole, done = chat.write(turns), ""
+        write, done = chat.open_beginnings(turns), ""
+        whole = write(len(turns), False)
         pieces = []
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before = chat.write(turns[:number], cue=True)
-            after = (chat.write(turns[: number + 1]) if number + 1 < len(turns) else whole).rstrip()
+            before = write(number, True)
+            after = (write(number + 1, False) if number + 1 < len(turns) else whole).rstrip()
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
                 raise ValueError(f"it writes what leads up to message {number + 1} in another way when more follows")
             pieces += [(before.removeprefix(done), False), (after.removeprefix(before), turn.is_learned)]

@@ -65,8 +65,8 @@ def gemma_chat_template() -> str:
 
 def encode_examples(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast", data: DataConfig, report: Report
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yields each document's tokens from <bos> to <eos>, and which of them count in the loss when predicted.
+) -> Iterator[tuple[list[int], bytearray]]:
+    """Yields each document's tokens from <bos> to <eos>, and a byte for each: 1 if it counts in the loss, 0 if not.
 
     A prompt and its completion are encoded separately and joined as they are, with no space between and no chat format.
     So are the turns of a conversation, which the tokenizer's chat template writes. A document that the template refuses
@@ -80,18 +80,20 @@ def encode_examples(
     encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     for example, pieces in documents:
         tokens: list[int] = []
-        learned: list[bool] = []
+        learned = bytearray()
         for _, is_learned in pieces:
             piece_tokens = next(encoded).ids
+            learned += (b"\1" if is_learned else b"\0") * len(piece_tokens)
             tokens += piece_tokens
-            learned += [is_learned] * len(piece_tokens)
         if tokens[:1] != [bos]:  # chat templates write it, and so may prompts
             tokens.insert(0, bos)
             learned.insert(0, False)
         learned[0] = False  # nothing comes before it to predict it from
+        tokens.append(eos)
         last = example.turns[-1] if example.turns else None
-        report.count(example.shape, len(tokens) + 1, example.where)
-        yield [*tokens, eos], [*learned, last is None or (last.role == "assistant" and last.is_learned)]
+        learned.append(last is None or (last.role == "assistant" and last.is_learned))
+        report.count(example.shape, len(tokens), example.where)
+        yield tokens, learned
 
 
 def _split_examples(

@@ -233,9 +233,9 @@ def _choose_documents(count: int, samples: int) -> list[int]:
     return sorted(random.Random(0).sample(range(count), min(samples, count)))
 
 
-def _split_runs(tokens: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
+def _split_runs(tokens: list[int], learned: Iterable[int]) -> list[tuple[list[int], bool]]:
     """Tokens in runs that are learned, or not."""
-    runs = itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: pair[1])
+    runs = itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: bool(pair[1]))
     return [([token for token, _ in run], is_learned) for is_learned, run in runs]
 
 

@@ -67,8 +67,11 @@ def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> Non
             encoded = list(encode_examples(batch, job.tokenizer, job.data, report))
             if encoded:
                 tokens, learned = zip(*encoded, strict=True)
-                for file, array in zip(files, _as_arrays(tokens, learned), strict=True):
-                    file.write(array.data)  # tofile's error does not say that the disk is full
+                lengths = np.fromiter(map(len, tokens), np.int64)
+                joined = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
+                # tofile's error does not say that the disk is full.
+                for file, buffer in zip(files, (joined.data, b"".join(learned), lengths.data), strict=True):
+                    file.write(buffer)
             advance(len(batch))
     partial = piece_file(job.folder, number, "report.partial")
     partial.write_text(json.dumps(report.to_json()))
@@ -86,12 +89,6 @@ def batch_examples(examples: Iterable[Example]) -> Iterator[list[Example]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _as_arrays(tokens: Sequence[list[int]], learned: Sequence[list[bool]]) -> Iterator[np.ndarray]:
-    yield np.fromiter(itertools.chain(*tokens), np.int32)
-    yield np.fromiter(itertools.chain(*learned), np.bool_)
-    yield np.fromiter(map(len, tokens), np.int64)
 
 
 def piece_file(folder: Path, number: int, name: str) -> Path:
