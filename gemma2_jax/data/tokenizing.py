@@ -68,9 +68,9 @@ def tokenize_piece(job: Job, number: int, advance: Callable[[int], None]) -> Non
             if encoded:
                 tokens, learned = zip(*encoded, strict=True)
                 lengths = np.fromiter(map(len, tokens), np.int64)
-                joined = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
+                all_tokens = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
                 # tofile's error does not say that the disk is full.
-                for file, buffer in zip(files, (joined.data, b"".join(learned), lengths.data), strict=True):
+                for file, buffer in zip(files, (all_tokens.data, b"".join(learned), lengths.data), strict=True):
                     file.write(buffer)
             advance(len(batch))
     partial = piece_file(job.folder, number, "report.partial")
