@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue prompts, or answer them, with any checkpoint",
     "convert": "convert a checkpoint into any other format; inspect one; compare two",
     "data": "print what a data set is; write one as Megatron's .bin and .idx",
+    "report": "write a run, or several, as one HTML page with pictures",
     "plan": "say whether a training step fits on so many H100s, without having any",
 }
 MODULES = {

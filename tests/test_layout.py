@@ -25,10 +25,10 @@ FLOORS = (
     ("data", "cluster"),
     ("convert",),
     ("training", "inference"),
-    ("planning",),
+    ("planning", "reporting"),
     ("api",),
     ("megatron_bridge",),
-    ("train", "generate", "plan", "data.__main__"),
+    ("train", "generate", "plan", "report", "data.__main__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,6 +48,7 @@ ORDER_WITHIN = {
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),
+    "reporting": (("runs",), ("figures",), ("page",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

@@ -1,0 +1,160 @@
+"""The report of runs: what is read from their folders, what is drawn of it, and the page."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from small_runs import ROOT
+
+from gemma2_jax import config_text, recipes
+from gemma2_jax.reporting import figures, page, runs
+from gemma2_jax.reporting.runs import Series
+
+START = {
+    "time": "2026-01-02T03:04:05+00:00",
+    "step": 0,
+    "versions": {"jax": "0.11.2"},
+    "driver": None,
+    "host": "node-7",
+}
+
+
+def write_run(folder, *, steps=4, lines=None, **changes):
+    """A run's folder with the metrics of four steps, or these."""
+    folder.mkdir()
+    config = replace(recipes.load_recipe("tiny_lora"), workdir=str(folder), steps=steps, **changes)
+    (folder / "config.txt").write_text(config_text.to_text(config))
+    (folder / "environment.json").write_text(json.dumps([START, {**START, "step": 2, "host": "node-8"}]))
+    now = time.time()
+    if lines is None:
+        lines = [{"step": 0, "eval_loss": 4.0, "eval_seconds": 2.0, "time": now}]
+        lines += [
+            {
+                "step": step, "loss": 5.0 - step, "loss/chat": 4.0 - step, "lr": 0.1, "tokens_per_s": 10,
+                "seconds": 3.0, "wait_seconds": 1.0, "padding": 0.1, "skipped": 0, "time": now,
+            }
+            for step in (1, 2, 3, 4)
+        ]  # fmt: skip
+        lines += [
+            {"step": 4, "eval_loss": 3.0, "eval_seconds": 2.5, "time": now},
+            {"step": 4, "checkpoint_seconds": 0.5, "time": now},
+        ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_series_and_parts_are_those_of_the_lines(tmp_path):
+    run = runs.read_run(write_run(tmp_path / "a"))
+    assert run.series("loss") == Series(steps=[1, 2, 3, 4], values=[4.0, 3.0, 2.0, 1.0])
+    assert run.group("loss") == {"chat": Series(steps=[1, 2, 3, 4], values=[3.0, 2.0, 1.0, 0.0])}
+    assert not run.series("mfu")
+    assert figures.list_parts([run]) == {
+        "steps": [8.0], "waiting for data": [4.0], "evaluations": [4.5], "checkpoints": [0.5], "samples": [0],
+    }  # fmt: skip
+    tiles = {tile.name: tile.value for tile in page.list_tiles(run)}
+    assert tiles["status"] == "finished, 4 steps"
+    assert tiles["best held-out loss"] == "3.0000 at 4"
+    assert tiles["time in the loop"] == "17 s"
+    assert page.list_environment(run)[0]["host"] == "node-8"
+    assert page.list_environment(run)[1] == {"time": START["time"], "step": "0", "host": "node-7"}
+
+
+def test_a_run_in_progress_is_read(tmp_path):
+    """The last line is cut off, and step 2 was taken again after a resume."""
+    now = time.time()
+    lines = [{"step": step, "loss": loss, "time": now} for step, loss in ((1, 9.0), (2, 8.0), (2, 7.0))]
+    run = runs.read_run(write_run(tmp_path / "a", steps=9, lines=lines))
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run = runs.read_run(run.folder)
+    assert run.series("loss") == Series(steps=[1, 2], values=[9.0, 7.0])
+    assert run.status == "step 2 of 9, under way"
+    for line in lines:
+        line["time"] = now - 7300
+    silent = runs.read_run(write_run(tmp_path / "b", steps=9, lines=lines))
+    assert silent.status == "step 2 of 9, has written nothing for 2 h 1 min"
+    lines.append({"step": 2, "event": "stop", "text": "told to stop", "time": now})
+    assert runs.read_run(write_run(tmp_path / "c", steps=9, lines=lines)).status == "step 2 of 9, stopped"
+    (tmp_path / "c/metrics.jsonl").unlink()
+    assert "There are no metrics yet" in page.render_report([runs.read_run(tmp_path / "c")])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.txt").unlink(), "is not a run's working directory, as it has no config.txt"),
+        (
+            lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1}\nnoise\n{"step": 2}\n'),
+            "metrics.jsonl:2 is",
+        ),
+        (lambda folder: (folder / "metrics.jsonl").write_text('[1]\n{"step": 2}\n'), "it is no object with a step"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path, damage, message):
+    folder = write_run(tmp_path / "a")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        runs.read_run(folder)
+
+
+def test_long_lines_are_thinned_and_keep_their_peaks():
+    values = [0.0] * 10_000
+    values[1234], values[8765] = 7.0, -7.0
+    thinned = figures.thin(Series(steps=list(range(10_000)), values=values), most=100)
+    assert len(thinned.steps) <= 100
+    assert thinned.steps == sorted(thinned.steps)
+    assert {1234: 7.0, 8765: -7.0}.items() <= dict(zip(thinned.steps, thinned.values, strict=True)).items()
+    smoothed = figures.smooth(Series(steps=list(range(100)), values=[1.0, 3.0] * 50))
+    assert smoothed.values[:4] == [1.0, 2.0, 2.0, 2.0]  # of two points
+
+
+class Links(HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_needs_no_network_and_runs_nothing_foreign(tmp_path):
+    hostile = "</script><script>alert(1)</script>"
+    lines = [
+        {"step": 1, "loss": 2.0, f"loss/{hostile}": 1.0, "time": 1.0},
+        {"step": 1, "event": "skip", "text": hostile},
+        {"step": 1, "samples": [{"prompt": hostile, "completion": f"<b>{hostile}"}]},
+    ]
+    one, other = write_run(tmp_path / "a", lines=lines), write_run(tmp_path / "b", steps=7)
+    text = page.render_report([runs.read_run(one), runs.read_run(other)])
+    links = Links()
+    links.feed(text)
+    assert links.found == []
+    assert "<script>alert" not in text
+    assert text.count("&lt;/script&gt;") == 6
+    assert re.search(r"<td>steps</td><td>4</td><td>7</td>", text)
+    assert "Training loss by source" in text
+    drawn = json.loads(re.search(r"const figures = (.*);\n", text)[1])
+    assert drawn[0]["data"][0]["name"] == "a: training"
+
+
+def test_the_command_writes_the_page_without_jax(tmp_path):
+    one, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    code = f"import sys; sys.argv = ['report', {str(one)!r}, {str(other)!r}]\n"
+    code += "from gemma2_jax import report; report.main(); assert not {'jax', 'transformers'} & {*sys.modules}"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"{one}/report.html (")
+    assert [path.name for path in one.glob("report.html*")] == ["report.html"]
+    for arguments, message in (([str(tmp_path / "c")], "there is no folder"), ([], "a run is needed")):
+        command = [sys.executable, "-m", "gemma2_jax.report", *arguments]
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode != 0
+        assert message in failed.stderr
+        assert "Traceback" not in failed.stderr
