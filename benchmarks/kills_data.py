@@ -18,6 +18,7 @@ import contextlib
 import filecmp
 import hashlib
 import json
+import math
 import os
 import random
 import runpy
@@ -334,10 +335,68 @@ def read_losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@dataclass
+class Trainings:
+    """One run that is killed and resumed: a row of the table for each start."""
+
+    folder: Path
+    sources: str
+    random: random.Random
+    seconds: float  # of a run that is not disturbed
+    expected: dict[tuple[str, int], str]  # its rows: digests by batch and place
+    rows: list[tuple] = field(default_factory=list)
+    found: dict[tuple[str, int], str] = field(default_factory=dict)  # the rows of all starts
+    wrong: int = 0  # rows that were not those expected
+
+    def start(self, *, last: bool) -> bool:
+        """One start, which is killed unless it is the last or ends before. True if the run is finished."""
+        number = len(self.rows)
+        processes, devices = STARTS[number % len(STARTS)]
+        log, began = self.folder / f"log-{number}", time.monotonic()
+        running = start_training(self.folder, self.sources, processes, devices, log)
+        self._wait_for_moment(running, Path(f"{log}-0"), last=last)
+        moment = time.monotonic() - began
+        victim, *others = self.random.sample(running, len(running))
+        kind = self.random.choice(KINDS[:2])
+        workers = [child for process in running for child in list_children(process.pid)]
+        if victim.poll() is None:
+            (os.killpg if kind == "group" else os.kill)(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        outputs = [process.communicate(timeout=120)[0] for process in (victim, *others)]
+        ended = time.monotonic() - killed
+        wait_for_end(workers)
+        finished = all(process.returncode == 0 for process in running)
+        assert finished or victim.returncode == -signal.SIGKILL, "\n".join(outputs)
+        taken = {(batch, row): digest for batch, row, digest in read_batches([*self.folder.glob(f"{log.name}-*")])}
+        wrong = sum(self.expected.get(place) != digest for place, digest in taken.items())
+        self.wrong += wrong
+        self.found |= taken
+        saved = [int(path.name) for path in (self.folder / "run/checkpoints").glob("*") if path.name.isdigit()]
+        what = ("", "", "") if finished else (kind, f"{moment:.1f}", f"{ended:.1f}")
+        self.rows.append((f"{processes} x {devices}", *what, f"{len(taken):,}", str(wrong), str(max(saved, default=0))))
+        return finished
+
+    def _wait_for_moment(self, running: list[subprocess.Popen], log: Path, *, last: bool) -> None:
+        """Returns when it is time to kill, or when the processes have ended.
+
+        A quarter of the kills come before the first batch: while data is read, or the program is compiled.
+        """
+        batches = self.random.randint(1, 3 * SAVE_EVERY) if len(self.rows) % 4 else 0
+        delay = self.random.uniform(0, 0.3 if batches else 0.4 * self.seconds)
+        due = math.inf
+        while any(process.poll() is None for process in running) and time.monotonic() < due:
+            if due == math.inf and not last and count_lines(log) >= batches:
+                due = time.monotonic() + delay
+            time.sleep(0.01)
+
+
+def list_names(cache: Path) -> set[str]:
+    return {str(path.relative_to(cache)) for path in cache.rglob("*")}
+
+
 def run_training(console, kills: int, seed: int) -> None:
     from rich.table import Table
 
-    numbers = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         straight, broken = folder / "straight", folder / "broken"
@@ -348,70 +407,31 @@ def run_training(console, kills: int, seed: int) -> None:
         (process,) = start_training(straight, sources, 1, 2, straight / "log")
         output = process.communicate()[0]
         assert process.returncode == 0, output
-        seconds = time.monotonic() - began
-        expected = {(batch, row): digest for batch, row, digest in read_batches([straight / "log-0"])}
-        table = Table(title=f"tiny_lora on a mixture of three sources, {STEPS} steps, {seconds:.0f} s undisturbed")
-        columns = (
-            "processes x devices",
-            "killed",
-            "after, s",
-            "rows taken",
-            "rows that differ",
-            "saved step",
-            "others ended, s",
+        test = Trainings(
+            folder=broken,
+            sources=sources,
+            random=random.Random(seed),
+            seconds=time.monotonic() - began,
+            expected={(batch, row): digest for batch, row, digest in read_batches([straight / "log-0"])},
         )
-        for column in columns:
-            table.add_column(column, justify="left" if column == "killed" else "right")
-        start, finished, found = 0, False, {}
-        while not finished:
-            processes, devices = STARTS[start % len(STARTS)]
-            kind = numbers.choice(KINDS[:2])
-            # A quarter of the kills come before the first batch: while data is read, or the program is compiled.
-            batches = 0 if start % 4 == 0 else numbers.randint(1, 3 * SAVE_EVERY)
-            delay = numbers.uniform(0, 0.3 if batches else 0.4 * seconds)
-            log, began = broken / f"log-{start}", time.monotonic()
-            running = start_training(broken, sources, processes, devices, log)
-            due = None  # when the kill comes
-            while any(process.poll() is None for process in running) and (due is None or time.monotonic() < due):
-                if due is None and start < kills and count_lines(Path(f"{log}-0")) >= batches:
-                    due = time.monotonic() + delay
-                time.sleep(0.01)
-            moment = time.monotonic() - began
-            victim, *others = numbers.sample(running, len(running))
-            workers = [child for process in running for child in list_children(process.pid)]
-            if victim.poll() is None:
-                (os.killpg if kind == "group" else os.kill)(victim.pid, signal.SIGKILL)
-                killed = time.monotonic()
-            outputs = [process.communicate(timeout=120)[0] for process in (victim, *others)]
-            ended = time.monotonic() - killed if victim.returncode == -signal.SIGKILL else None
-            wait_for_end(workers)
-            finished = all(process.returncode == 0 for process in running)
-            assert finished or ended is not None, "\n".join(outputs)
-            rows = list(read_batches(sorted(broken.glob(f"log-{start}-*"))))
-            wrong = [row for *place, digest in rows for row in [tuple(place)] if expected.get(row) != digest]
-            found |= {(batch, row): digest for batch, row, digest in rows}
-            saved = [int(path.name) for path in (broken / "run/checkpoints").glob("*") if path.name.isdigit()]
-            table.add_row(
-                f"{processes} x {devices}", "" if finished else kind, "" if finished else f"{moment:.1f}",
-                f"{len(rows):,}", f"{len(wrong):,}", str(max(saved, default=0)),
-                "" if ended is None else f"{ended:.1f}",
-            )  # fmt: skip
-            start += 1
-        console.print(table)
+        while not test.start(last=len(test.rows) >= kills):
+            pass
         losses = [read_losses(path / "run") for path in (straight, broken)]
-        assert losses[0].keys() == losses[1].keys(), "a step is missing"
-        error = max(abs(losses[1][step] / loss - 1) for step, loss in losses[0].items())
-        caches = [
-            {str(path.relative_to(side / "cache")) for path in (side / "cache").rglob("*")}
-            for side in (straight, broken)
-        ]
-    same = "are" if found == expected else "are not"
+        others = list_names(straight / "cache") ^ list_names(broken / "cache")
+    table = Table(title=f"tiny_lora on a mixture of three sources, {STEPS} steps, {test.seconds:.0f} s undisturbed")
+    for column in ("processes x devices", "killed", "after, s", "ended, s", "rows taken", "wrong rows", "saved step"):
+        table.add_column(column, justify="left" if column == "killed" else "right")
+    for row in test.rows:
+        table.add_row(*row)
+    console.print(table)
+    assert losses[0].keys() == losses[1].keys(), "a step is missing"
+    error = max(abs(losses[1][step] / loss - 1) for step, loss in losses[0].items())
+    same = "are" if test.found == test.expected and not test.wrong else "are not"
     console.print(
-        f"all {len(expected):,} rows of {STEPS} batches {same} those of the undisturbed run, bit for bit; losses of "
-        f"steps differ by at most {error:.1e} of their size, and the last are {losses[1][STEPS]:.6f} and "
-        f"{losses[0][STEPS]:.6f}"
+        f"all {len(test.expected):,} rows of {STEPS} batches {same} those of the undisturbed run, bit for bit; losses "
+        f"of steps differ by at most {error:.1e} of their size, and the last are {losses[1][STEPS]:.6f} and "
+        f"{losses[0][STEPS]:.6f}; files of one cache that the other lacks: {sorted(others) or 'none'}"
     )
-    console.print(f"files of one cache that the other lacks: {sorted(caches[0] ^ caches[1]) or 'none'}")
 
 
 def main() -> None:
