@@ -1,12 +1,18 @@
 """Data on this CPU: rows planned for ten million documents, rows a second from the loader, tokens a second of a stream.
 
     python -m benchmarks.data [--documents 10000000]
+    python -m benchmarks.data --conversations 1000000     the memory of commands that tokenize
 
 Each case is a process of its own, so that its peak memory is its own. Documents have lengths drawn from a log-normal
 distribution, 400 tokens on average. The loader reads a synthetic store in a temporary folder. A stream reads JSONL with
 parts of Python's documentation, as texts or as conversations, and tokenizes them. Both speeds stand beside what a
 cluster of 8 H100s takes: at most 2,250 tokens/s a GPU, published for LoRA on Qwen2.5 32B, on one GPU of such a cluster,
 with Megatron-like stacks. That is a bound taken from elsewhere, not a measurement of this program.
+
+With --conversations, nothing but memory is measured: `train` tokenizes so many conversations and takes a step,
+`data build` tokenizes a text for each, and `data inspect` reads all of them. It is read from /proc all the while:
+resident, which counts pages of mapped files, which may be dropped, and anonymous, which may not. What the command's own
+process takes stands beside what the largest of its workers takes.
 """
 
 import importlib
@@ -15,6 +21,8 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -131,10 +139,87 @@ def stream(folder: Path, kind: str, seconds: float = 10.0) -> float:
     return 4096 * _count_rows(train_batches(data, load_tokenizer(TOKENIZER), layout, cache=folder), seconds)
 
 
+def write_conversations(path: Path, conversations: int) -> None:
+    """Writes conversations of a question and its answer as JSONL, about 600 bytes each, with the same as a text."""
+    from gemma2_jax.data.python_docs import python_documents
+
+    drawn, texts = random.Random(0), list(python_documents().values())
+    with path.open("w") as file:
+        for number in range(conversations):
+            text = drawn.choice(texts)
+            at = drawn.randrange(len(text))
+            question, answer = text[at : at + drawn.randrange(40, 200)], text[at : at + drawn.randrange(40, 300)]
+            user = {"role": "user", "content": f"{question} {number}"}
+            messages = [user, {"role": "assistant", "content": f"{answer}."}]
+            print(json.dumps({"messages": messages, "text": f"{question} {number} {answer}"}), file=file)
+
+
+def watch_memory(command: list[str]) -> dict[str, dict[str, float]]:
+    """Peak MB of a command and of the largest of its children, by the lines of /proc/PID/status. Raises if it fails."""
+    peaks = {who: {"VmHWM": 0.0, "RssAnon": 0.0} for who in ("command", "worker")}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        while process.poll() is None:
+            try:
+                threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+                children = [child for thread in threads for child in thread.read_text().split()]
+            except OSError:  # it has ended
+                break
+            for who, number in [("command", process.pid), *(("worker", child) for child in children)]:
+                for name, size in _read_status(number).items():
+                    peaks[who][name] = max(peaks[who][name], size)
+            time.sleep(0.05)
+        if process.wait():
+            output.seek(0)
+            raise RuntimeError(f"{command} failed: {output.read()[-2000:]}")
+    return peaks
+
+
+def _read_status(number: int | str) -> dict[str, float]:
+    """Peak resident MB of a process and the anonymous MB that it has now; nothing where it has ended."""
+    try:
+        lines = Path(f"/proc/{number}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines)
+    return {name: int(value.split()[0]) * 1024 / 1e6 for name, value in pairs if name in ("VmHWM", "RssAnon")}
+
+
+def print_memory(conversations: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"MB at most, of {conversations:,} conversations on {os.cpu_count()} CPU cores")
+    for column in ("", "command, resident", "anonymous", "a worker, resident", "anonymous", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "conversations.jsonl"
+        write_conversations(source, conversations)
+        tokenizer = ["--data.tokenizer", TOKENIZER]
+        train = ["train", "--config", "tiny_sft", "--workdir", str(folder / "run"), "--steps", "1"]
+        commands = {
+            "train": [*train, "--data.train", str(source), "--data.cache", str(folder / "cache")],
+            "data build": ["data", "build", str(source), str(folder / "built"), *tokenizer],
+            "data inspect": ["data", "inspect", str(source), "--documents", "0", *tokenizer],
+        }
+        for label, arguments in commands.items():
+            start = time.perf_counter()
+            peaks = watch_memory([sys.executable, "-m", "gemma2_jax", *arguments])
+            sizes = [f"{peaks[who][kind]:,.0f}" for who in peaks for kind in ("VmHWM", "RssAnon")]
+            table.add_row(label, *sizes, f"{time.perf_counter() - start:.0f}")
+    Console().print(table)
+
+
 def main() -> None:
     parser = make_parser("data", __doc__)
     parser.add_argument("--documents", type=int, default=10_000_000, help="documents to plan rows for")
-    documents = parser.parse_args().documents
+    parser.add_argument("--conversations", type=int, help="measure the memory of commands on so many, and nothing else")
+    options = parser.parse_args()
+    if options.conversations:
+        print_memory(options.conversations)
+        return
+    documents = options.documents
     from rich.console import Console
     from rich.table import Table
 

@@ -58,6 +58,9 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
 
 
 def _generate(command: Command) -> None:
+    from gemma2_jax.data import encoding
+
+    encoding.hide_torch()
     from gemma2_jax.convert.formats.companions import load_tokenizer
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.loaded import load_generator

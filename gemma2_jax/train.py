@@ -98,6 +98,9 @@ def main(program: str = PROGRAM) -> None:
     try:
         platforms.prepare_process()
         from gemma2_jax.cluster import hosts
+        from gemma2_jax.data import encoding
+
+        encoding.hide_torch()
         from gemma2_jax.training import loop
 
         with hosts.process_group(command.run.hosts):

@@ -22,6 +22,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 import jax
 import pytest
 
+from gemma2_jax.data import encoding
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Warpgroups of an interpreted kernel wait for one another: were their programs enqueued, some would never begin.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -48,6 +50,14 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_of_the_tests(of_all_workers: Path) -> None:
     """Leaves the user's cache alone, and has the same data tokenized once."""
     os.environ["XDG_CACHE_HOME"] = str(of_all_workers / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_of_the_tests() -> Iterator[None]:
+    """Leaves torch to the tests that compare with it, where others run commands in the same process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "hide_torch", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,9 @@ def main(program: str = "python -m gemma2_jax.data") -> None:
 def _load_tokenizer(place: str | Path) -> "PreTrainedTokenizerFast":
     from gemma2_jax.convert.formats.companions import load_tokenizer
     from gemma2_jax.convert.opening import locate_folder
+    from gemma2_jax.data import encoding
 
+    encoding.hide_torch()
     return load_tokenizer(locate_folder(place, weights=False))
 
 

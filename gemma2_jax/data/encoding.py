@@ -6,9 +6,10 @@ at the end. `tokenizing` and `store` keep the tokens.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURNS = ["<start_of_turn>", "<end_of_turn>"]
+
+
+def hide_torch() -> None:
+    """Has transformers take torch for not installed, as tokenizers need none of it and it takes seconds and 500 MB.
+
+    For processes that are this package's own: commands, and those that they start. It changes nothing where torch or
+    transformers was imported before, and other code may import torch afterwards.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None
+    try:
+        from transformers.utils import is_torch_available
+
+        is_torch_available()  # which keeps its answer
+    finally:
+        del modules["torch"]  # as other libraries take a module that has a name there for one that can be used
 
 
 def load_tokenizer(folder: str | Path, origin: str | Path | None = None) -> "PreTrainedTokenizerFast":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import sources
+from gemma2_jax.data import encoding, sources
 from gemma2_jax.data.encoding import encode_examples
 from gemma2_jax.data.reading.places import Piece
 from gemma2_jax.data.records import Example
@@ -194,9 +194,7 @@ def _receive_numbers(numbers: SimpleQueue) -> None:
 
 def main() -> None:
     """Tokenizes the pieces that the parent names, until it has ended."""
-    # transformers imports torch where it is installed, which takes seconds and 300 MB, and tokenizers need none of it.
-    modules: dict[str, Any] = sys.modules
-    modules["torch"] = None
+    encoding.hide_torch()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that what a library prints is no answer
 

@@ -1,8 +1,11 @@
 """Documents as tokens: which of them are learned, and the store that keeps them."""
 
 import copy
+import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,44 @@ def test_long_documents_are_told_of(tokenizer):
     }
     assert first.describe_longest(256).endswith("(a:2); 3 have more than 256, of which a:1 is the first")
     assert first.describe_longest(4096) == f"the longest has {lengths[2]:,} tokens (a:2)"
+
+
+HIDDEN = """
+import sys
+from gemma2_jax.data import encoding
+encoding.hide_torch()
+assert encoding.load_tokenizer(sys.argv[1]).chat_template and "torch" not in sys.modules
+from transformers.utils import is_torch_available
+assert not is_torch_available()
+"""
+IMPORTED = """
+import sys, types
+torch = sys.modules["torch"] = types.ModuleType("torch")
+from gemma2_jax.data import encoding
+encoding.hide_torch()
+assert sys.modules["torch"] is torch and "transformers" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("script", [HIDDEN, IMPORTED], ids=["not imported", "imported before"])
+def test_a_tokenizer_is_loaded_without_torch(script):
+    subprocess.run([sys.executable, "-c", script, str(TINY)], check=True)
+
+
+COMMANDS = {
+    "train": ["--config", "tiny_sft", "--data.train", "none.jsonl"],
+    "generate": ["--checkpoint", str(TINY), "--prompt", "a"],
+    "data.__main__": ["inspect", "none.jsonl", "--data.tokenizer", str(TINY)],
+}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_hide_torch(module, monkeypatch):
+    def hide() -> None:
+        raise RuntimeError("hidden")
+
+    command = importlib.import_module(f"gemma2_jax.{module}")
+    monkeypatch.setattr(encoding, "hide_torch", hide)
+    monkeypatch.setattr(sys, "argv", ["command", *COMMANDS[module]])
+    with pytest.raises(RuntimeError, match="hidden"):
+        command.main()
