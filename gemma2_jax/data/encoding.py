@@ -36,7 +36,7 @@ def hide_torch() -> None:
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None
     try:
-        from transformers.utils import is_torch_available
+        from transformers.utils.import_utils import is_torch_available
 
         is_torch_available()  # which keeps its answer
     finally:
