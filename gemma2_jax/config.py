@@ -400,6 +400,10 @@ class TrainConfig:
     eval_batches: int = 10  # batches of an evaluation, at most
     checkpoint_every: int = 100  # steps between checkpoints; one more follows the last step
     keep_checkpoints: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # checkpoints of steps that this divides are kept for good; 0: none are
+    keep_best: int = 0  # checkpoints of the lowest held-out losses kept, beside the newest
+    patience: int = 0  # evaluations without a lower held-out loss, after which the run ends; 0: it goes on
+    export_best: Literal["", "hf", "peft", "orbax"] = ""  # format to write the best checkpoint in at the end of the run
     save_deadline: int = 3600  # seconds that writing a checkpoint may take, after which the run ends
     export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP
     tensorboard: bool = False  # metrics go to TensorBoard as well, in WORKDIR/tensorboard
@@ -408,11 +412,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            lowest = 0 if f.name == "eval_every" else 1
+            lowest = 0 if f.name in ("eval_every", "keep_every", "keep_best", "patience") else 1
             if f.type is int and f.name != "seed" and not lowest <= (value := getattr(self, f.name)) < 2**31:
                 raise ValueError(f"train.{f.name} is {value}; it must be at least {lowest} and below 2**31")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2**32")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"train.keep_every is {self.keep_every}, and a checkpoint is written every {self.checkpoint_every} "
+                "steps; give a multiple of train.checkpoint_every"
+            )
+        if self.keep_best and self.eval_every and self.checkpoint_every % self.eval_every:
+            raise ValueError(
+                f"train.keep_best is {self.keep_best}, and of the checkpoints every {self.checkpoint_every} steps some "
+                f"have no held-out loss, as one is computed every {self.eval_every}; make train.checkpoint_every a "
+                "multiple of train.eval_every"
+            )
+        if self.export_best and not self.keep_best:
+            raise ValueError(
+                f"train.export_best is {self.export_best}, but train.keep_best is 0, which keeps the newest "
+                "checkpoints alone; set train.keep_best to 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,6 +557,33 @@ class Config:
             raise ValueError(
                 f"train.export_adapter is True, but adapter.kind is {self.adapter.kind} and init is {self.init!r}; it "
                 "takes adapter.kind lora or dora, on a model that init names"
+            )
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Raises ValueError where the best held-out loss is asked for and cannot be had, or cannot be exported."""
+        train = self.train
+        if not (self.data.has_eval and train.eval_every):
+            for name in ("keep_best", "patience"):
+                if getattr(train, name):
+                    raise ValueError(
+                        f"train.{name} is {getattr(train, name)}, but there is no held-out loss: set train.eval_every, "
+                        "and data.eval or data.eval_fraction"
+                    )
+        if not train.export_best:
+            return
+        has_adapter = self.adapter.kind != "none"
+        if has_adapter and not self.init:
+            raise ValueError(
+                f"train.export_best is {train.export_best}, but init is empty, and an adapter on random weights is of "
+                "no use elsewhere; set init, or leave out train.export_best"
+            )
+        if train.export_best == "peft" and not has_adapter:
+            raise ValueError("train.export_best is peft, but adapter.kind is none; export it as hf or orbax")
+        if train.export_best != "orbax" and self.adapter.unmergeable_targets:
+            raise ValueError(
+                f"train.export_best is {train.export_best}, and no other program adds the adapter of "
+                f"{' and '.join(self.adapter.unmergeable_targets)} after the post-norm; export it as orbax"
             )
 
     @property

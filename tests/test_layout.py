@@ -43,7 +43,7 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer", "environment", "progress", "speed", "guard"), ("pipeline",),
+        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best"), ("pipeline",),
         ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer"),
         ("startup", "resume", "export"), ("loop",),
     ),

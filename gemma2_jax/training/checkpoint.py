@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +31,17 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_args import get_registered_args_cls
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+)
 from rich.filesize import decimal
 
 from gemma2_jax.cluster import hosts, jax_internals
+from gemma2_jax.config import TrainConfig
 from gemma2_jax.convert import steps
 from gemma2_jax.convert.files import checksums, orbax
 from gemma2_jax.dims import Abstract
@@ -58,8 +65,16 @@ class Checkpoints:
     is due, or when there is room. Where that is still so at the end of the run, leaving the block raises OSError.
     """
 
-    def __init__(self, workdir: Path, keep: int, deadline: float = DEADLINE_SECONDS):
-        """`deadline` is how many seconds a write may take.
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        deadline: float = DEADLINE_SECONDS,
+        policies: Sequence[PreservationPolicy] = (),
+    ):
+        """The newest `keep` steps are kept, and those that one of the policies keeps, each a function of all steps.
+
+        `deadline` is how many seconds a write may take.
 
         Raises ValueError where the newest step is damaged, and no earlier one is whole.
         """
@@ -80,7 +95,7 @@ class Checkpoints:
         self._write: _Write | None = None  # under way, or ended since `_finish_write` was last called
         self._failure: _Failure | None = None  # of the newest write, if it failed
         self._agreement = _Agreement() if jax.process_count() > 1 else None
-        self._keep = keep
+        self._policy = AnyPreservationPolicy([LatestN(keep), *policies])
         self._manager = self._open_manager()
 
     def __enter__(self) -> "Checkpoints":
@@ -118,7 +133,9 @@ class Checkpoints:
 
     def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(self._keep),
+            preservation_policy=self._policy,
+            best_fn=_read_loss,
+            best_mode="min",
             create=True,
             async_options=ocp.AsyncOptions(
                 timeout_secs=math.ceil(self._deadline),
@@ -136,11 +153,24 @@ class Checkpoints:
             handlers.add(item, restore, handler)
         return ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
-    def save(self, step: int, params: Weights, optimizer: Any, loop: dict) -> bool:
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss of those that are kept, the earliest of equals; None without one."""
+        self._finish_write()
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        losses = [(_read_loss(kept), step) for step, kept in metrics.items() if kept]
+        return min(losses)[1] if losses else None
+
+    def read_loop(self, step: int) -> dict:
+        """What was saved as `loop` with this step."""
+        return json.loads((self.folder / str(step) / "loop" / "metadata").read_text())
+
+    def save(self, step: int, params: Weights, optimizer: Any, loop: dict, loss: float | None = None) -> bool:
         """Starts writing a step, and returns when the arrays may be donated; False if it is not begun for lack of room.
 
-        `loop` must be JSON. Where it cannot be written, that is said, and tried again with a later step. An interrupt
-        is raised when the write has started, so that the step is kept. Raises TimeoutError as `is_overdue` does.
+        `loop` must be JSON. `loss` is the held-out loss of this step, where it is known. Where it cannot be written,
+        that is said, and tried again with a later step. An interrupt is raised when the write has started, so that the
+        step is kept. Raises TimeoutError as `is_overdue` does.
         """
         self._finish_write()
         if shortage := _gather(self.describe_shortage(params, optimizer))[0]:
@@ -159,6 +189,7 @@ class Checkpoints:
                     optimizer=ocp.args.PyTreeSave(_nest_dicts(optimizer)),
                     loop=ocp.args.JsonSave(loop),
                 ),
+                metrics=None if loss is None else {"eval_loss": loss},
             )
             self._write = write
             threading.Thread(target=self._follow, args=(write,), name="follow_write", daemon=True).start()
@@ -363,6 +394,28 @@ class _Agreement:
         reasons = hosts.gather_answers(f"{self._name}/{barrier}", "", timeout_ms / 1000)
         if any(reasons):
             raise OSError(next(filter(None, reasons)))
+
+
+def _read_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["eval_loss"]
+
+
+def make_policies(config: TrainConfig) -> list[PreservationPolicy]:
+    """Which steps are kept beside the newest, as the config says."""
+    policies: list[PreservationPolicy] = []
+    if config.keep_every:
+        policies.append(EveryNSteps(config.keep_every))
+    if config.keep_best:
+        # Orbax keeps the last ones of those that it sorts.
+        policies.append(
+            BestN(
+                get_metric_fn=_read_loss,
+                reverse=True,
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return policies
 
 
 def _find_whole_step(folder: Path) -> tuple[int | None, dict[int, str]]:

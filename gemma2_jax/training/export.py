@@ -62,8 +62,12 @@ class AdapterExports:
 
     def _prune(self, step: int) -> None:
         """Keeps as many folders as there are checkpoints, none of a later step, and none that a killed run began."""
+        train, folder = self._config.train, self._config.output / "checkpoints"
         steps = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-        kept_steps = [exported for exported in steps if exported <= step][-self._config.train.keep_checkpoints :]
+        steps = [exported for exported in steps if exported <= step]
+        kept_steps = steps[-train.keep_checkpoints :]
+        if train.keep_every or train.keep_best:  # a checkpoint that goes now takes its adapter along the next time
+            kept_steps += [exported for exported in steps if (folder / str(exported)).exists()]
         for path in self.folder.iterdir():
             if path.name.endswith(".partial") or (path.name.isdigit() and int(path.name) not in kept_steps):
                 shutil.rmtree(path)

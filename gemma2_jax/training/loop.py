@@ -22,7 +22,8 @@ from gemma2_jax.data.store import cache_folder
 from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import environment, metrics, resume, startup, trackers
-from gemma2_jax.training.checkpoint import Checkpoints
+from gemma2_jax.training.best import BestLoss, export_step
+from gemma2_jax.training.checkpoint import Checkpoints, make_policies
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.guard import Guard
 from gemma2_jax.training.lock import lock_workdir
@@ -68,7 +69,9 @@ def train(config: Config) -> Result:
     with (
         jax.set_mesh(mesh),
         lock_workdir(config.output),
-        Checkpoints(config.output, config.train.keep_checkpoints, config.train.save_deadline) as checkpoints,
+        Checkpoints(
+            config.output, config.train.keep_checkpoints, config.train.save_deadline, make_policies(config.train)
+        ) as checkpoints,
     ):
         tokenizer = load_run_tokenizer(config, source, resumes=checkpoints.latest is not None)
         config = grow_vocabulary(find_tokens(config, source, tokenizer), source, tokenizer)
@@ -76,10 +79,11 @@ def train(config: Config) -> Result:
         changes = resume.claim_workdir(config, checkpoints.latest)
         keep_tokenizer(config, source, tokenizer)
         adapters = AdapterExports(config, source)
-        if checkpoints.latest is not None and checkpoints.latest >= config.steps:
+        best = resume.restore_best(config, checkpoints)
+        if checkpoints.latest is not None and (checkpoints.latest >= config.steps or best.is_out_of_patience):
             state, _ = resume.start_state(program, source, checkpoints)
             adapters.save(checkpoints.latest, state.params)  # the run may have ended before it was written
-            return report_finished(console, program, checkpoints.latest, state)
+            return report_finished(console, program, checkpoints, best, state)
         environment.record_start(config.output, checkpoints.latest or 0)
         with hosts.process_zero_first("tokenize"):
             batches, held_out_batches = open_data(program, tokenizer)
@@ -120,11 +124,14 @@ def train(config: Config) -> Result:
             eval_sources=program.sources["eval"],
             count_epochs=batches.count_epochs,
         )
-        run = Run(program, batches, train_step, evaluate, guard, checkpoints, adapters)
+        run = Run(program, batches, train_step, evaluate, guard, best, checkpoints, adapters)
         with log, Trace(config, start_step, log.pause) as trace:
-            state = take_steps(run, state, start_step, log, trace)
-    startup.print_ending(console, config, config.steps, trace.folder)
-    return Result(step=config.steps, losses=log.losses, eval_losses=log.eval_losses, program=program, state=state)
+            state, step = take_steps(run, state, start_step, log, trace)
+        exported = export_best(config, checkpoints)
+    if best.is_out_of_patience and jax.process_index() == 0:
+        console.print(best.describe_end(step), highlight=False, soft_wrap=True)
+    startup.print_ending(console, config, step, trace.folder, exported)
+    return Result(step=step, losses=log.losses, eval_losses=log.eval_losses, program=program, state=state)
 
 
 @dataclass(frozen=True)
@@ -136,16 +143,17 @@ class Run:
     train_step: jax.stages.Compiled
     evaluate: Callable[[State], np.ndarray] | None
     guard: Guard
+    best: BestLoss
     checkpoints: Checkpoints
     adapters: AdapterExports
 
 
-def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> State:
-    """Takes the steps after `start_step`, evaluates and saves when due, and returns the state after the last step."""
+def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> tuple[State, int]:
+    """Takes the steps after `start_step`, evaluates and saves when due; returns the last state and its step."""
     config, is_unsaved = run.program.config, False
     if run.evaluate and start_step == 0:
         with log.pause():
-            log.log_evaluation(0, run.evaluate(state))
+            evaluate(run, 0, state, log)
     for step in range(start_step + 1, config.steps + 1):
         trace.before_step(step)
         with log.wait():
@@ -155,17 +163,28 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         trace.after_step(step)
         if run.evaluate and is_due(step, config.train.eval_every, config.steps):
             with log.pause():
-                log.log_evaluation(step, run.evaluate(state))
-        is_unsaved |= is_due(step, config.train.checkpoint_every, config.steps) or run.checkpoints.is_overdue(step)
+                evaluate(run, step, state, log)
+        is_last = step == config.steps or run.best.is_out_of_patience
+        is_unsaved |= is_last or step % config.train.checkpoint_every == 0 or run.checkpoints.is_overdue(step)
         if is_unsaved:
             with log.pause():
-                if run.guard.row == 0 or step == config.steps:  # else these weights may be why steps are skipped
+                if run.guard.row == 0 or is_last:  # else these weights may be why steps are skipped
                     if save(run, step, state):
                         log.log_checkpoint(step)
                     is_unsaved = False
         if run.guard.is_exhausted:
             raise FloatingPointError(run.guard.describe_end())
-    return state
+        if is_last:
+            return state, step
+    raise AssertionError("a run that has no step to take is finished")
+
+
+def evaluate(run: Run, step: int, state: State, log: metrics.Metrics) -> None:
+    """Computes the held-out loss after a step, and logs it."""
+    assert run.evaluate is not None
+    losses = run.evaluate(state)
+    log.log_evaluation(step, losses)
+    run.best.add(step, float(np.ravel(losses)[0]))
 
 
 def save(run: Run, step: int, state: State) -> bool:
@@ -175,17 +194,27 @@ def save(run: Run, step: int, state: State) -> bool:
     """
     history = {name: float(x) for name, x in jax.device_get(state.history).items()}
     position = {"step": step, "data": run.batches.get_state(), "history": history, "guard": run.guard.get_state()}
-    if not run.checkpoints.save(step, state.params, state.optimizer, position):
+    position["best"] = run.best.get_state()
+    if not run.checkpoints.save(step, state.params, state.optimizer, position, run.best.find_loss(step)):
         return False
     run.adapters.save(step, state.params)
     return True
 
 
-def report_finished(console: Console, program: Program, step: int, state: State) -> Result:
+def export_best(config: Config, checkpoints: Checkpoints) -> Path | None:
+    """The best step as `train.export_best` asks for it; None where it asks for none, or no step has a held-out loss."""
+    step = checkpoints.best if config.train.export_best else None
+    return None if step is None else export_step(config, step)
+
+
+def report_finished(
+    console: Console, program: Program, checkpoints: Checkpoints, best: BestLoss, state: State
+) -> Result:
     """Says that the run has already taken all its steps, and where its result is."""
-    config = program.config
-    startup.print_nothing_to_do(console, config, step)
-    startup.print_ending(console, config, step)
+    config, step = program.config, checkpoints.latest
+    assert step is not None
+    startup.print_nothing_to_do(console, config, step, best.describe_end(step) if best.is_out_of_patience else "")
+    startup.print_ending(console, config, step, best=export_best(config, checkpoints))
     return Result(step=step, losses={}, eval_losses={}, program=program, state=state)
 
 

@@ -16,6 +16,7 @@ from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data.batches import Batches
 from gemma2_jax.model.gemma2 import Weights
+from gemma2_jax.training.best import BestLoss
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.guard import Guard, no_history
 from gemma2_jax.training.step import Program, State
@@ -23,8 +24,9 @@ from gemma2_jax.training.trackers import truncate_metrics
 
 # A run may go on with other values of the fields that begin like this; any other change would make it another run.
 FREE_FIELDS = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.")
-FREE_FIELDS += ("train.keep_checkpoints", "train.micro_batch_size", "train.export_adapter", "mesh.")
+FREE_FIELDS += ("train.keep_", "train.micro_batch_size", "train.export_adapter", "mesh.")
 FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow", "guard.", "train.save_deadline")
+FREE_FIELDS += ("train.patience", "train.export_best")
 FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
 
 
@@ -230,6 +232,12 @@ def start_state(program: Program, source: Checkpoint | None, checkpoints: Checkp
         state = State(step=step, params=params, frozen=frozen, optimizer=optimizer, history=history)
     hosts.wait_for_processes("start_state")
     return state, position
+
+
+def restore_best(config: Config, checkpoints: Checkpoints) -> BestLoss:
+    """The best held-out loss as it was when the newest checkpoint was saved."""
+    latest = checkpoints.latest
+    return BestLoss(config.train.patience, None if latest is None else checkpoints.read_loop(latest).get("best"))
 
 
 def load_base(program: Program, source: Checkpoint | None) -> Weights:

@@ -167,15 +167,19 @@ def describe_pipeline(program: Program) -> str:
     )
 
 
-def print_nothing_to_do(console: Console, config: Config, step: int) -> None:
-    """Says that the run has already taken its steps."""
+def print_nothing_to_do(console: Console, config: Config, step: int, early_end: str = "") -> None:
+    """Says that the run has already taken its steps, or why it has ended before."""
     if jax.process_index() == 0:
-        line = f"there is nothing to do: this run has already taken {step} steps, of {config.steps} asked"
+        reason = f"this run has already taken {step} steps, of {config.steps} asked"
         remedy = "" if step > config.steps else "; to go on, give more --steps"
-        console.print(line + remedy, highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"there is nothing to do: {early_end or reason + remedy}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
-def print_ending(console: Console, config: Config, step: int, trace_folder: Path | None = None) -> None:
+def print_ending(
+    console: Console, config: Config, step: int, trace_folder: Path | None = None, best: Path | None = None
+) -> None:
     """Says where the result of the last step is, what else was written, and what one would do with it next."""
     if jax.process_index() != 0:
         return
@@ -187,6 +191,8 @@ def print_ending(console: Console, config: Config, step: int, trace_folder: Path
     lines = [f"\nThe {product} of step {step}: {config.output}/checkpoints/{step}/params"]
     if config.train.export_adapter:
         lines.append(f"For PEFT:  {config.output}/adapters/{step}")
+    if best is not None:
+        lines.append(f"Best:      {best} ({config.train.export_best}, of the step of that name)")
     if trace_folder is not None:
         lines.append(f"Trace:     {trace_folder} (XProf and TensorBoard open it)")
     elif config.profile.steps:

@@ -189,7 +189,7 @@ def test_another_run_in_the_same_workdir_is_refused(tmp_path, capsys, monkeypatc
     # program when they are 20.
     text = (tmp_path / "config.txt").read_text().replace("init_adapter = ''\n", "")
     (tmp_path / "config.txt").write_text(text.replace("decay_steps = 20", "decay_steps = None"))
-    monkeypatch.setattr(loop, "take_steps", lambda run, state, *rest: state)
+    monkeypatch.setattr(loop, "take_steps", lambda run, state, *rest: (state, 20))
     loop.train(replace(once, steps=20, optim=replace(once.optim, decay_steps=None)))
     assert "changed steps was 1 and is 20, which the learning rate follows" in " ".join(capsys.readouterr().out.split())
 
