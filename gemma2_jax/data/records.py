@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from gemma2_jax.config import DataConfig
+from gemma2_jax.data.column_advice import suggest_columns, suggest_text
 
 # What data sets call the sides of a conversation, in lower case.
 _ROLE_NAMES = {
@@ -122,13 +123,13 @@ def _find_shape(record: dict, names: Mapping[str, str], where: str) -> Shape:
     for shape in shapes:
         if record.keys() >= set(shape.columns):
             return shape
-    columns = [*record]
-    remedy = f"say what they are, such as --data.columns prompt={columns[0]},completion={columns[-1]}"
-    if isinstance(record.get("text"), str):
-        remedy = "to train on its 'text' as plain text, give --data.kind text"
-    known = "; ".join(" and ".join(map(repr, shape.columns)) for shape in shapes)
+    # All shapes would be too many to read; these are the commonest.
+    known = "; ".join(" and ".join(map(repr, shape.columns)) for shape in (shapes if names else _COMMON_SHAPES))
+    remedy = suggest_columns(record, names, [shape.columns for shape in shapes], where)
     raise BadRecord(
-        where, "unknown columns", f"its columns {_list_columns(record)} are none of a document's ({known}); {remedy}"
+        where,
+        "unknown columns",
+        f"its columns {_list_columns(record)} are none of a document's ({known}{'' if names else '; ...'}); {remedy}",
     )
 
 
@@ -144,8 +145,7 @@ def _read_plain_text(record: dict, where: str) -> Example:
         raise BadRecord(
             where,
             "missing column",
-            f"has no 'text'; it has {_list_columns(record)}; name the column of the text, as in --data.columns "
-            f"text={next(iter(record), 'body')}",
+            f"has no 'text'; it has {_list_columns(record)}; name the column of the text, as in {suggest_text(record)}",
         )
     return Example(where=where, completion=_read_answer(record, "text", where), shape="text")
 
@@ -221,6 +221,13 @@ def _refuse_preference(record: dict, where: str) -> Example:
 
 def _read_turns(record: dict, column: str, where: str) -> list[Turn]:
     messages = record[column]
+    if isinstance(messages, str):  # as tables have lists
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise BadRecord(
+                where, "not messages", f"{column!r} is a text that is not JSON; it must be a list of messages"
+            ) from None
     if not isinstance(messages, list):
         kind = type(messages).__name__
         raise BadRecord(where, "not messages", f"{column!r} is of type {kind}; it must be a list of messages")
@@ -238,6 +245,11 @@ def _read_turn(message: object, label: str, where: str) -> Turn:
             where, "tool calls", f"{label} calls a tool, for which a Gemma 2 chat has no place; write it as text"
         )
     if not isinstance(role, str) or content is None:
+        if nulls := [key for key in ("role", "from", *_CONTENT_KEYS) if key in message and message[key] is None]:
+            keys = " and ".join(map(repr, nulls))
+            raise BadRecord(
+                where, "null in a message", f"{keys} of {label} is null; write a text, or remove the message"
+            )
         keys = ", ".join(map(repr, message))
         raise BadRecord(
             where,
@@ -342,4 +354,7 @@ SHAPES = (
     _exchange_shape("input and output", "input", "output"),
     _exchange_shape("user and assistant", "user", "assistant"),
 )
+_COMMON_SHAPES = [
+    shape for shape in SHAPES if shape.name in ("messages", "prompt and completion", "question and answer")
+]
 _KNOWN_COLUMNS = {"text"} | {column for shape in SHAPES for column in (*shape.columns, *shape.optional)}

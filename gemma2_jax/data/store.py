@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # to be raised when the code writes other tokens or other files for the same documents
+_FORMAT = 5  # to be raised when the code writes other tokens or other files for the same documents
 _SMALL_SOURCE_BYTES = 4 << 20  # up to which this process is done before others would have started
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STORE_FILES = ("tokens", "learned", "offsets")

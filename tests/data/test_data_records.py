@@ -1,5 +1,7 @@
 """Records of every shape that data sets have: which document each makes, and what is said of those that make none."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ CONVERSATIONS = {
     "OpenAI": ({"messages": [USER, ANSWER]}, "messages", SAID),
     "beside other columns": ({"messages": [USER, ANSWER], "prompt": "x", "source": 1}, "messages", SAID),
     "system column": ({"system": "is", "messages": [USER, ANSWER]}, "messages", [("system", "is"), *SAID]),
+    "messages in JSON, as CSV has them": ({"messages": json.dumps([USER, ANSWER])}, "messages", SAID),
     "empty system column": ({"system": "", "messages": [USER, ANSWER]}, "messages", SAID),
     "two systems": (
         {"system": "x", "messages": [{"role": "system", "content": "is"}, USER, ANSWER]},
@@ -144,6 +147,11 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
         "content other than text",
         "message 1 has a part 'image_url'; Gemma 2 takes text alone",
+    ),
+    "null content": (
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "null in a message",
+        "'content' of message 2 is null; write a text, or remove the message",
     ),
     "tool call": (
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},

@@ -1,5 +1,6 @@
 """Documents from files: what is read, and what each malformed one is told."""
 
+import re
 import sys
 
 import pyarrow
@@ -78,18 +79,15 @@ GOOD = {"prompt": "Q", "completion": "A"}
         ("[1]", "holds a list; a document is a JSON object"),
         ("", "the line is blank; remove it"),
         ("  ", "the line is blank; remove it"),
-        ({"question": "Q"}, "its columns 'question' are none of a document's .*give|say what they are, such as"),
-        (
-            {"prompt": "Q", "answer": "A"},
-            "its columns 'prompt', 'answer' .* --data.columns prompt=prompt,completion=answer",
-        ),
+        ({"question": "Q"}, "its columns 'question' are none of a document's .* --data.columns text=question"),
         (
             {"prompt": 1, "completion": "A"},
             "'prompt' and 'completion' are of type int and str; they must be two strings",
         ),
         ({"prompt": "Q", "completion": ["A"]}, "'prompt' and 'completion' are of type str and list"),
         ({"prompt": "Q", "completion": " \n"}, "'completion' is empty"),
-        ({"messages": "Q"}, "'messages' is of type str; it must be a list"),
+        ({"messages": "Q"}, "'messages' is a text that is not JSON; it must be a list"),
+        ({"messages": 1}, "'messages' is of type int; it must be a list"),
         (
             {"messages": [*TALK, {"role": "user"}]},
             "message 3 has 'role'; it must have 'role' and 'content', or 'from' and",
@@ -109,8 +107,45 @@ def test_malformed_lines_are_named(jsonl, bad, message):
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl:1: not JSON"):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff", "completion": "A"}\n{"prompt": "Q", "completion": "A"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl:1: has bytes that are not UTF-8; convert .* iconv"):
+        read(tmp_path)
+    report = Report()
+    data = DataConfig(train=str(tmp_path), eval_fraction=0.0, on_bad="skip")
+    assert [example.completion for example in sources.read_examples(data, "train", report)] == ["A"]
+    assert {reason: finding.count for reason, finding in report.dropped.items()} == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "choices", "advice"),
+    [
+        (
+            {"prompt": "Q", "answer": "A"},
+            {},
+            "--data.columns user=prompt,assistant=answer writes them by the chat template, and --data.columns "
+            "prompt=prompt,completion=answer joins them as they are",
+        ),
+        (
+            {"My Question": "Q", "b": "A"},
+            {},
+            "say which of them hold what: --data.columns user=COLUMN,assistant=COLUMN",
+        ),
+        ({"the dialog": TALK, "title": "T"}, {}, "give --data.columns 'messages=the dialog'"),
+        ({"the body": "T", "n": 1}, {}, "give --data.kind text --data.columns 'text=the body'"),
+        ({"foo": 1}, {}, "none of them is a text; write documents of one of these shapes"),
+        ({"q": "Q", "a": "A"}, {"columns": "prompt=q"}, "too: --data.columns prompt=q,completion=a"),
+        ({"q": "Q", "x": "A", "y": "A"}, {"columns": "prompt=q"}, "too: --data.columns prompt=q,completion=COLUMN"),
+        ({"url": "U", "body": "B"}, {"kind": "text"}, "as in --data.columns text=COLUMN"),
+    ],
+)
+def test_columns_are_suggested_where_they_tell(jsonl, record, choices, advice):
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        read(jsonl(record), **choices)
+
+
+def test_a_table_that_lacks_its_header_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("What is 1 + 1?,It is 2.\nWhat is 1 + 2?,It is 3.\n")
+    with pytest.raises(ValueError, match=r"a.csv:2: .* put a first line before them that names the columns"):
         read(tmp_path)
 
 

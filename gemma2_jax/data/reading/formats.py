@@ -158,7 +158,9 @@ def _read_lines(stream: io.BufferedReader, part: "Part") -> Located:
             continue
         try:
             yield where, json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess another encoding
-        except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
+        except UnicodeDecodeError:
+            yield where, _refuse_bytes(where)
+        except (ValueError, RecursionError) as error:  # malformed JSON
             yield where, BadRecord(where, "not JSON", f"not JSON ({error}); each line holds one JSON object")
 
 
