@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -140,16 +140,20 @@ def _inspect(command: Inspect) -> None:
     from gemma2_jax.data.store import open_store
 
     folder = Path(command.source)
-    is_run = (folder / "config.txt").is_file()
-    data = config_text.from_file(folder / "config.txt").data if is_run else replace(command.data, train=command.source)
-    tokenizer = str(folder / "tokenizer") if is_run else data.tokenizer
+    run = config_text.from_file(folder / "config.txt") if (folder / "config.txt").is_file() else None
+    data = run.data if run else replace(command.data, train=command.source)
+    tokenizer = str(folder / "tokenizer") if run else data.tokenizer
     loaded = _load_tokenizer(tokenizer) if tokenizer else None
     if (folder / "offsets").is_file():
         _print_inspection(inspection.inspect_store(open_store(folder), loaded, samples=command.samples))
     else:
+        row_lengths = (run.train.sequence_length,) if run else inspection.ROW_LENGTHS
         for number, source in enumerate(_split_sources(data.train)):
             print("\n" * bool(number), end="")
-            _print_inspection(_inspect_source(command, replace(data, train=source), loaded, is_run))
+            found = _inspect_source(command, replace(data, train=source), loaded, run is not None, row_lengths)
+            _print_inspection(found)
+            if not found.documents:
+                raise ValueError(f"no document of {source} that was read can be trained on")
     if not tokenizer:
         print("\nWith --data.tokenizer FOLDER, a folder or a Hub id, tokens are counted and shown as text.")
 
@@ -162,7 +166,11 @@ def _split_sources(text: str) -> list[str]:
 
 
 def _inspect_source(
-    command: Inspect, data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", is_run: bool
+    command: Inspect,
+    data: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    is_run: bool,
+    row_lengths: Sequence[int],
 ) -> "Inspection":
     """The inspection of one source; of a run, what it has tokenized of it beforehand."""
     from gemma2_jax.data import inspection
@@ -173,8 +181,10 @@ def _inspect_source(
         return inspection.inspect_indexed(open_indexed(prefix), tokenizer, samples=command.samples)
     if is_run and tokenizer and not data.stream:
         store = build_store(data, "train", tokenizer, cache_folder(data), show=True)
-        return inspection.inspect_store(store, tokenizer, samples=command.samples)
-    return inspection.inspect_source(data, tokenizer, documents=command.documents, samples=command.samples)
+        return inspection.inspect_store(store, tokenizer, samples=command.samples, row_lengths=row_lengths)
+    return inspection.inspect_source(
+        data, tokenizer, documents=command.documents, samples=command.samples, row_lengths=row_lengths
+    )
 
 
 def _print_inspection(found: "Inspection") -> None:

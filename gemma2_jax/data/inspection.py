@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _BORDERS = 100_000  # documents whose first and last tokens are looked at
 _BLOCK = 1 << 24  # tokens that are counted at one time
+ROW_LENGTHS = (2048, 4096, 8192)  # values of train.sequence_length that documents are compared with
 _SHOWN_PLACES = 3
 _SHOWN_TOKENS = 64  # at the beginning of a document of a batch
 _SHOWN_RUNS, _SHOWN_CHARACTERS = 6, 100  # of an example in a line
@@ -42,6 +43,7 @@ class Inspection:
 
     facts: list[Fact]
     samples: list[list[Piece]]
+    documents: int  # that can be trained on, of those read
 
 
 @dataclass(kw_only=True)
@@ -84,28 +86,50 @@ class _BoundedReport(Report):
 
 
 def inspect_source(
-    data: DataConfig, tokenizer: "PreTrainedTokenizerFast | None", *, documents: int, samples: int
+    data: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    *,
+    documents: int,
+    samples: int,
+    row_lengths: Sequence[int] = ROW_LENGTHS,
 ) -> Inspection:
     """Reads the first so many documents of `data.train`; all where `documents` is 0. Bad ones are counted.
 
     Records that have a text, and no columns of instructions, are read as plain text. Without a tokenizer, characters
     are counted, and not tokens. Raises ValueError if the source has no files.
     """
+    stops = data.on_bad == "stop"
     data = replace(data, eval="", eval_fraction=0.0, on_bad="skip")
     report, tally, is_cut = _read_documents(data, tokenizer, documents, samples)
     note = []
     if not report.documents and "unknown columns" in report.dropped and data.kind == "instructions":
         text = replace(data, kind="text")
         if (found := _read_documents(text, tokenizer, documents, samples))[0].documents:
-            (report, tally, is_cut), note = found, [("note", "read as plain text, as with --data.kind text")]
+            (report, tally, is_cut), note = (
+                found,
+                [("note", "read as plain text, which training does with --data.kind text")],
+            )
+            data = text
     count = f"{report.documents:,}" + (", the first ones; --documents 0 reads all" if is_cut else "")
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in report.shapes.most_common())
     facts = [*_describe_places(data), *note, ("documents", count), *([("shapes", shapes)] if shapes else [])]
+    if report.dropped and stops:
+        left_out = sum(finding.count for finding in report.dropped.values())
+        facts.append(
+            (
+                "bad documents",
+                f"{left_out:,}, at the first of which training stops; with --data.on_bad skip they are left out",
+            )
+        )
     facts += [("note", sentence) for sentence in report.describe()]
     if tally.lengths:
         unit = "tokens" if tokenizer else "characters"
-        facts += _describe_lengths(np.array(tally.lengths), tally.learned, unit)
-    return Inspection(facts=facts, samples=[_show_pieces(pieces, tokenizer) for pieces in tally.documents])
+        lengths = np.array(tally.lengths)
+        facts += _describe_lengths(lengths, tally.learned, unit)
+        if tokenizer and data.kind == "instructions":
+            facts += _describe_longer(lengths, row_lengths)
+    shown = [_show_pieces(pieces, tokenizer) for pieces in tally.documents]
+    return Inspection(facts=facts, samples=shown, documents=report.documents)
 
 
 def _read_documents(
@@ -131,7 +155,13 @@ def _read_enough[T](documents: Iterator[T]) -> Iterator[T]:
         yield from documents
 
 
-def inspect_store(store: Store, tokenizer: "PreTrainedTokenizerFast | None", *, samples: int) -> Inspection:
+def inspect_store(
+    store: Store,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    *,
+    samples: int,
+    row_lengths: Sequence[int] = ROW_LENGTHS,
+) -> Inspection:
     """All documents of tokenized data."""
     learned = sum(
         int(np.count_nonzero(store.learned[start : start + _BLOCK])) for start in range(0, len(store.learned), _BLOCK)
@@ -139,13 +169,16 @@ def inspect_store(store: Store, tokenizer: "PreTrainedTokenizerFast | None", *, 
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in store.report.shapes.most_common())
     facts = [("tokenized data", str(store.folder)), ("documents", f"{len(store.offsets) - 1:,}"), ("shapes", shapes)]
     facts += [("note", sentence) for sentence in store.report.describe()]
-    facts += _describe_lengths(np.diff(store.offsets), learned, "tokens")
+    lengths = np.diff(store.offsets)
+    facts += _describe_lengths(lengths, learned, "tokens")
+    if [*store.report.shapes] != ["text"]:
+        facts += _describe_longer(lengths, row_lengths)
     chosen = []
     for number in _choose_documents(len(store.offsets) - 1, samples):
         begin, end = store.offsets[number : number + 2].tolist()
         pieces = _split_runs(store.tokens[begin:end].tolist(), store.learned[begin:end].tolist())
         chosen.append(_show_pieces(pieces, tokenizer))
-    return Inspection(facts=facts, samples=chosen)
+    return Inspection(facts=facts, samples=chosen, documents=len(lengths))
 
 
 def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None", *, samples: int) -> Inspection:
@@ -166,7 +199,7 @@ def inspect_indexed(indexed: Indexed, tokenizer: "PreTrainedTokenizerFast | None
     for number in _choose_documents(count, samples):
         tokens = indexed.tokens[offsets[number] : offsets[number + 1]].tolist()
         chosen.append(_show_pieces(_split_runs(tokens, [False, *[True] * (len(tokens) - 1)]), tokenizer))
-    return Inspection(facts=facts, samples=chosen)
+    return Inspection(facts=facts, samples=chosen, documents=count)
 
 
 def list_documents(
@@ -220,6 +253,16 @@ def _describe_lengths(lengths: np.ndarray, learned: int, unit: str) -> Iterator[
     marks = {"shortest": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "longest": 100}
     values = np.percentile(lengths, [*marks.values()], method="nearest").astype(int).tolist()
     yield "a document", ", ".join(f"{name} {value:,}" for name, value in zip(marks, values, strict=True)) + f" {unit}"
+
+
+def _describe_longer(lengths: np.ndarray, row_lengths: Sequence[int]) -> Iterator[Fact]:
+    """How many documents are longer than a row; plain texts are cut at its end and go on in the next."""
+    counts = [(length, int(np.count_nonzero(lengths > length))) for length in row_lengths]
+    shares = (f"{length:,} tokens: {count:,} ({count / len(lengths):.1%})" for length, count in counts)
+    yield (
+        "longer than",
+        f"{', '.join(shares)}; of a document that is longer than train.sequence_length, the end is lost",
+    )
 
 
 def _describe_commonest(verb: str, tokens: np.ndarray, tokenizer: "PreTrainedTokenizerFast | None") -> str:

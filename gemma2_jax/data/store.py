@@ -9,12 +9,13 @@ does not grow with the number of documents.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 5  # to be raised when the code writes other tokens or other files for the same documents
 _SMALL_SOURCE_BYTES = 4 << 20  # up to which this process is done before others would have started
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ALIKE = 1000  # documents that are compared, where all of a source are held out
 _STORE_FILES = ("tokens", "learned", "offsets")
 
 
@@ -216,9 +218,13 @@ def explain_emptiness(data: DataConfig, split: sources.Split, report: Report) ->
     """Why nothing is left to train on, or to hold out, of documents with this report."""
     if report.dropped:
         return f"no document of {sources.open_source(data, split)} can be trained on: {'; '.join(report.describe())}"
+    documents = list(itertools.islice(sources.read_examples(replace(data, eval_fraction=0.0), "train"), _ALIKE))
+    # The share is of digests, which documents that are alike have in common.
+    are_alike = len(documents) > 1 and len({example.digest for example in documents}) == 1
+    reason = "its documents are all alike, and those are held out together" if are_alike else "at least one is held out"
     return (
-        f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on, as at least one is "
-        "held out; give 0 to hold out none, or other data as --data.eval"
+        f"data.eval_fraction {data.eval_fraction} leaves no document of {data.train} to train on, as {reason}; give 0 "
+        "to hold out none, or other data as --data.eval"
     )
 
 

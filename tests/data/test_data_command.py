@@ -121,16 +121,18 @@ def test_what_cannot_be_built_is_told(run, corpus, tmp_path, words, reason):
 def test_a_source_is_inspected(run, jsonl):
     source = jsonl({"messages": CONVERSATION}, {"messages": CONVERSATION[:1]}, {"prompt": "1+1=", "completion": "2"})
     lines = run("inspect", source, "--data.tokenizer", TINY).splitlines()
-    assert [" ".join(line.split()) for line in lines[:5]] == [
+    assert [" ".join(line.split()) for line in lines[:6]] == [
         f"source {source}",
         f"places 1, of {Path(source).stat().st_size} bytes: {source}",
         "documents 2",
         "shapes 1 messages, 1 prompt and completion",
+        "bad documents 1, at the first of which training stops; with --data.on_bad skip they are left out",
         f"note 1 document left out (no answer); the first is {source}:2: no message has the role 'assistant', which "
         "leaves nothing to learn: its roles are 'user'; name the one to learn from 'assistant'",
     ]
-    assert "are learned" in lines[5] and "shortest" in lines[6]
-    assert lines[7:] == [
+    assert "are learned" in lines[6] and "shortest" in lines[7]
+    assert "longer than     2,048 tokens: 0 (0.0%), 4,096 tokens: 0" in lines[8]
+    assert lines[9:] == [
         "",
         "sample 1 of 2; what is between [[ and ]] is learned",
         "<bos><start_of_turn>user",
@@ -146,15 +148,30 @@ def test_a_source_is_inspected(run, jsonl):
 
 def test_a_source_is_inspected_without_a_tokenizer(run, corpus):
     said = run("inspect", corpus, "--documents", "2")
-    assert "read as plain text, as with --data.kind text" in said
+    assert "read as plain text, which training does with --data.kind text" in said
     assert "documents       2, the first ones; --documents 0 reads all\nshapes          2 text\n" in said
     assert "\n[[One text.]]\n" in said and r"[[Another, with a \x1b of its own.]]" in said
     assert f"characters      {sum(map(len, TEXTS[:2]))}, of which" in said
     assert said.endswith("With --data.tokenizer FOLDER, a folder or a Hub id, tokens are counted and shown as text.\n")
 
 
-def test_no_more_bad_documents_are_read_than_asked(run, jsonl):
-    said = run("inspect", jsonl(*[{"messages": []}] * 9), "--documents", "4")
+def test_documents_that_training_leaves_out_are_no_bad_news(run, jsonl):
+    source = jsonl({"messages": CONVERSATION}, {"messages": []})
+    said = run("inspect", source, "--data.on_bad", "skip")
+    assert "1 document left out (no answer)" in said and "training stops" not in said
+
+
+def test_documents_longer_than_a_row_are_counted(run, jsonl):
+    source = jsonl(*({"prompt": "Q", "completion": "word " * count} for count in (5, 2500, 5000, 9000)))
+    said = run("inspect", source, "--data.tokenizer", TINY, "--samples", "0")
+    assert "longer than     2,048 tokens: 3 (75.0%), 4,096 tokens: 2 (50.0%), 8,192 tokens: 1 (25.0%); of a" in said
+
+
+def test_no_more_bad_documents_are_read_than_asked(run, jsonl, capsys):
+    source = jsonl(*[{"messages": []}] * 9)
+    with pytest.raises(SystemExit, match=f"error: no document of {source} that was read can be trained on"):
+        run("inspect", source, "--documents", "4")
+    said = capsys.readouterr().out
     assert "documents       0, the first ones; --documents 0 reads all\n" in said
     assert "4 documents left out (no answer)" in said
 

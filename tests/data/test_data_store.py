@@ -90,6 +90,12 @@ def test_a_document_is_not_trained_on_and_held_out(jsonl, tmp_path, tokenizer):
     assert len(whole.offsets) == 2
 
 
+def test_documents_that_are_alike_are_held_out_together(jsonl, tmp_path, tokenizer):
+    data = DataConfig(kind="text", train=jsonl(*[{"text": "a"}] * 20))
+    with pytest.raises(ValueError, match=r"as its documents are all alike, and those are held out together; give 0"):
+        build_store(data, "train", tokenizer, tmp_path / "cache")
+
+
 STORE_FILES = ["learned", "offsets", "report.json", "tokens"]
 FILE_BYTES = 60  # of those that `write_files` writes, at most
 
