@@ -85,7 +85,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
         states = {name: program.initial_state(program.random_base()) for name in ("bare", "full")}
         unused: Any = SimpleNamespace(save=lambda *_: None)
         watch = guard.Guard(config, program.describe_skip, lambda step: [])
-        run = loop.Run(program, batches, train_step, None, watch, unused, unused)
+        run = loop.Run(program, batches, train_step, None, None, watch, unused, unused)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
         log = metrics.Metrics(config, console, start_step=0, guard=watch)
         done = 0

@@ -487,6 +487,23 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the model says to fixed prompts, logged with each evaluation; each token is the most likely one."""
+
+    prompts: tuple[str, ...] = ()  # questions where the data is conversations, else beginnings of texts
+    tokens: int = 0  # new tokens for each prompt, at most; 0: no samples are made
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tokens < 2**31:
+            raise ValueError(f"sample.tokens is {self.tokens}; it must be at least 0 and below 2**31")
+        if self.tokens and not self.prompts:
+            raise ValueError(
+                f"sample.tokens is {self.tokens}, and sample.prompts is empty; give --sample.prompts 'What is AI?', or "
+                "leave sample.tokens 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """An XLA trace for XProf or TensorBoard, under WORKDIR/profile."""
 
@@ -530,6 +547,7 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
     init: str = ""  # weights to start from: a Hugging Face directory or hub id, or an Orbax checkpoint; empty: random
@@ -553,6 +571,11 @@ class Config:
             raise ValueError(f"adapter.rank is {max(ranks)}, and no weight of the model is wider than {widest}")
         if self.init_adapter and not self.init:
             raise ValueError(f"init_adapter is {self.init_adapter}, and init is empty; set init to the model it is for")
+        if self.sample.tokens and not self.train.eval_every:
+            raise ValueError(
+                f"sample.tokens is {self.sample.tokens}, and train.eval_every is 0, with which none are made; "
+                "give train.eval_every, or leave sample.tokens 0"
+            )
         if self.train.export_adapter and not (self.init and self.adapter.kind != "none"):
             raise ValueError(
                 f"train.export_adapter is True, but adapter.kind is {self.adapter.kind} and init is {self.init!r}; it "

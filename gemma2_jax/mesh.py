@@ -53,6 +53,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
+    _check_samples(config, mesh)
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     # Each context shard has a piece of each half of a row (`balance_context`), and its tensor shards share it equally.
     pieces = math.lcm(2 * context, context * tensor) if context > 1 else tensor
@@ -93,6 +94,17 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
                 f"mesh.fsdp {mesh.shape['fsdp']} x mesh.context {mesh.shape['context']}: {axis} divides neither what "
                 f"is left of the model width of {sizes['D']} nor, with mesh.tensor {mesh.shape['tensor']}, of the MLP "
                 f"width of {sizes['F']}; use a smaller {axis}, and mesh.data for the rest of the devices"
+            )
+
+
+def _check_samples(config: Config, mesh: Mesh) -> None:
+    for axis in ("stage", "context"):
+        if config.sample.tokens and mesh.shape[axis] > 1:
+            reason = "keeps layers on devices of their own" if axis == "stage" else "splits the positions of a row"
+            raise ValueError(
+                f"mesh.{axis} {mesh.shape[axis]} {reason}, and sample.tokens is {config.sample.tokens}, for which all "
+                f"devices work on each token; use mesh.fsdp or mesh.tensor instead, or leave sample.tokens 0 and "
+                "generate from the checkpoints"
             )
 
 

@@ -24,7 +24,8 @@ FLOORS = (
     ("model",),
     ("data", "cluster"),
     ("convert",),
-    ("training", "inference"),
+    ("inference",),
+    ("training",),
     ("planning", "reporting"),
     ("api",),
     ("megatron_bridge",),
@@ -44,7 +45,7 @@ ORDER_WITHIN = {
     ),
     "training": (
         ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best"), ("pipeline",),
-        ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer"),
+        ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer", "samples"),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),

@@ -133,20 +133,30 @@ def bucket_length(length: int) -> int:
 
 @partial(jax.jit, static_argnames=("graph", "slots"))
 def _prefill(graph, weights, tokens_BT, lengths_B, stop, settings, *, slots: int):
-    """The state after the first new token of each row, and what `_fetch_tokens` takes."""
-    model: Gemma2 = nnx.merge(graph, weights)
+    """`read_prompts`, and of what it gives that which `_fetch_tokens` takes."""
+    state = read_prompts(nnx.merge(graph, weights), tokens_BT, lengths_B, stop, settings, slots)
+    return state, (state.token_B[:, None], jnp.ones_like(lengths_B), state.stopped_B.all())
+
+
+def read_prompts(model: Gemma2, tokens_BT, lengths_B, stop, settings, slots: int) -> State:
+    """The state after the first new token of each row; the cache has room for `slots` tokens."""
     hidden_BTD, cache = model.prefill(tokens_BT, lengths_B, slots)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     token_B = sample_tokens(model.logits(last_BD), lengths_B, settings)
-    stopped_B = jnp.isin(token_B, stop)
-    state = State(token_B=token_B, position_B=lengths_B, stopped_B=stopped_B, cache=cache)
-    return state, (token_B[:, None], jnp.ones_like(lengths_B), stopped_B.all())
+    return State(token_B=token_B, position_B=lengths_B, stopped_B=jnp.isin(token_B, stop), cache=cache)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
 def _decode(graph, weights, state: State, steps, stop, settings):
     """The state after `steps` steps, `CHUNK` at most, or once all rows stopped; and what `_fetch_tokens` takes."""
-    model: Gemma2 = nnx.merge(graph, weights)
+    state, tokens_BC, counts_B = add_tokens(nnx.merge(graph, weights), state, steps, CHUNK, stop, settings)
+    return state, (tokens_BC, counts_B, state.stopped_B.all())
+
+
+def add_tokens(model: Gemma2, state: State, steps, most: int, stop, settings) -> tuple[State, jax.Array, jax.Array]:
+    """The state after `steps` steps, `most` at most, or once all rows stopped; the new tokens, int32 [B, most], and how
+    many of them each row has, int32 [B].
+    """
 
     def is_unfinished(carry):
         step, state, _, _ = carry
@@ -163,9 +173,9 @@ def _decode(graph, weights, state: State, steps, stop, settings):
         return step + 1, new_state, tokens_BC.at[:, step].set(token_B), counts_B + ~state.stopped_B
 
     B = state.token_B.shape[0]
-    start = jnp.int32(0), state, jnp.full((B, CHUNK), PAD), jnp.zeros(B, jnp.int32)
+    start = jnp.int32(0), state, jnp.full((B, most), PAD), jnp.zeros(B, jnp.int32)
     _, state, tokens_BC, counts_B = jax.lax.while_loop(is_unfinished, decode_token, start)
-    return state, (tokens_BC, counts_B, state.stopped_B.all())
+    return state, tokens_BC, counts_B
 
 
 def _fetch_tokens(new) -> tuple[Tokens, bool]:

@@ -24,11 +24,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gemma2_jax import dims
 from gemma2_jax.config import TOKEN_ROWS, ModelConfig, is_adapter_path
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
+from gemma2_jax.model.attention import xla as attention_xla
 from gemma2_jax.model.attention.choice import Implementation
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # from q, k, v to the output and the cache
 Rope = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles: `rope_angles`
-Cache = list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, S, H] of each layer: `attention.xla.attend_cached`
+# Keys and values [B, K, S, H] of each layer: `attention.xla.attend_cached`. Those of a stack are [L, B, K, S, H].
+Cache = list[tuple[jax.Array, jax.Array]] | tuple[jax.Array, jax.Array]
 
 Weights = dict[str, jax.Array]  # arrays by path, such as "blocks/attn/q/w"
 
@@ -333,39 +335,50 @@ class Gemma2(nnx.Module):
         return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
     def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] of prompts and their cache, for a model whose layers are unstacked.
+        """Hidden states [B, T, D] of prompts and their cache.
 
         Prompts start at position 0 and are padded at the end to T; `lengths_B` says how many tokens each has. The cache
-        has room for `slots` tokens, and in a local layer for no more than its window.
+        has room for `slots` tokens, and in a local layer for no more than its window, where layers are unstacked.
         """
         B, T = tokens_BT.shape
         segments_BT = jnp.zeros((B, T), jnp.int32)
+        slots_by_layer = None if isinstance(self.blocks, Block) else self.config.layer_windows(slots)
 
-        def attend(window, slots, q, k, v):
+        def attend(window, layer_slots, q, k, v):
+            S = layer_slots or slots
             last_B1 = lengths_B[:, None] - 1
-            position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(slots)) % slots, 0)
+            position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)) % S, 0)
             cache = [jnp.take_along_axis(x, position_BS[:, :, None, None], axis=1) for x in (k, v)]
             cache = tuple(constrain(jnp.einsum("BSKH->BKSH", x), "BKSH") for x in cache)
             return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
 
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        return self._run_layers(tokens_BT, positions_BT, attend, self.config.layer_windows(slots))
+        return self._run_layers(tokens_BT, positions_BT, attend, slots_by_layer)
 
     def decode_step(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, D] of one new token of each row, at `position_B`, and the cache with that token in it."""
+        """Hidden states [B, D] of one new token of each row, at `position_B`, and the cache with that token in it.
+
+        In a stack of layers the caches of local layers are as long as those of global ones, and their window is data:
+        there jnp computes attention, as the kernels take no window.
+        """
+        slots = max(x.shape[-2] for x in jax.tree.leaves(cache))
 
         def write_slot(cached_KSH, new_1KH, position):
             return cached_KSH.at[:, position % cached_KSH.shape[1]].set(new_1KH[0])
 
-        def attend(_, cache, q, k, v):
+        def attend(window, cache, q, k, v):
             pairs = zip(cache, (k, v), strict=True)
             cache = [constrain(jax.vmap(write_slot)(old, new, position_B), "BKSH") for old, new in pairs]
             # Without the barrier, XLA fuses the update into each of its readers, and copies the whole cache for it
             # (seen on CPU with one row).
             k, v = jax.lax.optimization_barrier(cache)
-            return self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)[:, None], (k, v)
+            if isinstance(self.blocks, Block):
+                out_BNH = self._attend(attention_xla.attend_cached, q[:, 0], k, v, position_B, window)
+            else:
+                out_BNH = self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)
+            return out_BNH[:, None], (k, v)
 
-        hidden_BTD, cache = self._run_layers(token_B[:, None], position_B[:, None], attend, cache)
+        hidden_BTD, cache = self._run_layers(token_B[:, None], position_B[:, None], attend, cache, slots)
         return hidden_BTD[:, 0], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -423,27 +436,29 @@ class Gemma2(nnx.Module):
         with jax.named_scope("final_norm"):
             return self.final_norm(x_BTD)
 
-    def _run_layers(self, tokens_BT, positions_BT, attend, cache: Sequence | None = None) -> tuple[jax.Array, Any]:
+    def _run_layers(
+        self, tokens_BT, positions_BT, attend, cache: Sequence | None = None, length: int | None = None
+    ) -> tuple[jax.Array, Any]:
         """Embedding, blocks and final norm: hidden states [B, T, D], and each layer's new cache.
 
         `attend(window, cache, q, k, v)` computes a layer's attention from its old cache, or None, and returns the
-        output and the new cache.
+        output and the new cache. `length` is how many tokens there are to attend to, by default T.
         """
         rope = rope_angles(positions_BT, self.config)
-        windows = self.config.layer_windows(tokens_BT.shape[1])
+        windows = self.config.layer_windows(length or tokens_BT.shape[1])
         run = self._scan_layers if isinstance(self.blocks, Block) else self._unroll_layers
         x_BTD, cache = run(self.embed(tokens_BT), rope, attend, windows, cache)
         return self.normalize_output(x_BTD), cache
 
     def _scan_layers(self, x_BTD, rope, attend, windows, cache):
-        assert cache is None, "caches of local and global layers differ in length: call `unstack_layers` before"
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            weights, window, number = inputs
-            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, None), AdapterInputs(number))
+            weights, window, number, old_cache = inputs
+            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, old_cache), AdapterInputs(number))
 
-        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32), jnp.arange(len(windows))))
+        numbers = jnp.arange(len(windows))
+        return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32), numbers, cache))
 
     def _unroll_layers(self, x_BTD, rope, attend, windows, cache):
         assert isinstance(self.blocks, nnx.List)

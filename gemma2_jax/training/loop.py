@@ -28,6 +28,7 @@ from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.guard import Guard
 from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
+from gemma2_jax.training.samples import Sampler, encode_prompts
 from gemma2_jax.training.step import Batch, Program, State
 from gemma2_jax.training.tokenizer import (
     find_tokens,
@@ -87,9 +88,12 @@ def train(config: Config) -> Result:
         environment.record_start(config.output, checkpoints.latest or 0)
         with hosts.process_zero_first("tokenize"):
             batches, held_out_batches = open_data(program, tokenizer)
+        shapes = [shape for store in batches.stores for shape in store.report.shapes]
+        prompts = encode_prompts(config, source, tokenizer, shapes) if config.sample.tokens else None
         compile_started = time.perf_counter()
         train_step = compile_step(program, program.train_step, program.batch, donate_argnums=0)
         evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
+        sample = Sampler(program, prompts, tokenizer) if prompts else None
         compile_seconds = time.perf_counter() - compile_started
         state, position = resume.start_state(program, source, checkpoints)
         guard = Guard(
@@ -108,6 +112,7 @@ def train(config: Config) -> Result:
                 batches=batches,
                 example=describe_example(batches.stores[0], tokenizer) if batches.stores else "",
                 eval_batches=held_out_batches,
+                prompts=prompts,
                 train_step=train_step,
                 compile_seconds=compile_seconds,
                 start_step=start_step,
@@ -124,7 +129,7 @@ def train(config: Config) -> Result:
             eval_sources=program.sources["eval"],
             count_epochs=batches.count_epochs,
         )
-        run = Run(program, batches, train_step, evaluate, guard, best, checkpoints, adapters)
+        run = Run(program, batches, train_step, evaluate, sample, guard, best, checkpoints, adapters)
         with log, Trace(config, start_step, log.pause) as trace:
             state, step = take_steps(run, state, start_step, log, trace)
         exported = export_best(config, checkpoints)
@@ -142,6 +147,7 @@ class Run:
     batches: Batches
     train_step: jax.stages.Compiled
     evaluate: Callable[[State], np.ndarray] | None
+    sample: Sampler | None
     guard: Guard
     best: BestLoss
     checkpoints: Checkpoints
@@ -151,9 +157,8 @@ class Run:
 def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> tuple[State, int]:
     """Takes the steps after `start_step`, evaluates and saves when due; returns the last state and its step."""
     config, is_unsaved = run.program.config, False
-    if run.evaluate and start_step == 0:
-        with log.pause():
-            evaluate(run, 0, state, log)
+    if start_step == 0:
+        evaluate(run, 0, state, log)
     for step in range(start_step + 1, config.steps + 1):
         trace.before_step(step)
         with log.wait():
@@ -161,9 +166,8 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         state, values = run.train_step(state, batch)
         log.step(step, values)
         trace.after_step(step)
-        if run.evaluate and is_due(step, config.train.eval_every, config.steps):
-            with log.pause():
-                evaluate(run, step, state, log)
+        if is_due(step, config.train.eval_every, config.steps):
+            evaluate(run, step, state, log)
         is_last = step == config.steps or run.best.is_out_of_patience
         is_unsaved |= is_last or step % config.train.checkpoint_every == 0 or run.checkpoints.is_overdue(step)
         if is_unsaved:
@@ -180,11 +184,15 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
 
 
 def evaluate(run: Run, step: int, state: State, log: metrics.Metrics) -> None:
-    """Computes the held-out loss after a step, and logs it."""
-    assert run.evaluate is not None
-    losses = run.evaluate(state)
-    log.log_evaluation(step, losses)
-    run.best.add(step, float(np.ravel(losses)[0]))
+    """Logs the held-out loss after a step, and samples, where the run has held-out data and prompts."""
+    if run.evaluate:
+        with log.pause():
+            losses = run.evaluate(state)
+            log.log_evaluation(step, losses)
+        run.best.add(step, float(np.ravel(losses)[0]))
+    if run.sample:
+        with log.pause():
+            log.log_samples(step, run.sample(state))
 
 
 def save(run: Run, step: int, state: State) -> bool:
@@ -230,8 +238,8 @@ def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[Stat
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """True if `step` is a multiple of `every`, or the last step."""
-    return step % every == 0 or step == last
+    """True if `step` is a multiple of `every`, unless that is 0, or the last step."""
+    return (every > 0 and step % every == 0) or step == last
 
 
 def place_batch(program: Program, batch: dict[str, np.ndarray]) -> Batch:

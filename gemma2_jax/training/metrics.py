@@ -19,6 +19,7 @@ from gemma2_jax.cluster import devices
 from gemma2_jax.config import Config
 from gemma2_jax.training import trackers
 from gemma2_jax.training.guard import Guard
+from gemma2_jax.training.progress import perplexity
 from gemma2_jax.training.speed import Speed
 
 NOT_LOGGED = ("tokens", "taken", "fault")  # of a step's metrics, as they are not of its line
@@ -105,9 +106,15 @@ class Metrics:
         """
         loss, *source_losses = np.atleast_1d(losses).tolist()
         named = zip(self._eval_sources, source_losses, strict=False)  # none of a single source
-        by_source = {f"eval_loss/{name}": value for name, value in named if math.isfinite(value)}
+        by_set = {"": loss} | {f"/{name}": value for name, value in named if math.isfinite(value)}
+        losses_by_set = {f"eval_loss{name}": value for name, value in by_set.items()}
+        perplexities = {f"eval_perplexity{name}": round(perplexity(value), 4) for name, value in by_set.items()}
         self.eval_losses[step] = loss
-        self.log({"step": step, "eval_loss": loss, **by_source, "eval_seconds": self._paused_seconds()})
+        self.log({"step": step, **losses_by_set, **perplexities, "eval_seconds": self._paused_seconds()})
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Logs what `samples.Sampler` has made, at the end of the pause in which it did."""
+        self.log({"step": step, "samples": samples, "sample_seconds": self._paused_seconds()})
 
     def log_checkpoint(self, step: int) -> None:
         """Logs the seconds that training has stood still for a checkpoint, at the end of that pause."""

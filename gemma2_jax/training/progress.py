@@ -20,6 +20,7 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
+SHOWN_LETTERS = 80  # of a sample's prompt, and of what follows it; metrics.jsonl has them whole
 PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a bar on
 
 
@@ -40,6 +41,8 @@ class ConsoleLines:
             self._show_step(line)
         if "eval_loss" in line:
             self.print(f"step {line['step']}: {describe_evaluation(line)}")
+        for sample in line.get("samples", ()):
+            self.print(f"step {line['step']}: {_shorten(sample['prompt'])} -> {_shorten(sample['completion'])}")
         if "event" in line:
             self.print(f"step {line['step']}: {line['text']}")
 
@@ -61,10 +64,24 @@ class ConsoleLines:
 
 
 def describe_evaluation(line: Mapping[str, Any]) -> str:
-    """The held-out loss of a line, and that of each source."""
+    """The held-out loss and perplexity of a line, and those of each source."""
     loss, prefix = line["eval_loss"], "eval_loss/"
-    parts = "".join(f", {name.removeprefix(prefix)} {x:.4f}" for name, x in line.items() if name.startswith(prefix))
-    return f"held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 100)):,.2f}){parts}"
+    parts = "".join(
+        f", {name.removeprefix(prefix)} {x:.4f} ({perplexity(x):,.2f})"
+        for name, x in line.items()
+        if name.startswith(prefix)
+    )
+    return f"held-out loss {loss:.4f} (perplexity {perplexity(loss):,.2f}){parts}"
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss in nats per token, or of 100 where it is larger, since JSON has only finite numbers."""
+    return math.exp(min(loss, 100))
+
+
+def _shorten(text: str) -> str:
+    """A text as Python writes it, on one line, cut after SHOWN_LETTERS."""
+    return repr(text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}...")
 
 
 def progress_bar(console: Console, *, hidden: bool) -> Progress:

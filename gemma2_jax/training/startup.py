@@ -20,6 +20,7 @@ from gemma2_jax.data.batches import Batches, EvalBatches
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
+from gemma2_jax.training.samples import Prompts
 from gemma2_jax.training.step import Program, parameter_group
 from gemma2_jax.training.tokenizer import describe_vocabulary
 
@@ -35,8 +36,9 @@ class Startup:
     batches: Batches
     example: str  # a document of the training data, with its learned tokens marked
     eval_batches: EvalBatches | None  # None: no evaluation
+    prompts: Prompts | None  # of samples; None: none are made
     train_step: jax.stages.Compiled
-    compile_seconds: float  # of both steps
+    compile_seconds: float  # of all steps
     start_step: int  # steps that the run has already taken
     changes: list[str]  # how the config differs from what it was when the run was last started
     checkpoint: str  # from which the run goes on, and how whole it is: `Checkpoints.opened`
@@ -108,6 +110,10 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     if startup.example:
         yield "example", startup.example
     yield "held-out data", describe_eval(config, startup.eval_batches)
+    if startup.prompts:
+        yield "samples", startup.prompts.describe(config.sample.tokens)
+    elif config.sample.prompts:
+        yield "samples", "none are made of sample.prompts, as sample.tokens is 0"
 
 
 def _list_shapes(store: Store) -> str:

@@ -145,7 +145,9 @@ def test_each_source_of_a_mixture_has_a_loss(tmp_path, capsys):
     loop.train(replace(config, data=replace(config.data, train=text)))
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"few 0.25 of the rows, [\d.]+ epochs in 2 steps; 3\d documents", said)
-    assert re.search(r"step 2: held-out loss [\d.]+ \(perplexity [\d,.]+\), few \d+.\d{4}, many \d+.\d{4}", said)
+    assert re.search(
+        r"step 2: held-out loss [\d.]+ \(perplexity [\d,.]+\), few \d+.\d{4} \([\d,.]+\), many \d+.\d{4} \(", said
+    )
     logged = lines_of(tmp_path / "mixed")
     alone = small("tiny_lora", tmp_path / "alone", steps=1)
     result = loop.train(replace(alone, data=replace(alone.data, train=f"{tmp_path}/few.jsonl")))

@@ -194,15 +194,17 @@ def _ungroup_heads(x_BITKGH):
     return x_BITKGH.reshape(B, blocks * T, K * G, H)
 
 
-def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, *, scale: float, softcap: float | None):
+def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, window=None, *, scale: float, softcap: float | None):
     """Attention of one query in each row, at `position_B`, to a cache of the last S tokens, itself the newest.
 
     The token at position p is in slot p mod S. Heads come before slots, so that a step reads the cache as it lies in
-    memory. The result is [B, N, H]; dtypes, scale and softcap are as in `attend`.
+    memory. The result is [B, N, H]; dtypes, scale and softcap are as in `attend`, and so is `window`, of which a cache
+    that is no longer than it has no need.
     """
     K, S = k_BKSH.shape[1:3]
     age_BS = (position_B[:, None] - jnp.arange(S)) % S
     mask_BS = age_BS <= position_B[:, None]  # older slots have not been written yet
+    mask_BS = mask_BS if window is None else mask_BS & (age_BS < window)
     q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
     scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
     weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
