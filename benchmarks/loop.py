@@ -83,9 +83,9 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
         batches, _ = loop.open_data(program, load_run_tokenizer(config, None, resumes=False))
         train_step = loop.compile_step(program, program.train_step, program.batch, donate_argnums=0)
         states = {name: program.initial_state(program.random_base()) for name in ("bare", "full")}
-        unused: Any = SimpleNamespace(save=lambda *_: None)
+        unused: Any = SimpleNamespace(save=lambda *_: None, is_overdue=lambda step: False, is_out_of_patience=False)
         watch = guard.Guard(config, program.describe_skip, lambda step: [])
-        run = loop.Run(program, batches, train_step, None, None, watch, unused, unused)
+        run = loop.Run(program, batches, train_step, None, None, watch, unused, unused, unused)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
         log = metrics.Metrics(config, console, start_step=0, guard=watch)
         done = 0
@@ -102,7 +102,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
             part.config = replace(
                 config, steps=done + steps
             )  # the last step of a turn is followed by a save, of nothing
-            states["full"] = loop.take_steps(replace(run, program=part), states["full"], done, log, trace)
+            states["full"], _ = loop.take_steps(replace(run, program=part), states["full"], done, log, trace)
             done += steps
 
         with log, profiling.Trace(config, 0, log.pause) as trace:
