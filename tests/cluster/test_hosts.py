@@ -19,6 +19,7 @@ import yaml
 from safetensors.numpy import load_file
 from small_runs import ROOT, command, lines_of, small
 
+import gemma2_jax as g2
 from gemma2_jax import config as configs, config_text, train
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
@@ -236,13 +237,17 @@ def test_two_processes_equal_one(alone, tmp_path):
     tasks = [SRUN | {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())} for _ in range(2)]
     for index, task in enumerate(tasks):
         task |= {"SLURM_PROCID": str(index), "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    first, second = ends(two(fsdp(tmp_path / "two"), [[], []], tasks))
+    samples = ["sample.tokens=8", "sample.prompts=Hello"]
+    first, second = ends(two(fsdp(tmp_path / "two"), [samples, samples], tasks))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "8 x cpu, 2 processes, found from SLURM" in first[1]
     # Gloo's threads say how many ranks they are connected to, several in a line at times.
     spoken = [line for line in second[1].splitlines() if line and not re.search(r"\[Gloo\]|peer ranks", line)]
     assert not spoken, f"only process 0 reports, not {spoken}"
     np.testing.assert_allclose(logged(tmp_path / "two"), logged(alone), rtol=1e-6)
+    last = [line for line in lines_of(tmp_path / "two") if "samples" in line][-1]
+    [text] = g2.generate(g2.load(tmp_path / "two"), ["Hello"], max_new_tokens=8, chat=True)
+    assert (last["step"], last["samples"]) == (6, [{"prompt": "Hello", "completion": text}])
     loop.train(cut(tmp_path / "two", tmp_path / "resumed", 2))
     np.testing.assert_allclose(logged(tmp_path / "resumed"), logged(alone), rtol=1e-6)
 
