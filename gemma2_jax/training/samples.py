@@ -85,14 +85,14 @@ class Sampler:
         return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
     def _generate(self, state: State) -> tuple[jax.Array, jax.Array]:
-        """New tokens, int32 [B, C], and how many of them each row has, int32 [B]."""
+        """New tokens, int32 [B, 1 + C], and how many of them each row has, int32 [B]; the others are padding."""
         program, new_tokens = self._program, self._program.config.sample.tokens
         tokens_BT, lengths_B = self._pad_prompts()
         model = rebuild_model(program.graph, state.params, state.frozen)
         stop, settings = np.array(self._prompts.stop, np.int32), GREEDY.settings
         slots = bucket_length(int(lengths_B.max()) + new_tokens)
         rows = read_prompts(model, tokens_BT, lengths_B, stop, settings, slots)
-        _, tokens_BC, counts_B = add_tokens(model, rows, new_tokens - 1, new_tokens - 1, stop, settings)
+        _, tokens_BC, counts_B = add_tokens(model, rows, new_tokens - 1, new_tokens, stop, settings)
         return jnp.concatenate([rows.token_B[:, None], tokens_BC], axis=1), 1 + counts_B
 
     def _pad_prompts(self) -> tuple[np.ndarray, np.ndarray]:

@@ -92,6 +92,17 @@ def test_no_shard_gathers_more_than_a_layer(tmp_path):
     assert stats.argument_size_in_bytes < 1.2 * 4 * sum(w.size for w in program.params.values()) / 8
 
 
+def test_a_single_token(tmp_path):
+    config = small("tiny_sft", tmp_path, mesh=MeshConfig(data=1), sample=SampleConfig(prompts=("a",), tokens=1))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    tokenizer = load_tokenizer("assets/tiny-gemma2")
+    with jax.set_mesh(mesh):
+        program = Program(config, mesh)
+        sampler = Sampler(program, encode_prompts(config, None, tokenizer, []), tokenizer)
+        tokens_BC, counts_B = sampler.compiled(program.initial_state(program.random_base()))
+    assert counts_B.tolist() == [1] and tokens_BC.tolist()[0][1:] == [0]
+
+
 @pytest.mark.parametrize(
     ("kind", "shapes", "chat"),
     [
