@@ -6,6 +6,8 @@ run of them, so a run may resume with another number of shares. `encoding` and `
 puts batches on devices.
 """
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +16,14 @@ import grain
 import numpy as np
 
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import mixtures, packing, sources
+from gemma2_jax.data import inspection, mixtures, packing, sources
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.data.megatron import order as megatron_order
 from gemma2_jax.data.megatron.indexed import find_prefix
 from gemma2_jax.data.megatron.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron.order import MegatronRows
 from gemma2_jax.data.mixtures import MixedRows
+from gemma2_jax.data.reading.places import fingerprint
 from gemma2_jax.data.store import Store, build_store
 from gemma2_jax.data.streaming import Stream, StreamBatches, open_stream
 
@@ -31,6 +34,7 @@ __all__ = ["Batches", "EvalBatches", "Layout", "eval_batches", "load_tokenizer",
 
 AnyRows = packing.Rows | MixedRows | MegatronRows
 Batch = dict[str, np.ndarray]  # see packing.Rows: each [B, T] with the rows of one share; MixedRows has sources, [B]
+_EXAMPLES = 1 << 20  # documents of a plan of which one is shown, at most
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # rows are cheap to make, batches may be large
 
 
@@ -129,11 +133,19 @@ class Batches:
     @property
     def stores(self) -> list[Store]:
         """The tokenized documents of each source; of Megatron's order none, of a stream its first."""
+        return [self.rows.first_document] if isinstance(self.rows, Stream) else _list_stores(self.rows)
+
+    def describe_example(self, tokenizer: "PreTrainedTokenizerFast") -> str:
+        """A document that is trained on, in a line, as rows cut it; of Megatron's order, the empty string."""
         if isinstance(self.rows, MegatronRows):
-            return []
+            return ""
         if isinstance(self.rows, Stream):
-            return [self.rows.first_document]
-        return [part.store for part in (self.rows.parts if isinstance(self.rows, MixedRows) else (self.rows,))]
+            most = sys.maxsize if self.rows.cuts_documents else self.rows.length
+            return inspection.describe_example(self.rows.first_document, tokenizer, most=most)
+        rows = self.rows.parts[0] if isinstance(self.rows, MixedRows) else self.rows
+        number = int(rows.plan.order[:_EXAMPLES].min())
+        most = sys.maxsize if rows.plan.kind == "cut" else rows.length
+        return inspection.describe_example(rows.store, tokenizer, number, most)
 
     @property
     def summary(self) -> str:
@@ -171,6 +183,11 @@ class EvalBatches:
     layout: Layout
     max_batches: int
     origin: str = ""  # what the rows are of, where their number does not tell
+
+    @property
+    def stores(self) -> list[Store]:
+        """The tokenized documents of each source; of Megatron's order none."""
+        return _list_stores(self.rows)
 
     def __len__(self) -> int:
         return min(self.max_batches, -(-len(self.rows) // self.layout.batch_size))
@@ -233,6 +250,31 @@ def eval_batches(
     else:
         rows = _open_rows(data, "eval", tokenizer, layout, cache)
     return EvalBatches(rows=rows, layout=layout, max_batches=max_batches)
+
+
+def find_shared(data: DataConfig) -> list[str]:
+    """What is both trained on and held out: files that `data.train` and `data.eval` have in common, in order."""
+    if not data.eval:
+        return []
+    train, held_out = ({*_list_contents(data, split)} for split in sources.SPLITS)
+    return sorted(train & held_out)
+
+
+def _list_contents(data: DataConfig, split: sources.Split) -> Iterator[str]:
+    for source in mixtures.list_sources(data, split):
+        place = sources.open_source(source.data, split)
+        if prefix := find_prefix(place):
+            yield str(Path(f"{prefix}.bin").resolve())
+        elif place == sources.PYTHON_DOCS:
+            yield place
+        else:
+            yield from (fingerprint(file)[0] for file in sources.choose_places(source.data, split).places)
+
+
+def _list_stores(rows: AnyRows) -> list[Store]:
+    if isinstance(rows, MegatronRows):
+        return []
+    return [part.store for part in (rows.parts if isinstance(rows, MixedRows) else (rows,))]
 
 
 def _order_rows(

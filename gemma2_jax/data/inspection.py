@@ -6,6 +6,7 @@ Everything here is gathered for people to read; nothing trains on it. `__main__`
 import contextlib
 import itertools
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -221,13 +222,17 @@ def list_documents(
     return documents
 
 
-def describe_example(store: Store, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The first document in a line, with what is learned between [[ and ]]; its middle parts are left out."""
-    end = store.offsets[1].item()
-    runs = _split_runs(store.tokens[:end].tolist(), store.learned[:end].tolist())
+def describe_example(
+    store: Store, tokenizer: "PreTrainedTokenizerFast", number: int = 0, most: int = sys.maxsize
+) -> str:
+    """A document's first `most` tokens in a line, what is learned between [[ and ]], without its middle parts."""
+    begin, end = store.offsets[number : number + 2].tolist()
+    part = slice(begin, min(end, begin + most))
+    runs = _split_runs(store.tokens[part].tolist(), store.learned[part].tolist())
     texts = [(_shorten(str(tokenizer.decode(tokens))), is_learned) for tokens, is_learned in runs[:_SHOWN_RUNS]]
     line = "".join(f"[[{text}]]" if is_learned else text for text, is_learned in texts)
-    return line.replace("\n", "\\n") + (" ..." if len(runs) > _SHOWN_RUNS else "")
+    cut = f" (cut to {most:,} of its {end - begin:,} tokens)" if end - begin > most else ""
+    return line.replace("\n", "\\n") + (" ..." if len(runs) > _SHOWN_RUNS else "") + cut
 
 
 def _shorten(text: str) -> str:

@@ -196,8 +196,6 @@ def _write_store(job: tokenizing.Job, *, show: bool, workers: int) -> None:
                 progress.advance(task, job.pieces[number].size)
     if not journal.tokens:
         raise ValueError(explain_emptiness(job.data, job.split, journal.report))
-    for sentence in journal.report.describe():
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for leftover in job.folder.glob("piece-*"):  # of a piece that was put in just before a kill
         leftover.unlink()
     complete = job.folder / "report.tmp"

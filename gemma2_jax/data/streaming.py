@@ -86,7 +86,9 @@ class Stream:
     def first_document(self) -> Store:
         """The first document that is trained on. Raises ValueError if there is none."""
         report = Report()
-        for tokens, learned in self.read_epoch(report):
+        for number, (tokens, learned) in enumerate(self.read_epoch(report), start=1):
+            if not self.cuts_documents and not _keeps_learned((tokens, learned), self.length, number, report):
+                continue
             return Store(tokens=tokens, learned=learned, offsets=np.array([0, len(tokens)]))
         raise ValueError(explain_emptiness(self.data, "train", report))
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config
 from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
-from gemma2_jax.data.inspection import describe_example, list_documents
+from gemma2_jax.data.inspection import list_documents
 from gemma2_jax.data.store import cache_folder
 from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
@@ -110,7 +110,7 @@ def train(config: Config) -> Result:
                 program=program,
                 source=source,
                 batches=batches,
-                example=describe_example(batches.stores[0], tokenizer) if batches.stores else "",
+                example=batches.describe_example(tokenizer),
                 eval_batches=held_out_batches,
                 prompts=prompts,
                 train_step=train_step,

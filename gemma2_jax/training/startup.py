@@ -16,7 +16,7 @@ from gemma2_jax.cluster import devices, hosts, platforms
 from gemma2_jax.config import Config, DataConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import mixtures, sources
-from gemma2_jax.data.batches import Batches, EvalBatches
+from gemma2_jax.data.batches import Batches, EvalBatches, find_shared
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim
@@ -102,18 +102,42 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     yield "training data", f"{config.data.train}: {startup.batches.summary}"
     for name, text in startup.batches.describe_sources(config.steps).items():
         yield f"  {name}", text
-    for store in startup.batches.stores:
+    stores = _label_stores(program, "train", startup.batches.stores)
+    for label, store in stores:
         if store.report.documents:  # .bin and .idx files have no report
-            yield "documents", f"{_list_shapes(store)}; {store.report.describe_longest(train.sequence_length)}"
+            longest = store.report.describe_longest(train.sequence_length)
+            yield "documents", f"{label}{_list_shapes(store)}; {longest}"
+    for label, store in stores:
         for sentence in store.report.describe():
-            yield "note", sentence
+            yield "note", f"{label}{sentence}"
     if startup.example:
         yield "example", startup.example
     yield "held-out data", describe_eval(config, startup.eval_batches)
+    if startup.eval_batches is not None:
+        said = {sentence for _, store in stores for sentence in store.report.describe()}
+        yield from (("note", note) for note in _note_held_out(program, startup.eval_batches, said))
     if startup.prompts:
         yield "samples", startup.prompts.describe(config.sample.tokens)
     elif config.sample.prompts:
         yield "samples", "none are made of sample.prompts, as sample.tokens is 0"
+
+
+def _note_held_out(program: Program, batches: EvalBatches, said: set[str]) -> Iterator[str]:
+    """Sentences on held-out documents, less what was said of the training data: a share that is held out is of it."""
+    for label, store in _label_stores(program, "eval", batches.stores):
+        for sentence in store.report.describe():
+            if sentence not in said:
+                yield f"held-out data: {label}{sentence}"
+    if shared := find_shared(program.config.data):
+        count = f"{len(shared):,} files, such as {shared[0]}" if len(shared) > 1 else shared[0]
+        yield f"data.train and data.eval both have {count}; a held-out loss of what is trained on tells little"
+
+
+def _label_stores(program: Program, split: sources.Split, stores: list[Store]) -> list[tuple[str, Store]]:
+    """Each store with the name of its source, to be put before what is said of it; without, where there is one."""
+    names = program.sources[split]
+    labels = [f"{name}: " for name in names] if len(names) > 1 else [""]
+    return list(zip(labels, stores, strict=False))  # Megatron's order has no stores
 
 
 def _list_shapes(store: Store) -> str:
@@ -221,7 +245,7 @@ def suggest_prompt(data: DataConfig) -> str:
     except (ValueError, OSError, StopIteration):
         return "--prompt TEXT"  # the data has moved since it was tokenized
     if example.turns:
-        text = next((turn.content for turn in example.turns if turn.role != "assistant"), "")
+        text = next((turn.content for turn in example.turns if turn.role == "user"), "")
         return f"--chat --prompt {shlex.quote(_shorten(text))}"
     return f"--prompt {shlex.quote(_shorten(example.prompt or example.completion))}"
 

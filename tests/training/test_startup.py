@@ -132,6 +132,28 @@ def test_notes_on_the_weights_are_said(tmp_path):
     assert lines[1:4] == [("weights", "huggingface model"), ("note", "one"), ("note", "another")]
 
 
+def test_notes_on_documents_are_said_once_with_their_source(tmp_path, capsys):
+    """The example is one that is trained on, as it is cut; data that is held out from itself is told."""
+    good = [{"prompt": f"{number}:", "completion": " yes"} for number in range(30)]
+    long = [{"prompt": "word " * 99, "completion": " no"}, {"prompt": "Q:", "completion": " word" * 99}]
+    for name, records in {"a": [*long, *good], "b": [*good, {"prompt": "Q", "completion": ""}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = small("tiny_lora", tmp_path / "run", steps=1)
+    both, bad = f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"{tmp_path}/b.jsonl"
+    loop.train(replace(config, data=replace(config.data, train=both, eval=bad, on_bad="skip")))
+    said = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
+    assert "documents b: 30 prompt and completion" in "\n".join(lines)
+    left_out = f"b: 1 document left out (empty); the first is {bad}:31: 'completion' is empty, which leaves nothing to"
+    assert [line.startswith(f"note {left_out}") for line in lines].count(True) == 1
+    assert "left out" not in said.err and said.out.count("left out (empty)") == 1
+    (example,) = (line for line in lines if line.startswith("example"))
+    assert example.startswith("example <bos>Q:[[ word") and "(cut to 64 of its" in example
+    assert f"note data.train and data.eval both have {bad}; a held-out loss of what is trained on tells" in "\n".join(
+        lines
+    )
+
+
 def test_suggested_prompts(tmp_path):
     """Of the data, of any kind, shortened; and none where the data is gone."""
     path = tmp_path / "data.jsonl"
@@ -141,7 +163,8 @@ def test_suggested_prompts(tmp_path):
         path.write_text(json.dumps(record) + "\n")
         return startup.suggest_prompt(replace(data, **changes))
 
-    talk = [{"role": "system", "content": "\n  Be brief.\nAlways."}, {"role": "assistant", "content": "Yes."}]
+    system, answer = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Yes."}
+    talk = [system, {"role": "user", "content": "\n  Be brief.\nAlways."}, answer]
     assert suggest({"messages": talk}) == "--chat --prompt 'Be brief.'"
     words = "word " * 11
     assert suggest({"text": f"{words}ending and more"}, kind="text") == f"--prompt '{words.strip()}'"

@@ -1,6 +1,7 @@
 """A source of text written as Megatron's .bin and .idx, tokenized by all CPUs."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ def build_indexed(
     try:
         everything = replace(data, eval="", eval_fraction=0.0)
         store = build_store(everything, "train", tokenizer, folder, show=True, workers=workers)
+        for sentence in store.report.describe():
+            print(sentence, file=sys.stderr)
         entries = max(tokenizer.get_vocab().values()) + 1
         with IndexedWriter(prefix, smallest_dtype(entries), folder) as writer:
             for tokens, lengths in _read_documents(store):
