@@ -33,6 +33,7 @@ def hide_torch() -> None:
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, which is not needed
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None
     try:

@@ -195,7 +195,8 @@ assert sys.modules["torch"] is torch and "transformers" not in sys.modules
 
 @pytest.mark.parametrize("script", [HIDDEN, IMPORTED], ids=["not imported", "imported before"])
 def test_a_tokenizer_is_loaded_without_torch(script):
-    subprocess.run([sys.executable, "-c", script, str(TINY)], check=True)
+    done = subprocess.run([sys.executable, "-c", script, str(TINY)], check=True, capture_output=True, text=True)
+    assert "PyTorch was not found" not in done.stderr
 
 
 COMMANDS = {
