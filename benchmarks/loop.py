@@ -105,7 +105,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
             states["full"], _ = loop.take_steps(replace(run, program=part), states["full"], done, log, trace)
             done += steps
 
-        with log, profiling.Trace(config, 0, log.pause) as trace:
+        with log, profiling.Trace(config, 0, log, train_step) as trace:
             seconds = []
             for pair in range(pairs + 1):  # the first is thrown away
                 turns: list[Callable[[], None]] = [run_bare, run_full]

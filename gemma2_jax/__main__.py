@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "convert a checkpoint into any other format; inspect one; compare two",
     "data": "print what a data set is; write one as Megatron's .bin and .idx",
     "report": "write a run, or several, as one HTML page with pictures",
+    "profile": "say where the time of traced steps went, by scope and by operation",
     "plan": "say whether a training step fits on so many H100s, without having any",
 }
 MODULES = {

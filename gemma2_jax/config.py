@@ -505,10 +505,10 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """An XLA trace for XProf or TensorBoard, under WORKDIR/profile."""
+    """An XLA trace for XProf or TensorBoard, under WORKDIR/profile, and tables of it."""
 
     start: int = 0  # first step traced, counted from this process's first step
-    steps: int = 0  # steps traced; 0 traces nothing
+    steps: int = 0  # steps traced; 0: none, and 3 where a trace is asked for (SIGUSR2, WORKDIR/profile.request)
 
     def __post_init__(self) -> None:
         if self.start < 0 or self.steps < 0:

@@ -95,6 +95,7 @@ def main(program: str = PROGRAM) -> None:
         _print_config(command.run)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace
     try:
         platforms.prepare_process()
         from gemma2_jax.cluster import hosts

@@ -30,7 +30,7 @@ def refusal(monkeypatch, capsys):
     ("arguments", "said"),
     [
         ("tran", "there is no command tran; did you mean train? There are train, generate, convert, data, "
-         "report, plan."),
+         "report, profile, plan."),
         ("train --config tiny_lora --nonsense x", "there is no option --nonsense."),
         ("train --config tiny_lora --optim.lrr 3", "there is no option --optim.lrr; did you mean --optim.lr or "
          "--optim.min-lr?"),
@@ -57,6 +57,7 @@ def refusal(monkeypatch, capsys):
         ("plan --config tiny_lora --gpu 3", "there is no option --gpu; did you mean --gpus?"),
         ("generate", "--checkpoint STR must be given."),
         ("generate --checkpoint a --prompts b", "there is no option --prompts; did you mean --prompt?"),
+        ("profile", "RUN must be given."),
         ("convert --nonsense x", "there is no option --nonsense."),
         ("convert nspect x", "there is no command nspect, nor a folder of that name; did you mean inspect?"),
         ("convert a b", "--to {orbax,hf,"),

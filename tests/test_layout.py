@@ -29,7 +29,7 @@ FLOORS = (
     ("planning", "reporting"),
     ("api",),
     ("megatron_bridge",),
-    ("train", "generate", "plan", "report", "data.__main__"),
+    ("train", "generate", "plan", "profile", "report", "data.__main__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -44,8 +44,8 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best"), ("pipeline",),
-        ("checkpoint", "step", "trackers"), ("metrics", "profiling", "tokenizer", "samples"),
+        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "profile_tables"), ("pipeline",),
+        ("checkpoint", "step", "trackers"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),

@@ -130,7 +130,7 @@ def train(config: Config) -> Result:
             count_epochs=batches.count_epochs,
         )
         run = Run(program, batches, train_step, evaluate, sample, guard, best, checkpoints, adapters)
-        with log, Trace(config, start_step, log.pause) as trace:
+        with log, Trace(config, start_step, log, train_step) as trace:
             state, step = take_steps(run, state, start_step, log, trace)
         exported = export_best(config, checkpoints)
     if best.is_out_of_patience and jax.process_index() == 0:
@@ -163,7 +163,8 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
         trace.before_step(step)
         with log.wait():
             batch = place_batch(run.program, next(run.batches))
-        state, values = run.train_step(state, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, values = run.train_step(state, batch)
         log.step(step, values)
         trace.after_step(step)
         if is_due(step, config.train.eval_every, config.steps):

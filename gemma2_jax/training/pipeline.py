@@ -217,7 +217,8 @@ class Pipeline:
                 residuals = jax.tree.map(lambda kept, x: kept.at[slot].set(x), residuals, new)
             return self._mask_idle(y_BTD, x_BTD, stage, pass_index, index), residuals
 
-        x_BTD, residuals = jax.lax.fori_loop(0, self.layers, run_layer, (x_BTD, residuals))
+        with jax.named_scope("layers"):
+            x_BTD, residuals = jax.lax.fori_loop(0, self.layers, run_layer, (x_BTD, residuals))
         return self._shift_stages(x_BTD, 1)[None], self._broadcast_stage(x_BTD, self.stages - 1), residuals
 
     def _run_backward(self, inputs: TickInputs, returned_ZBTD, d_last_BTD, residuals: Residuals, block_sums: Weights):
@@ -250,7 +251,8 @@ class Pipeline:
                 sums = sums | {path: total.at[index].add(gradient)}
             return self._mask_idle(d_x_BTD, d_BTD, stage, pass_index, index), sums
 
-        d_BTD, block_sums = jax.lax.fori_loop(0, self.layers, run_layer, (d_BTD, block_sums))
+        with jax.named_scope("backward"), jax.named_scope("layers"):
+            d_BTD, block_sums = jax.lax.fori_loop(0, self.layers, run_layer, (d_BTD, block_sums))
         return self._shift_stages(d_BTD, -1)[None], self._broadcast_stage(d_BTD, 0), block_sums
 
     def _add_embedding_gradient(self, gemma: Gemma2, outer_sums: Weights, inputs: TickInputs, d_embedded_BTD):
@@ -258,7 +260,8 @@ class Pipeline:
         pass_index = inputs.tick - 2 * (self.stages - 1)
         d_embedded_BTD = jnp.where(pass_index >= 0, d_embedded_BTD, 0)
         tokens_BT = self._take_pass(inputs.passes, pass_index)["tokens"]
-        return gemma.add_embedding_gradients(outer_sums, tokens_BT, d_embedded_BTD)
+        with jax.named_scope("backward"):
+            return gemma.add_embedding_gradients(outer_sums, tokens_BT, d_embedded_BTD)
 
     def _layer_inputs(self, inputs: TickInputs, pass_index, layer) -> LayerInputs:
         """What a layer, by its number in the model, takes beside weights and activations in a pass."""

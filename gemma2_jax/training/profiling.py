@@ -1,54 +1,95 @@
-"""A window of steps recorded as an XLA trace, which XProf and TensorBoard open."""
+"""A window of steps recorded as an XLA trace, which XProf and TensorBoard open and `profile_tables` reads.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+The window is that of the config, or begins when it is asked for: by SIGUSR2, or by a file in the working directory.
+"""
+
+import os
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from gemma2_jax.config import Config
+from gemma2_jax.training import profile_tables
+from gemma2_jax.training.metrics import Metrics
+
+REQUEST_FILE = "profile.request"
+REQUESTED_STEPS = 3  # in a trace that is asked for, where the config has no number
+_LOOK_SECONDS = 5.0  # between two looks for the file
 
 
 class Trace:
-    """Records steps [start, start + steps) of this process into WORKDIR/profile. Use as a context manager.
+    """Records steps of this process into WORKDIR/profile. Use as a context manager.
 
-    `pause` is entered while the trace is started and stopped. It waits for the steps dispatched before, so that the
-    trace holds the whole window and nothing else.
+    The devices are waited for while a trace is started and stopped, so that it holds whole steps and nothing else.
+    Process 0 looks for WORKDIR/profile.request; a signal asks the process that gets it.
     """
 
-    def __init__(self, config: Config, start_step: int, pause: Callable[[], AbstractContextManager]):
+    def __init__(self, config: Config, start_step: int, log: Metrics, train_step: jax.stages.Compiled):
+        self._output, self._last_step = config.output, config.steps
         self._folder = config.output / "profile"
         if jax.process_count() > 1:
             self._folder /= f"process-{jax.process_index()}"  # a trace is named after its host, which may run several
-        self._window = range(0)
-        if config.profile.steps:
-            begin = start_step + config.profile.start + 1
-            self._window = range(begin, min(begin + config.profile.steps, config.steps + 1))
-        self._pause = pause
-        self._running = False
-        self.folder: Path | None = None  # where the trace is, once one has been written
+        self._steps = config.profile.steps or REQUESTED_STEPS
+        self._begin = start_step + config.profile.start + 1 if config.profile.steps else None
+        self._log, self._train_step = log, train_step
+        self._window = range(0)  # the steps being traced
+        self._is_signaled = False
+        self._next_look = 0.0
+        self._former_handler: Any = None
+        self.folder: Path | None = None  # of the last trace that was written
 
     def __enter__(self) -> "Trace":
+        if threading.current_thread() is threading.main_thread():  # others may not handle signals
+            self._former_handler = signal.signal(signal.SIGUSR2, self._take_signal)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._running:
-            self._stop()
+        if self._former_handler is not None:
+            signal.signal(signal.SIGUSR2, self._former_handler)
+        if self._window:  # the run has ended within it
+            jax.profiler.stop_trace()
 
     def before_step(self, step: int) -> None:
-        """Starts the trace before the first step of the window."""
-        if self._window and step == self._window[0]:
-            with self._pause():
+        """Starts a trace before this step if one is due or asked for."""
+        if not self._window and (step == self._begin or self._is_requested()):
+            with self._log.pause():
                 jax.profiler.start_trace(self._folder)
-            self._running = True
+            self._window = range(step, min(step + self._steps, self._last_step + 1))
 
     def after_step(self, step: int) -> None:
-        """Stops the trace after the last step of the window."""
-        if self._running and step == self._window[-1]:
-            with self._pause():
-                self._stop()
+        """Stops the trace after the last step of its window, and writes what is to lie beside it."""
+        if self._window and step == self._window[-1]:
+            with self._log.pause():
+                jax.profiler.stop_trace()
+                self.folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
+                jax.profiler.save_device_memory_profile(str(self.folder / "memory.prof"))
+                self._write_scopes(self.folder)
+            text = f"steps {self._window[0]} to {step} are traced in {self.folder}"
+            self._log.log_event(step, "profile", text)
+            self._window = range(0)
 
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._running = False
-        self.folder = self._folder
+    def _write_scopes(self, folder: Path) -> None:
+        program = self._train_step.as_text() or ""
+        partial = folder / f"{profile_tables.SCOPES_FILE}.partial"
+        partial.write_text(profile_tables.scopes_json(program, self._window[0], len(self._window)))
+        partial.replace(folder / profile_tables.SCOPES_FILE)
+
+    def _take_signal(self, *_: Any) -> None:
+        self._is_signaled = True
+
+    def _is_requested(self) -> bool:
+        if self._is_signaled:
+            self._is_signaled = False
+            return True
+        if jax.process_index() != 0 or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        try:
+            os.unlink(self._output / REQUEST_FILE)
+        except FileNotFoundError:
+            return False
+        return True

@@ -19,7 +19,7 @@ from gemma2_jax.data import mixtures, sources
 from gemma2_jax.data.batches import Batches, EvalBatches, find_shared
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
-from gemma2_jax.training import optim
+from gemma2_jax.training import optim, profile_tables
 from gemma2_jax.training.samples import Prompts
 from gemma2_jax.training.step import Program, parameter_group
 from gemma2_jax.training.tokenizer import describe_vocabulary
@@ -224,15 +224,26 @@ def print_ending(
     if best is not None:
         lines.append(f"Best:      {best} ({config.train.export_best}, of the step of that name)")
     if trace_folder is not None:
-        lines.append(f"Trace:     {trace_folder} (XProf and TensorBoard open it)")
+        lines.append(f"Trace:     {trace_folder.parents[2]} (XProf and TensorBoard open it)")
     elif config.profile.steps:
         lines.append(f"Trace:     none, as the run ended before profile.start {config.profile.start}")
     lines += [
         f"Generate:  python -m gemma2_jax.generate --checkpoint {workdir} {suggest_prompt(config.data)}",
         f"Export:    python -m gemma2_jax.convert {workdir} {exported} --to {form}",
     ]
+    if trace_folder is not None:
+        print_profile(console, trace_folder)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_profile(console: Console, trace_folder: Path) -> None:
+    """Prints the tables of a trace, or why there are none, which takes nothing from the run."""
+    try:
+        profile_tables.print_tables(profile_tables.read_profile(trace_folder))
+    except (ValueError, OSError) as error:
+        text = f"\nThe trace has no tables: {error}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def suggest_prompt(data: DataConfig) -> str:

@@ -177,27 +177,28 @@ class Program:
         targets = jnp.sum(batch["weights"])
         share = 1 / jnp.maximum(targets, 1)
         sums, loss = gradients, loss * share
-        gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), sums, state.params)
         with jax.named_scope("optimizer"):
+            gradients = jax.tree.map(lambda g, w: (g * share).astype(w.dtype), sums, state.params)
             norm = optax.tree.norm(gradients)
             taken, history = guard.judge_step(self.config.guard, state.history, loss, norm)
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
             params = cast(Weights, optax.apply_updates(state.params, updates))
             before, after = (state.params, state.optimizer), (params, optimizer)
             params, optimizer = jax.tree.map(partial(jnp.where, taken), after, before)
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": self.schedule(optim.count_updates(state.optimizer)),
-            "taken": taken,
-            "fault": self._find_fault(loss, norm, sums, state),
-            "target_tokens": targets,
-            "tokens": jnp.sum(batch["segments"] > 0),
-        }
-        metrics |= {f"grad_norm/{group}": norm for group, norm in group_norms(gradients).items()}
-        if source_losses is not None:
-            means = source_losses / self._count_targets(batch)[1:]
-            metrics |= {f"loss/{name}": means[number] for number, name in enumerate(self.sources["train"])}
+        with jax.named_scope("metrics"):
+            metrics = {
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": self.schedule(optim.count_updates(state.optimizer)),
+                "taken": taken,
+                "fault": self._find_fault(loss, norm, sums, state),
+                "target_tokens": targets,
+                "tokens": jnp.sum(batch["segments"] > 0),
+            }
+            metrics |= {f"grad_norm/{group}": norm for group, norm in group_norms(gradients).items()}
+            if source_losses is not None:
+                means = source_losses / self._count_targets(batch)[1:]
+                metrics |= {f"loss/{name}": means[number] for number, name in enumerate(self.sources["train"])}
         state = State(step=state.step + 1, params=params, frozen=state.frozen, optimizer=optimizer, history=history)
         return state, metrics
 
