@@ -25,7 +25,7 @@ class Command:
     run: Annotated[
         str,
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN", help="working directory of a run, or a folder in it, of which it is the newest"),
+        tyro.conf.arg(metavar="RUN", help="working directory of a run, or a folder in it; its newest trace is read"),
     ]
 
     def __post_init__(self) -> None:
