@@ -4,6 +4,7 @@ tyro parses; the sentences are ours, so that a mistake reads alike whoever finds
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import io
@@ -42,6 +43,28 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
         exit_usage(_explain_failure(failure.args[0], arguments, options), program)
     except ValueError as error:  # of the dataclass itself
         exit_usage(str(error), program)
+
+
+def capitalize_booleans(arguments: list[str], kind: type) -> list[str]:
+    """--data.packing false as --data.packing False, after a space or =, as shells and Megatron-Bridge write it.
+
+    `kind` is the dataclass whose fields the options name.
+    """
+    words: list[str] = []
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator and words:
+            name, value = words[-1], argument
+        is_boolean = value.lower() in ("true", "false") and _find_type(kind, name) is bool
+        words.append(argument.removesuffix(value) + value.capitalize() if is_boolean else argument)
+    return words
+
+
+def _find_type(kind: Any, option: str) -> Any:
+    """The type of the field that an option names; None where there is none."""
+    for part in option.removeprefix("--").replace("-", "_").split("."):
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def exit_usage(reason: str, program: str) -> NoReturn:
@@ -178,13 +201,21 @@ def _suggest_options(name: str, options: list[str]) -> str:
     def last_part(option: str) -> str:
         return option.lstrip("-").rpartition(".")[2]
 
-    parts = {last_part(option) for option in options}
+    group = name.rpartition(".")[0]
+    parts = {last_part(option) for option in options if option.startswith(f"{group}.")} if group else set()
+    everywhere = {last_part(option) for option in options}
     near = (
         [option for option in options if last_part(option) == last_part(name)]
         or difflib.get_close_matches(name, options, n=2, cutoff=0.8)
         or [
             o
             for part in difflib.get_close_matches(last_part(name), parts, n=2)
+            for o in options
+            if o == f"{group}.{part}"
+        ]
+        or [
+            o
+            for part in difflib.get_close_matches(last_part(name), everywhere, n=2, cutoff=0.75)
             for o in options
             if last_part(o) == part
         ]

@@ -332,10 +332,11 @@ class DataConfig:
             )
         number = r"\d+(\.\d+)?"
         if self.split_shares and (
-            not re.fullmatch(f"{number}(,{number}){{0,2}}", self.split_shares) or not self.shares[0]
+            not re.fullmatch(f"{number}(,{number}){{1,2}}", self.split_shares) or not self.shares[0]
         ):
             raise ValueError(
-                f"data.split_shares is {self.split_shares!r}; it must be like 9999,8,2: trained on, held out and left"
+                f"data.split_shares is {self.split_shares!r}; it must be like 9999,8,2: trained on, held out and left, "
+                "of which the last may be missing"
             )
 
     @property

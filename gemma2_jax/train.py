@@ -12,7 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -36,7 +36,10 @@ class Recipe:
 class Command(Recipe):
     """Pretrains or fine-tunes Gemma 2.
 
-    The defaults shown are those of the recipe that --config names. Fields may also be given as group.field=value.
+    The defaults shown are those of the recipe that --config names.
+
+    Fields may also be given as group.field=value.
+
     The same command on the same --workdir resumes.
     """
 
@@ -51,7 +54,7 @@ def parse[C: Recipe](arguments: list[str], command: type[C] = Command, program: 
         arguments = [re.sub(r"^--adapter(?=$|=)", "--init-adapter", argument) for argument in arguments]
         recipe = _find_recipe(arguments, program)
         default = command(config=recipe, run=recipes.load_recipe(recipe))
-        arguments = _capitalize_booleans(arguments, default.run)
+        arguments = command_line.capitalize_booleans(arguments, Config)
     except ValueError as error:
         command_line.exit_usage(str(error), program)
     return command_line.parse(command, arguments, program, default)
@@ -65,21 +68,6 @@ def _join_columns(arguments: list[str]) -> list[str]:
             words[-1] = f"{words[-1]}={argument}"
         else:
             words.append(argument)
-    return words
-
-
-def _capitalize_booleans(arguments: list[str], config: Config) -> list[str]:
-    """--data.packing false as --data.packing False, after a space or =, as shells and Megatron-Bridge write it."""
-    words: list[str] = []
-    for argument in arguments:
-        name, separator, value = argument.partition("=")
-        if not separator and words:
-            name, value = words[-1], argument
-        field: Any = config
-        for part in name.removeprefix("--").replace("-", "_").split("."):
-            field = getattr(field, part, None)
-        is_boolean = isinstance(field, bool) and value.lower() in ("true", "false")
-        words.append(argument.removesuffix(value) + value.capitalize() if is_boolean else argument)
     return words
 
 

@@ -39,6 +39,7 @@ def refusal(monkeypatch, capsys):
         ("train --config tiny_lora --seed 3", "there is no option --seed; did you mean --data.seed or --train.seed?"),
         ("train --config tiny_lora --data.trian x", "there is no option --data.trian; did you mean --data.train or "
          "--data.stream?"),
+        ("train --config tiny_lora --data.format csv", "there is no option --data.format."),
         ("train --config tiny_lora --data.packing maybe", "--data.packing is 'maybe'. It may be True or False."),
         ("train --config tiny_lora --data.kind instruction", "--data.kind is 'instruction'; did you mean "
          "instructions? It may be text or instructions."),

@@ -98,6 +98,7 @@ def main(program: str = "python -m gemma2_jax.data") -> None:
         near = command_line.suggest(name, _COMMANDS) or "."
         command_line.exit_usage(f"there is no command {name}{near} There are {', '.join(_COMMANDS)}", program)
     kind, run = _COMMANDS[name]
+    arguments = command_line.capitalize_booleans(arguments, kind)
     command = command_line.parse(kind, arguments, f"{program} {name}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     platforms.prepare_process(cpu=True, cache=False)
@@ -127,11 +128,12 @@ def _build(command: Build) -> None:
 
     data = replace(command.data, train=command.source)
     tokenizer = _load_tokenizer(data.tokenizer)
-    indexed = build_indexed(data, command.prefix, tokenizer, bos=command.bos, workers=command.workers)
+    prefix = re.sub(r"\.(bin|idx)$", "", command.prefix)  # as either file is called
+    indexed = build_indexed(data, prefix, tokenizer, bos=command.bos, workers=command.workers)
     print(
-        f"wrote {command.prefix}.bin and {command.prefix}.idx: {len(indexed.lengths):,} documents, "
+        f"wrote {prefix}.bin and {prefix}.idx: {len(indexed.lengths):,} documents, "
         f"{len(indexed.tokens):,} tokens as {indexed.tokens.dtype}\n"
-        f"Train:  python -m gemma2_jax.train --config RECIPE --data.kind text --data.train {command.prefix}"
+        f"Train:  python -m gemma2_jax.train --config RECIPE --data.kind text --data.train {prefix}"
     )
 
 

@@ -24,6 +24,7 @@ from gemma2_jax.data import sources
 from gemma2_jax.data.packing import Rows
 
 LONGEST_PERIOD = 100_000  # rows after which a schedule begins anew, at most: it is made in a loop over them
+_COLON_WEIGHT = re.compile(r"(\d*\.\d+|\d+):(?!//)([^,]+)")  # as other programs have weights
 _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)\*(.*)")
 
 
@@ -44,6 +45,8 @@ def list_sources(data: DataConfig, split: sources.Split) -> tuple[Source, ...]:
     """
     field = "eval" if split == "eval" and data.eval else "train"
     text = sources.open_source(data, split)
+    if (match := _COLON_WEIGHT.match(text)) and not Path(text).exists():
+        raise ValueError(f"data.{field} is {text!r}; weights are written with *, as in {match[1]}*{match[2]}")
     if "," not in text or data.order == "megatron" or Path(text).exists() or glob.glob(text, recursive=True):
         return (Source(name=text, weight=None, data=data),)
     pairs = [_split_weight(part.strip()) for part in text.split(",")]

@@ -180,6 +180,8 @@ def describe_eval(config: Config, eval_batches: EvalBatches | None) -> str:
     if eval_batches is not None:
         return f"{config.data.eval or config.data.train}: {eval_batches.summary}"
     if not config.data.has_eval:
+        if config.data.split_shares:
+            return f"none, and no evaluation (data.split_shares {config.data.split_shares} holds out nothing)"
         return "none, and no evaluation (data.eval is empty, and data.eval_fraction is 0)"
     share = config.data.eval or f"{config.data.eval_fraction:.3g} of {config.data.train}, which is not trained on"
     return f"{share}; no evaluation (train.eval_every is 0)"

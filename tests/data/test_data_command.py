@@ -40,7 +40,7 @@ def corpus(jsonl):
 @pytest.mark.parametrize("bos", [True, False])
 def test_text_is_written_as_it_is_trained_on(run, corpus, tmp_path, tokenizer, bos):
     prefix = f"{tmp_path}/out"
-    said = run("build", corpus, prefix, "--data.tokenizer", TINY, *([] if bos else ["--bos", "False"]))
+    said = run("build", corpus, prefix, "--data.tokenizer", TINY, *([] if bos else ["--bos", "false"]))
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     documents = [[2] * bos + tokens + [1] for tokens in encoded]
     written = open_indexed(prefix)
@@ -51,6 +51,17 @@ def test_text_is_written_as_it_is_trained_on(run, corpus, tmp_path, tokenizer, b
     )
     assert said.endswith(f"--data.kind text --data.train {prefix}\n")
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.bin", "out.idx"}
+
+
+def test_the_name_of_a_file_is_a_prefix_too(run, corpus, tmp_path):
+    run("build", corpus, f"{tmp_path}/out.bin", "--data.tokenizer", TINY)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.bin", "out.idx"}
+
+
+def test_a_refused_build_leaves_nothing(run, jsonl, tmp_path):
+    with pytest.raises(SystemExit, match=r"data.jsonl:2: .* --data.on_bad skip leaves such documents out"):
+        run("build", jsonl({"text": "a"}, {"text": ""}), f"{tmp_path}/out", "--data.tokenizer", TINY)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
 
 
 def test_an_interrupted_build_goes_on(run, corpus, tmp_path, capsys, monkeypatch):

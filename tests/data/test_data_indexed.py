@@ -184,7 +184,7 @@ def test_splits_of_other_data_are_an_error(tmp_path, jsonl, tokenizer):
         ValueError, match=r"data.split_shares 9,1 divides .bin and .idx files, and .*data.jsonl is none; --data"
     ):
         train_batches(data, tokenizer, Layout(sequence_length=8, batch_size=1), cache=tmp_path)
-    for wrong in ("9,x", "1,2,3,4", "0,1", "-1,2"):
+    for wrong in ("9", "9,x", "1,2,3,4", "0,1", "-1,2"):
         with pytest.raises(ValueError, match="it must be like 9999,8,2: trained on, held out and left"):
             DataConfig(split_shares=wrong)
     with pytest.raises(ValueError, match="both say what is held out; give one"):

@@ -54,6 +54,7 @@ def test_weights_are_told_from_globs(text, expected, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"train": "0*a,1*b"}, "data.train gives a the weight 0; give a positive one, or leave the source out"),
+        ({"train": "0.7:a,0.3:b"}, "data.train is '0.7:a,0.3:b'; weights are written with \\*, as in 0.7\\*a"),
         ({"train": "1*a,b"}, "data.train gives no weight to b, and one to others; give all sources one, or none"),
         ({"train": "a,b,a"}, "data.train names a twice; name it once, with a larger weight for more of it"),
         ({"train": "1*a,2*a"}, "data.train names a twice"),

@@ -330,11 +330,15 @@ def test_splits_that_are_not_there_are_errors(tmp_path):
     fill(tmp_path / "other/sft", "train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"no split 'train'; it has test_sft, train_sft: --data.split train_sft"):
         choose(tmp_path / "other/sft")
-    with pytest.raises(ValueError, match=r"has no split 'train'; it has test, validation: --data.split test"):
+    with pytest.raises(
+        ValueError, match=r"has no split 'train'; it has test, validation: give one of them as --data.split"
+    ):
         choose(tmp_path / "all")
     with pytest.raises(ValueError, match=r"pdf/a.pdf is none of the formats that are read"):
         choose(tmp_path / "pdf")
-    with pytest.raises(ValueError, match=r"data.subset 'main' is of a data set of the Hub, and .* is none"):
+    with pytest.raises(
+        ValueError, match=r"data.subset 'main' is of a data set of the Hub, and .* is none; leave it out"
+    ):
         choose(tmp_path / "all", subset="main")
     with pytest.raises(ValueError, match=r"data.split is 'train\[:10%\]'; it must be the name of a split"):
         DataConfig(split="train[:10%]")
@@ -447,6 +451,22 @@ def test_data_sets_of_the_hub(load_dataset):
     )
     with pytest.raises(ValueError, match=r"org/tiny has no split 'gen'; it has train, validation"):
         choose("org/tiny", split="gen")
+
+
+def test_folders_with_splits_of_their_own_are_told(tmp_path):
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    choice, _ = places.choose_training(DataConfig(train=str(tmp_path)))
+    assert len(choice.places) == 2
+    assert choice.notes == (
+        f"{tmp_path}: its folders main, socratic have splits of their own and are read together; {tmp_path}/main is "
+        "one alone",
+    )
+    with pytest.raises(ValueError, match=rf"data.subset 'main' .* is none; its folder is a source: {tmp_path}/main"):
+        places.choose_training(DataConfig(train=str(tmp_path), subset="main"))
+    (tmp_path / "socratic" / "train.jsonl").rename(tmp_path / "socratic" / "more.jsonl")
+    assert not places.choose_training(DataConfig(train=str(tmp_path)))[0].notes
 
 
 @pytest.mark.parametrize(

@@ -166,10 +166,20 @@ def test_malformed_text_and_templates_are_named(jsonl):
 
 
 def test_sources_without_documents_are_errors(jsonl, tmp_path):
-    with pytest.raises(ValueError, match=r"no data at '.*nothing': give 'python-docs', a file"):
+    with pytest.raises(
+        ValueError, match=r"no data at '.*nothing': there is no such file or folder; give 'python-docs', a file"
+    ):
         read(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"no data at"):
+    with pytest.raises(ValueError, match=r"no data at .*: the folder has no file of a format"):
         read(tmp_path)
+    with pytest.raises(ValueError, match=r"no data at .*: no file has a name like that"):
+        read(tmp_path / "*.jsonl")
+    (tmp_path / "web.idx").touch()
+    with pytest.raises(ValueError, match=rf"--data.train {tmp_path}/web; it has web"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=rf"did you mean the .bin and .idx files {tmp_path}/web\?"):
+        read(tmp_path / "wep")
+    (tmp_path / "web.idx").unlink()
     with pytest.raises(ValueError, match=r"data.jsonl is empty"):
         read(jsonl())
     with pytest.raises(ValueError, match=r"data.xml is none of the formats that are read \(.jsonl, .*\); convert"):

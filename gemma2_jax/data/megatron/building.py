@@ -55,8 +55,14 @@ def build_indexed(
                 if not bos:
                     tokens, lengths = _remove_first(tokens, lengths)
                 writer.write(tokens, lengths)
+    except ValueError:  # after what remedies it, other documents are tokenized
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     except OSError as error:
-        raise OSError(f"{prefix}.bin and .idx could not be written ({error}); make room, or write elsewhere") from error
+        raise OSError(
+            f"{prefix}.bin and .idx could not be written ({error}); make room, and the same command goes on from "
+            f"what is kept in {folder}, or write elsewhere"
+        ) from error
     shutil.rmtree(folder)
     return open_indexed(prefix)
 

@@ -4,9 +4,12 @@ A source is a file, a folder, a glob, a URL of such, or a data set of the Hub. `
 `formats` and `columnar` read it. Pieces are independent, so that several processes can read a source.
 """
 
+import difflib
 import functools
+import glob
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -20,6 +23,7 @@ from gemma2_jax.data.reading.files import File
 Record = tuple[str, object, str]  # where it is, the record or the BadRecord that it is, and its name
 _ENDINGS = (*formats.TEXT_ENDINGS, ".parquet", ".arrow")
 _SPLIT_ORDER = (splits.HELD_OUT, "test", "train", "")  # of what is held out from a source of held-out data
+_LISTED = 5  # names of files that a message lists, at most
 _COUNTED_BYTES = 1 << 22  # of a file, in which lines are counted at one time
 
 
@@ -92,8 +96,9 @@ def choose_training(data: DataConfig) -> tuple[Choice, Choice]:
     chosen = sorted([*found.get(asked, []), *unnamed], key=lambda place: place.path)
     others = {name: found[name] for name in sorted(found) if name not in (asked, "")}
     if not chosen:
-        first = next((name for name in others if name.startswith(asked)), next(iter(others), ""))
-        has = f"it has {', '.join(others)}: --data.split {first}" if others else "no name there tells one"
+        near = [name for name in others if name.startswith(asked)] or [*others]
+        remedy = f"--data.split {near[0]}" if len(near) == 1 else "give one of them as --data.split"
+        has = f"it has {', '.join(others)}: {remedy}" if others else "no name there tells one"
         raise ValueError(f"{source} has no split {data.split!r}; {has}")
     held_out = others.pop(splits.HELD_OUT, []) if not data.eval and data.eval_fraction else []
     notes += tuple(
@@ -126,7 +131,9 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
     if is_hub_data_set(source):
         return _search_hub(source, data), ()
     if data.subset:
-        raise ValueError(f"data.subset {data.subset!r} is of a data set of the Hub, and {source} is none; leave it out")
+        folder = os.path.join(source, data.subset)
+        remedy = f"its folder is a source: {folder}" if os.path.isdir(folder) else "leave it out"
+        raise ValueError(f"data.subset {data.subset!r} is of a data set of the Hub, and {source} is none; {remedy}")
     found = files.list_files(source)
     is_glob = files.has_wildcard(source)
     is_folder = not is_glob and not (found and found[0].below == "")
@@ -134,13 +141,16 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
     passed = [file for file in found if split_ending(file.path)[0] not in _ENDINGS]
     known = f"{', '.join(_ENDINGS)}, and text also with {' or '.join(formats.COMPRESSIONS)}"
     hint = "; the URL of a folder ends with /" if files.is_url(source) else ""
+    indexed = sorted(_name_indexed(file.path) for file in passed if file.path.endswith(".idx"))
+    if indexed and not taken:
+        raise ValueError(
+            f"{source} holds .bin and .idx files, which are given by what both names have in common: --data.train "
+            f"{shlex.quote(indexed[0])}; it has {', '.join(map(os.path.basename, indexed[:_LISTED]))}"
+        )
     if passed and not (is_folder and taken):
         raise ValueError(f"{passed[0].path} is none of the formats that are read ({known}); convert or rename it{hint}")
     if not taken:
-        raise ValueError(
-            f"no data at {source!r}: give 'python-docs', a file ({known}), a folder or a glob of such, a URL, or a "
-            "data set of the Hub, such as tatsu-lab/alpaca"
-        )
+        raise ValueError(_explain_absence(source, is_glob, known))
     if is_folder:
         taken, more = _pass_over(source, taken)
         passed += more
@@ -155,7 +165,45 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
             split = splits.name_split(file.below.partition("/")[0])
         by_split.setdefault(split, []).append(_make_place(file))
     notes = (f"{source}: {_count_files(passed)} passed over, such as {passed[0].path}",) if passed else ()
+    if subsets := _find_subsets(taken) if is_folder and not is_dictionary else []:
+        notes += (
+            f"{source}: its folders {', '.join(subsets)} have splits of their own and are read together; "
+            f"{os.path.join(source, subsets[0])} is one alone",
+        )
     return by_split, notes
+
+
+def _find_subsets(found: Sequence[File]) -> list[str]:
+    """The folders of a folder, of which each has files whose names tell a split; none where it is one folder alone."""
+    folders = {
+        folder
+        for folder, slash, rest in (file.below.partition("/") for file in found)
+        if slash and splits.has_split(rest)
+    }
+    folders -= {folder for folder in folders if splits.has_split(folder)}
+    return sorted(folders) if len(folders) > 1 else []
+
+
+def _name_indexed(path: str) -> str:
+    """What the names of Megatron's two files have in common, given that of the index."""
+    return path.removesuffix(".idx")
+
+
+def _explain_absence(source: str, is_glob: bool, known: str) -> str:
+    """Why nothing is found under a name, and what could be given."""
+    if is_glob:
+        return f"no data at {source!r}: no file has a name like that; put the glob in quotes, and check its folder"
+    if os.path.isdir(os.path.expanduser(source)):
+        return f"no data at {source!r}: the folder has no file of a format that is read ({known})"
+    folder = os.path.dirname(source)
+    beside = sorted(_name_indexed(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.idx")))
+    near = difflib.get_close_matches(source, beside, n=1)
+    hint = f"; did you mean the .bin and .idx files {near[0]}? Give" if near else "; give"
+    return (
+        f"no data at {source!r}: there is no such file or folder{hint} 'python-docs', a file ({known}), what the names "
+        "of a .bin and an .idx file have in common, a folder or a glob of files, a URL, or a data set of the Hub, such "
+        "as tatsu-lab/alpaca"
+    )
 
 
 def is_hub_data_set(source: str) -> bool:
