@@ -67,7 +67,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
 
     from gemma2_jax import recipes
     from gemma2_jax.mesh import make_mesh
-    from gemma2_jax.training import guard, loop, metrics, profiling
+    from gemma2_jax.training import guard, loop, metrics, profiling, stopping
     from gemma2_jax.training.step import Program
     from gemma2_jax.training.tokenizer import load_run_tokenizer
 
@@ -102,10 +102,10 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
             part.config = replace(
                 config, steps=done + steps
             )  # the last step of a turn is followed by a save, of nothing
-            states["full"], _ = loop.take_steps(replace(run, program=part), states["full"], done, log, trace)
+            states["full"], _ = loop.take_steps(replace(run, program=part), states["full"], done, log, trace, stop)
             done += steps
 
-        with log, profiling.Trace(config, 0, log, train_step) as trace:
+        with log, profiling.Trace(config, 0, log, train_step) as trace, stopping.Stop(config, 0) as stop:
             seconds = []
             for pair in range(pairs + 1):  # the first is thrown away
                 turns: list[Callable[[], None]] = [run_bare, run_full]

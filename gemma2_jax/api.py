@@ -284,6 +284,7 @@ class Result:
     eval_losses: dict[int, float]  # held-out loss by step, likewise
     program: "Program" = dataclasses.field(repr=False)
     state: "State" = dataclasses.field(repr=False)  # after the last step, on the devices
+    stopped: str = ""  # what the run was told to stop by before its last step, such as train.stop_after
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -301,6 +302,9 @@ def train(config: Config) -> Result:
 
     The same config and working directory resume the run. Of several processes each calls it (`config.hosts`).
 
+    SIGTERM, SIGUSR1 and `train.stop_after` end it after the step under way, which is saved. Ctrl-C does too, and raises
+    KeyboardInterrupt then; the second one raises it at once.
+
     Raises ValueError for what cannot be done as asked, FloatingPointError when too many steps in a row are
     not finite, and OSError when the disk does not take what is written.
 
@@ -317,9 +321,12 @@ def train(config: Config) -> Result:
     platforms.prepare_process()
     from gemma2_jax.cluster import hosts
     from gemma2_jax.training import loop
+    from gemma2_jax.training.stopping import INTERRUPT
 
     with hosts.process_group(config.hosts):
         result = loop.train(config)
+    if result.stopped == INTERRUPT:
+        raise KeyboardInterrupt(f"the run stopped after step {result.step}, whose checkpoint is saved")
     return Result(**{field.name: getattr(result, field.name) for field in dataclasses.fields(Result)})
 
 

@@ -20,6 +20,13 @@ from typing import Any, NoReturn
 
 import tyro
 
+# What a command ends with, besides 0. A launcher starts the same command again after EXIT_STOPPED.
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75  # told to stop (the temporary failure of sysexits.h)
+EXIT_NOT_FINITE = 77
+EXIT_INTERRUPTED = 130  # as of SIGINT
+EXIT_CLOSED_PIPE = 141  # as of SIGPIPE
 _MOST_CHARACTERS = 10_000  # of a message
 
 
@@ -71,7 +78,7 @@ def exit_usage(reason: str, program: str) -> NoReturn:
     """Says why the arguments are not understood and which command lists them, and exits with status 2."""
     end = "" if reason.endswith("?") else "."
     print(fold(f"error: {reason}{end} {program} --help lists the options"), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(EXIT_USAGE)
 
 
 def exit_error(error: Exception) -> NoReturn:
@@ -100,13 +107,13 @@ _REMEDIES = {
 def exit_interrupted() -> NoReturn:
     """Ends after Ctrl-C with 130, as of SIGINT."""
     print("interrupted", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def exit_closed_pipe() -> NoReturn:
     """Ends without a word, as Unix programs do when nobody reads their standard output: with 141, as of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
-    sys.exit(141)
+    sys.exit(EXIT_CLOSED_PIPE)
 
 
 def check_paths(command: Any, *names: str) -> None:

@@ -406,6 +406,7 @@ class TrainConfig:
     patience: int = 0  # evaluations without a lower held-out loss, after which the run ends; 0: it goes on
     export_best: Literal["", "hf", "peft", "orbax"] = ""  # format to write the best checkpoint in at the end of the run
     save_deadline: int = 3600  # seconds that writing a checkpoint may take, after which the run ends
+    stop_after: str = ""  # time since the command was started, as 3h50m, after which it saves and ends; empty: none
     export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP
     tensorboard: bool = False  # metrics go to TensorBoard as well, in WORKDIR/tensorboard
     wandb: str = ""  # Weights & Biases project that metrics go to as well; empty: none
@@ -434,6 +435,17 @@ class TrainConfig:
                 f"train.export_best is {self.export_best}, but train.keep_best is 0, which keeps the newest "
                 "checkpoints alone; set train.keep_best to 1"
             )
+        if not read_duration(self.stop_after):
+            raise ValueError(f"train.stop_after is {self.stop_after!r}; it must be a time such as 3h50m, 90m or 45s")
+
+
+def read_duration(text: str) -> float:
+    """Seconds of a time such as 3h50m, 90m or 45s; infinite for an empty text, and 0 for what is no time."""
+    if not text:
+        return math.inf
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    units = (86_400, 3_600, 60, 1)
+    return sum(int(count or 0) * unit for count, unit in zip(parts.groups(), units, strict=True)) if parts else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,42 +74,49 @@ def _join_columns(arguments: list[str]) -> list[str]:
 def main(program: str = PROGRAM) -> None:
     """Parses and trains.
 
-    The status is 0, 1 after an error that it names, 2 for arguments that it does not understand, 77 after too many
-    steps whose loss or gradient is not finite, 130 after Ctrl-C or SIGTERM, and 141 where nobody reads its standard
-    output any more.
+    It ends with 0, or with a status of `command_line` and a sentence; `docs/running.md` lists them.
     """
     command = parse(sys.argv[1:], program=program)
     if command.print:
         _print_config(command.run)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    from gemma2_jax.cluster import hosts
+
+    hosts.end_when_told()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace
+    workdir = command.run.output
     try:
         platforms.prepare_process()
-        from gemma2_jax.cluster import hosts
         from gemma2_jax.data import encoding
 
         encoding.hide_torch()
         from gemma2_jax.training import loop
+        from gemma2_jax.training.stopping import INTERRUPT
 
         with hosts.process_group(command.run.hosts):
-            loop.train(command.run)
+            stopped = loop.train(command.run).stopped
     except (BrokenPipeError, SystemExit):  # rich raises the latter
-        _end_process(141, f"standard output was closed; {describe_interruption(command.run.output)}")
-    except FloatingPointError as error:
-        _end_process(77, f"error: {error}")
-    except (ValueError, OSError) as error:
-        _end_process(1, f"error: {_describe_error(error, command.run.output)}")
-    except KeyboardInterrupt:
-        _end_process(130, describe_interruption(command.run.output))
+        _end_process(command_line.EXIT_CLOSED_PIPE, f"standard output was closed; {describe_interruption(workdir)}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        _end_process(hosts.exit_status(error), f"error: {_describe_error(error, workdir)}")
+    except KeyboardInterrupt as error:
+        _end_process(hosts.exit_status(error), describe_interruption(workdir, str(error)))
+    if stopped:
+        is_interrupt = stopped == INTERRUPT
+        status = command_line.EXIT_INTERRUPTED if is_interrupt else command_line.EXIT_STOPPED
+        _end_process(status, describe_interruption(workdir, stopped))
 
 
-def describe_interruption(workdir: Path) -> str:
-    """How far an interrupted run got, which of its checkpoints is kept, and what the same command does next."""
+def describe_interruption(workdir: Path, reason: str = "") -> str:
+    """How far an interrupted run got, which of its checkpoints is kept, and what the same command does next.
+
+    `reason` is what interrupted it, such as SIGTERM.
+    """
     metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     steps = [step[1] for line in lines if '"loss": ' in line and (step := re.search(r'"step": (\d+)', line))]
-    reached = f"interrupted after step {steps[-1]}" if steps else "interrupted before the first step"
+    by = f" by {reason}" if reason else ""
+    reached = f"interrupted{by} after step {steps[-1]}" if steps else f"interrupted{by} before the first step"
     # A checkpoint that is not whole has a longer name.
     saved = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     if not saved:

@@ -44,7 +44,7 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "profile_tables"),
+        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "stopping", "profile_tables"),
         ("pipeline",),
         ("checkpoint", "step", "trackers"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),

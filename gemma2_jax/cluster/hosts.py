@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from gemma2_jax.cluster import jax_internals, platforms
 from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
+from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED
 from gemma2_jax.config import HostsConfig
 
 PATIENCE_SECONDS = 300  # for which each process waits for the others at the start
@@ -169,7 +170,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
         import jax
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        end_when_told()
         watch = threading.Thread(target=connection.watch, daemon=True)
         watch.start()
         try:
@@ -192,7 +193,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
             connection.leave(
                 "was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}"
             )
-            _schedule_exit(130 if interrupted else 1)
+            _schedule_exit(exit_status(error))
             raise
         connection.leave()
 
@@ -235,6 +236,36 @@ def gather_answers(question: str, answer: str, seconds: float = _BARRIER_SECONDS
         return jax_internals.gather_answers(question, answer, math.ceil(seconds))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(f"not every process has answered {question} after {seconds:.0f} s") from error
+
+
+class Terminated(KeyboardInterrupt):
+    """This process was told to end, by SIGTERM or SIGUSR1, at a moment at which there is nothing to save."""
+
+
+def end_when_told() -> None:
+    """Has SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, end)
+
+
+def exit_status(error: BaseException) -> int:
+    """The status that a command ends with for this error: `docs/running.md` lists them."""
+    kinds = {Terminated: EXIT_STOPPED, KeyboardInterrupt: EXIT_INTERRUPTED, FloatingPointError: EXIT_NOT_FINITE}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), EXIT_FAILED)
+
+
+def post_notice(topic: str, text: str) -> None:
+    """Tells all processes of the run, in place of what was posted of this topic before."""
+    jax_internals.post_notice(topic, text)
+
+
+def read_notice(topic: str) -> str:
+    """What a process of the run has posted of this topic; empty if none has. No device takes part."""
+    return jax_internals.read_notice(topic)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,18 @@ def give_answer(question: str, answer: str) -> None:
     state.client.key_value_set(f"{question}/{state.process_id}", answer)
 
 
+def post_notice(topic: str, text: str) -> None:
+    """Posts a text for all processes, in place of what was posted of the topic before."""
+    client = importlib.import_module("jax._src.distributed").global_state.client
+    client.key_value_set(f"{topic}/text", text, allow_overwrite=True)
+
+
+def read_notice(topic: str) -> str:
+    """The text that was posted of a topic; empty if none was."""
+    client = importlib.import_module("jax._src.distributed").global_state.client
+    return dict(client.key_value_dir_get(topic)).get(f"{topic}/text", "")
+
+
 def gather_answers(question: str, answer: str, seconds: int) -> list[str]:
     """Gives this process's answer to a question, and returns those of all processes, by index. Each asks it once.
 

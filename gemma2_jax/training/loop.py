@@ -30,6 +30,7 @@ from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.samples import Sampler, encode_prompts
 from gemma2_jax.training.step import Batch, Program, State
+from gemma2_jax.training.stopping import Stop
 from gemma2_jax.training.tokenizer import (
     find_tokens,
     grow_vocabulary,
@@ -48,6 +49,7 @@ class Result:
     eval_losses: dict[int, float]  # held-out loss by step, likewise
     program: Program
     state: State  # after the last step, on the devices
+    stopped: str = ""  # what the run was told to stop by before its last step: SIGTERM, Ctrl-C, train.stop_after...
 
     @property
     def folder(self) -> Path:
@@ -130,13 +132,22 @@ def train(config: Config) -> Result:
             count_epochs=batches.count_epochs,
         )
         run = Run(program, batches, train_step, evaluate, sample, guard, best, checkpoints, adapters)
-        with log, Trace(config, start_step, log, train_step) as trace:
-            state, step = take_steps(run, state, start_step, log, trace)
-        exported = export_best(config, checkpoints)
+        with log, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
+            state, step = take_steps(run, state, start_step, log, trace, stop)
+        stopped = "" if step == config.steps or best.is_out_of_patience else stop.reason
+        exported = None if stopped else export_best(config, checkpoints)
     if best.is_out_of_patience and jax.process_index() == 0:
         console.print(best.describe_end(step), highlight=False, soft_wrap=True)
-    startup.print_ending(console, config, step, trace.folder, exported)
-    return Result(step=step, losses=log.losses, eval_losses=log.eval_losses, program=program, state=state)
+    if not stopped:
+        startup.print_ending(console, config, step, trace.folder, exported)
+    return Result(
+        step=step,
+        losses=log.losses,
+        eval_losses=log.eval_losses,
+        program=program,
+        state=state,
+        stopped=stopped,
+    )
 
 
 @dataclass(frozen=True)
@@ -154,12 +165,19 @@ class Run:
     adapters: AdapterExports
 
 
-def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace) -> tuple[State, int]:
-    """Takes the steps after `start_step`, evaluates and saves when due; returns the last state and its step."""
-    config, is_unsaved = run.program.config, False
+def take_steps(
+    run: Run, state: State, start_step: int, log: metrics.Metrics, trace: Trace, stop: Stop
+) -> tuple[State, int]:
+    """Takes the steps after `start_step`, evaluates and saves when due; returns the last state and its step.
+
+    The last step is that of the config, or an earlier one where the run is told to stop, which is then saved too.
+    """
+    config, step, saved_step = run.program.config, start_step, start_step
+    is_last, is_unsaved = False, False
     if start_step == 0:
         evaluate(run, 0, state, log)
-    for step in range(start_step + 1, config.steps + 1):
+    while not is_last and not stop.ends_before(step + 1):
+        step += 1
         trace.before_step(step)
         with log.wait():
             batch = place_batch(run.program, next(run.batches))
@@ -176,12 +194,16 @@ def take_steps(run: Run, state: State, start_step: int, log: metrics.Metrics, tr
                 if run.guard.row == 0 or is_last:  # else these weights may be why steps are skipped
                     if save(run, step, state):
                         log.log_checkpoint(step)
+                        saved_step = step
                     is_unsaved = False
         if run.guard.is_exhausted:
             raise FloatingPointError(run.guard.describe_end())
-        if is_last:
-            return state, step
-    raise AssertionError("a run that has no step to take is finished")
+    if not is_last:
+        with log.pause():
+            log.log_event(step, "stop", f"stopped by {stop.reason}")
+            if saved_step < step:
+                save(run, step, state)
+    return state, step
 
 
 def evaluate(run: Run, step: int, state: State, log: metrics.Metrics) -> None:

@@ -212,6 +212,21 @@ def logged(workdir: Path) -> np.ndarray:
     return np.array([line["loss"] for line in steps] + [line["grad_norm"] for line in steps] + held_out)
 
 
+def test_a_signal_to_one_process_stops_both_after_one_step(tmp_path):
+    config = replace(fsdp(tmp_path / "run"), steps=20_000)
+    config = replace(config, train=replace(config.train, checkpoint_every=20_000))
+    processes = two(config, options())
+    while not (tmp_path / "run/metrics.jsonl").exists() or len(lines_of(tmp_path / "run")) < 9:
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = ends(processes)
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    last = max(line["step"] for line in lines_of(tmp_path / "run") if "loss" in line)
+    kept = f"interrupted by SIGTERM after step {last}; the checkpoint of step {last} is kept in"
+    assert all(kept in error for _, _, error in ended), ended
+
+
 def cut(source: Path, workdir: Path, step: int) -> Config:
     """A run as it was when it had saved that step."""
     shutil.copytree(source, workdir)

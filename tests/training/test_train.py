@@ -299,8 +299,8 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     assert process.returncode == 130, error
     assert "Traceback" not in error
     newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    [message] = [line for line in error.splitlines() if line.startswith("interrupted after step ")]
-    assert int(message.split()[3].rstrip(";")) >= newest >= 5
+    [message] = [line for line in error.splitlines() if line.startswith("interrupted by Ctrl-C after step ")]
+    assert int(message.split()[5].rstrip(";")) == newest >= 5
     kept = f"the checkpoint of step {newest} is kept in {tmp_path}/checkpoints, and the same command resumes after it"
     assert message.endswith(f"; {kept}")
 
