@@ -64,7 +64,7 @@ class DeviceTimes:
 
     device: str
     total: float
-    spent: Counter[Operation]  # the time that is counted as the operation's; with `idle` it adds up to `total`
+    spent: dict[Operation, float]  # the time that is counted as the operation's; with `idle` it adds up to `total`
     counts: Counter[Operation]  # how often it ran
     idle: float
     communication: float  # the time in which any collective ran, whether or not something else did
@@ -163,8 +163,8 @@ def read_profile(folder: Path) -> Profile:
     return Profile(folder=folder, first_step=fields["first_step"], steps=fields["steps"], devices=devices)
 
 
-def read_events(data: ProfileData, module: str, scopes: Mapping[str, Scope]) -> dict[str, list[Event]]:
-    """The events of each device. `scopes` are those of the operations of the program `module`."""
+def read_events(data: Any, module: str, scopes: Mapping[str, Scope]) -> dict[str, list[Event]]:
+    """The events of each device in a `ProfileData`. `scopes` are those of the operations of the program `module`."""
     # XLA names the kernel of fusion.12 fusion_12. In a CUDA graph that may be all that tells which operation it is of.
     scopes_of_kernels = {name.replace(".", "_").replace("-", "_"): scope for name, scope in scopes.items()}
     events: dict[str, list[Event]] = defaultdict(list)
@@ -182,7 +182,7 @@ def read_events(data: ProfileData, module: str, scopes: Mapping[str, Scope]) -> 
     return events
 
 
-def _list_events(data: ProfileData) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _list_events(data: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Device, event and what the trace tells of it: of GPUs what ran on their streams, else operations of the CPU."""
     planes = list(data.planes)
     gpus = [plane for plane in planes if plane.name.startswith("/device:GPU:")]
@@ -212,7 +212,7 @@ def divide_time(device: str, events: list[Event]) -> DeviceTimes:
     """Divides the time from the first event to the last among operations, as the module's description says."""
     bounds = sorted([(e.start, 1, i) for i, e in enumerate(events)] + [(e.end, 0, i) for i, e in enumerate(events)])
     running: dict[str, set[int]] = {kind: set() for kind in KINDS}
-    spent: Counter[Operation] = Counter()
+    spent: dict[Operation, float] = defaultdict(float)
     idle = communication = 0.0
     before = bounds[0][0]
     for time, starts, index in bounds:
@@ -279,7 +279,7 @@ def _scope_table(times: DeviceTimes, steps: int) -> Table:
 def _operation_table(times: DeviceTimes, steps: int) -> Table:
     table = _table("operation", "times", "ms", "share", "scope")
     table.columns[-1].justify = "left"
-    for operation, time in times.spent.most_common(TOP_OPERATIONS):
+    for operation, time in sorted(times.spent.items(), key=lambda item: -item[1])[:TOP_OPERATIONS]:
         count = f"{times.counts[operation] / steps:,.0f}"
         scope = "/".join(operation.scope)
         table.add_row(operation.name, count, _format_ms(time, steps), f"{time / times.total:.1%}", scope)
