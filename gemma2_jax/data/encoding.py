@@ -6,6 +6,7 @@ at the end. `tokenizing` and `store` keep the tokens.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,8 +122,11 @@ def _split_examples(
 ) -> Iterator[tuple[Example, list[tuple[str, bool]]]]:
     """Yields each document, split into texts to be encoded separately, and of each whether it is learned."""
     chat = None
+    names = {tokenizer.bos_token, tokenizer.eos_token, *_TURNS}
+    control = re.compile("|".join(re.escape(str(name)) for name in sorted(map(str, names))))
     for example in examples:
         if not example.turns:
+            _note_control_tokens(example, control, report)
             yield example, [(example.prompt, False), (example.completion, True)]
             continue
         chat = chat or open_chat_format(tokenizer, data.repeated_roles)
@@ -131,4 +135,15 @@ def _split_examples(
         except BadRecord as error:
             sources.reject(error, data, report)
         else:
+            _note_control_tokens(example, control, report)
             yield example, pieces
+
+
+def _note_control_tokens(example: Example, control: re.Pattern[str], report: Report) -> None:
+    """Counts a document whose text has control tokens in it, which are tokenized as such, as transformers does.
+
+    Who writes a prompt and its completion may write a chat format into them; elsewhere it is seldom meant.
+    """
+    texts = [turn.content for turn in example.turns] if example.turns or example.prompt else [example.completion]
+    for token in sorted({match[0] for text in texts for match in control.finditer(text)}):
+        report.change(f"{token} in the text is read as that control token, not as its characters", example.where)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,20 @@ def test_long_documents_are_told_of(tokenizer):
     }
     assert first.describe_longest(256).endswith("(a:2); 3 have more than 256, of which a:1 is the first")
     assert first.describe_longest(4096) == f"the longest has {lengths[2]:,} tokens (a:2)"
+
+
+def test_control_tokens_in_texts_are_counted(tokenizer):
+    def describe(**parts):
+        report = Report()
+        list(encoding.encode_examples([Example(where="a:1", **parts)], tokenizer, DataConfig(), report))
+        return [*report.changed]
+
+    said = "<end_of_turn> in the text is read as that control token, not as its characters"
+    answer = Turn(role="assistant", content="a <end_of_turn> b <end_of_turn>")
+    assert describe(turns=(Turn(role="user", content="Q"), answer)) == [said]
+    assert describe(completion="a <end_of_turn>") == [said]
+    assert describe(prompt="<start_of_turn>user", completion="a <end_of_turn>") == []
+    assert describe(turns=(Turn(role="user", content="<Q>"), replace(answer, content="a"))) == []
 
 
 HIDDEN = """
