@@ -46,7 +46,7 @@ ORDER_WITHIN = {
     "training": (
         ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "stopping", "profile_tables"),
         ("pipeline",),
-        ("checkpoint", "step", "trackers"), ("metrics", "tokenizer", "samples"), ("profiling",),
+        ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),

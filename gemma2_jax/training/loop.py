@@ -38,6 +38,7 @@ from gemma2_jax.training.tokenizer import (
     load_run_tokenizer,
     without_texts,
 )
+from gemma2_jax.training.uploads import Uploads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def train(config: Config) -> Result:
     other than finite, and OSError if the disk cannot be written to.
     """
     trackers.check_services(config)
-    console = Console()
+    uploads, console = Uploads(config), Console()
     mesh = make_mesh(config.mesh)
     Program(without_texts(config), mesh)  # what does not fit is said before anything is read
     with hosts.process_zero_first("open_source"):  # which may download it
@@ -72,8 +73,12 @@ def train(config: Config) -> Result:
     with (
         jax.set_mesh(mesh),
         lock_workdir(config.output),
+        uploads,
         Checkpoints(
-            config.output, config.train.keep_checkpoints, config.train.save_deadline, make_policies(config.train)
+            config.output,
+            config.train.keep_checkpoints,
+            config.train.save_deadline,
+            [*make_policies(config.train), uploads],
         ) as checkpoints,
     ):
         tokenizer = load_run_tokenizer(config, source, resumes=checkpoints.latest is not None)

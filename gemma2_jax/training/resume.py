@@ -26,7 +26,7 @@ from gemma2_jax.training.trackers import truncate_metrics
 FREE_FIELDS = ("train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "profile.")
 FREE_FIELDS += ("train.keep_", "train.micro_batch_size", "train.export_adapter", "mesh.")
 FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow", "guard.", "sample.", "train.save_deadline")
-FREE_FIELDS += ("train.patience", "train.export_best", "train.stop_after")
+FREE_FIELDS += ("train.patience", "train.export_best", "train.stop_after", "train.upload")
 FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
 
 

@@ -9,6 +9,7 @@ import pytest
 from small_runs import ROOT, lines_of, small
 
 from gemma2_jax.config import Config, TrainConfig
+from gemma2_jax.convert import steps
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.training import loop
 from gemma2_jax.training.best import BestLoss
@@ -30,12 +31,12 @@ LOSSES = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.0, 5: None, 6: 2.0, 7: 6.0, 8: 6.5, 9: 7.
 def test_steps_that_are_kept(newest, every, best, kept, tmp_path):
     """Over a restart too; a step without a held-out loss is none of the best."""
     policies = make_policies(TrainConfig(checkpoint_every=1, eval_every=1, keep_every=every, keep_best=best))
-    for steps in (range(1, 6), range(6, 10)):
+    for part in (range(1, 6), range(6, 10)):
         with Checkpoints(tmp_path, newest, policies=policies) as checkpoints:
-            for step in steps:
+            for step in part:
                 checkpoints.save(step, {"embedding": jnp.ones(2)}, {"count": jnp.ones(())}, {}, LOSSES[step])
             if best:
-                assert checkpoints.best == (6 if steps[-1] == 9 else 4 if best == 1 else 2)
+                assert checkpoints.best == (6 if part[-1] == 9 else 4 if best == 1 else 2)
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
@@ -69,7 +70,7 @@ def test_a_run_that_gets_no_better_ends(tmp_path, monkeypatch, capsys):
     def config(steps: int, patience: int) -> Config:
         run = small("tiny_sft", tmp_path / "run", steps=steps)
         options = dict(eval_every=2, checkpoint_every=2, keep_checkpoints=1, keep_best=1, export_best="hf")
-        return replace(run, train=replace(run.train, patience=patience, **options))
+        return replace(run, train=replace(run.train, patience=patience, upload=str(tmp_path / "copy"), **options))
 
     def kept() -> set[str]:
         return {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -88,6 +89,9 @@ def test_a_run_that_gets_no_better_ends(tmp_path, monkeypatch, capsys):
     assert f"there is nothing to do: the held-out loss {end}" in capsys.readouterr().out
     assert loop.train(config(14, patience=4)).step == 14
     assert kept() == {"12", "14"}
+    assert {
+        path.name: steps.find_damage(path) for path in (tmp_path / "copy" / "checkpoints").iterdir()
+    }.items() >= dict.fromkeys(("4", "6", "10", "12", "14"), "").items()
     (exported,) = (tmp_path / "run" / "best").iterdir()
     best, model = open_checkpoint(tmp_path / "run" / "checkpoints" / "12"), open_checkpoint(exported)
     assert exported.name == "12" and model.format == "huggingface"
