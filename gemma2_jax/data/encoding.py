@@ -122,8 +122,8 @@ def _split_examples(
 ) -> Iterator[tuple[Example, list[tuple[str, bool]]]]:
     """Yields each document, split into texts to be encoded separately, and of each whether it is learned."""
     chat = None
-    names = {tokenizer.bos_token, tokenizer.eos_token, *_TURNS}
-    control = re.compile("|".join(re.escape(str(name)) for name in sorted(map(str, names))))
+    names = {str(tokenizer.bos_token), str(tokenizer.eos_token), *_TURNS}
+    control = re.compile("|".join(map(re.escape, sorted(names))))
     for example in examples:
         if not example.turns:
             _note_control_tokens(example, control, report)
