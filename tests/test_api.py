@@ -1,6 +1,7 @@
 """The front door: its examples run, weights are sharded and come back bit for bit, imports work in any order."""
 
 import doctest
+import math
 import re
 import shutil
 import subprocess
@@ -117,16 +118,21 @@ def test_unknown_names_are_attribute_errors():
         g2.lod  # noqa: B018
 
 
-@pytest.mark.parametrize("sizes", [dict(tensor=8), dict(tensor=2, fsdp=2, data=2), dict(tensor=4, stage=2)])
+@pytest.mark.parametrize(
+    "sizes", [dict(tensor=8), dict(tensor=2, fsdp=2, data=2), dict(tensor=4, stage=2), dict(context=4, fsdp=2)]
+)
 def test_loads_sharded(eight_heads, sizes):
-    """Logits are those of one device, which has no whole matrix; stages become shards of fsdp."""
+    """Logits are those of one device, which has no whole matrix; stages and context shards become shards of fsdp."""
     model = g2.load(eight_heads, mesh=g2.mesh(**sizes))
     assert isinstance(model, g2.Gemma2)
-    shards = sizes["tensor"] * sizes.get("fsdp", 1) * sizes.get("stage", 1)
+    shards = math.prod(sizes.values()) // sizes.get("data", 1)
     for path, w in flatten_state(nnx.state(model)).items():
         if path.endswith("norm/w"):
             continue
-        whole = sizes["tensor"] == 8 and path in ("blocks/attn/k/w", "blocks/attn/v/w")  # four heads stay as they are
+        whole = sizes.get("tensor") == 8 and path in (
+            "blocks/attn/k/w",
+            "blocks/attn/v/w",
+        )  # four heads stay as they are
         assert len({shard.index for shard in w.addressable_shards}) == (1 if whole else shards), path
     expected = compute_logits(open_checkpoint(eight_heads), TOKENS)
     found = model([TOKENS])

@@ -167,7 +167,7 @@ def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: DType | 
 
     Raises ValueError if the checkpoint is an adapter without its model.
     """
-    mesh = one_device_mesh() if mesh is None else _without_stages(mesh)
+    mesh = one_device_mesh() if mesh is None else _for_inference(mesh)
     skeleton = _model_skeleton(checkpoint, mesh, dtype or default_dtype())
     letters, stored = weight_dims(skeleton), checkpoint.shapes
     wanted: Abstract = {}
@@ -182,7 +182,7 @@ def wrap_weights(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DT
 
     Stacks may be longer than the model has layers, as those of pipeline stages are: the rest is cut off.
     """
-    mesh = _without_stages(mesh)
+    mesh = _for_inference(mesh)
     skeleton = _model_skeleton(checkpoint, mesh, dtype)
     placed = {}
     for path, letters in weight_dims(skeleton).items():
@@ -258,11 +258,16 @@ def _make_generator(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfi
     return Generator(graph, weights)
 
 
-def _without_stages(mesh: Mesh) -> Mesh:
-    """The mesh with its stages turned into fsdp shards: the same devices, in the same order."""
-    if mesh.shape["stage"] == 1:
+def _for_inference(mesh: Mesh) -> Mesh:
+    """The mesh with stages and context shards turned into fsdp shards: the same devices, in the same order.
+
+    Stages are of training. Context shards take rows in an order of their own (`balance_context`), which training gives
+    them and a caller of a model would not.
+    """
+    if mesh.shape["stage"] == mesh.shape["context"] == 1:
         return mesh
-    sizes = dict(mesh.shape) | {"stage": 1, "fsdp": mesh.shape["stage"] * mesh.shape["fsdp"]}
+    shards = mesh.shape["stage"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    sizes = dict(mesh.shape) | {"stage": 1, "fsdp": shards, "context": 1}
     return Mesh(mesh.devices.reshape(*sizes.values()), mesh.axis_names, axis_types=mesh.axis_types)
 
 
