@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for the whole suite, whose programs are compiled with few of LLVM's optimizations."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -24,6 +25,8 @@ import pytest
 
 from gemma2_jax.data import encoding
 
+# A shell has what it starts in the background ignore Ctrl-C, and tests raise it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
 # Warpgroups of an interpreted kernel wait for one another: were their programs enqueued, some would never begin.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

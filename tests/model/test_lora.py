@@ -281,10 +281,10 @@ def run(kind: str, **train) -> tuple[configs.Config, Program]:
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of every value computed anywhere in a jaxpr."""
+    """Shapes of every array of floats computed anywhere in a jaxpr; whether weights are finite is asked, in booleans."""
     found = set()
     for equation in jaxpr.eqns:
-        found |= {v.aval.shape for v in equation.outvars}
+        found |= {v.aval.shape for v in equation.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):

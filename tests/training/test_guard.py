@@ -38,7 +38,7 @@ def spoil(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=["tiny_sft", "tiny_lora"])
-def compiled(request):
+def stepper(request):
     """A program of a small model, its compiled step, and a state to start from."""
     recipe = recipes.load_recipe(request.param)
     config = replace(
@@ -61,9 +61,9 @@ def take(program, step, state, batch):
     )
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_its_number(compiled):
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(stepper):
     """Steps a, bad, b leave what a, b leave, to the last bit: weights, moments, learning rate, history."""
-    program, step = compiled
+    program, step = stepper
     with jax.set_mesh(program.mesh):
         one, two = random_batch(program, 1), random_batch(program, 2)
         ends, rates = {}, {}
@@ -84,8 +84,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(compiled):
 
 
 @pytest.mark.parametrize("path", ["blocks/attn/o/w", "final_norm/w", "embedding"])
-def test_a_weight_that_is_not_finite_is_named(compiled, path):
-    program, step = compiled
+def test_a_weight_that_is_not_finite_is_named(stepper, path):
+    program, step = stepper
     with jax.set_mesh(program.mesh):
         base = dict(program.random_base())
         layer = (1,) if path.startswith("blocks") else ()
