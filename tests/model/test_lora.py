@@ -281,7 +281,7 @@ def run(kind: str, **train) -> tuple[configs.Config, Program]:
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of every array of floats computed anywhere in a jaxpr; whether weights are finite is asked, in booleans."""
+    """Shapes of the arrays of floats computed anywhere in a jaxpr; whether weights are finite is asked in booleans."""
     found = set()
     for equation in jaxpr.eqns:
         found |= {v.aval.shape for v in equation.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
