@@ -309,6 +309,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
             object.__setattr__(self, name, join_sources(f"data.{name}", getattr(self, name)))
+        if not self.train.strip():
+            raise ValueError("data.train is empty; name what is trained on ('.' is the current folder)")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
         if not 0 <= self.seed < 2**32:

@@ -162,7 +162,7 @@ def _inspect(command: Inspect) -> None:
 
 def _split_sources(text: str) -> list[str]:
     """The sources of a,b or of 0.7*a,0.3*b, without their weights."""
-    if "," not in text or Path(text).exists():
+    if "," not in text or os.path.exists(text):
         return [text]
     return [re.sub(r"^[\d.]+\*", "", part.strip()) for part in text.split(",")]
 

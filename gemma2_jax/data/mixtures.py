@@ -7,6 +7,7 @@ Megatron's order have rules of their own (`megatron.order`).
 
 import glob
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import grain
 import numpy as np
@@ -45,9 +46,9 @@ def list_sources(data: DataConfig, split: sources.Split) -> tuple[Source, ...]:
     """
     field = "eval" if split == "eval" and data.eval else "train"
     text = sources.open_source(data, split)
-    if (match := _COLON_WEIGHT.match(text)) and not Path(text).exists():
+    if (match := _COLON_WEIGHT.match(text)) and not os.path.exists(text):
         raise ValueError(f"data.{field} is {text!r}; weights are written with *, as in {match[1]}*{match[2]}")
-    if "," not in text or data.order == "megatron" or Path(text).exists() or glob.glob(text, recursive=True):
+    if "," not in text or data.order == "megatron" or os.path.exists(text) or glob.glob(text, recursive=True):
         return (Source(name=text, weight=None, data=data),)
     pairs = [_split_weight(part.strip()) for part in text.split(",")]
     weights, places = [weight for weight, _ in pairs], [place for _, place in pairs]

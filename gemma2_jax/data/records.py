@@ -168,9 +168,14 @@ def _read_answer(record: dict, column: str, where: str) -> str:
 
 def _fill_template(template: str, record: dict, where: str) -> str:
     try:
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise ValueError(f"data.prompt_template {template!r}: {error}; write a brace itself twice") from error
+    keys = [key for _, key, _, _ in fields if key is not None]
+    if extra := next((key for _, key, width, conversion in fields if width or conversion), None):
+        raise ValueError(
+            f"data.prompt_template {template!r} has more than a name in the braces of {extra!r}; write {{{extra}}}"
+        )
     return template.format_map({key: _read_text(record, key, where) for key in keys})
 
 

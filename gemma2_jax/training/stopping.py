@@ -10,7 +10,6 @@ No thread waits for a device meanwhile, and in a run that nobody stops the loop 
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config, read_duration
 
 INTERRUPT = "Ctrl-C"
+_STDERR = 2  # in a notebook, sys.stderr is no file
 _POLL_SECONDS = 0.5  # between looks at whether another process has been told
 
 
@@ -64,7 +64,7 @@ class Stop:
         if not self._told:
             self._told = name
             again = "; once more, and it ends at once" if number == signal.SIGINT else ""
-            os.write(sys.stderr.fileno(), f"\n{name}: the run stops after this step, and saves it{again}\n".encode())
+            os.write(_STDERR, f"\n{name}: the run stops after this step, and saves it{again}\n".encode())
 
     def ends_before(self, step: int) -> bool:
         """Whether the run is to end before this step, which otherwise begins. Every process asks before every step."""

@@ -197,3 +197,13 @@ def test_sources_of_a_run_are_described(sources, tokenizer, tmp_path):
 def test_one_source_has_no_array_of_sources(sources, tokenizer, tmp_path):
     batches = opened(sources[:1], ("",), tokenizer, tmp_path)
     assert "sources" not in next(batches) and batches.count_epochs(9) == batches.describe_sources(9) == {}
+
+
+def test_many_sources_are_longer_than_a_file_name():
+    names = [f"source-{number}.jsonl" for number in range(100)]
+    assert len(mixtures.list_sources(DataConfig(train=",".join(names)), "train")) == 100
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(ValueError, match=r"data.train is empty; name what is trained on"):
+        DataConfig(train="")

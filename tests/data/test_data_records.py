@@ -221,3 +221,10 @@ def test_columns_that_are_not_there():
 def test_every_shape_has_a_case():
     tested = {shape for _, shape, _ in CONVERSATIONS.values()}
     assert {shape.name for shape in records.SHAPES} == tested | {"preference"}
+
+
+@pytest.mark.parametrize("template", ["{prompt:>9999999999}", "{prompt!r}", "{prompt:{completion}}"])
+def test_templates_have_names_alone_in_their_braces(template):
+    """A width would take as much memory as it asks for."""
+    with pytest.raises(ValueError, match=r"has more than a name in the braces of 'prompt'; write {prompt}"):
+        records._fill_template(template, {"prompt": "a", "completion": "b"}, "a:1")
