@@ -70,6 +70,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
     from gemma2_jax.training import guard, loop, metrics, profiling, stopping
     from gemma2_jax.training.step import Program
     from gemma2_jax.training.tokenizer import load_run_tokenizer
+    from gemma2_jax.training.watchdog import Watchdog
 
     recipe = recipes.load_recipe("tiny_sft")
     train = replace(recipe.train, log_every=1, eval_every=0, tensorboard=tensorboard)
@@ -85,9 +86,10 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
         states = {name: program.initial_state(program.random_base()) for name in ("bare", "full")}
         unused: Any = SimpleNamespace(save=lambda *_: None, is_overdue=lambda step: False, is_out_of_patience=False)
         watch = guard.Guard(config, program.describe_skip, lambda step: [])
-        run = loop.Run(program, batches, train_step, None, None, watch, unused, unused, unused)
+        watchdog = Watchdog(config)
+        run = loop.Run(program, batches, train_step, None, None, watch, watchdog, unused, unused, unused)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
-        log = metrics.Metrics(config, console, start_step=0, guard=watch)
+        log = metrics.Metrics(config, console, start_step=0, guard=watch, watchdog=watchdog)
         done = 0
 
         def run_bare() -> None:
@@ -105,7 +107,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
             states["full"], _ = loop.take_steps(replace(run, program=part), states["full"], done, log, trace, stop)
             done += steps
 
-        with log, profiling.Trace(config, 0, log, train_step) as trace, stopping.Stop(config, 0) as stop:
+        with watchdog, log, profiling.Trace(config, 0, log, train_step) as trace, stopping.Stop(config, 0) as stop:
             seconds = []
             for pair in range(pairs + 1):  # the first is thrown away
                 turns: list[Callable[[], None]] = [run_bare, run_full]

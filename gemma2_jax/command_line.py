@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 import tyro
 
-# What a command ends with, besides 0. A launcher starts the same command again after EXIT_STOPPED.
+# What a command ends with, besides 0. A launcher starts the same command again after EXIT_STOPPED and EXIT_STUCK.
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # told to stop (the temporary failure of sysexits.h)
+EXIT_STUCK = 76  # a step, a save or a batch took longer than it may
 EXIT_NOT_FINITE = 77
 EXIT_INTERRUPTED = 130  # as of SIGINT
 EXIT_CLOSED_PIPE = 141  # as of SIGPIPE

@@ -497,9 +497,10 @@ class GuardConfig:
     skip_limit: int = 10  # steps in a row that may be skipped; the run ends with one more, and keeps its weights
     skip_deviations: float = 0.0  # a gradient norm this many standard deviations above the mean is skipped too; 0: none
     spike_deviations: float = 6.0  # a loss this many standard deviations above the mean is warned of; 0: none
+    stuck_seconds: float = 600.0  # a step, batch or save may take that long, or 5 times the longest so far; 0: any time
 
     def __post_init__(self) -> None:
-        for name in ("skip_limit", "skip_deviations", "spike_deviations"):
+        for name in ("skip_limit", "skip_deviations", "spike_deviations", "stuck_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"guard.{name} is {getattr(self, name)}; it must not be negative, nor infinite")
 

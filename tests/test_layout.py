@@ -44,7 +44,8 @@ ORDER_WITHIN = {
         ("writing_megatron",), ("writing",), ("verify",), ("__main__",),
     ),
     "training": (
-        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "stopping", "profile_tables"),
+        ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "stopping", "watchdog",
+         "profile_tables"),
         ("pipeline",),
         ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),

@@ -5,8 +5,12 @@ process 0 and can report its failure. Every process holds one connection to it, 
 
     process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
     coordinator:  {"service": 40123, "first_process": "process 0 on ..."}, when all are there: the port of JAX's service
-    process:      {"end": ""} when it is done, or why it fails
-    coordinator:  {"verdict": "process 1 on node-7 (pid 4242) failed: ..."}, to all the others
+    process:      {"heartbeat": "saving step 100"} every second of its steps: what it is doing
+    process:      {"stuck": "has been waiting for the end of step 12 for 600 s, ..."}, for longer than it may
+    process:      {"suspicion": "failed: ..."} when a collective failed, for which another process may be the reason
+    process:      {"end": "", "status": 0} when it is done, or why it fails and with which status
+    coordinator:  {"verdict": "process 1 on node-7 (pid 4242) failed: ...", "status": 1}, to all the others, and of a
+                  run that is stuck to all; they end with that status
 
 A connection that ends without an `end` means that the process was killed or its host is gone: the kernel notices
 either, however busy the process was. Nothing of JAX is imported but that service.
@@ -19,11 +23,16 @@ import json
 import os
 import signal
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 from gemma2_jax.cluster import jax_internals
+from gemma2_jax.command_line import EXIT_FAILED, EXIT_STUCK
 
 SILENCE_SECONDS = 15  # after which a host that does not answer is considered gone
+_HEARTBEAT_SECONDS = 5  # in which each process that lives sends a heartbeat, after another one has said it is stuck
+_MOST_NAMES = 4  # of processes in a verdict
 _FAREWELL_SECONDS = 10  # for which JAX's service goes on after the first failure, as processes abort without it
 _SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
 
@@ -45,6 +54,7 @@ class Coordinator:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._names: dict[int, str] = {}
         self._gone: set[int] = set()
+        self._heartbeats: dict[int, tuple[float, str]] = {}  # when the newest of each process came, and what it does
         self._has_verdict, self._done = False, asyncio.Event()
         self._service: Any = None
 
@@ -87,9 +97,17 @@ class Coordinator:
         has_ended = False
         with contextlib.suppress(OSError):
             async for line in reader:
-                has_ended = True
-                if reason := json.loads(line)["end"]:
-                    self._send_verdict(f"{self._names[index]} {reason}", index)
+                match json.loads(line):
+                    case {"heartbeat": str(doing)}:
+                        self._heartbeats[index] = (time.monotonic(), doing)
+                    case {"stuck": str(text)}:
+                        self._call_out(self._end_stuck, index, text)
+                    case {"suspicion": str(text)}:
+                        self._call_out(self._end_silent, index, text)
+                    case {"end": str(reason), "status": int(status)}:
+                        has_ended = True
+                        if reason:
+                            self._send_verdict(f"{self._names[index]} {reason}", index, status)
         if not has_ended:
             self._send_verdict(f"{self._names[index]} stopped answering", index)
         self._gone.add(index)
@@ -104,13 +122,52 @@ class Coordinator:
                 "start the same command for each of them"
             )
 
-    def _send_verdict(self, text: str, index: int | None = None) -> None:
+    def _call_out(self, decide: Callable[[int, str, float], None], index: int, text: str) -> None:
+        """Waits for a heartbeat of each process, as this one waits for others, and then decides what to do."""
+        now = time.monotonic()
+        self._heartbeats[index] = (now, self._heartbeats.get(index, (now, ""))[1])
+        asyncio.get_running_loop().call_later(_HEARTBEAT_SECONDS, decide, index, text, now)
+
+    def _end_stuck(self, index: int, text: str, since: float) -> None:
+        """Ends the run of a process that is stuck, and names those that may be the reason: the silent ones, or others
+        that do something else.
+        """
+        doing = self._heartbeats[index][1]
+        others = self._describe_silent(since) or [
+            f"{self._names[other]} is {does}"
+            for other, (_, does) in self._heartbeats.items()
+            if does != doing and other not in self._gone
+        ]
+        if not others and self._count > 1:
+            others = ["so have all others, so that what connects them may be the reason"]
+        self._send_stuck(index, text, others)
+
+    def _end_silent(self, index: int, text: str, since: float) -> None:
+        """Ends the run where processes have been silent since this one's collective failed."""
+        if silent := self._describe_silent(since):
+            self._send_stuck(index, text, silent)
+
+    def _describe_silent(self, since: float) -> list[str]:
+        """The processes at their steps that have sent nothing since then, those first that have for longest."""
+        now = time.monotonic()
+        silent = sorted((at, other, doing) for other, (at, doing) in self._heartbeats.items() if at < since)
+        return [
+            f"{self._names[other]} has not answered for {now - at:.0f} s, and was {doing} then"
+            for at, other, doing in silent
+            if other not in self._gone
+        ]
+
+    def _send_stuck(self, index: int, text: str, others: list[str]) -> None:
+        more = [f"and {len(others) - _MOST_NAMES} more"] if len(others) > _MOST_NAMES else []
+        self._send_verdict("; ".join([f"{self._names[index]} {text}", *others[:_MOST_NAMES], *more]), status=EXIT_STUCK)
+
+    def _send_verdict(self, text: str, index: int | None = None, status: int = EXIT_FAILED) -> None:
         if self._has_verdict:
             return
         self._has_verdict = True
         for recipient, writer in self._writers.items():
             if recipient != index:
-                _send(writer, verdict=text)
+                _send(writer, verdict=text, status=status)
         asyncio.get_running_loop().call_later(_FAREWELL_SECONDS, self._done.set)
 
 

@@ -7,6 +7,7 @@ together. When one of them fails, is killed or loses its host, each of the other
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -23,10 +24,13 @@ from dataclasses import dataclass
 
 from gemma2_jax.cluster import jax_internals, platforms
 from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
-from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED
+from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STUCK
 from gemma2_jax.config import HostsConfig
 
 PATIENCE_SECONDS = 300  # for which each process waits for the others at the start
+_RESUMES = "The same command resumes after the newest checkpoint"
+_STDERR = 2  # in a notebook, sys.stderr is no file
+_VERDICT_SECONDS = 15  # for which a process that is stuck waits for what the coordinator says of it
 _LAST_WORDS_SECONDS = 5  # in which a failing process can print why it fails
 _BARRIER_SECONDS = 24 * 3600  # for which process 0 may tokenize; a process that fails ends the run sooner
 _OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
@@ -166,7 +170,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
         platforms.check_platform()
         yield
         return
-    with _run_coordinator(place), _connect_coordinator(place) as connection:
+    with _run_coordinator(place), _connect_coordinator(place) as connection, _publish(connection):
         import jax
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
@@ -187,13 +191,13 @@ def process_group(config: HostsConfig) -> Iterator[None]:
             yield
             jax.distributed.shutdown()
         except BaseException as error:
+            interrupted, status = isinstance(error, KeyboardInterrupt), exit_status(error)
+            reason = "was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}"
             if _is_peer_failure(error):
+                connection.suspect(reason)
                 watch.join(SILENCE_SECONDS + 5)  # by then the coordinator has named the process that failed
-            interrupted = isinstance(error, KeyboardInterrupt)
-            connection.leave(
-                "was interrupted" if interrupted else f"failed: {(str(error) or repr(error)).splitlines()[0]}"
-            )
-            _schedule_exit(exit_status(error))
+            connection.leave(reason, status)
+            _schedule_exit(status)
             raise
         connection.leave()
 
@@ -243,18 +247,34 @@ class Terminated(KeyboardInterrupt):
 
 
 def end_when_told() -> None:
-    """Has SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt."""
+    """Has SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt.
+
+    Python ignores what is raised within a callback of its garbage collector, as JAX has one, and in destructors; so the
+    signal is noted as well: `ignored_signal`.
+    """
 
     def end(number: int, frame: object) -> None:
-        raise Terminated(signal.Signals(number).name)
+        global _signal
+        _signal = signal.Signals(number).name
+        raise Terminated(_signal)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, end)
 
 
+def ignored_signal() -> str:
+    """The signal by which this process was told to end and did not; empty if there was none."""
+    return _signal
+
+
 def exit_status(error: BaseException) -> int:
     """The status that a command ends with for this error: `docs/running.md` lists them."""
-    kinds = {Terminated: EXIT_STOPPED, KeyboardInterrupt: EXIT_INTERRUPTED, FloatingPointError: EXIT_NOT_FINITE}
+    kinds = {
+        Terminated: EXIT_STOPPED,
+        KeyboardInterrupt: EXIT_INTERRUPTED,
+        TimeoutError: EXIT_STUCK,
+        FloatingPointError: EXIT_NOT_FINITE,
+    }
     return next((status for kind, status in kinds.items() if isinstance(error, kind)), EXIT_FAILED)
 
 
@@ -266,6 +286,47 @@ def post_notice(topic: str, text: str) -> None:
 def read_notice(topic: str) -> str:
     """What a process of the run has posted of this topic; empty if none has. No device takes part."""
     return jax_internals.read_notice(topic)
+
+
+def send_heartbeat(doing: str) -> None:
+    """Tells the coordinator that this process lives, and what it is doing; nothing where it is the only one."""
+    if _connection is not None:
+        _connection.send_heartbeat(doing)
+
+
+def end_stuck(reason: str) -> None:
+    """Ends all processes of the run with EXIT_STUCK, with what their threads are doing, as this one is stuck.
+
+    `reason` is what it has been doing, for how long. It is said, and nothing ends, where the process is an interactive
+    session, which is not ours to end.
+    """
+    if _connection is not None:
+        _connection.report_stuck(reason)
+        time.sleep(_VERDICT_SECONDS)  # in which `watch` ends this process
+    _end_process(f"process {os.getpid()} on {socket.gethostname()} {reason}", EXIT_STUCK)
+
+
+@contextlib.contextmanager
+def _publish(connection: "_CoordinatorConnection") -> Iterator[None]:
+    """Has `send_heartbeat` and `end_stuck` use this connection during the block."""
+    global _connection
+    _connection = connection
+    try:
+        yield
+    finally:
+        _connection = None
+
+
+def _end_process(reason: str, status: int) -> None:
+    """Ends this process, whatever its threads are doing, which is printed first where one of them is stuck."""
+    is_stuck = status == EXIT_STUCK
+    if is_stuck:
+        faulthandler.dump_traceback(_STDERR)
+    if is_stuck and hasattr(sys, "ps1"):
+        os.write(_STDERR, f"warning: {reason}\n".encode())
+        return
+    os.write(_STDERR, f"error: {reason}; every process ends here. {_RESUMES}\n".encode())
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -303,6 +364,7 @@ class _CoordinatorConnection:
 
     def __init__(self, connection: socket.socket, place: Place):
         self._socket, self._lines, self._left = connection, connection.makefile(), False
+        self._sending = threading.Lock()  # as several threads send
         enable_keepalive(connection)
         self._send(index=place.index, count=place.count, host=socket.gethostname(), pid=os.getpid())
         hello = self._receive() or {"verdict": "it ended"}
@@ -311,26 +373,40 @@ class _CoordinatorConnection:
         self.service = f"{_coordinator_host(place)}:{hello['service']}"
         self._first_process = hello["first_process"]
 
-    def leave(self, reason: str = "") -> None:
-        """Says that this process is done, or why it fails."""
+    def send_heartbeat(self, doing: str) -> None:
+        self._send(heartbeat=doing)
+
+    def report_stuck(self, reason: str) -> None:
+        """Says that this process is stuck, for which the coordinator ends the run."""
+        self._send(stuck=reason)
+
+    def suspect(self, reason: str) -> None:
+        """Says why a collective failed, for which the coordinator ends the run if another process is silent."""
+        self._send(suspicion=reason)
+
+    def leave(self, reason: str = "", status: int = 0) -> None:
+        """Says that this process is done, or why it fails, and with which status."""
         self._left = True
-        self._send(end=reason)
+        self._send(end=reason, status=status)
 
     def watch(self) -> None:
         """Waits until another process has failed, and then ends this one, whatever it is doing."""
-        message = self._receive() or {"verdict": f"{self._first_process} stopped answering, and the coordinator there"}
+        lost = {"verdict": f"{self._first_process} stopped answering, and the coordinator there", "status": EXIT_FAILED}
+        message = self._receive() or lost
         if not self._left:
-            ending = "every process ends here. The same command resumes after the newest checkpoint"
-            os.write(sys.stderr.fileno(), f"error: {message['verdict']}; {ending}\n".encode())
-            os._exit(1)
+            _end_process(message["verdict"], message["status"])
 
     def _send(self, **message: object) -> None:
-        with contextlib.suppress(OSError):  # `watch` notices a lost connection too
+        with self._sending, contextlib.suppress(OSError):  # `watch` notices a lost connection too
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _receive(self) -> dict | None:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._lines.readline())
+
+
+_connection: _CoordinatorConnection | None = None  # of this process, while it is one of several
+_signal = ""  # by which this process was told to end
 
 
 def _coordinator_host(place: Place) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -20,6 +21,9 @@ from gemma2_jax.cluster import jax_internals
 # results differ from run to run and are NaN at times (`test_sums_are_repeatable` shows it). The flag leaves to that
 # library nothing but single matrix products.
 _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+# After so long XLA gives up a collective of GPUs, where it can; by itself it would wait for ever. `training.watchdog`
+# is to notice it before: runs have been reported in which the flag did not help (marin-community/marin, issue 7344).
+_COLLECTIVE_FLAG, _COLLECTIVE_SECONDS = "--xla_gpu_nccl_termination_timeout_seconds", 7200
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
 _ANSWER_SECONDS = 300  # for which a process waits for another's answer about the cache
 _CACHE_SWITCH, _CACHE_FOLDER = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"
@@ -35,8 +39,9 @@ def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
     if jax_internals.has_started():
         _warn_of_late_call()
     else:
-        _set_flags()
-        if cpu or os.environ.get("JAX_PLATFORMS") == "cpu" or _lacks_driver():
+        on_cpu = cpu or os.environ.get("JAX_PLATFORMS") == "cpu" or _lacks_driver()
+        _set_flags(on_cpu)
+        if on_cpu:
             _import_jax_on_cpu()
     if cache:
         enable_cache()
@@ -126,6 +131,13 @@ def describe_cache() -> str:
     return f"kept in {folder} ({_CACHE_SWITCH}=0 turns it off)"
 
 
+def describe_collective_timeout() -> str:
+    """After how long XLA gives up a collective of GPUs, as its flag says."""
+    found = re.search(rf"{_COLLECTIVE_FLAG}=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    name = _COLLECTIVE_FLAG.removeprefix("--")
+    return f"{name}={found[1]}" if found else f"{name} not set, so that a collective may wait for ever"
+
+
 def describe_memory_fraction() -> str:
     """The share of a GPU's memory that JAX takes, and the variable that sets it."""
     variable = _find_memory_variable()
@@ -146,10 +158,14 @@ def silence_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def _set_flags() -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _FUSION_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_FLAG}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT".strip()
+def _set_flags(on_cpu: bool) -> None:
+    flags = {_FUSION_FLAG: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    if not on_cpu:
+        flags[_COLLECTIVE_FLAG] = str(_COLLECTIVE_SECONDS)
+    given = os.environ.get("XLA_FLAGS", "")
+    added = [f"{name}={value}" for name, value in flags.items() if name not in given]
+    if added:
+        os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
     if _find_memory_variable() is None:
         # JAX takes three quarters unless told otherwise. The 5% that are left are for CUDA and NCCL.
         os.environ[_MEMORY_VARIABLES[0]] = "0.95"

@@ -39,6 +39,7 @@ from gemma2_jax.training.tokenizer import (
     without_texts,
 )
 from gemma2_jax.training.uploads import Uploads
+from gemma2_jax.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +129,18 @@ def train(config: Config) -> Result:
                 shortage=checkpoints.describe_shortage(program.params, program.state.optimizer),
             ),
         )
+        watchdog = Watchdog(config)
         log = metrics.Metrics(
             config,
             console,
             start_step=start_step,
             guard=guard,
+            watchdog=watchdog,
             eval_sources=program.sources["eval"],
             count_epochs=batches.count_epochs,
         )
-        run = Run(program, batches, train_step, evaluate, sample, guard, best, checkpoints, adapters)
-        with log, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
+        run = Run(program, batches, train_step, evaluate, sample, guard, watchdog, best, checkpoints, adapters)
+        with watchdog, log, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
             state, step = take_steps(run, state, start_step, log, trace, stop)
         stopped = "" if step == config.steps or best.is_out_of_patience else stop.reason
         exported = None if stopped else export_best(config, checkpoints)
@@ -165,6 +168,7 @@ class Run:
     evaluate: Callable[[State], np.ndarray] | None
     sample: Sampler | None
     guard: Guard
+    watchdog: Watchdog
     best: BestLoss
     checkpoints: Checkpoints
     adapters: AdapterExports
@@ -184,8 +188,10 @@ def take_steps(
     while not is_last and not stop.ends_before(step + 1):
         step += 1
         trace.before_step(step)
+        run.watchdog.begin("batch", step)
         with log.wait():
             batch = place_batch(run.program, next(run.batches))
+        run.watchdog.begin("dispatch", step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, values = run.train_step(state, batch)
         log.step(step, values)
@@ -215,11 +221,13 @@ def evaluate(run: Run, step: int, state: State, log: metrics.Metrics) -> None:
     """Logs the held-out loss after a step, and samples, where the run has held-out data and prompts."""
     if run.evaluate:
         with log.pause():
+            run.watchdog.begin("evaluation", step)
             losses = run.evaluate(state)
             log.log_evaluation(step, losses)
         run.best.add(step, float(np.ravel(losses)[0]))
     if run.sample:
         with log.pause():
+            run.watchdog.begin("samples", step)
             log.log_samples(step, run.sample(state))
 
 
@@ -228,6 +236,7 @@ def save(run: Run, step: int, state: State) -> bool:
 
     False where there is no room for it.
     """
+    run.watchdog.begin("checkpoint", step)
     history = {name: float(x) for name, x in jax.device_get(state.history).items()}
     position = {"step": step, "data": run.batches.get_state(), "history": history, "guard": run.guard.get_state()}
     position["best"] = run.best.get_state()

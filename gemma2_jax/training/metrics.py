@@ -21,6 +21,7 @@ from gemma2_jax.training import trackers
 from gemma2_jax.training.guard import Guard
 from gemma2_jax.training.progress import perplexity
 from gemma2_jax.training.speed import Speed
+from gemma2_jax.training.watchdog import Watchdog
 
 NOT_LOGGED = ("tokens", "taken", "fault")  # of a step's metrics, as they are not of its line
 
@@ -38,12 +39,14 @@ class Metrics:
         *,
         start_step: int,
         guard: Guard,
+        watchdog: Watchdog,
         eval_sources: Sequence[str] = (),  # names of the sources of held-out data
         count_epochs: Callable[[int], dict[str, float]] = lambda step: {},  # by source, where there are several
     ):
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
         self._config, self._console, self._start_step, self._guard = config, console, start_step, guard
+        self._watchdog = watchdog
         self._eval_sources, self._count_epochs = eval_sources, count_epochs
         self._trackers: list[trackers.Tracker] = []
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []  # steps whose metrics have not been read
@@ -129,6 +132,7 @@ class Metrics:
     def _read(self, step: int) -> None:
         """Waits for the steps up to this one, shows them to the guard, and logs this one if that is due."""
         count = sum(number <= step for number, _ in self._pending)
+        self._watchdog.begin("step", step, count)
         ended, self._pending = self._pending[:count], self._pending[count:]
         read = jax.device_get([dict(values) for _, values in ended])
         for (number, _), values in zip(ended, read, strict=True):

@@ -152,7 +152,8 @@ def _describe_execution(startup: Startup) -> Iterator[tuple[str, str]]:
     yield "compiled programs", platforms.describe_cache()
     if program.device.platform == "gpu":
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"
-        yield "GPU flags", f"{flags} (compute.gpu_flags); {platforms.describe_memory_fraction()}"
+        process = f"{platforms.describe_memory_fraction()}, {platforms.describe_collective_timeout()}"
+        yield "GPU flags", f"{flags} (compute.gpu_flags); {process}"
     if os.environ.get("WANDB_API_KEY") and not config.train.wandb:
         yield "W&B", "not used, though WANDB_API_KEY is set; --train.wandb PROJECT sends the metrics there as well"
     if startup.shortage:

@@ -34,7 +34,7 @@ class Stop:
     def __init__(self, config: Config, start_step: int):
         self._begun = start_step  # the newest step that this process has begun
         self._last: int | None = None  # the last step of the run, once that is known
-        self._told = ""  # what this process was told to stop by
+        self._told = hosts.ignored_signal()  # what this process was told to stop by
         self.reason = ""  # what the run was told to stop by, once its last step is known
         self._lock = threading.Lock()  # held while the processes agree, so that none begins a step
         self._ended = threading.Event()

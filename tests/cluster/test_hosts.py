@@ -22,7 +22,7 @@ from small_runs import ROOT, command, lines_of, small
 import gemma2_jax as g2
 from gemma2_jax import config as configs, config_text, train
 from gemma2_jax.cluster import hosts
-from gemma2_jax.config import AdapterConfig, Config, HostsConfig, MeshConfig
+from gemma2_jax.config import AdapterConfig, Config, GuardConfig, HostsConfig, MeshConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import loop
 from gemma2_jax.training.export import AdapterExports
@@ -227,6 +227,30 @@ def test_a_signal_to_one_process_stops_both_after_one_step(tmp_path):
     assert all(kept in error for _, _, error in ended), ended
 
 
+def test_a_process_that_stands_still_ends_both(tmp_path):
+    """One is stopped by SIGSTOP, so that it can say nothing; the other waits for it, and the coordinator names it."""
+    config = replace(fsdp(tmp_path / "run"), steps=20_000, mesh=MeshConfig(data=2), guard=GuardConfig(stuck_seconds=2))
+    config = replace(config, train=replace(config.train, checkpoint_every=20_000))
+    processes = two(config, options(), [{"JAX_NUM_CPU_DEVICES": "1"}] * 2)
+    while not (tmp_path / "run/metrics.jsonl").exists() or len(lines_of(tmp_path / "run")) < 20:
+        assert all(process.poll() is None for process in processes), ends(processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGSTOP)
+    processes[0].wait(timeout=60)
+    processes[1].send_signal(signal.SIGCONT)
+    ended = ends(processes)
+    assert [status for status, _, _ in ended] == [76, 76], ended
+    host = re.escape(socket.gethostname())
+    verdict = (
+        rf"error: process 0 on {host} \(pid {processes[0].pid}\) (has been .* step \d+ for \d+ s, .*|failed: .*); "
+        rf"process 1 on {host} \(pid {processes[1].pid}\) has not answered for \d+ s, and was .* step \d+ then; "
+        "every process ends here. The same command resumes after the newest checkpoint"
+    )
+    for _, _, error in ended:
+        assert re.fullmatch(verdict, error.splitlines()[-1]), error
+        assert 'loop.py", line' in error, error
+
+
 def cut(source: Path, workdir: Path, step: int) -> Config:
     """A run as it was when it had saved that step."""
     shutil.copytree(source, workdir)
@@ -414,6 +438,17 @@ def test_process_1_killed(tmp_path):
     ended = ends(processes)
     assert ended[0][0] == 1
     assert named(ended[0][2].removeprefix("tokenizing training data from python-docs\n"), processes[1], 1), ended[0][2]
+
+
+def test_both_end_with_the_status_of_the_one_that_is_told(tmp_path):
+    """Whether its signal ends it at once, or Python ignores it and the run ends before its first step."""
+    processes = two(fsdp(tmp_path), options())
+    while not (tmp_path / "config.txt").exists() and processes[0].poll() is None:
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGUSR1)
+    ended = ends(processes)
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    assert "before the first step" in ended[1][2], ended
 
 
 @pytest.mark.parametrize(

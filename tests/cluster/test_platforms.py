@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small_runs import ROOT
 
+from gemma2_jax.cluster import platforms
+
 # What these commands and JAX read. Each test says what its process has of them.
 VARIABLES = (
     "XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_ENABLE_COMPILATION_CACHE",
@@ -114,6 +116,16 @@ def test_what_a_command_sets(tmp_path: Path):
     assert described == f"kept in {folder} (JAX_ENABLE_COMPILATION_CACHE=0 turns it off)"
 
 
+def test_collectives_of_gpus_end_at_some_time(monkeypatch):
+    flag = "xla_gpu_nccl_termination_timeout_seconds"
+    for given, described in (("", f"{flag}=7200"), (f"--{flag}=60", f"{flag}=60")):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+        platforms._set_flags(on_cpu=False)
+        assert platforms.describe_collective_timeout() == described
+        assert os.environ["XLA_FLAGS"].count(flag) == 1
+
+
 def test_what_the_user_has_set_stays(tmp_path: Path):
     flags = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
     given = {
@@ -123,8 +135,9 @@ def test_what_the_user_has_set_stays(tmp_path: Path):
     }
     printed, _ = run(PREPARED, **given)
     assert printed[1:4] == [flags, "None", str(tmp_path / "mine")], "JAX refuses both variables of memory at once"
-    printed, _ = run(PREPARED, XLA_FLAGS="--xla_dump_hlo_as_text", JAX_ENABLE_COMPILATION_CACHE="0")
-    assert printed[1].startswith("--xla_dump_hlo_as_text --xla_cpu_experimental_ynn_fusion_type=")
+    flag = "--xla_gpu_nccl_termination_timeout_seconds=7"  # XLA ends a process that gives it a flag it does not know
+    printed, _ = run(PREPARED, XLA_FLAGS=flag, JAX_ENABLE_COMPILATION_CACHE="0")
+    assert printed[1].startswith(f"{flag} --xla_cpu_experimental_ynn_fusion_type=")
     assert printed[3:] == ["None", "not kept: JAX_ENABLE_COMPILATION_CACHE is off"]
     printed, _ = run(PREPARED, JAX_COMPILATION_CACHE_DIR="/proc/nope")
     assert printed[4].startswith("not kept: /proc/nope cannot be written to (")

@@ -18,6 +18,7 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.training import guard, loop, metrics, progress, speed, startup
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.step import Program, group_norms
+from gemma2_jax.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -60,6 +61,11 @@ def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "mean_loss", pass_time(100, 1.0))
     monkeypatch.setattr(AdapterExports, "save", pass_time(1000))
     monkeypatch.setattr(metrics.Metrics, "_read", lambda self, step: reads.append(step) or read(self, step))
+    begun: dict[str, list[int]] = {}
+    begin = Watchdog.begin
+    monkeypatch.setattr(
+        Watchdog, "begin", lambda self, *at: begun.setdefault(at[0], []).append(at[1]) or begin(self, *at)
+    )
     config = small("tiny_lora", tmp_path, steps=12)
     result = loop.train(
         replace(config, train=replace(config.train, log_every=4, eval_every=5, checkpoint_every=3, keep_checkpoints=1))
@@ -88,13 +94,17 @@ def test_speed_is_of_real_tokens_by_the_time_of_steps(tmp_path, monkeypatch):
     assert lines_of(tmp_path)[-1]["time"] == 1e9 + 12 + 4 * 100 + 4 * 1000
     # Logged, or saved or evaluated after: the metrics of the other steps stay on the devices until then.
     assert reads == [3, 4, 5, 6, 8, 9, 10, 12]
+    # Whatever the loop does, the watchdog knows.
+    steps = [*range(1, 13)]
+    waits = {"step": reads, "evaluation": [0, 5, 10, 12], "checkpoint": [3, 6, 9, 12]}
+    assert begun == {"batch": steps, "dispatch": steps, **waits}
 
 
 def log_steps(tmp_path, console: Console) -> None:
     """Has a long run log two steps around an evaluation."""
     config = small("tiny_lora", tmp_path, steps=300_000)
     watch = guard.Guard(config, describe=lambda values: "", list_documents=lambda step: [])
-    with metrics.Metrics(config, console, start_step=0, guard=watch) as log:
+    with metrics.Metrics(config, console, start_step=0, guard=watch, watchdog=Watchdog(config)) as log:
         for step in (1, 2):
             values = {"loss": 2.0, "grad_norm": 1.0, "tokens": 400, "target_tokens": 300, "taken": True}
             log.step(step, {name: jnp.asarray(value) for name, value in values.items()})
