@@ -5,6 +5,7 @@ appears whole or not at all, and is what `python -m gemma2_jax.convert WORKDIR/c
 """
 
 import shutil
+import sys
 from dataclasses import dataclass
 
 import jax
@@ -27,11 +28,13 @@ class AdapterExports:
     def __init__(self, config: Config, source: Checkpoint | None):
         self._config, self._source = config, source
         self.folder = config.output / "adapters"
+        self._failure = ""  # why the adapter of the last step is not there
 
     def save(self, step: int, params: Weights) -> None:
         """Writes the adapter of a step, in place of what was there. Every process calls it, and process 0 writes.
 
-        Raises ValueError or OSError where it cannot be written.
+        Where it cannot be written, that is said, and training goes on, as the checkpoint of the step has it. Raises
+        ValueError where it cannot be PEFT's.
         """
         config = self._config
         if not config.train.export_adapter:
@@ -57,8 +60,21 @@ class AdapterExports:
         )
         # A run that ended before its checkpoint was whole may have left this folder.
         shutil.rmtree(self.folder / str(step), ignore_errors=True)
-        write_checkpoint(Job(source=source, to="peft"), self.folder / str(step))
-        self._prune(step)
+        try:
+            write_checkpoint(Job(source=source, to="peft"), self.folder / str(step))
+            self._prune(step)
+        except OSError as error:
+            if not self._failure:
+                print(f"warning: {_describe_failure(step, error)}; training goes on", file=sys.stderr, flush=True)
+            self._failure = _describe_failure(step, error)
+        else:
+            self._failure = ""
+
+    def finish(self) -> None:
+        """Raises OSError where the adapter of the last step could not be written, when the run has ended."""
+        if self._failure:
+            folder = self._config.output / "checkpoints"
+            raise OSError(f"{self._failure}; {folder} has it, and once that is mended the same command writes it again")
 
     def _prune(self, step: int) -> None:
         """Keeps as many folders as there are checkpoints, none of a later step, and none that a killed run began."""
@@ -71,6 +87,11 @@ class AdapterExports:
         for path in self.folder.iterdir():
             if path.name.endswith(".partial") or (path.name.isdigit() and int(path.name) not in kept_steps):
                 shutil.rmtree(path)
+
+
+def _describe_failure(step: int, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"the adapter of step {step} could not be written for PEFT ({reason})"
 
 
 def _gather_array(w: jax.Array) -> np.ndarray:

@@ -92,6 +92,7 @@ def train(config: Config) -> Result:
         if checkpoints.latest is not None and (checkpoints.latest >= config.steps or best.is_out_of_patience):
             state, _ = resume.start_state(program, source, checkpoints)
             adapters.save(checkpoints.latest, state.params)  # the run may have ended before it was written
+            adapters.finish()
             return report_finished(console, program, checkpoints, best, state)
         environment.record_start(config.output, checkpoints.latest or 0)
         with hosts.process_zero_first("tokenize"):
@@ -143,6 +144,8 @@ def train(config: Config) -> Result:
         with watchdog, log, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
             state, step = take_steps(run, state, start_step, log, trace, stop)
         stopped = "" if step == config.steps or best.is_out_of_patience else stop.reason
+        if not stopped:
+            adapters.finish()
         exported = None if stopped else export_best(config, checkpoints)
     if best.is_out_of_patience and jax.process_index() == 0:
         console.print(best.describe_end(step), highlight=False, soft_wrap=True)

@@ -37,6 +37,7 @@ class Trace:
         self._begin = start_step + config.profile.start + 1 if config.profile.steps else None
         self._log, self._train_step = log, train_step
         self._window = range(0)  # the steps being traced
+        self._taken = start_step
         self._is_signaled = False
         self._next_look = 0.0
         self._former_handler: Any = None
@@ -47,10 +48,14 @@ class Trace:
             self._former_handler = signal.signal(signal.SIGUSR2, self._take_signal)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
         if self._former_handler is not None:
             signal.signal(signal.SIGUSR2, self._former_handler)
-        if self._window:  # the run has ended within it
+        if not self._window:
+            return
+        if failed is None and self._taken in self._window:  # the run was told to stop, or got no better
+            self._finish()
+        else:
             jax.profiler.stop_trace()
 
     def before_step(self, step: int) -> None:
@@ -62,20 +67,25 @@ class Trace:
 
     def after_step(self, step: int) -> None:
         """Stops the trace after the last step of its window, and writes what is to lie beside it."""
+        self._taken = step
         if self._window and step == self._window[-1]:
-            with self._log.pause():
-                jax.profiler.stop_trace()
-                self.folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
-                jax.profiler.save_device_memory_profile(str(self.folder / "memory.prof"))
-                self._write_scopes(self.folder)
-            text = f"steps {self._window[0]} to {step} are traced in {self.folder}"
-            self._log.log_event(step, "profile", text)
-            self._window = range(0)
+            self._finish()
 
-    def _write_scopes(self, folder: Path) -> None:
+    def _finish(self) -> None:
+        """Ends the trace after the last step that was taken."""
+        steps, self._window = range(self._window[0], self._taken + 1), range(0)
+        with self._log.pause():
+            jax.profiler.stop_trace()
+            self.folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
+            jax.profiler.save_device_memory_profile(str(self.folder / "memory.prof"))
+            self._write_scopes(self.folder, steps)
+        text = f"steps {steps[0]} to {steps[-1]} are traced in {self.folder}"
+        self._log.log_event(steps[-1], "profile", text)
+
+    def _write_scopes(self, folder: Path, steps: range) -> None:
         program = self._train_step.as_text() or ""
         partial = folder / f"{profile_tables.SCOPES_FILE}.partial"
-        partial.write_text(profile_tables.scopes_json(program, self._window[0], len(self._window)))
+        partial.write_text(profile_tables.scopes_json(program, steps[0], len(steps)))
         partial.replace(folder / profile_tables.SCOPES_FILE)
 
     def _take_signal(self, *_: Any) -> None:

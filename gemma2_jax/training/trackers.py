@@ -304,9 +304,10 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl beyond `step`, since those steps are about to be taken again."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
+    text = path.read_text()
+    lines = text.splitlines()
     kept_lines = [line for line in lines if _line_step(line) <= step]
-    if len(kept_lines) < len(lines):
+    if len(kept_lines) < len(lines) or not text.endswith("\n"):  # which the next line would be written after
         shorter = path.with_suffix(".tmp")
         shorter.write_text("".join(f"{line}\n" for line in kept_lines))
         shorter.replace(path)

@@ -1,5 +1,6 @@
 """From a training run to the Torch world: what transformers and peft load computes what was trained."""
 
+import errno
 import json
 import re
 import shutil
@@ -29,7 +30,7 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
-from gemma2_jax.training import loop, resume
+from gemma2_jax.training import export, loop, resume
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.step import Program
 
@@ -238,6 +239,29 @@ def test_training_goes_on_from_an_adapter(run, adapter, tmp_path, capsys):
     assert contents(folder / "1") == first
     write_checkpoint(Job(source=opening.open_checkpoint(tmp_path / "run"), to="peft"), tmp_path / "adapter")
     assert contents(folder / "2") == contents(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("run", ["lora"], indirect=True)
+def test_a_full_disk_leaves_out_an_adapter(run, adapter, tmp_path, monkeypatch, capsys):
+    config = going_on(run, adapter, tmp_path / "run")
+    exports, rooms = export.AdapterExports(config, resume.open_source(config)), iter([False, False, True, False])
+    exports.folder.mkdir(parents=True)
+
+    def write(job, folder):
+        if not next(rooms):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(export, "write_checkpoint", write)
+    failed = "the adapter of step {} could not be written for PEFT (No space left on device)"
+    exports.save(1, {})
+    exports.save(2, {})
+    assert capsys.readouterr().err == f"warning: {failed.format(1)}; training goes on\n"
+    with pytest.raises(OSError, match=re.escape(failed.format(2))):
+        exports.finish()
+    exports.save(3, {})
+    exports.finish()
+    exports.save(4, {})
+    assert capsys.readouterr().err.startswith(f"warning: {failed.format(4)}")
 
 
 def test_adapters_that_do_not_fit_are_refused(run, adapter, tmp_path):

@@ -181,6 +181,22 @@ def test_a_trace_is_asked_for_in_a_running_job(request_kind, tmp_path, monkeypat
     assert "Steps 2 to 3 of " in capsys.readouterr().out
 
 
+def test_a_trace_is_whole_where_the_run_stops_within_it(tmp_path):
+    events = []
+    log = SimpleNamespace(pause=contextlib.nullcontext, log_event=lambda *event: events.append(event))
+    config = small("tiny_lora", tmp_path)
+    step = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    with profiling.Trace(replace(config, profile=configs.ProfileConfig(steps=3)), 4, log, step) as trace:
+        for number in (5, 6):
+            trace.before_step(number)
+            jax.block_until_ready(step(1.0))
+            trace.after_step(number)
+    assert trace.folder == profile_tables.find_trace(tmp_path)
+    assert events == [(6, "profile", f"steps 5 to 6 are traced in {trace.folder}")]
+    kept = json.loads((trace.folder / profile_tables.SCOPES_FILE).read_text())
+    assert (kept["first_step"], kept["steps"]) == (5, 2)
+
+
 def test_a_trace_ends_with_a_run_that_fails(tmp_path):
     config = small("tiny_lora", tmp_path, steps=5)
     profile = configs.ProfileConfig(start=0, steps=3)

@@ -133,6 +133,20 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert read_events(tmp_path / "tensorboard")[1] == [1, 3]
 
 
+@pytest.mark.parametrize("cut", ["", '{"step": 3, "lo', '{"step": 2, "loss": 1.5}'])
+def test_lines_that_a_kill_has_cut_are_dropped(cut, tmp_path):
+    """A line without its end may be whole; the next would be written behind it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 9}\n' + cut)
+    trackers.truncate_metrics(path, 2)
+    kept = [1, 2] + [2] * cut.endswith("}")
+    assert path.read_text().endswith("\n")
+    assert [line["step"] for line in lines_of(tmp_path)] == kept
+    path.write_text('{"step": 1}')
+    trackers.truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n'
+
+
 def test_texts_of_lines():
     line = {"step": 3, "event": "skip", "text": "step 3 was skipped", "time": 1.0}
     assert (trackers.list_numbers(line), trackers.list_texts(line)) == ({}, {"skip": "step 3 was skipped"})
