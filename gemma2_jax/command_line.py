@@ -51,6 +51,8 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
         exit_usage(_explain_failure(failure.args[0], arguments, options), program)
     except ValueError as error:  # of the dataclass itself
         exit_usage(str(error), program)
+    except BrokenPipeError:  # of what --help prints
+        exit_closed_pipe()
 
 
 def capitalize_booleans(arguments: list[str], kind: type) -> list[str]:

@@ -1,6 +1,8 @@
 """What the commands say of arguments that they do not understand: one sentence, alike for all of them."""
 
 import errno
+import os
+import subprocess
 import sys
 
 import pytest
@@ -128,3 +130,13 @@ def test_help_names_the_program_as_it_was_called(called, monkeypatch, capsys):
 def test_a_tyro_without_its_hook_prints_its_own_words(refusal, monkeypatch):
     monkeypatch.delattr(tyro._errors, "on_parse_error")
     assert "nonsense" in refusal("generate --checkpoint a --nonsense x")
+
+
+def test_help_that_nobody_reads_ends_without_a_word():
+    """As `--help | head` does, where the reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gemma2_jax.train", "--help"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
