@@ -6,7 +6,7 @@ Small runs of full fine-tuning and of LoRA save every few steps, evaluate, make 
 the newest, so that steps are deleted as well. Each run is killed again and again, as a whole process group, and started
 again by the same command. Before each start a kind of moment is drawn: while data is tokenized, programs are compiled
 or weights read, at a batch or a step, in an evaluation or samples, at the start of a save or while it is written in the
-background. The kill comes a random time after the first such moment that is due.
+background. The kill comes a random time after such a moment.
 
 When a run has taken its last step, its weights and its optimizer are compared, bit by bit, with those of a run that
 nothing disturbed, and so are the losses of all its steps. Lost by a kill are the steps that had ended and are taken
@@ -43,8 +43,8 @@ class Moment:
 
 MOMENTS = {
     "start": Moment(3.0), "tokenization": Moment(1.0), "compilation": Moment(1.5), "restoring": Moment(0.4),
-    "batch": Moment(0.02, 25), "dispatch": Moment(0.05, 25), "step": Moment(0.05, 25), "evaluation": Moment(0.1, 2),
-    "samples": Moment(0.1, 2), "checkpoint": Moment(0.1, 2), "background write": Moment(0.3, 2),
+    "batch": Moment(0.02, 25), "dispatch": Moment(0.05, 25), "step": Moment(0.05, 25), "evaluation": Moment(0.05, 2),
+    "samples": Moment(0.01, 2), "checkpoint": Moment(0.02, 2), "background write": Moment(0.3, 2),
 }  # fmt: skip
 RECIPES = {"tiny_sft": "full", "tiny_lora": "LoRA"}
 
@@ -104,7 +104,7 @@ def start(recipe: str, folder: Path, data: Path, log: Path) -> subprocess.Popen:
         "data.tokenizer=assets/tiny-gemma2", f"steps={STEPS}",
         "model.layers=2", "model.width=48", "model.mlp_width=128", "train.sequence_length=64",
         "train.global_batch_size=8", "train.micro_batch_size=4", f"train.checkpoint_every={SAVE_EVERY}",
-        f"train.eval_every={EVAL_EVERY}", "train.eval_batches=4", "train.log_every=1", "train.keep_checkpoints=1",
+        f"train.eval_every={EVAL_EVERY}", "train.eval_batches=16", "train.log_every=1", "train.keep_checkpoints=1",
         "train.keep_best=1", "sample.tokens=8", "sample.prompts=1 2 3", "train.export_adapter=False",
     ]  # fmt: skip
     return subprocess.Popen(
@@ -254,10 +254,11 @@ def main() -> None:
             table.add_row(hit, str(len(lost)), str(writing), str(lost[len(lost) // 2]), str(lost[-1]))
         console.print(table)
         verdict = f"differ: {sorted(set(runs.differences))}" if runs.differences else "are the same, bit for bit"
-        most = max(kill.lost for kill in runs.kills)
+        most = {writing: max([0, *(k.lost for k in runs.kills if k.writing is writing)]) for writing in (False, True)}
         console.print(
             f"{len(runs.kills)} kills in {runs.runs} runs, {time.monotonic() - began:.0f} s; weights, optimizer and "
-            f"losses of their last steps and of the undisturbed run {verdict}; at most {most} steps lost by a kill"
+            f"losses of their last steps and of the undisturbed run {verdict}; at most {most[False]} steps lost by "
+            f"a kill, {most[True]} while a checkpoint was being written, which counts when it is whole"
         )
 
 
