@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.options import make_parser
-from gemma2_jax.config import GEMMA2_2B, GEMMA2_27B, ModelConfig
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_27B, ModelConfig
 
 ROUNDS = 3  # Runs of each conversion, by turns with cp.
 # Memory depends on the largest matrix of a layer and not on their number, so that two layers show that of 27B.

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.options import describe_library
 from benchmarks.peer import MODELS, our_weights, transformers_model
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.model_config import ModelConfig
 
 PROMPT, NEW, CALLS = 64, 128, 3
 Tokens = list[list[int]]  # new tokens of each row

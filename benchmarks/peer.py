@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.options import describe_library
-from gemma2_jax.config import GEMMA2_TINY, ModelConfig
+from gemma2_jax.model_config import GEMMA2_TINY, ModelConfig
 
 MODELS = {
     "tiny, 3.7M": GEMMA2_TINY,

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.options import describe_library
 from benchmarks.peer import MODELS, our_weights, transformers_model
 from gemma2_jax import recipes
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.model_config import ModelConfig
 
 ROWS, LENGTH, STEPS = 16, 256, 5
 Step = Callable[[], float]  # takes a step, and returns its loss

@@ -3,7 +3,8 @@
 python -m gemma2_jax.train --config 27b_dora --data.train 'dialogues/*.jsonl'
 """
 
-from gemma2_jax.config import GEMMA2_27B, Config, MeshConfig
+from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.model_config import GEMMA2_27B
 from gemma2_jax.recipes import finetune
 
 

@@ -3,7 +3,8 @@
 python -m gemma2_jax.train --config 9b_lora --data.train 'dialogues/*.jsonl'
 """
 
-from gemma2_jax.config import GEMMA2_9B, Config
+from gemma2_jax.config import Config
+from gemma2_jax.model_config import GEMMA2_9B
 from gemma2_jax.recipes import finetune
 
 

@@ -3,7 +3,8 @@
 python -m gemma2_jax.train --config tiny_lora
 """
 
-from gemma2_jax.config import GEMMA2_TINY, AdapterConfig, ComputeConfig, Config, OptimConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, Config, OptimConfig, TrainConfig
+from gemma2_jax.model_config import GEMMA2_TINY, AdapterConfig
 from gemma2_jax.recipes import finetune
 
 

@@ -3,7 +3,8 @@
 python -m gemma2_jax.train --config tiny_pretrain
 """
 
-from gemma2_jax.config import GEMMA2_TINY, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from gemma2_jax.model_config import GEMMA2_TINY
 from gemma2_jax.recipes import pretrain
 
 

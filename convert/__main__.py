@@ -24,7 +24,7 @@ import tyro
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.config import DType, FileDType
+from gemma2_jax.model_config import DType, FileDType
 
 if TYPE_CHECKING:
     from rich.table import Table

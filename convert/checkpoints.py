@@ -12,11 +12,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.sources import GrownEmbedding, Source, load_array
 from gemma2_jax.dims import Abstract
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

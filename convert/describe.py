@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma2_jax.command_line import escape
-from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats import table
+from gemma2_jax.model_config import AdapterConfig
 
 _NAMES = {
     "huggingface": "a Hugging Face model",

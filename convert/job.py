@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax import dims
-from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, contiguous_copy, copy_array, reuse_memory
@@ -34,6 +33,7 @@ from gemma2_jax.convert.formats import (
 )
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.dims import Abstract
+from gemma2_jax.model_config import TOKEN_ROWS, AdapterConfig, FileDType, ModelConfig
 
 Format = Literal["orbax", "hf", "peft", "megatron", "megatron-legacy", "megatron-adapter", "gguf", "gguf-adapter"]
 # Formats that hold an adapter and no weights, and where the same programs have weights.

@@ -13,9 +13,9 @@ from itertools import combinations
 import jax.numpy as jnp
 import numpy as np
 
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model_config import ModelConfig
 
 _MOST_RANK = 64  # the largest rank that counts as low; finding it takes twice as many products with a vector
 _SIZES = (2, 4, 8)  # tensor-parallel sizes whose order of rows is tried

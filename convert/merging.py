@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 
 
 def create_merge(model: ModelConfig, adapter: AdapterConfig) -> Callable[..., jax.Array]:

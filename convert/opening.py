@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax import config as configs, config_text
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.checkpoints import Checkpoint, attach_base, inherit_files, refuse_base
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
@@ -52,6 +51,7 @@ from gemma2_jax.convert.formats import (
 from gemma2_jax.convert.formats.hf_config import model_config
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.convert.sources import OrbaxSource, Source, TensorSource, WeightTensor
+from gemma2_jax.model_config import ModelConfig
 
 
 def open_checkpoint(

@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from gemma2_jax import dims
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files import orbax, safetensors
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.tensors import Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
 from gemma2_jax.dims import Abstract
+from gemma2_jax.model_config import ModelConfig
 
 EMBEDDING = "embedding"  # the path of it
 _BLOCK_BYTES = 8 << 20  # of rows that are read at once, where they are transposed: few enough to stay in the cache

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma2_jax.config import ComputeConfig, is_adapter_path
+from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, describe_model_differences, load_weights, read_array
 from gemma2_jax.convert.files import gguf, orbax
 from gemma2_jax.convert.files.memory import Index
@@ -25,6 +25,7 @@ from gemma2_jax.convert.sources import TensorSource
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import is_adapter_path
 
 _TUNED = 0.5  # the largest relative difference of an array that further training may explain
 _UNRELATED = 1.0  # independent weights of one size differ by sqrt(2) of themselves

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import DType
 from gemma2_jax.convert.files import safetensors, torch_files
 from gemma2_jax.convert.files.memory import reserve_disk
 from gemma2_jax.convert.files.pickles import Record
@@ -22,6 +21,7 @@ from gemma2_jax.convert.formats import megatron, megatron_adapters, megatron_con
 from gemma2_jax.convert.formats.companions import copy_companions
 from gemma2_jax.convert.formats.megatron_tensors import Fused
 from gemma2_jax.convert.job import Job, Part, Progress, read_ahead
+from gemma2_jax.model_config import DType
 
 
 def write_megatron(folder: Path, target: Path, job: Job, progress: Progress) -> None:

@@ -29,18 +29,19 @@ if TYPE_CHECKING:
         train as train,
     )
     from gemma2_jax.config import (
-        AdapterConfig as AdapterConfig,
         ComputeConfig as ComputeConfig,
         Config as Config,
         DataConfig as DataConfig,
+        GuardConfig as GuardConfig,
         HostsConfig as HostsConfig,
         MeshConfig as MeshConfig,
-        ModelConfig as ModelConfig,
         OptimConfig as OptimConfig,
         ProfileConfig as ProfileConfig,
+        SampleConfig as SampleConfig,
         TrainConfig as TrainConfig,
     )
     from gemma2_jax.model.gemma2 import Gemma2 as Gemma2
+    from gemma2_jax.model_config import AdapterConfig as AdapterConfig, ModelConfig as ModelConfig
     from gemma2_jax.planning.report import Plan as Plan
     from gemma2_jax.training.step import Program as Program
 
@@ -50,6 +51,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Gemma2",
+    "GuardConfig",
     "HostsConfig",
     "MeshConfig",
     "ModelConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "ProfileConfig",
     "Program",
     "Result",
+    "SampleConfig",
     "TrainConfig",
     "convert",
     "generate",

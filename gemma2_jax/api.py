@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from gemma2_jax import config as configs, config_text, recipes
 from gemma2_jax.cluster import platforms
-from gemma2_jax.config import Config, DType, FileDType, MeshConfig
+from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.model_config import DType, FileDType
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 from jax.sharding import PartitionSpec
 
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.model_config import ModelConfig
 
 Abstract = dict[str, jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of arrays, by path
 Axes = tuple[str, ...]

@@ -12,7 +12,7 @@ import tyro
 
 from gemma2_jax import command_line, megatron_bridge
 from gemma2_jax.cluster import platforms
-from gemma2_jax.config import DType
+from gemma2_jax.model_config import DType
 
 if TYPE_CHECKING:
     from gemma2_jax.convert.checkpoints import Checkpoint

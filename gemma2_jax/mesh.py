@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax import dims
-from gemma2_jax.config import Config, MeshConfig, ModelConfig
+from gemma2_jax.config import Config, MeshConfig
+from gemma2_jax.model_config import ModelConfig
 
 # The axes, from the one whose devices communicate least, once a step, to the one whose devices communicate most. The
 # partitioner also wants the axes of nested `shard_map`s (`pipeline`) in this order.

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma2_jax.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from gemma2_jax.config import Config, DataConfig, OptimConfig, TrainConfig
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 
 
 def default_workdir(name: str) -> str:

@@ -17,12 +17,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from gemma2_jax import config as configs
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import GEMMA2_TINY, ModelConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "megatron"
 HF = {dtype: FIXTURES / "hf" / f"A_{dtype}" for dtype in ("f32", "bf16")}
@@ -31,9 +30,7 @@ PEFT = FIXTURES / "peft" / "A_f32_lora_hfpeft"
 LORA, DORA = (FIXTURES / "peft" / f"A_f32_{kind}_tp1pp1" for kind in ("lora", "dora"))
 STACKED = "decoder.layers."
 HEAD = "output_layer.weight"
-TINY = replace(
-    configs.GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8
-)
+TINY = replace(GEMMA2_TINY, layers=1, width=4, mlp_width=4, heads=4, kv_heads=2, head_width=2, vocab_size=6, window=8)
 
 
 Tensors = dict[str, np.ndarray]

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import transformers
 
-from gemma2_jax import config as configs, recipes
-from gemma2_jax.config import AdapterConfig, ComputeConfig, MeshConfig, ModelConfig, TrainConfig
+from gemma2_jax import recipes
+from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, AdapterConfig, ModelConfig
 from gemma2_jax.training.step import Program
 
 torch.set_num_threads(1)  # more are slower on models this small, and far slower beside another busy process
@@ -25,15 +26,15 @@ F32 = ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8)
 SMALL = dict(vocab_size=384, window=8, max_length=64)
 BITING = {
     "2b": replace(
-        configs.GEMMA2_2B, layers=3, width=36, mlp_width=96, heads=4, kv_heads=2, head_width=16,
+        GEMMA2_2B, layers=3, width=36, mlp_width=96, heads=4, kv_heads=2, head_width=16,
         query_pre_attn_scalar=16, **SMALL,
     ),
     "9b": replace(
-        configs.GEMMA2_9B, layers=4, width=56, mlp_width=80, heads=4, kv_heads=2, head_width=16,
+        GEMMA2_9B, layers=4, width=56, mlp_width=80, heads=4, kv_heads=2, head_width=16,
         query_pre_attn_scalar=16, **SMALL,
     ),
     "27b": replace(
-        configs.GEMMA2_27B, layers=2, width=40, mlp_width=112, heads=8, kv_heads=4, head_width=8,
+        GEMMA2_27B, layers=2, width=40, mlp_width=112, heads=8, kv_heads=4, head_width=8,
         query_pre_attn_scalar=5, **SMALL,
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_jax import config as configs, config_text, recipes, train
-from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, AdapterConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "configs"
 REAL = [f"{size}_{kind}" for size in ("2b", "9b", "27b") for kind in ("pretrain", "sft", "lora", "dora")]
@@ -153,7 +153,7 @@ def test_adapters_without_what_they_are_for():
     with pytest.raises(ValueError, match="init_adapter is here, and init is empty; set init to the model it is for"):
         dataclasses.replace(recipe, init="", init_adapter="here")
     exporting = dataclasses.replace(recipe.train, export_adapter=True)
-    for changes in ({"init": ""}, {"adapter": configs.AdapterConfig()}):
+    for changes in ({"init": ""}, {"adapter": AdapterConfig()}):
         with pytest.raises(ValueError, match=r"export_adapter is True, .* it takes adapter.kind lora or dora, on a"):
             dataclasses.replace(recipe, train=exporting, **changes)
 
@@ -184,7 +184,7 @@ def test_both_ways_of_naming_a_field():
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from gemma2_jax.config import GEMMA2_2B\nfrom gemma2_jax.recipes import finetune\n\n"
+        "from gemma2_jax.model_config import GEMMA2_2B\nfrom gemma2_jax.recipes import finetune\n\n"
         "def config():\n    return finetune('mine', GEMMA2_2B, 'somewhere', 'lora', steps=3)\n"
     )
     assert recipes.load_recipe(str(path)).steps == 3

@@ -14,12 +14,13 @@ import pytest
 from peers import BITING, hf_model
 
 import gemma2_jax as g2
-from gemma2_jax import config as configs, config_text, generate, megatron_bridge, recipes, train
+from gemma2_jax import config_text, generate, megatron_bridge, recipes, train
 from gemma2_jax.config import Config
 from gemma2_jax.convert import __main__ as convert
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compare_checkpoints
 from gemma2_jax.data.encoding import load_tokenizer
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 
 PAGE = (Path(__file__).parent / "fixtures" / "megatron_bridge_commands.md").read_text()
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -137,7 +138,7 @@ def test_inference_takes_the_tokenizer_beside_the_hf_config(small, tmp_path, mon
     assert texts[0] == texts[1]
 
 
-SIZES = {"2b": configs.GEMMA2_2B, "9b": configs.GEMMA2_9B, "27b": configs.GEMMA2_27B}
+SIZES = {"2b": GEMMA2_2B, "9b": GEMMA2_9B, "27b": GEMMA2_27B}
 
 
 @pytest.mark.parametrize("block", blocks("python", "pretrain_config"), ids=["2b", "9b", "27b"])

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from peers import BITING
 
 from gemma2_jax import config as configs, dims, mesh as meshes, recipes
-from gemma2_jax.config import ComputeConfig, MeshConfig, ModelConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 from gemma2_jax.training.loop import place_batch
 from gemma2_jax.training.step import Program
 
@@ -236,7 +237,7 @@ def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
 )
 def test_adapters_of_other_kinds_on_a_mesh(fields, mesh):
     """Added after the post-norm (what `test_after_norm` samples); on some layers, beside weights that are trained."""
-    adapter = configs.AdapterConfig(kind="dora", rank=4, **fields)
+    adapter = AdapterConfig(kind="dora", rank=4, **fields)
     runs = [
         program("dora", mesh, devices=math.prod(vars(mesh).values()), model=biting("2b"), adapter=adapter)
         for mesh in (MeshConfig(data=1), mesh)

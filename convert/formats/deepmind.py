@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma2_jax import config as configs
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files import orbax
 from gemma2_jax.convert.files.memory import Index, Shapes
 from gemma2_jax.convert.files.tensors import Tensor, Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, ModelConfig
 
 _PREFIXES = ("transformer/", "params/", "")  # Kaggle's, that of a trainer's state, and that of bare parameters
 _PADDING = 128  # rows that the embedding may have after those of the vocabulary
@@ -124,7 +123,7 @@ def open_tree(root: Path, model: ModelConfig | None) -> Opened:
 
 def _find_size(shapes: Shapes) -> ModelConfig | None:
     """The size of Gemma 2 that has these shapes, with any padding of the vocabulary."""
-    for size in (configs.GEMMA2_2B, configs.GEMMA2_9B, configs.GEMMA2_27B):
+    for size in (GEMMA2_2B, GEMMA2_9B, GEMMA2_27B):
         for rows in map(_rows, _GATINGS):
             expected = table.tensor_shapes(rows, size)
             padding = shapes.get(_EMBEDDING, (0,))[0] - size.vocab_size

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import AdapterConfig, FileDType, ModelConfig
 from gemma2_jax.convert.files.gguf import File, Written
 from gemma2_jax.convert.files.memory import Index
 from gemma2_jax.convert.files.tensors import Tensor, Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model_config import AdapterConfig, FileDType, ModelConfig
 
 ARCHITECTURE = "gemma2"
 _NAMES = {

@@ -8,7 +8,7 @@ has the weights; `opening` reads the file.
 import reprlib
 from typing import Any
 
-from gemma2_jax.config import ModelConfig
+from gemma2_jax.model_config import ModelConfig
 
 FIELDS = {
     "layers": "num_hidden_layers",

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files import torch_files
 from gemma2_jax.convert.files.memory import Index, Shapes
 from gemma2_jax.convert.files.pickles import Record
@@ -25,6 +24,7 @@ from gemma2_jax.convert.files.tensors import Tensor, Tensors
 from gemma2_jax.convert.files.torch_dist import METADATA, TorchDist
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.megatron_tensors import HEAD, MODEL, ConcatenatedTensor, Fused
+from gemma2_jax.model_config import ModelConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BACKEND = {

@@ -8,11 +8,11 @@ known how many ranks there were.
 
 import itertools
 
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.tensors import Tensors
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.megatron import Opened, StoredTensor, layer_free_name, split_fused
 from gemma2_jax.convert.formats.megatron_tensors import Fused, Rows
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 
 _L = "decoder.layers.{L}"
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from gemma2_jax.config import AdapterConfig, DType, ModelConfig
 from gemma2_jax.convert.files import memory
 from gemma2_jax.convert.formats import table
+from gemma2_jax.model_config import AdapterConfig, DType, ModelConfig
 
 # Limits of a run_config.yaml. Real files have 15 kB and 1,000 nodes, or 100 kB and 3,000 nodes with 27B's adapters.
 _MOST_BYTES = 1 << 20

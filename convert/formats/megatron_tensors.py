@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gemma2_jax.config import ModelConfig
 from gemma2_jax.convert.files.memory import Index, reuse_memory
 from gemma2_jax.convert.files.tensors import Tensor
 from gemma2_jax.convert.formats import table
+from gemma2_jax.model_config import ModelConfig
 
 # The order of the rows of a fused tensor. "one": it has one part. "heads": by key/value head, each with its q, its k
 # and its v. "halves": all of gate, then all of up. "rank_halves": by tensor-parallel rank, each with its gate and its

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, ModelConfig, weight_name
 from gemma2_jax.convert.files import safetensors
 from gemma2_jax.convert.files.memory import Shapes
 from gemma2_jax.convert.files.safetensors import read_json
@@ -34,6 +33,7 @@ from gemma2_jax.convert.formats.peft_tensors import (
 )
 from gemma2_jax.convert.formats.state_dict import HEADS, WRAPPER, check_elements
 from gemma2_jax.convert.formats.table import Row
+from gemma2_jax.model_config import TOKEN_ROWS, AdapterConfig, ModelConfig, weight_name
 
 CONFIG = "adapter_config.json"
 BINARY = "adapter_model.bin"

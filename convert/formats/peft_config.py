@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, list_patterns, weight_name
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import require_field
+from gemma2_jax.model_config import TOKEN_ROWS, AdapterConfig, list_patterns, weight_name
 
 EMBEDDING = "model.embed_tokens"
 HEAD = table.HEAD.removesuffix(".weight")

@@ -17,8 +17,8 @@ import numpy as np
 from einops import rearrange
 
 from gemma2_jax import dims
-from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, ModelConfig
 from gemma2_jax.convert.files.memory import Index, Shapes, copy_array
+from gemma2_jax.model_config import TOKEN_ROWS, AdapterConfig, ModelConfig
 
 PEFT = "base_model.model."  # what PEFT's names of tensors begin with
 HEAD = "lm_head.weight"  # Hugging Face's output matrix; no row has it, as Gemma 2's output matrix is the embedding

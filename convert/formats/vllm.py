@@ -6,7 +6,7 @@ vLLM takes any of the seven projections, in all layers or some, with alpha / ran
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gemma2_jax.config import AdapterConfig
+from gemma2_jax.model_config import AdapterConfig
 
 # What --max-lora-rank may be (vllm/config/lora.py: MaxLoRARanks). The default is 16.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

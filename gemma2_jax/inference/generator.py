@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from gemma2_jax.config import ModelConfig, is_adapter_path
 from gemma2_jax.inference.sampling import GREEDY, Sampling, sample_tokens
 from gemma2_jax.model.gemma2 import Cache, Gemma2, Weights, rebuild_model, unstack_layers
+from gemma2_jax.model_config import ModelConfig, is_adapter_path
 
 CHUNK = 16  # steps of one call: with a longer chunk the host has less to do, and a reader waits longer
 PAD = 0  # token that fills a row once it has stopped

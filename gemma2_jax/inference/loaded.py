@@ -20,7 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from gemma2_jax.config import AdapterConfig, ComputeConfig, DType, MeshConfig, ModelConfig, is_adapter_path
+from gemma2_jax.config import ComputeConfig, MeshConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
@@ -36,6 +36,7 @@ from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2, Weights, flatten_state, rebuild_model, weight_dims
+from gemma2_jax.model_config import AdapterConfig, DType, ModelConfig, is_adapter_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

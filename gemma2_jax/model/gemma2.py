@@ -22,10 +22,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gemma2_jax import dims
-from gemma2_jax.config import TOKEN_ROWS, ModelConfig, is_adapter_path
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 from gemma2_jax.model.attention import xla as attention_xla
 from gemma2_jax.model.attention.choice import Implementation
+from gemma2_jax.model_config import TOKEN_ROWS, ModelConfig, is_adapter_path
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # from q, k, v to the output and the cache
 Rope = tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles: `rope_angles`

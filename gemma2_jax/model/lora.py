@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 
 from gemma2_jax import dims
-from gemma2_jax.config import AdapterConfig, ModelConfig, weight_name
 from gemma2_jax.dims import Place
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
 from gemma2_jax.model.gemma2 import (
@@ -34,6 +33,7 @@ from gemma2_jax.model.gemma2 import (
     split_equation,
     weight_dims,
 )
+from gemma2_jax.model_config import AdapterConfig, ModelConfig, weight_name
 
 
 class AdapterParam(nnx.Variable):

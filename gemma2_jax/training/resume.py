@@ -10,12 +10,13 @@ import numpy as np
 
 from gemma2_jax import config_text
 from gemma2_jax.cluster import hosts
-from gemma2_jax.config import AdapterConfig, Config, list_patterns, weight_name
+from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data.batches import Batches
 from gemma2_jax.model.gemma2 import Weights
+from gemma2_jax.model_config import AdapterConfig, list_patterns, weight_name
 from gemma2_jax.training.best import BestLoss
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.guard import Guard, no_history

@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
-from gemma2_jax.config import TOKEN_ROWS, Config, is_adapter_path
+from gemma2_jax.config import Config
 from gemma2_jax.data.mixtures import list_sources
 from gemma2_jax.data.sources import SPLITS, Split
 from gemma2_jax.dims import Abstract
 from gemma2_jax.model import gemma2, lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2, Weights
+from gemma2_jax.model_config import TOKEN_ROWS, is_adapter_path
 from gemma2_jax.training import guard, optim
 from gemma2_jax.training.pipeline import Batch, Pipeline
 

@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 from small_runs import ROOT, command, lines_of, small
 
 import gemma2_jax as g2
-from gemma2_jax import config as configs, config_text, train
+from gemma2_jax import config_text, train
 from gemma2_jax.cluster import hosts
-from gemma2_jax.config import AdapterConfig, Config, GuardConfig, HostsConfig, MeshConfig
+from gemma2_jax.config import Config, GuardConfig, HostsConfig, MeshConfig
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import GEMMA2_TINY, AdapterConfig
 from gemma2_jax.training import loop
 from gemma2_jax.training.export import AdapterExports
 from gemma2_jax.training.lock import lock_workdir
@@ -355,9 +356,7 @@ with hosts.process_group(config.HostsConfig(coordinator=sys.argv[2], count=2, in
 
 def test_an_adapter_through_two_processes(tmp_path):
     """Each reads its shards of it, and one writes what both have."""
-    given = replace(
-        fsdp(tmp_path / "given"), model=configs.GEMMA2_TINY, adapter=AdapterConfig(kind="lora"), init=str(TINY)
-    )
+    given = replace(fsdp(tmp_path / "given"), model=GEMMA2_TINY, adapter=AdapterConfig(kind="lora"), init=str(TINY))
     given = replace(given, train=replace(given.train, export_adapter=True))
     program, rng = Program(given, make_mesh(given.mesh)), np.random.default_rng(0)
     adapter = {path: rng.normal(size=w.shape).astype(w.dtype) for path, w in program.params.items()}

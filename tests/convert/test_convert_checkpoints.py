@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from small_runs import saved_run
 
 from gemma2_jax import config_text, mesh as meshes, recipes
-from gemma2_jax.config import AdapterConfig, Config, MeshConfig, OptimConfig
+from gemma2_jax.config import Config, MeshConfig, OptimConfig
 from gemma2_jax.convert import job, sources
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load_weights
@@ -38,6 +38,7 @@ from gemma2_jax.convert.formats.hf_config import hf_config
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import AdapterConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

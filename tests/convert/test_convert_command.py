@@ -19,11 +19,12 @@ from peers import hf_config
 from safetensors.numpy import save_file
 from small_runs import saved_run
 
-from gemma2_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from gemma2_jax.config import Config, OptimConfig, TrainConfig
 from gemma2_jax.convert.__main__ import main
 from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
+from gemma2_jax.model_config import ModelConfig
 
 LEGACY, LM = FIXTURES / "legacy" / "A_bf16_tp2pp2", FIXTURES / "megatron_lm" / "A_f32_tp1pp1"
 OPTIMIZER = FIXTURES / "optimizer" / "A_bf16_tp1pp1"

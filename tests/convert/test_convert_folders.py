@@ -28,12 +28,12 @@ from strange_folders import (
 )
 from test_sentencepiece import make_model, save_model
 
-from gemma2_jax.config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 from gemma2_jax.convert.checkpoints import read_array
 from gemma2_jax.convert.formats import deepmind, table
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 
 MODEL = BITING["2b"]
 

@@ -30,7 +30,7 @@ from peers import BITING
 from small_runs import saved_run
 from strange_folders import deepmind_tree, kaggle_tree, save_tree
 
-from gemma2_jax.config import AdapterConfig, Config, OptimConfig, TrainConfig
+from gemma2_jax.config import Config, OptimConfig, TrainConfig
 from gemma2_jax.convert import checkpoints
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.files import gguf as gguf_files, pickles, safetensors, torch_files
@@ -41,6 +41,7 @@ from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import AdapterConfig
 
 TINY = replace(
     BITING["2b"], layers=2, width=8, mlp_width=12, heads=4, kv_heads=2, head_width=4, vocab_size=16, max_length=32

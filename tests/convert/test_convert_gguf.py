@@ -17,8 +17,6 @@ from gguf import GGMLQuantizationType as Kind
 from peers import BITING
 from safetensors.numpy import load_file, save_file
 
-from gemma2_jax import config as configs
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.files import gguf as files, safetensors
@@ -29,6 +27,7 @@ from gemma2_jax.convert.formats.peft_config import peft_config
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, AdapterConfig, ModelConfig
 
 TINY = Path(__file__).parents[2] / "assets/tiny-gemma2"
 TENSORS = load_file(TINY / "model.safetensors")
@@ -224,7 +223,7 @@ def test_k_quants_are_read_as_the_library_dequantizes_them(tmp_path):
                 np.testing.assert_array_equal(tensor, expected[name])
 
 
-@pytest.mark.parametrize("config", [configs.GEMMA2_2B, configs.GEMMA2_9B, configs.GEMMA2_27B, CONFIG])
+@pytest.mark.parametrize("config", [GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, CONFIG])
 def test_llama_cpp_scales_queries_as_the_models_do(config):
     formats.check_model(config, None, "the model")
 
@@ -233,7 +232,7 @@ def test_llama_cpp_scales_queries_as_the_models_do(config):
     ("config", "message"),
     [
         (BITING["27b"], "query_pre_attn_scalar 5, which no key of a GGUF file says: of 2 layers llama.cpp assumes 8"),
-        (replace(configs.GEMMA2_27B, query_pre_attn_scalar=128), "of 46 layers llama.cpp assumes 144"),
+        (replace(GEMMA2_27B, query_pre_attn_scalar=128), "of 46 layers llama.cpp assumes 144"),
         (replace(CONFIG, attn_softcap=None), "has no attn_softcap, and llama.cpp always caps"),
     ],
 )

@@ -46,13 +46,14 @@ from peers import BITING, hf_config, hf_model
 from safetensors.numpy import save_file
 from torch.distributed.checkpoint import format_utils
 
-from gemma2_jax.config import MeshConfig, ModelConfig
+from gemma2_jax.config import MeshConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.files.torch_dist import TorchDistWriter
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.mesh import make_mesh, stored_sharding as stored_on
+from gemma2_jax.model_config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = "torch_dist", "megatron_lm", "legacy"

@@ -35,12 +35,12 @@ from megatron_files import (
 )
 from safetensors.numpy import load_file, save_file
 
-from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import AdapterConfig
 
 
 def peft_tensors(folder: Path) -> Tensors:

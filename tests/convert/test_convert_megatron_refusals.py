@@ -33,12 +33,13 @@ from megatron_files import (
 )
 
 from gemma2_jax import config as configs, config_text
-from gemma2_jax.config import AdapterConfig, Config, OptimConfig
+from gemma2_jax.config import Config, OptimConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
+from gemma2_jax.model_config import AdapterConfig
 from gemma2_jax.training.checkpoint import Checkpoints
 
 # A run that started from a checkpoint that does not say its config

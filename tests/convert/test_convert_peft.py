@@ -17,7 +17,7 @@ from peers import BITING
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config as configs, config_text, dims
-from gemma2_jax.config import AdapterConfig, Config, OptimConfig
+from gemma2_jax.config import Config, OptimConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.peft_config import peft_config, stored_config
@@ -26,6 +26,7 @@ from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
+from gemma2_jax.model_config import AdapterConfig
 from gemma2_jax.training.checkpoint import Checkpoints
 
 CONFIG = BITING["2b"]

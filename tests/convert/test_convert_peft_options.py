@@ -21,13 +21,13 @@ import transformers
 from peers import BITING
 from safetensors.torch import load_file, save_file
 
-from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert import verify
 from gemma2_jax.convert.checkpoints import Checkpoint, read_array
 from gemma2_jax.convert.formats import vllm
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import AdapterConfig
 
 CONFIG = BITING["9b"]  # four layers
 TOKENS = torch.arange(3, 27)[None]

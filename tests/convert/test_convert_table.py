@@ -11,14 +11,19 @@ import transformers
 from flax import nnx
 from peers import BITING, hf_config, hf_model, state_dict
 
-from gemma2_jax import config as configs, dims
-from gemma2_jax.config import AdapterConfig
+from gemma2_jax import dims
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.hf_config import hf_config as exported, model_config
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, GEMMA2_TINY, AdapterConfig
 
-SIZES = {"2b": configs.GEMMA2_2B, "9b": configs.GEMMA2_9B, "27b": configs.GEMMA2_27B, "tiny": configs.GEMMA2_TINY}
+SIZES = {
+    "2b": GEMMA2_2B,
+    "9b": GEMMA2_9B,
+    "27b": GEMMA2_27B,
+    "tiny": GEMMA2_TINY,
+}
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +136,9 @@ EARLY_9B = json.loads("""{
 
 def test_a_query_scale_of_224_is_kept_when_a_config_says_it():
     config = model_config(EARLY_9B)
-    assert config == replace(configs.GEMMA2_9B, query_pre_attn_scalar=224)
+    assert config == replace(GEMMA2_9B, query_pre_attn_scalar=224)
     assert exported(config, "bfloat16")["query_pre_attn_scalar"] == 224
-    assert configs.GEMMA2_9B.query_pre_attn_scalar == 256
+    assert GEMMA2_9B.query_pre_attn_scalar == 256
 
 
 def test_what_an_original_config_says_besides_is_kept():

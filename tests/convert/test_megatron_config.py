@@ -12,14 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma2_jax import config as configs
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.formats import hf_config, megatron_config as megatron, table
 from gemma2_jax.convert.formats.megatron_config import SavedAdapter
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, GEMMA2_TINY, AdapterConfig, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "megatron"
 SAVED = sorted(path for path in FIXTURES.rglob("run_config.yaml"))
-SIZES = {"2b": configs.GEMMA2_2B, "9b": configs.GEMMA2_9B, "27b": configs.GEMMA2_27B, "tiny": configs.GEMMA2_TINY}
+SIZES = {
+    "2b": GEMMA2_2B,
+    "9b": GEMMA2_9B,
+    "27b": GEMMA2_27B,
+    "tiny": GEMMA2_TINY,
+}
 EVERY = tuple(table.PROJECTIONS)
 
 
@@ -111,7 +115,7 @@ def test_window_of_either_spelling(saved, size, version, window):
 
 def test_a_window_that_would_be_read_as_another_is_not_written():
     with pytest.raises(ValueError, match="window 4097 cannot be told from 4096"):
-        megatron.run_config(replace(configs.GEMMA2_2B, window=4097), "float32")
+        megatron.run_config(replace(GEMMA2_2B, window=4097), "float32")
 
 
 REFUSED = {
@@ -184,7 +188,7 @@ def test_numbers_are_numbers(saved, value):
 
 
 def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
-    text = megatron.to_yaml(megatron.run_config(configs.GEMMA2_2B, "float32")).replace("1.0e-06", "1e-06")
+    text = megatron.to_yaml(megatron.run_config(GEMMA2_2B, "float32")).replace("1.0e-06", "1e-06")
     with pytest.raises(ValueError, match=r"layernorm_epsilon is '1e-06'.*with a point"):
         megatron.model_config(_read(tmp_path, text))
 
@@ -217,12 +221,10 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_survives_the_text(kind, tmp_path):
     adapter = ADAPTERS[kind]
-    run = megatron.run_config(
-        configs.GEMMA2_2B, "bfloat16", SavedAdapter(adapter, "base", canonical=kind == "canonical")
-    )
+    run = megatron.run_config(GEMMA2_2B, "bfloat16", SavedAdapter(adapter, "base", canonical=kind == "canonical"))
     run = _read(tmp_path, megatron.to_yaml(run))
     assert megatron.adapter_config(run, table.match_targets(adapter), "here") == adapter
-    assert megatron.model_config(run) == configs.GEMMA2_2B
+    assert megatron.model_config(run) == GEMMA2_2B
     assert run["checkpoint"]["pretrained_checkpoint"] == "base"
 
 
@@ -238,7 +240,7 @@ def test_an_adapter_as_they_write_it(kind):
 
 def test_the_scale_of_rslora_is_kept():
     adapter = AdapterConfig(kind="lora", rank=8, alpha=5, rslora=True, targets=EVERY)
-    run = megatron.run_config(configs.GEMMA2_2B, "float32", SavedAdapter(adapter))
+    run = megatron.run_config(GEMMA2_2B, "float32", SavedAdapter(adapter))
     assert megatron.adapter_config(run, list(EVERY), "here").scale == pytest.approx(adapter.scale, rel=1e-15)
 
 
@@ -253,7 +255,7 @@ def test_the_scale_of_rslora_is_kept():
 def test_an_adapter_that_they_do_not_have_is_not_written(kind, targets, canonical, message):
     adapter = AdapterConfig(kind=kind, targets=targets)
     with pytest.raises(ValueError, match=message):
-        megatron.run_config(configs.GEMMA2_2B, "float32", SavedAdapter(adapter, canonical=canonical))
+        megatron.run_config(GEMMA2_2B, "float32", SavedAdapter(adapter, canonical=canonical))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def _all_that_is_read(run: dict) -> None:
 
 
 def test_changed_bytes_give_a_config_or_a_sentence(tmp_path):
-    run = megatron.run_config(configs.GEMMA2_2B, "bfloat16", SavedAdapter(ADAPTERS["lora"], "base"))
+    run = megatron.run_config(GEMMA2_2B, "bfloat16", SavedAdapter(ADAPTERS["lora"], "base"))
     text = megatron.to_yaml(run).encode()
     rng = random.Random(0)
     alphabet = b" \n\t:-[]{}&*!|>'\"%@`#,?<0123456789abcdefxyz_.~\x00\xff"
@@ -495,5 +497,5 @@ def test_what_else_is_stored():
         "do_valid": False,
         "do_test": False,
     }
-    run = megatron.run_config(configs.GEMMA2_2B, "float32", tokenizer="google/gemma-2-2b")
+    run = megatron.run_config(GEMMA2_2B, "float32", tokenizer="google/gemma-2-2b")
     assert run["tokenizer"]["tokenizer_model"] == "google/gemma-2-2b"

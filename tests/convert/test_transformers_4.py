@@ -19,13 +19,13 @@ import pytest
 from small_runs import ROOT, saved_run
 
 from gemma2_jax import recipes
-from gemma2_jax.config import GEMMA2_TINY
 from gemma2_jax.convert.checkpoints import load_weights
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
+from gemma2_jax.model_config import GEMMA2_TINY
 from gemma2_jax.training.tokenizer import keep_tokenizer, load_run_tokenizer
 
 pytestmark = pytest.mark.exhaustive

@@ -24,7 +24,7 @@ from peers import BITING, hf_model, state_dict
 from strange_folders import configure
 
 from gemma2_jax import generate, mesh as meshes
-from gemma2_jax.config import GEMMA2_TINY, MeshConfig
+from gemma2_jax.config import MeshConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
@@ -36,6 +36,7 @@ from gemma2_jax.inference.text import TextStream, encode_prompt
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import GEMMA2_TINY
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 CONFIGS = {name: replace(config, max_length=128) for name, config in BITING.items()}

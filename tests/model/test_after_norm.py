@@ -15,7 +15,7 @@ from flax import nnx
 from peers import BITING, hf_model, state_dict, training_gradients
 
 from gemma2_jax import config as configs, config_text, generate, recipes
-from gemma2_jax.config import AdapterConfig, MeshConfig, ModelConfig
+from gemma2_jax.config import MeshConfig
 from gemma2_jax.convert import __main__ as command
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats.table import from_hf
@@ -26,6 +26,7 @@ from gemma2_jax.inference.loaded import load_generator
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import AdapterConfig, ModelConfig
 from gemma2_jax.training import resume
 from gemma2_jax.training.checkpoint import Checkpoints
 

@@ -12,13 +12,14 @@ from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax import mesh as meshes
-from gemma2_jax.config import GEMMA2_2B, GEMMA2_27B, ComputeConfig, MeshConfig, ModelConfig
+from gemma2_jax.config import ComputeConfig, MeshConfig
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.attention import attention as kernel
 from gemma2_jax.kernels.decode import decode
 from gemma2_jax.kernels.tiles import Build
 from gemma2_jax.model.attention import choice as attention, mosaic as attention_mosaic, xla as attention_xla
 from gemma2_jax.model.gemma2 import Gemma2, unstack_layers
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_27B, ModelConfig
 
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", compute_capability="8.0")

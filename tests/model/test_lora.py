@@ -13,12 +13,13 @@ from flax.traverse_util import unflatten_dict
 from peers import BITING, F32, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs, recipes
-from gemma2_jax.config import TOKEN_ROWS, AdapterConfig, TrainConfig
+from gemma2_jax.config import TrainConfig
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import TOKEN_ROWS, AdapterConfig
 from gemma2_jax.training.step import Program
 
 LAYOUTS = {  # of one layer: PEFT's [r, in] or [out, r] or [out], flattened from our letters

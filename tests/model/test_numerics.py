@@ -12,12 +12,12 @@ from flax import nnx
 from peers import BITING, hf_model, rows_of, state_dict, training_gradients
 
 from gemma2_jax import config as configs
-from gemma2_jax.config import AdapterConfig, ModelConfig
 from gemma2_jax.convert.formats.table import from_hf, to_hf
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention import xla as attention
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2, Weights
+from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_27B, AdapterConfig, ModelConfig
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -186,8 +186,8 @@ def test_window_boundary():
     assert seen[3].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert seen[4].tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     assert seen[10].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
-    assert configs.GEMMA2_27B.layer_windows(8192)[:3] == [4096, 8192, 4096]
-    assert configs.GEMMA2_2B.layer_windows(100)[:2] == [100, 100]
+    assert GEMMA2_27B.layer_windows(8192)[:3] == [4096, 8192, 4096]
+    assert GEMMA2_2B.layer_windows(100)[:2] == [100, 100]
 
 
 @pytest.mark.parametrize("T", [64, pytest.param(128, marks=pytest.mark.exhaustive), 300])

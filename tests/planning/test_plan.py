@@ -15,8 +15,9 @@ from rich.console import Console
 
 from benchmarks.machine_code import find_calls
 from gemma2_jax import plan, recipes
-from gemma2_jax.config import GEMMA2_2B, ComputeConfig, MeshConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import GEMMA2_2B
 from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step
 from gemma2_jax.planning.described_cluster import USABLE_BYTES, describe_cluster
 from gemma2_jax.planning.report import describe_fit, plan_in_subprocess, summarize_step

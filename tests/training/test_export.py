@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from gemma2_jax import config_text, recipes, train
-from gemma2_jax.config import AdapterConfig, Config, MeshConfig
+from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.convert import checkpoints, opening
 from gemma2_jax.convert.files import safetensors as tensors
 from gemma2_jax.convert.formats import table
@@ -30,6 +30,7 @@ from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
+from gemma2_jax.model_config import AdapterConfig
 from gemma2_jax.training import export, loop, resume
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.step import Program

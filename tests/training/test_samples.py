@@ -9,9 +9,10 @@ from small_runs import ROOT, lines_of, small
 
 import gemma2_jax as g2
 from gemma2_jax import recipes
-from gemma2_jax.config import GEMMA2_TINY, DataConfig, MeshConfig, SampleConfig
+from gemma2_jax.config import DataConfig, MeshConfig, SampleConfig
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import GEMMA2_TINY
 from gemma2_jax.training import loop
 from gemma2_jax.training.samples import Sampler, encode_prompts
 from gemma2_jax.training.step import Program

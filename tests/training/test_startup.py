@@ -10,8 +10,8 @@ import pytest
 from small_runs import ROOT, lines_of, small
 
 from gemma2_jax import config as configs, config_text
-from gemma2_jax.config import AdapterConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
+from gemma2_jax.model_config import AdapterConfig
 from gemma2_jax.training import loop, resume, startup
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

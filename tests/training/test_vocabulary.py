@@ -15,7 +15,7 @@ from peers import hf_model
 from small_runs import ROOT, small
 
 from gemma2_jax import config_text
-from gemma2_jax.config import GEMMA2_TINY, TOKEN_ROWS, AdapterConfig, Config, MeshConfig
+from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights, read_array
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
@@ -23,6 +23,7 @@ from gemma2_jax.convert.verify import compute_logits
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.mesh import make_mesh
+from gemma2_jax.model_config import GEMMA2_TINY, TOKEN_ROWS, AdapterConfig
 from gemma2_jax.training import loop, resume
 from gemma2_jax.training.step import Program
 from gemma2_jax.training.tokenizer import find_tokens, grow_vocabulary

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from gemma2_jax.config import ComputeConfig, ModelConfig
+from gemma2_jax.config import ComputeConfig
 from gemma2_jax.kernels.limits import MOSAIC, Limits
 from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
+from gemma2_jax.model_config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
