@@ -9,6 +9,7 @@ written.
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -133,12 +134,12 @@ def _build(command: Build) -> None:
     print(
         f"wrote {prefix}.bin and {prefix}.idx: {len(indexed.lengths):,} documents, "
         f"{len(indexed.tokens):,} tokens as {indexed.tokens.dtype}\n"
-        f"Train:  python -m gemma2_jax.train --config RECIPE --data.kind text --data.train {prefix}"
+        f"Train:  python -m gemma2_jax.train --config RECIPE --data.kind text --data.train {shlex.quote(prefix)}"
     )
 
 
 def _inspect(command: Inspect) -> None:
-    from gemma2_jax.data import inspection
+    from gemma2_jax.data import batches, inspection
     from gemma2_jax.data.store import open_store
 
     folder = Path(command.source)
@@ -150,21 +151,25 @@ def _inspect(command: Inspect) -> None:
         _print_inspection(inspection.inspect_store(open_store(folder), loaded, samples=command.samples))
     else:
         row_lengths = (run.train.sequence_length,) if run else inspection.ROW_LENGTHS
-        for number, source in enumerate(_split_sources(data.train)):
+        for number, source in enumerate(_split_sources(data)):
             print("\n" * bool(number), end="")
             found = _inspect_source(command, replace(data, train=source), loaded, run is not None, row_lengths)
             _print_inspection(found)
             if not found.documents:
                 raise ValueError(f"no document of {source} that was read can be trained on")
+        if repeated := batches.describe_repeated(data):
+            print(f"\nnote: {repeated}")
     if not tokenizer:
         print("\nWith --data.tokenizer FOLDER, a folder or a Hub id, tokens are counted and shown as text.")
 
 
-def _split_sources(text: str) -> list[str]:
+def _split_sources(data: DataConfig) -> list[str]:
     """The sources of a,b or of 0.7*a,0.3*b, without their weights."""
-    if "," not in text or os.path.exists(text):
-        return [text]
-    return [re.sub(r"^[\d.]+\*", "", part.strip()) for part in text.split(",")]
+    from gemma2_jax.data.mixtures import list_sources
+
+    if data.order == "megatron":
+        return [part.strip().rpartition("*")[2] for part in data.train.split(",")]
+    return [source.data.train for source in list_sources(data, "train")]
 
 
 def _inspect_source(

@@ -23,9 +23,10 @@ from gemma2_jax.data.megatron.indexed import find_prefix
 from gemma2_jax.data.megatron.indexed_store import open_indexed_store
 from gemma2_jax.data.megatron.order import MegatronRows
 from gemma2_jax.data.mixtures import MixedRows
-from gemma2_jax.data.reading.places import fingerprint
+from gemma2_jax.data.reading.places import identify
 from gemma2_jax.data.store import Store, build_store
 from gemma2_jax.data.streaming import Stream, StreamBatches, open_stream
+from gemma2_jax.data.wording import describe_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -167,10 +168,9 @@ class Batches:
         """Each of several sources in a line, by its name: what it gives to a run of so many steps."""
         if not isinstance(self.rows, MixedRows):
             return {}
-        epochs, shares = self.count_epochs(steps), self.rows.shares
+        epochs, shares, run = self.count_epochs(steps), self.rows.shares, describe_count(steps, "step")
         return {
-            source.name: f"{share:.3g} of the rows, {epochs[source.name]:,.3g} epochs in {_count(steps, 'step')}; "
-            f"{_describe_rows(part)}"
+            source.name: f"{share:.3g} of the rows, {epochs[source.name]:,.3g} epochs in {run}; {_describe_rows(part)}"
             for source, part, share in zip(self.rows.sources, self.rows.parts, shares, strict=True)
         }
 
@@ -209,7 +209,7 @@ class EvalBatches:
     def summary(self) -> str:
         """The rows in a line, and how many batches of them are read."""
         rows = self.rows.summary if isinstance(self.rows, MegatronRows) else _describe_rows(self.rows)
-        return f"{self.origin}{rows}; {_count(len(self), 'batch', 'batches')} of them evaluated"
+        return f"{self.origin}{rows}; {describe_count(len(self), 'batch', 'batches')} of them evaluated"
 
 
 def train_batches(
@@ -260,15 +260,33 @@ def find_shared(data: DataConfig) -> list[str]:
     return sorted(train & held_out)
 
 
+def describe_repeated(data: DataConfig) -> str:
+    """A sentence on files that several sources of `data.train` have, which are trained on for each; "" of none."""
+    names: dict[str, list[str]] = {}  # of sources, by the file
+    for source in mixtures.list_sources(data, "train"):
+        for content in {*_list_source(source, "train")}:
+            names.setdefault(content, []).append(source.name)
+    repeated = sorted(content for content, given in names.items() if len(given) > 1)
+    if not repeated:
+        return ""
+    count = f"{len(repeated):,} files, such as {repeated[0]}" if len(repeated) > 1 else repeated[0]
+    given = ", ".join(names[repeated[0]])
+    return f"data.train names {count} in several sources ({given}); it is trained on in each of them"
+
+
 def _list_contents(data: DataConfig, split: sources.Split) -> Iterator[str]:
     for source in mixtures.list_sources(data, split):
-        place = sources.open_source(source.data, split)
-        if prefix := find_prefix(place):
-            yield str(Path(f"{prefix}.bin").resolve())
-        elif place == sources.PYTHON_DOCS:
-            yield place
-        else:
-            yield from (fingerprint(file)[0] for file in sources.choose_places(source.data, split).places)
+        yield from _list_source(source, split)
+
+
+def _list_source(source: mixtures.Source, split: sources.Split) -> Iterator[str]:
+    place = sources.open_source(source.data, split)
+    if prefix := find_prefix(place):
+        yield str(Path(f"{prefix}.bin").resolve())
+    elif place == sources.PYTHON_DOCS:
+        yield place
+    else:
+        yield from map(identify, sources.choose_places(source.data, split).places)
 
 
 def _list_stores(rows: AnyRows) -> list[Store]:
@@ -344,9 +362,9 @@ def _describe_rows(rows: packing.Rows | MixedRows) -> str:
         for name in ("documents", "truncated", "dropped", "tokens", "targets")
     )
     return (
-        f"{_count(documents, 'document')} ({truncated:,} truncated, {dropped:,} more dropped for length), "
-        f"{tokens:,} tokens ({targets / tokens:.0%} count in the loss), {_count(len(rows), 'row')} of {rows.length:,} "
-        f"({tokens / (len(rows) * rows.length):.1%} full)"
+        f"{describe_count(documents, 'document')} ({truncated:,} truncated, {dropped:,} more dropped for length), "
+        f"{tokens:,} tokens ({targets / tokens:.0%} count in the loss), {describe_count(len(rows), 'row')} of "
+        f"{rows.length:,} ({tokens / (len(rows) * rows.length):.1%} full)"
     )
 
 
@@ -373,8 +391,5 @@ def _describe_identity(identity: dict) -> str:
 
 def _describe_part(identity: dict) -> str:
     packed = f", packed {identity['packing']}" if "packing" in identity else ""
-    return f"{_count(identity['rows'], 'row')} of {identity['length']:,} with {identity['tokens']:,} tokens{packed}"
-
-
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    rows = f"{describe_count(identity['rows'], 'row')} of {identity['length']:,}"
+    return f"{rows} with {identity['tokens']:,} tokens{packed}"

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from gemma2_jax.data.message_bounds import BoundedTemplate, bound_messages
 from gemma2_jax.data.records import BadRecord, Example, Turn
 from gemma2_jax.data.report import Report
+from gemma2_jax.data.wording import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,7 +82,7 @@ def _explain_refusal() -> Iterator[None]:
         raise
     except Exception as error:  # a template is a program, and may raise whatever Python does
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        raise ValueError(reason.partition("\n")[0]) from error
+        raise ValueError(shorten(reason.partition("\n")[0])) from error
 
 
 def _check_size(text: str, messages: list[dict[str, str]]) -> None:

@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from gemma2_jax.data.wording import is_short
+
 # What columns are often called, beside the names that documents have, in lower case.
 _QUESTIONS = ("user", "prompt", "question", "query", "instruction", "input", "human", "request", "problem", "q")
 _ANSWERS = ("assistant", "completion", "answer", "response", "output", "reply", "solution", "target", "gpt", "a")
@@ -71,8 +73,8 @@ def _is_conversation(value: object) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether data.columns can name a column."""
-    return not re.search("[=,]", name)
+    """Whether data.columns can name a column, in a command that is read."""
+    return is_short(name) and not re.search("[=,]", name)
 
 
 def _write_option(**names: str) -> str:

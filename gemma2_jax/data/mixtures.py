@@ -5,7 +5,6 @@ rows has given its share of them, to within one row. Without, an epoch has every
 Megatron's order have rules of their own (`megatron.order`).
 """
 
-import glob
 import math
 import os
 import re
@@ -23,9 +22,13 @@ import numpy as np
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources
 from gemma2_jax.data.packing import Rows
+from gemma2_jax.data.reading.files import has_match
 
 LONGEST_PERIOD = 100_000  # rows after which a schedule begins anew, at most: it is made in a loop over them
 _COLON_WEIGHT = re.compile(r"(\d*\.\d+|\d+):(?!//)([^,]+)")  # as other programs have weights
+_NO_WEIGHT = re.compile(  # signs, exponents, fractions, and what is no number
+    r"([+-]?(?:nan|inf|infinity|[\d.]+(?:\s*/\s*[\d.]+|e[+-]?\d+)?))\s*\*(.+)", re.IGNORECASE
+)
 _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)\*(.*)")
 
 
@@ -41,16 +44,16 @@ class Source:
 def list_sources(data: DataConfig, split: sources.Split) -> tuple[Source, ...]:
     """The sources of a split: those of data.eval, or of data.train; one where none are separated by commas.
 
-    Raises ValueError for weights that are not positive, that not all have, or that repeat after too many rows, and for
-    a source given twice.
+    Raises ValueError for weights that are no positive numbers, that not all have, or that repeat after too many rows,
+    and for a source given twice.
     """
     field = "eval" if split == "eval" and data.eval else "train"
     text = sources.open_source(data, split)
     if (match := _COLON_WEIGHT.match(text)) and not os.path.exists(text):
         raise ValueError(f"data.{field} is {text!r}; weights are written with *, as in {match[1]}*{match[2]}")
-    if "," not in text or data.order == "megatron" or os.path.exists(text) or glob.glob(text, recursive=True):
+    if "," not in text or data.order == "megatron" or os.path.exists(text) or has_match(text):
         return (Source(name=text, weight=None, data=data),)
-    pairs = [_split_weight(part.strip()) for part in text.split(",")]
+    pairs = [_split_weight(part.strip(), f"data.{field}") for part in text.split(",")]
     weights, places = [weight for weight, _ in pairs], [place for _, place in pairs]
     _check_sources(f"data.{field}", weights, places)
     given = [weight for weight in weights if weight is not None]
@@ -62,9 +65,17 @@ def list_sources(data: DataConfig, split: sources.Split) -> tuple[Source, ...]:
     )
 
 
-def _split_weight(text: str) -> tuple[Fraction | None, str]:
-    match = _WEIGHT.fullmatch(text)
-    return (Fraction(match[1]), match[2].strip()) if match else (None, text)
+def _split_weight(text: str, field: str) -> tuple[Fraction | None, str]:
+    """A source's weight, and its place. Raises ValueError for what looks like a weight, and is none."""
+    if match := _WEIGHT.fullmatch(text):
+        return Fraction(match[1]), match[2].strip()
+    if (match := _NO_WEIGHT.fullmatch(text)) and not has_match(text):
+        hint = "; fractions are written as whole numbers in their proportion, as 1*a,2*b" if "/" in match[1] else ""
+        raise ValueError(
+            f"{field} has {text!r}, and {match[1]} is not a weight; a weight is digits with or without a point, and "
+            f"above 0, as in 0.5*{match[2].strip()}{hint}"
+        )
+    return None, text
 
 
 def _check_sources(field: str, weights: Sequence[Fraction | None], places: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from gemma2_jax.data.encoding import encode_examples
 from gemma2_jax.data.packing import empty_batch
 from gemma2_jax.data.records import BadRecord, Example, make_example
 from gemma2_jax.data.report import Report
+from gemma2_jax.data.wording import quote_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ def make_pair(record: dict, where: str, data: DataConfig) -> tuple[Example, Exam
     prompt, it is what the messages of both begin with. Nothing of the prompt is learned.
     """
     if not all(isinstance(record.get(answer), str | list) for answer in ANSWERS):
-        columns = ", ".join(map(repr, record))
+        columns = quote_list(record) or "no columns"
         raise BadRecord(where, "not a preference", f"has {columns}; a preference has 'chosen' and 'rejected'")
     chosen, rejected = (_make_document(record, answer, where, data) for answer in ANSWERS)
     shared = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data.column_advice import suggest_columns, suggest_text
+from gemma2_jax.data.wording import describe_kind, quote, quote_list
 
 # What data sets call the sides of a conversation, in lower case.
 _ROLE_NAMES = {
@@ -84,7 +85,7 @@ def make_example(record: object, where: str, data: DataConfig, name: str = "") -
     as Parquet files have them where other rows have a value.
     """
     if not isinstance(record, dict):
-        raise BadRecord(where, "not an object", f"holds a {type(record).__name__}; a document is a JSON object")
+        raise BadRecord(where, "not an object", f"holds {describe_kind(record)}; a document is a JSON object")
     record = {column: value for column, value in record.items() if value is not None}
     if not record:
         raise BadRecord(where, "no columns", "has no columns, or nulls alone; remove the document")
@@ -152,10 +153,10 @@ def _read_plain_text(record: dict, where: str) -> Example:
 
 def _read_text(record: dict, column: str, where: str) -> str:
     if column not in record:
-        raise BadRecord(where, "missing column", f"has no {column!r}; it has {_list_columns(record)}")
+        raise BadRecord(where, "missing column", f"has no {quote(column)}; it has {_list_columns(record)}")
     if not isinstance(record[column], str):
-        kind = type(record[column]).__name__
-        raise BadRecord(where, "not a text", f"{column!r} is of type {kind}; it must be a string")
+        kind = describe_kind(record[column])
+        raise BadRecord(where, "not a text", f"{quote(column)} is {kind}; it must be a text")
     return record[column]
 
 
@@ -189,9 +190,9 @@ def _read_completion(record: dict, where: str) -> Example:
     if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
         before = [replace(turn, is_learned=False) for turn in _read_turns(record, "prompt", where)]
         return Example(where=where, turns=_check_turns([*before, *_read_turns(record, "completion", where)], where))
-    kinds = " and ".join(type(record[column]).__name__ for column in ("prompt", "completion"))
+    kinds = " and ".join(describe_kind(record[column]) for column in ("prompt", "completion"))
     raise BadRecord(
-        where, "not a text", f"'prompt' and 'completion' are of type {kinds}; they must be two strings, or two lists"
+        where, "not a text", f"'prompt' and 'completion' are {kinds}; they must be two texts, or two lists of messages"
     )
 
 
@@ -234,15 +235,15 @@ def _read_turns(record: dict, column: str, where: str) -> list[Turn]:
                 where, "not messages", f"{column!r} is a text that is not JSON; it must be a list of messages"
             ) from None
     if not isinstance(messages, list):
-        kind = type(messages).__name__
-        raise BadRecord(where, "not messages", f"{column!r} is of type {kind}; it must be a list of messages")
+        kind = describe_kind(messages)
+        raise BadRecord(where, "not messages", f"{column!r} is {kind}; it must be a list of messages")
     return [_read_turn(message, f"message {number}", where) for number, message in enumerate(messages, start=1)]
 
 
 def _read_turn(message: object, label: str, where: str) -> Turn:
     if not isinstance(message, dict):
-        kind = type(message).__name__
-        raise BadRecord(where, "not messages", f"{label} is of type {kind}; it must be an object with role and content")
+        kind = describe_kind(message)
+        raise BadRecord(where, "not messages", f"{label} is {kind}; it must be an object with role and content")
     role = message.get("role") or message.get("from")
     content = next((message[key] for key in _CONTENT_KEYS if message.get(key) is not None), None)
     if message.get("tool_calls") or message.get("function_call"):
@@ -255,14 +256,14 @@ def _read_turn(message: object, label: str, where: str) -> Turn:
             raise BadRecord(
                 where, "null in a message", f"{keys} of {label} is null; write a text, or remove the message"
             )
-        keys = ", ".join(map(repr, message))
+        keys = quote_list(message)
         raise BadRecord(
             where,
             "not messages",
             f"{label} has {keys or 'nothing'}; it must have 'role' and 'content', or 'from' and 'value'",
         )
     if role.lower() not in _ROLES:
-        raise BadRecord(where, "unknown role", f"{label} has the role {role!r}; roles are {', '.join(_ROLES)}")
+        raise BadRecord(where, "unknown role", f"{label} has the role {quote(role)}; roles are {', '.join(_ROLES)}")
     return Turn(
         role=_ROLES[role.lower()],
         content=_join_parts(content, label, where),
@@ -275,16 +276,16 @@ def _join_parts(content: Any, label: str, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        kind = type(content).__name__
-        raise BadRecord(
-            where, "not a text", f"{label} has a content of type {kind}; it must be a string or a list of parts"
-        )
+        kind = describe_kind(content)
+        raise BadRecord(where, "not a text", f"the content of {label} is {kind}; it must be a text or a list of parts")
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            kind = part.get("type", "part without text") if isinstance(part, dict) else type(part).__name__
-            raise BadRecord(where, "content other than text", f"{label} has a part {kind!r}; Gemma 2 takes text alone")
+            kind = f"that is {describe_kind(part)}"
+            if isinstance(part, dict):
+                kind = f"of type {quote(part['type'])}" if part.get("type") else "without text"
+            raise BadRecord(where, "content other than text", f"{label} has a part {kind}; Gemma 2 takes text alone")
         texts.append(text)
     return "".join(texts)
 
@@ -294,7 +295,9 @@ def _read_weight(message: Mapping[str, Any], label: str, where: str) -> bool:
     weights = [message[key] for key in ("weight", "train") if message.get(key) is not None]
     for weight in weights:
         if weight not in (0, 1):  # as False and True are
-            raise BadRecord(where, "weight", f"{label} has the weight {weight!r}; a message is learned (1) or not (0)")
+            raise BadRecord(
+                where, "weight", f"{label} has the weight {quote(weight)}; a message is learned (1) or not (0)"
+            )
     return all(weights)
 
 
@@ -331,7 +334,7 @@ def _check_characters(example: Example) -> None:
 
 
 def _list_columns(record: dict) -> str:
-    return ", ".join(map(repr, record)) or "no columns"
+    return quote_list(record) or "no columns"
 
 
 def _exchange_shape(name: str, question: str, answer: str, context: str = "") -> Shape:

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from gemma2_jax.data.wording import describe_count
+
 _FINDINGS = ("dropped", "changed", "long")
 _SHORT = 256  # tokens of documents that no row is too short for
 
@@ -72,9 +74,9 @@ class Report:
     def describe(self) -> Iterator[str]:
         """A sentence for each kind of document that was left out or changed."""
         for reason, finding in self.dropped.items():
-            yield f"{_documents(finding.count)} left out ({reason}); the first is {finding.first}"
+            yield f"{describe_count(finding.count, 'document')} left out ({reason}); the first is {finding.first}"
         for what, finding in self.changed.items():
-            yield f"{_documents(finding.count)}: {what}; the first is {finding.first}"
+            yield f"{describe_count(finding.count, 'document')}: {what}; the first is {finding.first}"
 
     def describe_longest(self, length: int) -> str:
         """The longest document, and the first that is longer than a row of so many tokens, if it is."""
@@ -91,7 +93,3 @@ def _count(findings: dict[str, Finding], reason: str, finding: Finding) -> None:
         findings[reason].count += finding.count
     else:
         findings[reason] = Finding(finding.count, finding.first)
-
-
-def _documents(count: int) -> str:
-    return f"{count:,} document{'' if count == 1 else 's'}"

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data import sources, tokenizing
 from gemma2_jax.data.cache import hold_lock
+from gemma2_jax.data.reading.files import is_url
 from gemma2_jax.data.report import Report
 
 if TYPE_CHECKING:
@@ -104,8 +105,10 @@ def build_store(
                 )
                 try:
                     _write_store(job, show=show, workers=workers or _count_workers(job))
-                except (ValueError, OSError):
+                except (ValueError, OSError) as error:
                     _check_unchanged(job, folder)
+                    if isinstance(error, ValueError) and not _has_url(job):
+                        shutil.rmtree(partial, ignore_errors=True)  # what remedies it is another source, or options
                     raise
                 _check_unchanged(job, folder)
                 (partial / "journal").unlink(missing_ok=True)
@@ -130,6 +133,11 @@ def _check_unchanged(job: tokenizing.Job, folder: Path) -> None:
             f"{sources.open_source(job.data, job.split)} changed while it was tokenized; the same command begins "
             "again, once nothing writes to it"
         )
+
+
+def _has_url(job: tokenizing.Job) -> bool:
+    """Whether any of the source is read over a network, whose failures pass."""
+    return any(is_url(part.path) for piece in job.pieces for part in piece.parts)
 
 
 def _move_folder(source: Path, target: Path) -> None:

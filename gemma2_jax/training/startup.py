@@ -16,7 +16,7 @@ from gemma2_jax.cluster import devices, hosts, platforms
 from gemma2_jax.config import Config, DataConfig
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.data import mixtures, sources
-from gemma2_jax.data.batches import Batches, EvalBatches, find_shared
+from gemma2_jax.data.batches import Batches, EvalBatches, describe_repeated, find_shared
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim, profile_tables
@@ -110,6 +110,8 @@ def _describe_work(startup: Startup) -> Iterator[tuple[str, str]]:
     for label, store in stores:
         for sentence in store.report.describe():
             yield "note", f"{label}{sentence}"
+    if repeated := describe_repeated(config.data):
+        yield "note", repeated
     if startup.example:
         yield "example", startup.example
     yield "held-out data", describe_eval(config, startup.eval_batches)

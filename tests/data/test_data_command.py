@@ -64,6 +64,38 @@ def test_a_refused_build_leaves_nothing(run, jsonl, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl"}
 
 
+def test_a_build_goes_on_that_was_killed_between_its_two_files(run, corpus, tmp_path, monkeypatch):
+    words = "build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY
+    rename = Path.rename
+
+    def rename_tokens(path, target):
+        if path.name == "idx":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_tokens)
+        with pytest.raises(SystemExit, match="130"):
+            run(*words)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.bin", "out.partial"}
+    run(*words)
+    assert len(open_indexed(f"{tmp_path}/out").lengths) == len(TEXTS)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.bin", "out.idx"}
+
+
+def test_a_foreign_file_is_left_alone(run, corpus, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    for path in (tmp_path / "out.bin", tmp_path / "out.partial" / "bin", tmp_path / "out.partial" / "idx"):
+        path.write_text("mine")
+    with pytest.raises(SystemExit, match=r"out.bin exists already; delete it"):
+        run("build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY)
+    assert (tmp_path / "out.bin").read_text() == "mine"
+
+
+def test_a_file_of_several_sources_is_noted(run, corpus):
+    assert "note: data.train names" in run("inspect", f"{corpus},{Path(corpus).parent}/./data.jsonl")
+
+
 def test_an_interrupted_build_goes_on(run, corpus, tmp_path, capsys, monkeypatch):
     words = "build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY
 

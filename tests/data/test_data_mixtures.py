@@ -58,6 +58,13 @@ def test_weights_are_told_from_globs(text, expected, tmp_path, monkeypatch):
         ({"train": "1*a,b"}, "data.train gives no weight to b, and one to others; give all sources one, or none"),
         ({"train": "a,b,a"}, "data.train names a twice; name it once, with a larger weight for more of it"),
         ({"train": "1*a,2*a"}, "data.train names a twice"),
+        ({"train": "nan*a,1*b"}, r"has 'nan\*a', and nan is not a weight; a weight is digits with .* as in 0.5\*a$"),
+        ({"train": "1*a,-1*b"}, r"data.train has '-1\*b', and -1 is not a weight"),
+        ({"train": "1e-3*a,1*b"}, r"data.train has '1e-3\*a', and 1e-3 is not a weight"),
+        (
+            {"train": "1/3*a,2/3*b"},
+            r"and 1/3 is not a weight; .*; fractions are written as whole numbers in their prop",
+        ),
         ({"train": "a,,b"}, "data.train names no source before or after one of its commas"),
         ({"train": "a,"}, "data.train names no source before or after one of its commas"),
         ({"eval": "1*a,2*b"}, "data.eval gives weights, and held-out data is read once; leave them out"),

@@ -79,6 +79,8 @@ FILES = {  # that all hold DOCUMENTS
     "blank.csv": write_csv() + b"\r\n\r\n",
     "a.tsv": write_csv("\t"),
     "a.parquet": write_parquet(),
+    "A.PARQUET": write_parquet(),
+    "FILE.Arrow": write_arrow(ipc.new_file),
     "stream.arrow": write_arrow(ipc.new_stream),
     "file.arrow": write_arrow(ipc.new_file),
     "a.jsonl.gz": gzip.compress(LINES),
@@ -108,13 +110,19 @@ def test_every_format_holds_the_same(tmp_path, name, monkeypatch):
         assert [located for piece in pieces for located in places.read_piece(piece)] == whole
         is_cut = name in ("a.jsonl", "a.ndjson", "lines.json", "bom.jsonl", "crlf.jsonl", "A.JSONL")
         if size == 1:
-            assert len(pieces) == (5 if is_cut else 3 if "arrow" in name or "parquet" in name else 1)
+            assert len(pieces) == (5 if is_cut else 3 if name.lower().endswith((".arrow", ".parquet")) else 1)
             assert len(set(pieces)) == len(pieces)
 
 
 def cut(source, piece_bytes):
     chosen = places.choose_training(DataConfig(train=str(source)))[0].places
     return places.list_pieces(chosen, piece_bytes)
+
+
+def test_commas_in_the_names_of_columns_separate_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('"a, b, c, d";prompt;"comple""tion, or\nnot"\n1;2;3\n')
+    ((_, record, _),) = places.read_piece(cut(tmp_path / "a.csv", 1 << 20)[0])
+    assert record == {"a, b, c, d": "1", "prompt": "2", 'comple"tion, or\nnot': "3"}
 
 
 def test_blank_lines_are_told_of_wherever_a_file_is_cut(tmp_path):
@@ -149,9 +157,9 @@ DAMAGE = {
         gzip.compress(LINES)[:-9],
         r"a.jsonl.gz is damaged or cut short \(Compressed file ended .*; copy",
     ),
-    "b.jsonl.gz": (LINES, r"b.jsonl.gz is damaged or cut short \(Not a gzipped file"),
+    "b.jsonl.gz": (LINES, r"b.jsonl.gz is named as if compressed by gzip, and is not compressed; take .gz off"),
     "a.jsonl.zst": (compress(LINES)[:-9], r"a.jsonl.zst is damaged or cut short \(Truncated compressed stream\)"),
-    "b.jsonl.zst": (LINES, r"b.jsonl.zst is damaged or cut short \(ZSTD decompress failed"),
+    "b.jsonl.zst": (LINES, r"b.jsonl.zst is named as if compressed by Zstandard, and is not compressed; take .zst off"),
     "gz.jsonl": (gzip.compress(LINES), r"gz.jsonl is compressed by gzip; name it so that it ends with .gz"),
     "excel.csv": (b"PK\x03\x04", r"excel.csv is a ZIP archive or an Excel sheet; give what it was made from"),
     "utf16.csv": (
@@ -182,12 +190,17 @@ DAMAGE = {
     "empty.json": (b"[]", r"empty.json is empty; remove it"),
     "empty.csv": (b"prompt,completion\n", r"empty.csv is empty; remove it"),
     "long.csv": (b"prompt,completion\na,b,c\n", r"long.csv:2: has 3 columns, and the first line names 2; quote what"),
-    "short.csv": (b'prompt,completion\n"a\na",b\na\n', r"short.csv:4: has 1 columns, and the first line names 2"),
+    "short.csv": (b'prompt,completion\n"a\na",b\na\n', r"short.csv:4: has 1 column, and the first line names 2"),
     "quote.csv": (
         b'prompt,completion\n"a"a,b\n',
         r"quote.csv:2: not CSV \(.*\); a quote within quotes is written",
     ),
     "open.csv": (b'prompt,completion\na,"b\n', r"open.csv:2: a quote in this row is not closed before the end"),
+    "header.csv": (
+        b'prompt,"comp"letion\n"a",b\n',
+        r"header.csv:1: the line that names the columns is not CSV \(.*\); a quote within quotes is written twice",
+    ),
+    "long;.csv": (b'a;"b, c, d"\n1;2;3\n', r"long;.csv:2: has 3 columns, .* names 2; quote what has semicolons in it"),
     "twice.csv": (b"prompt,prompt\na,b\n", r"twice.csv has two columns 'prompt'; its first line must name each"),
     "latin.csv": (
         "prompt,completion\né,b\n".encode("latin-1"),
@@ -202,6 +215,24 @@ DAMAGE = {
     "stream.arrow": (write_arrow(ipc.new_stream)[:-80], r"stream.arrow: .*; copy it again"),
     "lines.arrow": (LINES, r"lines.arrow: .*; copy it again"),
     "a.jsonl.xz": (LINES, r"a.jsonl.xz is none of the formats that are read \(.jsonl, .*.gz or .zst\); convert"),
+    "a.parquet.gz": (
+        gzip.compress(write_parquet()),
+        r"a.parquet.gz is compressed by gzip, and Parquet is read only where .*; unpack it: gzip -dk .*.parquet.gz",
+    ),
+    "twice.jsonl.gz": (
+        gzip.compress(gzip.compress(LINES)),
+        r"twice.jsonl.gz is compressed twice: .* is compressed by gzip again; .*: gzip -dc .* > unpacked.jsonl.gz",
+    ),
+    "a.jsonl.gz.gz": (b"", r"a.jsonl.gz.gz is compressed twice; unpack it once, of gzip: gzip -dk .*a.jsonl.gz.gz$"),
+    "gzip.jsonl.zst": (
+        gzip.compress(LINES),
+        r"named as if compressed by Zstandard, and is compressed by gzip; name it so that it ends with .gz",
+    ),
+    "lfs.json.gz": (b"version https://git-lfs.github.com/spec/v1\n", r"lfs.json.gz is a pointer of Git LFS, not the"),
+    "it's one.json.gz": (
+        gzip.compress(json.dumps({"my data": RECORDS}).encode()),
+        r"""write them as lines: gzip -dc '.*it'"'"'s one.json.gz' \| jq -c '.\["my data"\]\[\]' > documents.jsonl$""",
+    ),
     "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", r"lfs.jsonl is a pointer of Git LFS, not the file"),
 }
 

@@ -146,7 +146,7 @@ BAD = {
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
         "content other than text",
-        "message 1 has a part 'image_url'; Gemma 2 takes text alone",
+        "message 1 has a part of type 'image_url'; Gemma 2 takes text alone",
     ),
     "null content": (
         {"messages": [USER, {"role": "assistant", "content": None}]},
@@ -179,12 +179,12 @@ BAD = {
     "strings as messages": (
         {"messages": ["if", "or"]},
         "not messages",
-        "message 1 is of type str; it must be an object",
+        "message 1 is a text; it must be an object",
     ),
     "number as content": (
         {"messages": [{"role": "user", "content": 7}]},
         "not a text",
-        "message 1 has a content of type int",
+        "the content of message 1 is a number",
     ),
 }
 

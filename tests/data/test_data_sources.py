@@ -82,12 +82,12 @@ GOOD = {"prompt": "Q", "completion": "A"}
         ({"question": "Q"}, "its columns 'question' are none of a document's .* --data.columns text=question"),
         (
             {"prompt": 1, "completion": "A"},
-            "'prompt' and 'completion' are of type int and str; they must be two strings",
+            "'prompt' and 'completion' are a number and a text; they must be two texts",
         ),
-        ({"prompt": "Q", "completion": ["A"]}, "'prompt' and 'completion' are of type str and list"),
+        ({"prompt": "Q", "completion": ["A"]}, "'prompt' and 'completion' are a text and a list"),
         ({"prompt": "Q", "completion": " \n"}, "'completion' is empty"),
         ({"messages": "Q"}, "'messages' is a text that is not JSON; it must be a list"),
-        ({"messages": 1}, "'messages' is of type int; it must be a list"),
+        ({"messages": 1}, "'messages' is a number; it must be a list"),
         (
             {"messages": [*TALK, {"role": "user"}]},
             "message 3 has 'role'; it must have 'role' and 'content', or 'from' and",

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -74,9 +75,17 @@ def test_a_damaged_store_is_made_again(jsonl, tmp_path, tokenizer, name, caplog)
         assert file.read_bytes() == whole
 
 
-def test_a_store_that_failed_has_no_name(jsonl, tmp_path, tokenizer):
+def test_a_store_that_failed_leaves_nothing(jsonl, tmp_path, tokenizer):
     path = jsonl({"text": "a"}, {"text": "b"}, "{")
     with pytest.raises(ValueError, match=r"data.jsonl:3: not JSON"):
+        build_store(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
+    assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_what_was_made_of_a_url_is_kept(tmp_path, tokenizer):
+    path = "memory://kept/data.jsonl"
+    fsspec.filesystem("memory").pipe(path, b'{"text": "a"}\n{')
+    with pytest.raises(ValueError, match=r"data.jsonl:2: not JSON"):
         build_store(DataConfig(kind="text", train=path, eval=path), "train", tokenizer, tmp_path / "cache")
     assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock", ".partial"}
 

@@ -133,14 +133,15 @@ def test_notes_on_the_weights_are_said(tmp_path):
 
 
 def test_notes_on_documents_are_said_once_with_their_source(tmp_path, capsys):
-    """The example is one that is trained on, as it is cut; data that is held out from itself is told."""
+    """The example is one that is trained on, as it is cut; data that is held out from itself or repeated is told."""
     good = [{"prompt": f"{number}:", "completion": " yes"} for number in range(30)]
     long = [{"prompt": "word " * 99, "completion": " no"}, {"prompt": "Q:", "completion": " word" * 99}]
     for name, records in {"a": [*long, *good], "b": [*good, {"prompt": "Q", "completion": ""}]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = small("tiny_lora", tmp_path / "run", steps=1)
-    both, bad = f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"{tmp_path}/b.jsonl"
-    loop.train(replace(config, data=replace(config.data, train=both, eval=bad, on_bad="skip")))
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    train, bad = ",".join(f"{tmp_path}/{name}.jsonl" for name in ("a", "b", "link")), f"{tmp_path}/b.jsonl"
+    loop.train(replace(config, data=replace(config.data, train=train, eval=bad, on_bad="skip")))
     said = capsys.readouterr()
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
     assert "documents b: 30 prompt and completion" in "\n".join(lines)
@@ -149,8 +150,10 @@ def test_notes_on_documents_are_said_once_with_their_source(tmp_path, capsys):
     assert "left out" not in said.err and said.out.count("left out (empty)") == 1
     (example,) = (line for line in lines if line.startswith("example"))
     assert example.startswith("example <bos>Q:[[ word") and "(cut to 64 of its" in example
-    assert f"note data.train and data.eval both have {bad}; a held-out loss of what is trained on tells" in "\n".join(
-        lines
+    said_lines = "\n".join(lines)
+    assert f"note data.train and data.eval both have {bad}; a held-out loss of what is trained on tells" in said_lines
+    assert (
+        f"note data.train names {tmp_path}/a.jsonl in several sources (a, link); it is trained on in each" in said_lines
     )
 
 

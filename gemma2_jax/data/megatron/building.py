@@ -1,5 +1,6 @@
 """A source of text written as Megatron's .bin and .idx, tokenized by all CPUs."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from gemma2_jax.data.megatron.indexed import (
     find_prefix,
     open_indexed,
     smallest_dtype,
+    take_back,
 )
 from gemma2_jax.data.store import Store, build_store
 
@@ -35,15 +37,16 @@ def build_indexed(
     PREFIX.partial, from which a build that was killed goes on. Raises ValueError if the files exist, or if a document
     cannot be read, and OSError if the disk is full.
     """
+    folder = Path(f"{prefix}.partial")
+    take_back(prefix, folder)
     check_target(prefix)
     if find_prefix(data.train):
-        raise ValueError(f"{data.train} is tokenized already; train on it with --data.train {data.train}")
+        raise ValueError(f"{data.train} is tokenized already; train on it with --data.train {shlex.quote(data.train)}")
     if data.kind != "text":
         raise ValueError(
             f"data.kind is {data.kind}, and a .bin file cannot say which tokens answer a prompt; --data.kind text "
             "writes texts, all of whose tokens are learned"
         )
-    folder = Path(f"{prefix}.partial")
     try:
         everything = replace(data, eval="", eval_fraction=0.0)
         store = build_store(everything, "train", tokenizer, folder, show=True, workers=workers)

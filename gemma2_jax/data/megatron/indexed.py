@@ -208,6 +208,16 @@ def check_target(prefix: str) -> None:
         raise ValueError(f"{prefix!r} is a folder; give the beginning of two files' names, such as {prefix}/corpus")
 
 
+def take_back(prefix: str, folder: Path) -> None:
+    """Moves PREFIX.bin back to an IndexedWriter's folder where a kill came before PREFIX.idx, its last file, was moved.
+
+    A .bin file of other origin is left alone: the writer's folder would have one too, or no index.
+    """
+    is_cut = (folder / "idx").exists() and not (folder / "bin").exists() and not Path(f"{prefix}.idx").exists()
+    if is_cut and Path(f"{prefix}.bin").is_file():
+        Path(f"{prefix}.bin").rename(folder / "bin")
+
+
 class IndexedWriter:
     """Writes a data set, whose two files get their names when the `with` block ends without an error.
 
@@ -245,7 +255,7 @@ class IndexedWriter:
             # A reader takes the index for the sign that there is a data set, so that it gets its name last.
             for name in ("bin", "idx"):
                 (self._folder / name).rename(f"{self._prefix}.{name}")
-        for name in ("bin", "idx", "lengths"):
+        for name in ("idx", "bin", "lengths"):  # an index alone would be the sign of a kill for `take_back`
             (self._folder / name).unlink(missing_ok=True)
 
     def _write_index(self, path: Path) -> None:

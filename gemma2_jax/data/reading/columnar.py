@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.data.reading.files import BUFFER_BYTES, is_url, open_file
 from gemma2_jax.data.records import BadRecord
+from gemma2_jax.data.wording import shorten
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,10 +29,10 @@ class Group:
     size: int  # bytes of their values
 
 
-def list_groups(path: str, label: str) -> list[Group]:
+def list_groups(part: "Part") -> list[Group]:
     """The groups of rows of a file, in their order. Raises ValueError where it is damaged."""
-    with _open(path, label) as file:
-        if path.endswith(".parquet"):
+    with _open(part) as file:
+        if part.ending == ".parquet":
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
             return [Group(rows=group.num_rows, size=group.total_byte_size) for group in groups]
         return [Group(rows=batch.num_rows, size=batch.nbytes) for batch in _read_batches(file, 0, None)]
@@ -40,7 +41,7 @@ def list_groups(path: str, label: str) -> list[Group]:
 def read_rows(part: "Part") -> Iterator[tuple[str, object]]:
     """Yields where a row is, and the row, of some groups of a file. Raises ValueError where the file is damaged."""
     number = part.number - 1
-    with _open(part.path, part.label) as file:
+    with _open(part) as file:
         for batch in _read_slices(file, part):
             for row in _to_rows(batch):
                 number += 1
@@ -51,14 +52,14 @@ def read_rows(part: "Part") -> Iterator[tuple[str, object]]:
 
 
 @contextlib.contextmanager
-def _open(path: str, label: str) -> Iterator[Any]:
+def _open(part: "Part") -> Iterator[Any]:
     """A ParquetFile, or a reader of Arrow's IPC. Raises ValueError for what pyarrow raises of damaged files."""
     try:
         import pyarrow
         from pyarrow import ipc, parquet
     except ImportError as error:
-        raise ValueError(f"{label} needs pyarrow: pip install 'gemma2-jax[parquet]'") from error
-    kind = "Parquet" if path.endswith(".parquet") else "Arrow"
+        raise ValueError(f"{part.label} needs pyarrow: pip install 'gemma2-jax[parquet]'") from error
+    path, kind = part.path, "Parquet" if part.ending == ".parquet" else "Arrow"
     with contextlib.ExitStack() as stack:
         try:
             if kind == "Parquet":
@@ -72,15 +73,15 @@ def _open(path: str, label: str) -> Iterator[Any]:
             source = stack.enter_context(file if is_url(path) else pyarrow.memory_map(path))
             yield stack.enter_context(ipc.open_file(source) if is_file else ipc.open_stream(source))
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{label}: not {kind}, or cut short ({_shorten(error)}); copy it again") from error
+            raise ValueError(f"{part.label}: not {kind}, or cut short ({_summarize(error)}); copy it again") from error
         except OSError as error:
             if error.errno is not None:  # of the disk, not of what the file holds
                 raise
-            raise ValueError(f"{label}: damaged ({_shorten(error)}); copy it again") from error
+            raise ValueError(f"{part.label}: damaged ({_summarize(error)}); copy it again") from error
 
 
-def _shorten(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+def _summarize(error: Exception) -> str:
+    return shorten(str(error).partition("\n")[0].rstrip("."))
 
 
 def _read_slices(file: Any, part: "Part") -> Iterator["pyarrow.RecordBatch"]:

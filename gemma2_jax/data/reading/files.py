@@ -5,13 +5,16 @@ decides which files are taken.
 """
 
 import contextlib
+import errno
+import fnmatch
 import functools
 import glob
 import io
+import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,31 +54,37 @@ class File:
     mark: str  # changes when its content does
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """What there is under a name."""
+
+    files: tuple[File, ...]  # in the order of their paths
+    dead: tuple[str, ...] = ()  # links to nowhere
+
+
 def is_url(path: str) -> bool:
     """Whether a name is a URL, and not a path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
-def list_files(source: str) -> list[File]:
-    """The files that a path, folder, glob or URL of such stands for, in the order of their paths; maybe none.
+def list_files(source: str) -> Listing:
+    """The files that a path, folder, glob or URL of such stands for; maybe none.
 
-    Folders are searched to the bottom, less what is hidden or a README. Raises ValueError where a URL cannot be read.
+    Folders are searched to the bottom, through links too, less what is hidden or a README. Raises ValueError where a
+    URL cannot be read.
     """
     if is_url(source):
         with explain_failure(source):
-            return list(_list_remote(source))
+            return Listing(files=_list_remote(source))
     root = str(Path(source).expanduser())
     if os.path.isdir(root):
-        return sorted(_search(root, root), key=lambda file: file.path)
+        return _describe_files(_walk(root), root)
     if (file := _stat(root, "")) is not None:
-        return [file]
-    found = {}
-    base = _fixed_part(root)
-    for path in glob.glob(root, recursive=True):
-        for file in _search(path, base) if os.path.isdir(path) else [_stat(path, _below(path, base))]:
-            if file is not None and not _is_aside(file.below):
-                found[file.path] = file
-    return [found[path] for path in sorted(found)]
+        return Listing(files=(file,))
+    if os.path.islink(root):
+        return Listing(files=(), dead=(root,))
+    matches = (_walk(path) if os.path.isdir(path) else [path] for path in _match_glob(root))
+    return _describe_files(itertools.chain.from_iterable(matches), _fixed_part(root))
 
 
 def has_wildcard(source: str) -> bool:
@@ -99,8 +108,42 @@ def _is_aside(below: str) -> bool:
     return any(_ASIDE.fullmatch(part) for part in below.split("/"))
 
 
-def _search(folder: str, base: str) -> Iterator[File]:
-    """The files below a folder, through links too, each folder once."""
+def has_match(pattern: str) -> bool:
+    """Whether a glob of this machine has the name of any file or folder."""
+    return glob.has_magic(pattern) and any(_match_glob(str(Path(pattern).expanduser())))
+
+
+def _match_glob(pattern: str) -> Iterator[str]:
+    """The paths that a glob names, less hidden ones. Python's own goes around through links to folders above them."""
+    base = _fixed_part(pattern)
+    return _match_parts(base, tuple(pattern.removeprefix(base).strip("/").split("/")), set())
+
+
+def _match_parts(folder: str, parts: tuple[str, ...], seen: set[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
+    """The paths below a folder that match the parts of a glob. `seen` has each folder and what was matched there."""
+    if not parts:
+        yield folder
+        return
+    state = os.path.realpath(folder), parts
+    if state in seen or not os.path.isdir(state[0]):
+        return
+    seen.add(state)
+    part, rest = parts[0], parts[1:]
+    if not glob.has_magic(part):
+        if os.path.lexists(path := os.path.join(folder, part)):
+            yield from _match_parts(path, rest, seen)
+        return
+    is_deep = part == "**" and bool(rest)  # else it is as *, as folders are searched to the bottom
+    if is_deep:
+        yield from _match_parts(folder, rest, seen)
+    with contextlib.suppress(PermissionError):
+        names = sorted(name for name in os.listdir(state[0]) if not _ASIDE.fullmatch(name))
+        for path in (os.path.join(folder, name) for name in fnmatch.filter(names, part)):
+            yield from _match_parts(path, parts if is_deep else rest, seen)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The paths of what is below a folder and no folder, through links too, each folder once."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -109,9 +152,35 @@ def _search(folder: str, base: str) -> Iterator[File]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _ASIDE.fullmatch(name))
-        for path in (os.path.join(parent, name) for name in names if not _ASIDE.fullmatch(name)):
-            if (file := _stat(path, _below(path, base))) is not None:
-                yield file
+        yield from (os.path.join(parent, name) for name in names)
+
+
+def _describe_files(paths: Iterable[str], base: str) -> Listing:
+    """The files of these paths, less those that are no documents; `base` is the folder that was asked for.
+
+    Where links to folders give a file several paths, it has the shortest alone.
+    """
+    shortest: dict[tuple[str, str], str] = {}
+    for path in sorted({*paths}, key=lambda path: (len(path), path)):
+        shortest.setdefault(locate(path), path)
+    found, dead = [], []
+    for path in sorted(shortest.values()):
+        if _is_aside(below := _below(path, base)):
+            continue
+        if (file := _stat(path, below)) is not None:
+            found.append(file)
+        elif os.path.islink(path):
+            dead.append(path)
+    return Listing(files=tuple(found), dead=tuple(dead))
+
+
+def locate(path: str) -> tuple[str, str]:
+    """The folder that a file is in, without links, and the file's name there, which may be a link."""
+    folder, name = os.path.split(path)
+    return _resolve(os.path.abspath(folder)), name
+
+
+_resolve = functools.lru_cache(1024)(os.path.realpath)  # of the folder of thousands of files
 
 
 def _below(path: str, base: str) -> str:
@@ -119,10 +188,14 @@ def _below(path: str, base: str) -> str:
 
 
 def _stat(path: str, below: str) -> File | None:
-    """A file as it is now; None for what is none, such as a link to nowhere."""
+    """A file as it is now; None for what is none, such as a link to nowhere, or to itself."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
         return None
     if not stat.S_ISREG(status.st_mode):
         return None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.data.reading.files import BUFFER_BYTES, open_file
 from gemma2_jax.data.records import SHAPES, BadRecord
+from gemma2_jax.data.wording import describe_count, is_short, quote, shorten
 
 if TYPE_CHECKING:
     from gemma2_jax.data.reading.places import Part
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Located = Iterator[tuple[str, object]]  # where a record is, and the record or a BadRecord
 MAX_BYTES = 1 << 28  # of one record
 _HEAD_BYTES = 1 << 16
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+_QUOTED = re.compile(rb'"(?:[^"]|"")*"')  # a text of a table
+_PLAIN_KEY = re.compile("[A-Za-z_][A-Za-z0-9_]*")  # of a JSON object, which jq takes without quotes
 _SIZE = f"longer than {MAX_BYTES >> 20} MiB, the most that a document may be"
 _ENCODINGS = (  # byte order marks, and how text without them begins
     (rb"\xff\xfe\x00\x00|[^\x00]\x00\x00\x00", "UTF-32LE"),
@@ -33,9 +37,11 @@ _ENCODINGS = (  # byte order marks, and how text without them begins
     (rb"\xfe\xff|\x00[^\x00]\x00[^\x00]", "UTF-16BE"),
 )
 _UNPACKERS = {"": "cat", ".gz": "gzip -dc", ".zst": "zstd -dc"}  # commands
+_COMPRESSED = {  # how compressed files begin, by the ending of their names
+    ".gz": ("compressed by gzip", re.compile(rb"\x1f\x8b")),
+    ".zst": ("compressed by Zstandard", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
+}
 _FOREIGN = (  # how files of other formats begin
-    (b"\x1f\x8b", "compressed by gzip", ".gz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", ".zst"),
     (b"PAR1\x15", "Parquet", ".parquet"),
     (b"ARROW1\x00", "Arrow", ".arrow"),
     (b"PK\x03\x04", "a ZIP archive or an Excel sheet", ""),
@@ -62,6 +68,7 @@ def _describe_damage(part: "Part", error: Exception) -> str:
 
 
 def _decompress(file: io.BufferedReader, part: "Part") -> io.BufferedReader:
+    _check_compression(file, part)
     if part.compression == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER_BYTES)
     if part.compression == ".zst":
@@ -74,13 +81,38 @@ def _decompress(file: io.BufferedReader, part: "Part") -> io.BufferedReader:
     return file
 
 
-def _skip_mark(stream: io.BufferedReader, part: "Part") -> io.BufferedReader:
-    """The stream after a byte order mark of UTF-8. Raises ValueError for other encodings, and for other formats."""
-    head = stream.peek(_HEAD_BYTES)
+def _check_compression(file: io.BufferedReader, part: "Part") -> None:
+    """Raises ValueError where a file is not compressed as its name says."""
+    head = file.peek(_HEAD_BYTES) if part.start == 0 else b""
+    found = next((ending for ending, (_, begins) in _COMPRESSED.items() if begins.match(head)), "")
+    if not head or found == part.compression:
+        return
+    _check_format(head, part)
+    named = f"named as if {_COMPRESSED[part.compression][0]}, and is " if part.compression else ""
+    held = _COMPRESSED[found][0] if found else "not compressed"
+    remedy = f"name it so that it ends with {found}" if found else f"take {part.compression} off its name"
+    raise ValueError(f"{part.label} is {named}{held}; {remedy}")
+
+
+def _check_format(head: bytes, part: "Part") -> None:
+    """Raises ValueError for the beginning of a file of another format."""
     for beginning, name, ending in _FOREIGN:
         if head.startswith(beginning):
             remedy = f"name it so that it ends with {ending}" if ending else "give what it was made from"
             raise ValueError(f"{part.label} is {name}; {remedy}")
+
+
+def _skip_mark(stream: io.BufferedReader, part: "Part") -> io.BufferedReader:
+    """The stream after a byte order mark of UTF-8. Raises ValueError for other encodings, and for other formats."""
+    head = stream.peek(_HEAD_BYTES)
+    for again, (name, begins) in _COMPRESSED.items():
+        if begins.match(head):
+            path = shlex.quote(part.path)
+            raise ValueError(
+                f"{part.label} is compressed twice: what it holds is {name} again; unpack it once: "
+                f"{_UNPACKERS[part.compression]} {path} > unpacked{part.ending}{again}"
+            )
+    _check_format(head, part)
     for pattern, encoding in _ENCODINGS:
         if re.match(pattern, head, re.DOTALL):
             raise ValueError(
@@ -110,10 +142,20 @@ def _check_single(value: dict, part: "Part") -> None:
         return
     for key, inner in value.items():
         if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            name = json.dumps(key, ensure_ascii=False) if is_short(key) else '"KEY"'
+            query = f".{key}[]" if _PLAIN_KEY.fullmatch(key) and is_short(key) else f".[{name}][]"
+            count = describe_count(len(inner), "other")
             raise ValueError(
-                f"{part.label} is one object, of which {key!r} is a list of {len(inner):,} others; if those are the "
-                f"documents, write them as lines: jq -c '.{key}[]' {part.label} > {key}.jsonl"
+                f"{part.label} is one object, of which {quote(key)} is a list of {count}; if those are the documents, "
+                f"write them as lines: {_write_query(query, part)}"
             )
+
+
+def _write_query(query: str, part: "Part") -> str:
+    """The command that writes what a jq query finds in a file as lines."""
+    path = shlex.quote(part.path)
+    command = f"{_UNPACKERS[part.compression]} {path} | jq -c" if part.compression else "jq -c"
+    return f"{command} {shlex.quote(query)}{'' if part.compression else ' ' + path} > documents.jsonl"
 
 
 def find_layout(stream: io.BufferedReader, part: "Part") -> str:
@@ -161,7 +203,10 @@ def _read_lines(stream: io.BufferedReader, part: "Part") -> Located:
         except UnicodeDecodeError:
             yield where, _refuse_bytes(where)
         except (ValueError, RecursionError) as error:  # malformed JSON
-            yield where, BadRecord(where, "not JSON", f"not JSON ({error}); each line holds one JSON object")
+            yield (
+                where,
+                BadRecord(where, "not JSON", f"not JSON ({shorten(str(error))}); each line holds one JSON object"),
+            )
 
 
 def _skip_line(stream: io.BufferedReader) -> int:
@@ -177,7 +222,7 @@ def _skip_line(stream: io.BufferedReader) -> int:
 def _read_values(stream: io.BufferedReader, part: "Part") -> Located:
     """JSON values one after another, each over as many lines as it takes."""
     with _decode(stream) as text:
-        scanner = _Scanner(text, part.label)
+        scanner = _Scanner(text, part)
         while scanner.skip_space():
             yield scanner.read_value()
 
@@ -185,7 +230,7 @@ def _read_values(stream: io.BufferedReader, part: "Part") -> Located:
 def _read_array(stream: io.BufferedReader, part: "Part") -> Located:
     """The values of one JSON array."""
     with _decode(stream) as text:
-        scanner = _Scanner(text, part.label)
+        scanner = _Scanner(text, part)
         scanner.skip_space()
         scanner.take("[", "an array")
         if scanner.skip_space() != "]":
@@ -215,15 +260,15 @@ class _Scanner:
 
     _SPACE = re.compile(r"[ \t\r\n]*")
 
-    def __init__(self, text: io.TextIOWrapper, label: str) -> None:
-        self._text, self._label, self._decode = text, label, json.JSONDecoder().raw_decode
+    def __init__(self, text: io.TextIOWrapper, part: "Part") -> None:
+        self._text, self._part, self._decode = text, part, json.JSONDecoder().raw_decode
         self._buffer, self._position, self._line, self._ended = "", 0, 1, False
 
     def _read_more(self) -> None:
         """Makes the buffer longer, by as much as it has, so that long values are not decoded too often."""
         rest = self._buffer[self._position :]
         if len(rest) > MAX_BYTES:
-            self.refuse(f"the value is {_SIZE}; {self._suggest_lines()}")
+            self.refuse(f"the value is {_SIZE}; write one document to a line: {_write_query('.[]', self._part)}")
         more = self._text.read(max(BUFFER_BYTES, len(rest)))
         self._buffer, self._position, self._ended = rest + more, 0, not more
 
@@ -249,7 +294,7 @@ class _Scanner:
 
     def read_value(self) -> tuple[str, object]:
         """Takes the next value; where it begins, and the value."""
-        where = f"{self._label}:{self._line}"
+        where = f"{self._part.label}:{self._line}"
         while True:
             try:
                 value, end = self._decode(self._buffer, self._position)
@@ -273,11 +318,9 @@ class _Scanner:
     def refuse(self, reason: str) -> None:
         """Raises ValueError: nothing after this place can be read."""
         raise ValueError(
-            f"{self._label}:{self._line}: not JSON ({reason}), and nothing after it can be told apart; mend the file"
+            f"{self._part.label}:{self._line}: not JSON ({reason}), and nothing after it can be told apart; mend the "
+            "file"
         )
-
-    def _suggest_lines(self) -> str:
-        return f"write one document to a line, as jq -c '.[]' {self._label} > documents.jsonl does"
 
 
 def _is_unicode(text: str) -> bool:
@@ -297,11 +340,13 @@ def _refuse_bytes(where: str) -> BadRecord:
 def _read_table(stream: io.BufferedReader, part: "Part") -> Located:
     """The rows of a file whose first line names the columns, separated by commas, tabs or semicolons."""
     csv.field_size_limit(MAX_BYTES)
-    first = stream.peek(_HEAD_BYTES).lstrip(b"\xef\xbb\xbf").partition(b"\n")[0]
+    head = stream.peek(_HEAD_BYTES).lstrip(b"\xef\xbb\xbf")
+    first = _QUOTED.sub(b"", head).lstrip(b"\r\n").partition(b"\n")[0]
     usual = b"\t" if part.ending == ".tsv" else b","
-    separator = max((usual, b",", b"\t", b";"), key=first.count).decode()
+    separator = max((usual, *map(str.encode, _SEPARATORS)), key=first.count).decode()
     with _decode(stream) as text:
-        yield from _read_rows(csv.reader(_take_lines(text, part), delimiter=separator, strict=True), part)
+        rows = csv.reader(_take_lines(text, part), delimiter=separator, strict=True)
+        yield from _read_rows(rows, part, _SEPARATORS[separator])
 
 
 def _take_lines(text: io.TextIOWrapper, part: "Part") -> Iterator[str]:
@@ -312,7 +357,8 @@ def _take_lines(text: io.TextIOWrapper, part: "Part") -> Iterator[str]:
         yield line
 
 
-def _read_rows(rows: Any, part: "Part") -> Located:
+def _read_rows(rows: Any, part: "Part", separators: str) -> Located:
+    """The rows of a table, less its header. `separators` is what its columns are separated by."""
     blank = 0
     header: list[str] = []
     while True:
@@ -325,7 +371,10 @@ def _read_rows(rows: Any, part: "Part") -> Located:
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise ValueError(f"{where}: a quote in this row is not closed before the end of the file") from error
-            yield where, BadRecord(where, "not CSV", f"not CSV ({error}); a quote within quotes is written twice")
+            sentence = f"not CSV ({error}); a quote within quotes is written twice"
+            if not header:
+                raise ValueError(f"{where}: the line that names the columns is {sentence}") from error
+            yield where, BadRecord(where, "not CSV", sentence)
             continue
         if not row:
             blank = blank or line
@@ -339,22 +388,21 @@ def _read_rows(rows: Any, part: "Part") -> Located:
                 BadRecord(f"{part.label}:{blank}", "blank line", "the line is blank; remove it"),
             )
             blank = 0
-        yield where, _make_row(row, header, where)
+        yield where, _make_row(row, header, where, separators)
 
 
 def _check_header(header: list[str], part: "Part") -> list[str]:
     if twice := [name for name in header if header.count(name) > 1]:
-        raise ValueError(f"{part.label} has two columns {twice[0]!r}; its first line must name each column once")
+        raise ValueError(f"{part.label} has two columns {quote(twice[0])}; its first line must name each column once")
     if not all(map(_is_unicode, header)):
         raise ValueError(str(_refuse_bytes(part.label)))
     return header
 
 
-def _make_row(row: list[str], header: list[str], where: str) -> object:
+def _make_row(row: list[str], header: list[str], where: str, separators: str) -> object:
     if len(row) != len(header):
-        return BadRecord(
-            where, "columns", f"has {len(row)} columns, and the first line names {len(header)}; quote what has commas"
-        )
+        counted = f"has {describe_count(len(row), 'column')}, and the first line names {len(header):,}"
+        return BadRecord(where, "columns", f"{counted}; quote what has {separators} in it")
     return dict(zip(header, row, strict=True)) if _is_unicode("".join(row)) else _refuse_bytes(where)
 
 
@@ -377,6 +425,6 @@ _READERS = {
     ".tsv": _read_table,
     ".txt": _read_text,
 }
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": ("gzip", "gzip -dk"), ".zst": ("Zstandard", "zstd -d")}  # names, and commands that unpack
 LINE_ENDINGS = (".jsonl", ".ndjson", ".json")  # of files that may have a record to a line
 TEXT_ENDINGS = tuple(_READERS)

@@ -5,10 +5,10 @@ A source is a file, a folder, a glob, a URL of such, or a data set of the Hub. `
 """
 
 import difflib
-import functools
 import glob
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,11 @@ from urllib.parse import urlsplit
 from gemma2_jax.config import DataConfig
 from gemma2_jax.data.reading import columnar, files, formats, hub, splits
 from gemma2_jax.data.reading.files import File
+from gemma2_jax.data.wording import describe_count
 
 Record = tuple[str, object, str]  # where it is, the record or the BadRecord that it is, and its name
-_ENDINGS = (*formats.TEXT_ENDINGS, ".parquet", ".arrow")
+_TABLE_ENDINGS = {".parquet": "Parquet", ".arrow": "Arrow"}
+_ENDINGS = (*formats.TEXT_ENDINGS, *_TABLE_ENDINGS)
 _SPLIT_ORDER = (splits.HELD_OUT, "test", "train", "")  # of what is held out from a source of held-out data
 _LISTED = 5  # names of files that a message lists, at most
 _COUNTED_BYTES = 1 << 22  # of a file, in which lines are counted at one time
@@ -97,12 +99,13 @@ def choose_training(data: DataConfig) -> tuple[Choice, Choice]:
     others = {name: found[name] for name in sorted(found) if name not in (asked, "")}
     if not chosen:
         near = [name for name in others if name.startswith(asked)] or [*others]
-        remedy = f"--data.split {near[0]}" if len(near) == 1 else "give one of them as --data.split"
+        remedy = f"--data.split {shlex.quote(near[0])}" if len(near) == 1 else "give one of them as --data.split"
         has = f"it has {', '.join(others)}: {remedy}" if others else "no name there tells one"
         raise ValueError(f"{source} has no split {data.split!r}; {has}")
     held_out = others.pop(splits.HELD_OUT, []) if not data.eval and data.eval_fraction else []
     notes += tuple(
-        f"{source}: its split {name} ({_name_places(places)}) is left out; --data.split {name} trains on it"
+        f"{source}: its split {name} ({_name_places(places)}) is left out; "
+        f"--data.split {shlex.quote(name)} trains on it"
         for name, places in others.items()
     )
     described = f"the split {splits.HELD_OUT} of {source} is held out ({_name_places(held_out)})" if held_out else ""
@@ -134,7 +137,8 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
         folder = os.path.join(source, data.subset)
         remedy = f"its folder is a source: {folder}" if os.path.isdir(folder) else "leave it out"
         raise ValueError(f"data.subset {data.subset!r} is of a data set of the Hub, and {source} is none; {remedy}")
-    found = files.list_files(source)
+    listing = files.list_files(source)
+    found = listing.files
     is_glob = files.has_wildcard(source)
     is_folder = not is_glob and not (found and found[0].below == "")
     taken = [file for file in found if split_ending(file.path)[0] in _ENDINGS]
@@ -148,9 +152,14 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
             f"{shlex.quote(indexed[0])}; it has {', '.join(map(os.path.basename, indexed[:_LISTED]))}"
         )
     if passed and not (is_folder and taken):
+        if split_ending(passed[0].path)[0] in formats.COMPRESSIONS:
+            name, command = formats.COMPRESSIONS[split_ending(passed[0].path)[1]]
+            path = shlex.quote(passed[0].path)
+            raise ValueError(f"{passed[0].path} is compressed twice; unpack it once, of {name}: {command} {path}")
         raise ValueError(f"{passed[0].path} is none of the formats that are read ({known}); convert or rename it{hint}")
     if not taken:
-        raise ValueError(_explain_absence(source, is_glob, known))
+        raise ValueError(_explain_absence(source, is_glob, known, listing.dead))
+    _check_packing(taken)
     if is_folder:
         taken, more = _pass_over(source, taken)
         passed += more
@@ -165,6 +174,12 @@ def _search(source: str, data: DataConfig) -> tuple[dict[str, list[Place]], tupl
             split = splits.name_split(file.below.partition("/")[0])
         by_split.setdefault(split, []).append(_make_place(file))
     notes = (f"{source}: {_count_files(passed)} passed over, such as {passed[0].path}",) if passed else ()
+    if listing.dead:
+        count = describe_count(len(listing.dead), "link")
+        notes += (f"{source}: {count} to nowhere passed over, such as {listing.dead[0]}",)
+    for split, places in by_split.items():
+        by_split[split], said = _read_once(source, places)
+        notes += said
     if subsets := _find_subsets(taken) if is_folder and not is_dictionary else []:
         notes += (
             f"{source}: its folders {', '.join(subsets)} have splits of their own and are read together; "
@@ -189,10 +204,48 @@ def _name_indexed(path: str) -> str:
     return path.removesuffix(".idx")
 
 
-def _explain_absence(source: str, is_glob: bool, known: str) -> str:
+def _check_packing(found: Sequence[File]) -> None:
+    """Raises ValueError for a file that is compressed, and whose format is read only where it is not."""
+    for file in found:
+        ending, compression = split_ending(file.path)
+        if compression and ending in _TABLE_ENDINGS:
+            name, command = formats.COMPRESSIONS[compression]
+            raise ValueError(
+                f"{file.path} is compressed by {name}, and {_TABLE_ENDINGS[ending]} is read only where it is not; "
+                f"unpack it: {command} {shlex.quote(file.path)}"
+            )
+
+
+def _read_once(source: str, found: list[Place]) -> tuple[list[Place], tuple[str, ...]]:
+    """The places less those that are another by a link, and a sentence on these."""
+    kept: dict[str, Place] = {}
+    for place in sorted(found, key=lambda place: (os.path.islink(place.path), place.path)):
+        kept.setdefault(identify(place), place)
+    repeated = [place for place in found if kept[identify(place)] is not place]
+    if not repeated:
+        return found, ()
+    first = repeated[0]
+    count = f"{describe_count(len(repeated), 'file')}, such as " if len(repeated) > 1 else ""
+    note = f"{source}: {count}{first.path} is {kept[identify(first)].path} by another name, and is read once"
+    return [place for place in found if kept[identify(place)] is place], (note,)
+
+
+def identify(place: Place) -> str:
+    """What is the same for all names of a file: its path without links. A URL is itself."""
+    return place.path if files.is_url(place.path) else os.path.realpath(place.path)
+
+
+def _explain_absence(source: str, is_glob: bool, known: str, dead: Sequence[str]) -> str:
     """Why nothing is found under a name, and what could be given."""
+    if dead:
+        target = os.readlink(dead[0])
+        return f"no data at {source!r}: {dead[0]} is a link to {target}, which leads nowhere; mend it, or copy the file"
     if is_glob:
-        return f"no data at {source!r}: no file has a name like that; put the glob in quotes, and check its folder"
+        weight = re.match(r"[\d.]+(?=\*)", source)
+        hint = f"; if {weight[0]} is a weight, leave it out, as there is no other source" if weight else ""
+        return (
+            f"no data at {source!r}: no file has a name like that; put the glob in quotes, and check its folder{hint}"
+        )
     if os.path.isdir(os.path.expanduser(source)):
         return f"no data at {source!r}: the folder has no file of a format that is read ({known})"
     folder = os.path.dirname(source)
@@ -224,14 +277,14 @@ def _make_place(file: File, label: str = "") -> Place:
     return Place(path=file.path, size=file.size, mark=file.mark, label=label or file.path)
 
 
-def _pass_over(source: str, found: list[File]) -> tuple[list[File], list[File]]:
+def _pass_over(source: str, found: Sequence[File]) -> tuple[list[File], list[File]]:
     """Of a folder's files, those that are documents; and those that are not, such as notes beside them."""
-    taken = found
+    taken = [*found]
     if any(split_ending(file.path)[0] != ".txt" for file in found):
         taken = [file for file in found if split_ending(file.path)[0] != ".txt"]
     listed = {}  # of folders that datasets has written: which of their files belong to the data set
     if not files.is_url(source):
-        for folder in {os.path.dirname(file.path) for file in taken if file.path.endswith(".arrow")}:
+        for folder in {os.path.dirname(file.path) for file in taken if split_ending(file.path)[0] == ".arrow"}:
             listed |= _read_state(folder)
     taken = [file for file in taken if file.path not in listed or listed[file.path]]
     paths = {file.path for file in taken}
@@ -264,11 +317,7 @@ def fingerprint(place: Place) -> tuple[str, int, str]:
     """What is another when the content of a place is another: its name, its size and its mark."""
     if files.is_url(place.path) or place.label != place.path:
         return place.label, place.size, place.mark
-    folder, name = os.path.split(place.path)
-    return os.path.join(_resolve(os.path.abspath(folder)), name), place.size, place.mark
-
-
-_resolve = functools.lru_cache(1024)(os.path.realpath)  # of the folder of thousands of files
+    return os.path.join(*files.locate(place.path)), place.size, place.mark
 
 
 def list_pieces(places: Sequence[Place], piece_bytes: int) -> list[Piece]:
@@ -294,7 +343,7 @@ def _cut(place: Place, piece_bytes: int) -> Iterator[Part]:
     whole = Part(path=place.path, size=place.size, mark=place.mark, label=place.label)
     if place.size <= piece_bytes or place.compression:
         yield whole
-    elif place.ending in (".parquet", ".arrow"):
+    elif place.ending in _TABLE_ENDINGS:
         yield from _cut_groups(whole, piece_bytes)
     elif place.ending in formats.LINE_ENDINGS and not files.is_url(place.path):
         yield from _cut_lines(whole, piece_bytes)
@@ -303,7 +352,7 @@ def _cut(place: Place, piece_bytes: int) -> Iterator[Part]:
 
 
 def _cut_groups(whole: Part, piece_bytes: int) -> Iterator[Part]:
-    groups = columnar.list_groups(whole.path, whole.label)
+    groups = columnar.list_groups(whole)
     start, number, rows, size = 0, 1, 0, 0
     for stop, group in enumerate(groups, start=1):
         rows, size = rows + group.rows, size + group.size
@@ -357,7 +406,7 @@ def read_piece(piece: Piece) -> Iterator[Record]:
 
 
 def _read_part(part: Part) -> formats.Located:
-    read = columnar.read_rows if part.ending in (".parquet", ".arrow") else formats.read_text_file
+    read = columnar.read_rows if part.ending in _TABLE_ENDINGS else formats.read_text_file
     if not files.is_url(part.path):
         yield from read(part)
         return
