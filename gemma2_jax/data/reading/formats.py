@@ -89,9 +89,9 @@ def _check_compression(file: io.BufferedReader, part: "Part") -> None:
         return
     _check_format(head, part)
     named = f"named as if {_COMPRESSED[part.compression][0]}, and is " if part.compression else ""
-    held = _COMPRESSED[found][0] if found else "not compressed"
+    found_name = _COMPRESSED[found][0] if found else "not compressed"
     remedy = f"name it so that it ends with {found}" if found else f"take {part.compression} off its name"
-    raise ValueError(f"{part.label} is {named}{held}; {remedy}")
+    raise ValueError(f"{part.label} is {named}{found_name}; {remedy}")
 
 
 def _check_format(head: bytes, part: "Part") -> None:
