@@ -146,15 +146,8 @@ def main(program: str = "python -m gemma2_jax.convert") -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     platforms.prepare_process(cpu=True, cache=False)
-    try:
+    with command_line.exit_with_sentence():
         run(command)
-        print(end="", flush=True)
-    except BrokenPipeError:
-        command_line.exit_closed_pipe()
-    except (ValueError, OSError) as error:
-        command_line.exit_error(error)
-    except KeyboardInterrupt:
-        command_line.exit_interrupted()
 
 
 def _inspect(command: Inspect) -> None:

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import tyro
@@ -107,10 +107,22 @@ _REMEDIES = {
 }
 
 
-def exit_interrupted() -> NoReturn:
-    """Ends after Ctrl-C with 130, as of SIGINT."""
-    print("interrupted", file=sys.stderr)
-    sys.exit(EXIT_INTERRUPTED)
+@contextlib.contextmanager
+def exit_with_sentence(after_interrupt: str = "") -> Iterator[None]:
+    """Ends a command whose block fails with a sentence and a status, where it is the user who can mend it.
+
+    After Ctrl-C, `after_interrupt` says how to go on.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        exit_closed_pipe()
+    except (ValueError, OSError) as error:
+        exit_error(error)
+    except KeyboardInterrupt:
+        print(f"interrupted{after_interrupt}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def exit_closed_pipe() -> NoReturn:

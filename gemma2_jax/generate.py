@@ -46,15 +46,9 @@ def main(program: str = "python -m gemma2_jax.generate") -> None:
     arguments = megatron_bridge.translate_generate_arguments(sys.argv[1:])
     command = command_line.parse(Command, arguments, program)
     platforms.prepare_process()
-    try:
+    with command_line.exit_with_sentence():
         platforms.check_platform()
         _generate(command)
-    except BrokenPipeError:
-        command_line.exit_closed_pipe()
-    except (ValueError, OSError) as error:
-        command_line.exit_error(error)
-    except KeyboardInterrupt:
-        command_line.exit_interrupted()
 
 
 def _generate(command: Command) -> None:

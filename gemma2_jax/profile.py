@@ -40,13 +40,9 @@ def main(program: str = "python -m gemma2_jax.profile") -> None:
     platforms.prepare_process(cpu=True, cache=False)
     from gemma2_jax.training import profile_tables
 
-    try:
+    with command_line.exit_with_sentence():
         folder = profile_tables.find_trace(Path(command.run))
         profile_tables.print_tables(profile_tables.read_profile(folder))
-    except (ValueError, OSError) as error:
-        command_line.exit_error(error)
-    except KeyboardInterrupt:
-        command_line.exit_interrupted()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Command:
 def main(program: str = PROGRAM) -> None:
     """Parses, reads the runs, and writes the page; exits with a sentence where that cannot be done."""
     command = command_line.parse(Command, sys.argv[1:], program)
-    try:
+    with command_line.exit_with_sentence():
         if importlib.util.find_spec("plotly") is None:
             raise ValueError("pictures need plotly, which is not installed: pip install 'gemma2-jax[report]'")
         from gemma2_jax.reporting import page, runs
@@ -47,10 +47,6 @@ def main(program: str = PROGRAM) -> None:
         output = Path(command.output) if command.output else folders[0] / "report.html"
         page.write_report(runs.name_runs([runs.read_run(folder) for folder in folders]), output)
         print(f"{output} ({output.stat().st_size / 1e6:.1f} MB) opens in any browser, without a network")
-    except (ValueError, OSError) as error:
-        command_line.exit_error(error)
-    except KeyboardInterrupt:
-        command_line.exit_interrupted()
 
 
 if __name__ == "__main__":

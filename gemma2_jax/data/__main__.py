@@ -103,16 +103,8 @@ def main(program: str = "python -m gemma2_jax.data") -> None:
     command = command_line.parse(kind, arguments, f"{program} {name}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     platforms.prepare_process(cpu=True, cache=False)
-    try:
+    with command_line.exit_with_sentence("; the same command goes on" if name == "build" else ""):
         run(command)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        command_line.exit_closed_pipe()
-    except (ValueError, OSError) as error:
-        sys.exit(command_line.fold(f"error: {error}"))
-    except KeyboardInterrupt:
-        print("interrupted" + ("; the same command goes on" if name == "build" else ""), file=sys.stderr)
-        sys.exit(130)
 
 
 def _load_tokenizer(place: str | Path) -> "PreTrainedTokenizerFast":
