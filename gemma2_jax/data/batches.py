@@ -262,16 +262,17 @@ def find_shared(data: DataConfig) -> list[str]:
 
 def describe_repeated(data: DataConfig) -> str:
     """A sentence on files that several sources of `data.train` have, which are trained on for each; "" of none."""
-    names: dict[str, list[str]] = {}  # of sources, by the file
-    for source in mixtures.list_sources(data, "train"):
+    names: dict[str, list[str]] = {}  # of sources, as they are given, by the file
+    given = mixtures.list_sources(data, "train")
+    for source in given if len(given) > 1 else ():
         for content in {*_list_source(source, "train")}:
-            names.setdefault(content, []).append(source.name)
-    repeated = sorted(content for content, given in names.items() if len(given) > 1)
+            names.setdefault(content, []).append(source.data.train)
+    repeated = sorted(content for content, having in names.items() if len(having) > 1)
     if not repeated:
         return ""
     count = f"{len(repeated):,} files, such as {repeated[0]}" if len(repeated) > 1 else repeated[0]
-    given = ", ".join(names[repeated[0]])
-    return f"data.train names {count} in several sources ({given}); it is trained on in each of them"
+    what = "they are" if len(repeated) > 1 else "it is"
+    return f"several sources ({', '.join(names[repeated[0]])}) have {count}; {what} trained on in each of them"
 
 
 def _list_contents(data: DataConfig, split: sources.Split) -> Iterator[str]:

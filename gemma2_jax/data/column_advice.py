@@ -41,7 +41,9 @@ def suggest_columns(record: dict, names: Mapping[str, str], shapes: Sequence[tup
             "say which of them hold what: --data.columns user=COLUMN,assistant=COLUMN writes two by the chat template, "
             "and prompt=COLUMN,completion=COLUMN joins them as they are"
         )
-    if texts and _is_plain(texts[0]):
+    if texts and not _is_plain(texts[0]):
+        return "rename the column that holds its text to 'text', to train on it as plain text with --data.kind text"
+    if texts:
         return f"to train on its {texts[0]!r} as plain text, give --data.kind text {_write_option(text=texts[0])}"
     return "none of them is a text; write documents of one of these shapes"
 

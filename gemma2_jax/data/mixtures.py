@@ -26,10 +26,11 @@ from gemma2_jax.data.reading.files import has_match
 
 LONGEST_PERIOD = 100_000  # rows after which a schedule begins anew, at most: it is made in a loop over them
 _COLON_WEIGHT = re.compile(r"(\d*\.\d+|\d+):(?!//)([^,]+)")  # as other programs have weights
-_NO_WEIGHT = re.compile(  # signs, exponents, fractions, and what is no number
-    r"([+-]?(?:nan|inf|infinity|[\d.]+(?:\s*/\s*[\d.]+|e[+-]?\d+)?))\s*\*(.+)", re.IGNORECASE
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_WEIGHT = re.compile(rf"({_NUMBER})\s*\*(.*)")
+_NO_WEIGHT = re.compile(  # signs, exponents, fractions, shares of 100, and what is no number
+    rf"([+-]?(?:nan|inf|infinity|{_NUMBER}(?:\s*/\s*{_NUMBER}|e[+-]?\d+|\s*%)?))\s*\*(.+)", re.IGNORECASE
 )
-_WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)\*(.*)")
 
 
 @dataclass(frozen=True, kw_only=True)

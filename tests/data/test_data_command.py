@@ -93,7 +93,9 @@ def test_a_foreign_file_is_left_alone(run, corpus, tmp_path):
 
 
 def test_a_file_of_several_sources_is_noted(run, corpus):
-    assert "note: data.train names" in run("inspect", f"{corpus},{Path(corpus).parent}/./data.jsonl")
+    other = f"{Path(corpus).parent}/./data.jsonl"
+    said = run("inspect", f"{corpus},{other}")
+    assert f"note: several sources ({corpus}, {other}) have {corpus}; it is trained on in each" in said
 
 
 def test_an_interrupted_build_goes_on(run, corpus, tmp_path, capsys, monkeypatch):

@@ -37,6 +37,7 @@ def test_sources_have_short_names(places, names):
         ("chat.jsonl", [("chat.jsonl", None)]),
         ("2*.jsonl", [("2*.jsonl", None)]),  # one source is a glob, whatever it begins with
         ("0.7*a.jsonl, .3*b.jsonl", [("a.jsonl", "7/10"), ("b.jsonl", "3/10")]),
+        ("1 * a.jsonl,2* b/", [("a.jsonl", "1"), ("b/", "2")]),
         ("1*2*.jsonl,2*b/", [("2*.jsonl", "1"), ("b/", "2")]),
         ("part-2*.jsonl,b*.jsonl", [("part-2*.jsonl", None), ("b*.jsonl", None)]),
         ("here, there.jsonl", [("here, there.jsonl", None)]),  # a file that there is
@@ -59,6 +60,7 @@ def test_weights_are_told_from_globs(text, expected, tmp_path, monkeypatch):
         ({"train": "a,b,a"}, "data.train names a twice; name it once, with a larger weight for more of it"),
         ({"train": "1*a,2*a"}, "data.train names a twice"),
         ({"train": "nan*a,1*b"}, r"has 'nan\*a', and nan is not a weight; a weight is digits with .* as in 0.5\*a$"),
+        ({"train": "50%*a,50%*b"}, r"data.train has '50%\*a', and 50% is not a weight"),
         ({"train": "1*a,-1*b"}, r"data.train has '-1\*b', and -1 is not a weight"),
         ({"train": "1e-3*a,1*b"}, r"data.train has '1e-3\*a', and 1e-3 is not a weight"),
         (

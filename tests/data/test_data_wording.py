@@ -58,6 +58,11 @@ def test_what_is_long_is_shortened(record, choices):
     assert len(str(raised.value)) < 1000
 
 
+def test_a_column_that_no_option_can_name_is_to_be_renamed():
+    with pytest.raises(BadRecord, match="rename the column that holds its text to 'text'"):
+        make_example({"a=b": "text"}, "a:1", DataConfig(train="a"))
+
+
 def test_what_a_template_says_is_shortened(tokenizer, monkeypatch):
     template = "{% for message in messages %}{{ raise_exception(message['content']) }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -70,6 +75,7 @@ def test_what_a_template_says_is_shortened(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.csv", f"{LONG},{LONG}\n1,2\n"), ("a.json", json.dumps({LONG: [{"a": 1}]}))],
+    ids=["table", "object"],
 )
 def test_names_of_a_file_are_shortened(tmp_path, name, content):
     (tmp_path / name).write_text(content)

@@ -152,9 +152,8 @@ def test_notes_on_documents_are_said_once_with_their_source(tmp_path, capsys):
     assert example.startswith("example <bos>Q:[[ word") and "(cut to 64 of its" in example
     said_lines = "\n".join(lines)
     assert f"note data.train and data.eval both have {bad}; a held-out loss of what is trained on tells" in said_lines
-    assert (
-        f"note data.train names {tmp_path}/a.jsonl in several sources (a, link); it is trained on in each" in said_lines
-    )
+    given = f"{tmp_path}/a.jsonl, {tmp_path}/link.jsonl"
+    assert f"note several sources ({given}) have {tmp_path}/a.jsonl; it is trained on in each" in said_lines
 
 
 def test_suggested_prompts(tmp_path):

@@ -219,20 +219,24 @@ def _check_packing(found: Sequence[File]) -> None:
 def _read_once(source: str, found: list[Place]) -> tuple[list[Place], tuple[str, ...]]:
     """The places less those that are another by a link, and a sentence on these."""
     kept: dict[str, Place] = {}
+    repeated: list[tuple[Place, Place]] = []
     for place in sorted(found, key=lambda place: (os.path.islink(place.path), place.path)):
-        kept.setdefault(identify(place), place)
-    repeated = [place for place in found if kept[identify(place)] is not place]
+        if (same := kept.setdefault(identify(place), place)) is not place:
+            repeated.append((place, same))
     if not repeated:
         return found, ()
-    first = repeated[0]
-    count = f"{describe_count(len(repeated), 'file')}, such as " if len(repeated) > 1 else ""
-    note = f"{source}: {count}{first.path} is {kept[identify(first)].path} by another name, and is read once"
-    return [place for place in found if kept[identify(place)] is place], (note,)
+    link, same = repeated[0]
+    more = f" ({describe_count(len(repeated), 'such name')})" if len(repeated) > 1 else ""
+    note = f"{source}: {link.path} is {same.path} by another name{more}, and is read once"
+    left_out = {place.path for place, _ in repeated}
+    return [place for place in found if place.path not in left_out], (note,)
 
 
 def identify(place: Place) -> str:
     """What is the same for all names of a file: its path without links. A URL is itself."""
-    return place.path if files.is_url(place.path) else os.path.realpath(place.path)
+    if files.is_url(place.path):
+        return place.path
+    return os.path.realpath(place.path) if os.path.islink(place.path) else os.path.join(*files.locate(place.path))
 
 
 def _explain_absence(source: str, is_glob: bool, known: str, dead: Sequence[str]) -> str:
@@ -261,7 +265,7 @@ def _explain_absence(source: str, is_glob: bool, known: str, dead: Sequence[str]
 
 def is_hub_data_set(source: str) -> bool:
     """Whether a source is a data set of the Hub, which is downloaded as a whole."""
-    return hub.is_hub_name(source) and split_ending(source)[0] not in _ENDINGS and not os.path.exists(source)
+    return hub.is_hub_name(source) and split_ending(source)[0] not in _ENDINGS and not os.path.lexists(source)
 
 
 def _search_hub(name: str, data: DataConfig) -> dict[str, list[Place]]:
