@@ -216,7 +216,8 @@ def _announce(console: Console, job: tokenizing.Job, journal: "_Journal") -> Non
     message = f"tokenizing {purpose} data from {sources.open_source(job.data, job.split)}"
     if journal.done:
         message += f", after the {journal.report.documents:,} documents that an earlier run has done"
-    for sentence in (message, *sources.choose_places(job.data, job.split).notes):
+    is_said = job.split == "eval" and sources.is_share_held_out(job.data)  # of the training data, which came before
+    for sentence in (message, *(() if is_said else sources.choose_places(job.data, job.split).notes)):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 

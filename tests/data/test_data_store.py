@@ -82,6 +82,16 @@ def test_a_store_that_failed_leaves_nothing(jsonl, tmp_path, tokenizer):
     assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
+def test_what_is_not_taken_of_a_source_is_said_once(jsonl, tmp_path, tokenizer, capsys):
+    (tmp_path / "texts").mkdir()
+    jsonl(*({"text": str(number)} for number in range(9)), name="texts/a.jsonl")
+    (tmp_path / "texts" / "b.jsonl").symlink_to("nowhere")
+    data = DataConfig(kind="text", train=str(tmp_path / "texts"))
+    for split in sources.SPLITS:
+        build_store(data, split, tokenizer, tmp_path / "cache", show=True)
+    assert capsys.readouterr().err.count("1 link to nowhere passed over") == 1
+
+
 def test_what_was_made_of_a_url_is_kept(tmp_path, tokenizer):
     path = "memory://kept/data.jsonl"
     fsspec.filesystem("memory").pipe(path, b'{"text": "a"}\n{')
