@@ -30,8 +30,7 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:10} {summary}" for command, summary in COMMANDS.items()]
-        print(f"usage: {program} COMMAND [OPTIONS]\n", *lines, "\nEach command has a --help.", sep="\n")
-        return
+        return command_line.print_commands(program, lines)
     if name not in COMMANDS:
         near = command_line.suggest(name, COMMANDS) or "."
         command_line.exit_usage(f"there is no command {name}{near} There are {', '.join(COMMANDS)}", program)

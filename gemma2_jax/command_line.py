@@ -41,7 +41,7 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
     if repeated := _find_repeated(kind, arguments):
         exit_usage(repeated, program)
     try:
-        with _catch_failures():
+        with _catch_failures(), _flush_after():
             return tyro.cli(kind, args=arguments, prog=program, **given)
     except _ParseFailure as failure:
         shown = io.StringIO()
@@ -53,6 +53,15 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
         exit_usage(str(error), program)
     except BrokenPipeError:  # of what --help prints
         exit_closed_pipe()
+
+
+@contextlib.contextmanager
+def _flush_after() -> Iterator[None]:
+    """Raises BrokenPipeError where nobody reads what the block prints, however short it is."""
+    try:
+        yield
+    finally:
+        print(end="", flush=True)
 
 
 def capitalize_booleans(arguments: list[str], kind: type) -> list[str]:
@@ -123,6 +132,12 @@ def exit_with_sentence(after_interrupt: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted{after_interrupt}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def print_commands(program: str, lines: Iterable[str]) -> None:
+    """Prints the commands of a program, each with its summary on a line, as the program's --help."""
+    with exit_with_sentence():
+        print(f"usage: {program} COMMAND [OPTIONS]\n", *lines, "\nEach command has a --help.", sep="\n")
 
 
 def exit_closed_pipe() -> NoReturn:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 
 import pytest
@@ -132,11 +131,16 @@ def test_a_tyro_without_its_hook_prints_its_own_words(refusal, monkeypatch):
     assert "nonsense" in refusal("generate --checkpoint a --nonsense x")
 
 
-def test_help_that_nobody_reads_ends_without_a_word():
+@pytest.mark.parametrize(
+    "arguments", ["", "data", *(f"{name} --help" for name in (*commands.COMMANDS, "data inspect"))]
+)
+def test_help_that_nobody_reads_ends_without_a_word(arguments, monkeypatch, capsys):
     """As `--help | head` does, where the reader has gone."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "gemma2_jax.train", "--help"]
-    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (141, "")
+    with os.fdopen(writer, "w") as closed, monkeypatch.context() as patch:  # what remains is written at its end
+        patch.setattr(sys, "argv", ["gemma2-jax", *arguments.split()])
+        patch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+    assert ended.value.code == 141 and capsys.readouterr() == ("", "")

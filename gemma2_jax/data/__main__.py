@@ -93,8 +93,7 @@ def main(program: str = "python -m gemma2_jax.data") -> None:
     """Parses the command line and runs the command; exits with a sentence if that cannot be done."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(f"usage: {program} COMMAND [OPTIONS]\n", *_SUMMARIES, "\nEach command has a --help.", sep="\n")
-        return
+        return command_line.print_commands(program, _SUMMARIES)
     if name not in _COMMANDS:
         near = command_line.suggest(name, _COMMANDS) or "."
         command_line.exit_usage(f"there is no command {name}{near} There are {', '.join(_COMMANDS)}", program)
