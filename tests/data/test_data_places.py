@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
 import types
 from pathlib import Path
@@ -213,6 +214,15 @@ DAMAGE = {
     "page.parquet": (b"PAR1" + bytes(60) + write_parquet()[64:], r"page.parquet: damaged \(.*\); copy it again"),
     "a.arrow": (write_arrow(ipc.new_file)[:-9], r"a.arrow: not Arrow, or cut short \(.*\); copy it again"),
     "stream.arrow": (write_arrow(ipc.new_stream)[:-80], r"stream.arrow: .*; copy it again"),
+    "cut.arrow": (
+        write_arrow(ipc.new_stream)[:-8],
+        r"cut.arrow: an Arrow stream without its end mark, so that it is cut",
+    ),
+    "offsets.arrow": (
+        # Where the texts of the first two rows end: reading so far beyond them ended the process.
+        write_arrow(ipc.new_stream).replace(struct.pack("<3i", 0, 7, 14), struct.pack("<3i", 0, 1 << 30, 14)),
+        r"offsets.arrow: not Arrow, or cut short \(.*\); copy it again",
+    ),
     "lines.arrow": (LINES, r"lines.arrow: .*; copy it again"),
     "a.jsonl.xz": (LINES, r"a.jsonl.xz is none of the formats that are read \(.jsonl, .*.gz or .zst\); convert"),
     "a.parquet.gz": (

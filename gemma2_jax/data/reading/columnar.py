@@ -4,6 +4,8 @@ Arrow files are those of IPC, as files or as streams: `datasets` writes streams,
 """
 
 import contextlib
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _MAX_ROWS, _BATCH_BYTES = 1024, 1 << 24  # of the rows that are Python objects at one time
 _ARROW_FILE = b"ARROW1"  # how a file of Arrow's IPC begins, and a stream does not
+_CONTINUATION = b"\xff\xff\xff\xff"  # before each message of a stream, and before the zero that ends it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,8 @@ def _open(part: "Part") -> Iterator[Any]:
                 return
             file = stack.enter_context(open_file(path))
             is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
+            if not is_file:
+                _check_end(file, part)
             source = stack.enter_context(file if is_url(path) else pyarrow.memory_map(path))
             yield stack.enter_context(ipc.open_file(source) if is_file else ipc.open_stream(source))
         except pyarrow.ArrowInvalid as error:
@@ -78,6 +83,18 @@ def _open(part: "Part") -> Iterator[Any]:
             if error.errno is not None:  # of the disk, not of what the file holds
                 raise
             raise ValueError(f"{part.label}: damaged ({_summarize(error)}); copy it again") from error
+
+
+def _check_end(stream: io.BufferedReader, part: "Part") -> None:
+    """Raises ValueError where an Arrow stream has no end mark: cut between two batches, it would just be shorter."""
+    has_marks = stream.peek(len(_CONTINUATION)).startswith(_CONTINUATION)  # which those from before Arrow 0.15 lack
+    mark = (_CONTINUATION if has_marks else b"") + bytes(4)
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - len(mark)))
+    end = stream.read()
+    stream.seek(0)
+    if end != mark:
+        raise ValueError(f"{part.label}: an Arrow stream without its end mark, so that it is cut short; copy it again")
 
 
 def _summarize(error: Exception) -> str:
@@ -94,9 +111,25 @@ def _read_slices(file: Any, part: "Part") -> Iterator["pyarrow.RecordBatch"]:
             yield from file.iter_batches(batch_size=rows, row_groups=[group])
         return
     for batch in _read_batches(file, part.start, part.stop):
+        _validate(batch)
         rows = _count_rows(batch.num_rows, batch.nbytes)
         for start in range(0, batch.num_rows, rows):
             yield batch.slice(start, rows)
+
+
+def _validate(batch: "pyarrow.RecordBatch") -> None:
+    """Raises pyarrow.ArrowInvalid where reading the batch would read beyond its buffers.
+
+    A text that is not UTF-8 is left to `_to_rows`. What is decoded from Parquet has been checked.
+    """
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
 
 
 def _count_rows(rows: int, size: int) -> int:
