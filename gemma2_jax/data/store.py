@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 5  # to be raised when the code writes other tokens or other files for the same documents
 _SMALL_SOURCE_BYTES = 4 << 20  # up to which this process is done before others would have started
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ALIKE = 1000  # documents that are compared, where all of a source are held out
 _STORE_FILES = ("tokens", "learned", "offsets")
 
@@ -115,7 +115,7 @@ def build_store(
                 _move_folder(partial, folder)
                 store = _reopen_store(folder)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS and not Path(str(error.filename)).is_relative_to(cache):
+        if error.errno not in DISK_ERRORS and not Path(str(error.filename)).is_relative_to(cache):
             raise  # of the source
         raise OSError(
             f"tokenized data could not be written to {cache} ({error}); make room there, or name a folder on another "

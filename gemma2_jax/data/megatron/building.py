@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma2_jax.config import DataConfig
+from gemma2_jax.data.cache import hold_lock
 from gemma2_jax.data.megatron.indexed import (
     Indexed,
     IndexedWriter,
@@ -20,7 +21,7 @@ from gemma2_jax.data.megatron.indexed import (
     smallest_dtype,
     take_back,
 )
-from gemma2_jax.data.store import Store, build_store
+from gemma2_jax.data.store import DISK_ERRORS, Store, build_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,9 +38,6 @@ def build_indexed(
     PREFIX.partial, from which a build that was killed goes on. Raises ValueError if the files exist, or if a document
     cannot be read, and OSError if the disk is full.
     """
-    folder = Path(f"{prefix}.partial")
-    take_back(prefix, folder)
-    check_target(prefix)
     if find_prefix(data.train):
         raise ValueError(f"{data.train} is tokenized already; train on it with --data.train {shlex.quote(data.train)}")
     if data.kind != "text":
@@ -47,27 +45,49 @@ def build_indexed(
             f"data.kind is {data.kind}, and a .bin file cannot say which tokens answer a prompt; --data.kind text "
             "writes texts, all of whose tokens are learned"
         )
-    try:
-        everything = replace(data, eval="", eval_fraction=0.0)
-        store = build_store(everything, "train", tokenizer, folder, show=True, workers=workers)
-        for sentence in store.report.describe():
-            print(sentence, file=sys.stderr)
-        entries = max(tokenizer.get_vocab().values()) + 1
-        with IndexedWriter(prefix, smallest_dtype(entries), folder) as writer:
-            for tokens, lengths in _read_documents(store):
-                if not bos:
-                    tokens, lengths = _remove_first(tokens, lengths)
-                writer.write(tokens, lengths)
-    except ValueError:  # after what remedies it, other documents are tokenized
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise OSError(
-            f"{prefix}.bin and .idx could not be written ({error}); make room, and the same command goes on from "
-            f"what is kept in {folder}, or write elsewhere"
-        ) from error
-    shutil.rmtree(folder)
+    folder = Path(f"{prefix}.partial")
+    if not folder.exists():
+        check_target(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_lock(folder / "build"):
+        take_back(prefix, folder)
+        check_target(prefix)
+        try:
+            _build(data, prefix, folder, tokenizer, bos=bos, workers=workers)
+        except ValueError:  # after what remedies it, other documents are tokenized
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        except OSError as error:
+            reason = error.__cause__ or error  # `build_store` says how to mend a cache, which this folder is not
+            if reason is error and error.errno not in DISK_ERRORS:
+                raise  # of the source
+            raise OSError(
+                f"{prefix}.bin and .idx could not be written ({reason}); once that is mended the same command goes on "
+                f"from what is kept in {folder}, or write elsewhere"
+            ) from error
+        shutil.rmtree(folder)
     return open_indexed(prefix)
+
+
+def _build(
+    data: DataConfig,
+    prefix: str,
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    bos: bool,
+    workers: int | None,
+) -> None:
+    everything = replace(data, eval="", eval_fraction=0.0)
+    store = build_store(everything, "train", tokenizer, folder, show=True, workers=workers)
+    for sentence in store.report.describe():
+        print(sentence, file=sys.stderr)
+    entries = max(tokenizer.get_vocab().values()) + 1
+    with IndexedWriter(prefix, smallest_dtype(entries), folder) as writer:
+        for tokens, lengths in _read_documents(store):
+            if not bos:
+                tokens, lengths = _remove_first(tokens, lengths)
+            writer.write(tokens, lengths)
 
 
 def _read_documents(store: Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
