@@ -17,6 +17,8 @@ from gemma2_jax.training import guard, loop
 from gemma2_jax.training.checkpoint import Checkpoints
 from gemma2_jax.training.step import Program
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 OF_MODEL = dict(layers=2, width=32, mlp_width=48, vocab_size=512)
 
 

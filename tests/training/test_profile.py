@@ -17,6 +17,8 @@ from gemma2_jax.training import loop, profile_tables, profiling
 from gemma2_jax.training.profile_tables import Operation
 from tests.small_runs import lines_of, small
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):

@@ -14,6 +14,8 @@ from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.data import packing
 from gemma2_jax.training import loop
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Losses of steps 5 to 8 as version 0.1 had them when it went on from its own checkpoint of step 4.
 LOSSES = {5: 6.481631278991699, 6: 6.806430339813232, 7: 6.741625785827637, 8: 6.696861743927002}

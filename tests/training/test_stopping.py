@@ -14,6 +14,8 @@ from gemma2_jax import config as configs
 from gemma2_jax.cluster import hosts
 from gemma2_jax.training import loop, stopping
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 DURATIONS = {"": float("inf"), "3h50m": 13_800, "90m": 5_400, "45s": 45, "1d2h": 93_600, "50": 0, "5 m": 0, "0s": 0}
 
 
