@@ -320,6 +320,8 @@ def _publish(connection: "_CoordinatorConnection") -> Iterator[None]:
 def _end_process(reason: str, status: int) -> None:
     """Ends this process, whatever its threads are doing, which is printed first where one of them is stuck."""
     is_stuck = status == EXIT_STUCK
+    if os.isatty(_STDERR):  # a progress bar has hidden the cursor, and not ended its line
+        os.write(_STDERR, b"\x1b[?25h\n")
     if is_stuck:
         faulthandler.dump_traceback(_STDERR)
     if is_stuck and hasattr(sys, "ps1"):
