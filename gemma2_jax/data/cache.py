@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +45,41 @@ class Lock:
 def hold_lock(path: Path) -> Iterator[Lock]:
     """Keeps other processes from making what `path` names, or what is in it, during the block.
 
-    Where another process has the lock, a warning says which, and this one waits for it. Raises OSError if the folder
-    cannot be written to.
+    Where another process has the lock, a warning says which, and this one waits for it. The other may have removed the
+    folder by then, which is made again. Raises OSError if it cannot be written to.
     """
-    with path.with_suffix(".lock").open("a+") as file:
-        descriptor: int | None = file.fileno()
-        try:
-            _acquire(file.fileno(), path)
-        except OSError:  # such as NFS without its lock service
-            descriptor = None
-        else:
+    file, has_lock = _open_lock(path)
+    with file:
+        if has_lock:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-        yield Lock(descriptor=descriptor)  # released when the file is closed
+        yield Lock(descriptor=file.fileno() if has_lock else None)  # released when the file is closed
+
+
+def _open_lock(path: Path) -> tuple[TextIO, bool]:
+    """The file that stands for the lock, and whether it could be locked, when no other process has it."""
+    name = path.with_suffix(".lock")
+    while True:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        file = name.open("a+")
+        try:
+            _acquire(file.fileno(), path)
+        except OSError:  # such as NFS without its lock service
+            return file, False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                return file, True
+        file.close()  # it is another now, or none
 
 
 def _acquire(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = path.with_suffix(".lock").read_text().strip() or "which has only begun"
+        owner = ""
+        with contextlib.suppress(FileNotFoundError):
+            owner = path.with_suffix(".lock").read_text().strip()
+        owner = owner or "which has only begun"
         logger.warning("another process (%s) makes %s; this one waits until it has ended", owner, path)
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -3,9 +3,13 @@
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
+
+import pytest
 
 from gemma2_jax.data.cache import hold_lock
 
@@ -49,3 +53,23 @@ def test_without_locks_each_process_has_its_own_name(tmp_path, monkeypatch):
         assert lock.name_partial(tmp_path / "store") == tmp_path / f"store.{host}-{os.getpid()}"
         assert lock.name_partial(tmp_path / "plan.npy") == tmp_path / f"plan.{host}-{os.getpid()}"
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "store.lock"}
+
+
+def test_a_lock_whose_folder_was_removed_is_made_again(tmp_path):
+    """The one that waited for it would have a lock that nobody else sees."""
+    path, entered, seen = tmp_path / "partial" / "build", threading.Event(), []
+
+    def wait_and_enter() -> None:
+        with hold_lock(path):
+            entered.set()
+            with path.with_suffix(".lock").open("a+") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(path.with_suffix(".lock").read_text())
+
+    with hold_lock(path):
+        waiting = threading.Thread(target=wait_and_enter)
+        waiting.start()
+        assert not entered.wait(0.2)
+        shutil.rmtree(path.parent)
+    waiting.join(10)
+    assert seen == [f"pid {os.getpid()} on {socket.gethostname()}\n"]

@@ -1,7 +1,12 @@
 """`python -m gemma2_jax.data`: text written as .bin and .idx, and what is printed of data sets."""
 
+import errno
 import itertools
+import os
+import shutil
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +15,8 @@ import pytest
 
 from gemma2_jax import config_text, recipes
 from gemma2_jax.config import DataConfig
-from gemma2_jax.data import __main__ as command, tokenizing
+from gemma2_jax.data import __main__ as command, store, tokenizing
+from gemma2_jax.data.cache import hold_lock
 from gemma2_jax.data.megatron import building
 from gemma2_jax.data.megatron.indexed import IndexedWriter, open_indexed
 from gemma2_jax.data.store import build_store
@@ -90,6 +96,44 @@ def test_a_foreign_file_is_left_alone(run, corpus, tmp_path):
     with pytest.raises(SystemExit, match=r"out.bin exists already; delete it"):
         run("build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY)
     assert (tmp_path / "out.bin").read_text() == "mine"
+
+
+def test_a_build_that_waited_finds_what_another_has_made(run, corpus, tmp_path, caplog):
+    partial = tmp_path / "out.partial"
+
+    def make() -> None:
+        with hold_lock(partial / "build"):
+            entered.set()
+            while not caplog.messages:  # until the command waits
+                time.sleep(0.01)
+            for name in ("out.bin", "out.idx"):
+                (tmp_path / name).write_text("another's")
+            shutil.rmtree(partial)
+
+    entered = threading.Event()
+    maker = threading.Thread(target=make)
+    maker.start()
+    entered.wait(10)
+    with pytest.raises(SystemExit, match=r"out.bin exists already"):
+        run("build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY)
+    maker.join(10)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.bin", "out.idx"}
+    assert (tmp_path / "out.bin").read_text() == "another's"
+
+
+def test_a_full_disk_is_told_without_advice_on_a_cache(run, corpus, tmp_path, monkeypatch):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name in ((store, "_write_store"), (IndexedWriter, "write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, write)
+            with pytest.raises(SystemExit) as ended:
+                run("build", corpus, f"{tmp_path}/out", "--data.tokenizer", TINY)
+        assert str(ended.value.code) == (
+            f"error: {tmp_path}/out.bin and .idx could not be written ([Errno 28] No space left on device); once that "
+            f"is mended the same command goes on from what is kept in {tmp_path}/out.partial, or write elsewhere"
+        )
 
 
 def test_a_file_of_several_sources_is_noted(run, corpus):

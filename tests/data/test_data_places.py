@@ -47,6 +47,12 @@ def write_arrow(new, rows=2):
     return sink.getvalue().to_pybytes()
 
 
+def zero_length(stream, message):
+    """An Arrow stream with 0 in place of the length of one of its messages."""
+    start = [found.start() for found in re.finditer(rb"\xff{4}(?=[^\xff]\x00*)", stream)][message]
+    return stream[: start + 4] + bytes(4) + stream[start + 8 :]
+
+
 def write_parquet(table=TABLE, rows=2):
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink, row_group_size=rows)
@@ -218,6 +224,11 @@ DAMAGE = {
         write_arrow(ipc.new_stream)[:-8],
         r"cut.arrow: an Arrow stream without its end mark, so that it is cut",
     ),
+    "zeros.arrow": (
+        # The length of the third message, which is then an end mark.
+        zero_length(write_arrow(ipc.new_stream), message=2),
+        r"zeros.arrow: damaged, as it goes on behind its end mark; copy it again",
+    ),
     "offsets.arrow": (
         # Where the texts of the first two rows end: reading so far beyond them ended the process.
         write_arrow(ipc.new_stream).replace(struct.pack("<3i", 0, 7, 14), struct.pack("<3i", 0, 1 << 30, 14)),
@@ -267,6 +278,28 @@ def test_a_bad_row_is_left_out_and_the_others_are_read(tmp_path):
     assert {reason: finding.count for reason, finding in report.dropped.items()} == {
         "columns": 1, "not CSV": 1, "not UTF-8": 1,
     }  # fmt: skip
+
+
+def test_texts_that_are_not_utf8_hide_no_damage(tmp_path):
+    """In the same rows, lists of messages included: reading on ended the process."""
+    messages = [[{"role": b"\xff", "content": b"an answer"}, {"role": b"user", "content": b"a question"}]]
+    entry = pyarrow.struct([("role", pyarrow.binary()), ("content", pyarrow.binary())])
+    array = pyarrow.array(messages, pyarrow.list_(entry))
+    texts = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+    table = pyarrow.table({"messages": array.view(texts)})
+    sink = pyarrow.BufferOutputStream()
+    with ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    (tmp_path / "a.arrow").write_bytes(content)
+    data, report = DataConfig(train=str(tmp_path), eval_fraction=0.0, on_bad="skip"), Report()
+    assert not list(sources.read_examples(data, "train", report))
+    assert list(report.dropped) == ["not UTF-8"]
+    offsets = struct.pack("<3i", 0, 9, 19)
+    assert content.count(offsets) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(offsets, struct.pack("<3i", 0, 1 << 30, 19)))
+    with pytest.raises(ValueError, match=r"a.arrow: not Arrow, or cut short"):
+        list(sources.read_examples(data, "train", Report()))
 
 
 def test_no_record_is_longer_than_memory_is_for(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A source of text written as Megatron's .bin and .idx, tokenized by all CPUs."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -48,10 +49,14 @@ def build_indexed(
     folder = Path(f"{prefix}.partial")
     if not folder.exists():
         check_target(prefix)
-    folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / "build"):
         take_back(prefix, folder)
-        check_target(prefix)
+        try:
+            check_target(prefix)
+        except ValueError:  # another process has made it meanwhile
+            if os.listdir(folder) == ["build.lock"]:
+                shutil.rmtree(folder)
+            raise
         try:
             _build(data, prefix, folder, tokenizer, bos=bos, workers=workers)
         except ValueError:  # after what remedies it, other documents are tokenized

@@ -75,14 +75,35 @@ def _open(part: "Part") -> Iterator[Any]:
             is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
             if not is_file:
                 _check_end(file, part)
-            source = stack.enter_context(file if is_url(path) else pyarrow.memory_map(path))
-            yield stack.enter_context(ipc.open_file(source) if is_file else ipc.open_stream(source))
+            source = stack.enter_context(pyarrow.PythonFile(file) if is_url(path) else pyarrow.memory_map(path))
+            if is_file:
+                yield stack.enter_context(ipc.open_file(source))
+            else:
+                yield _Stream(reader=stack.enter_context(ipc.open_stream(source)), source=source, label=part.label)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{part.label}: not {kind}, or cut short ({_summarize(error)}); copy it again") from error
         except OSError as error:
             if error.errno is not None:  # of the disk, not of what the file holds
                 raise
             raise ValueError(f"{part.label}: damaged ({_summarize(error)}); copy it again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """A reader of an Arrow stream, for which an end mark in the middle of its file is no end."""
+
+    reader: Any
+    source: Any  # pyarrow's file
+    label: str
+
+    def read_next_batch(self) -> "pyarrow.RecordBatch":
+        """Raises StopIteration at the end of the file, and ValueError where there is more behind the end mark."""
+        try:
+            return self.reader.read_next_batch()
+        except StopIteration:
+            if self.source.tell() != self.source.size():
+                raise ValueError(f"{self.label}: damaged, as it goes on behind its end mark; copy it again") from None
+            raise
 
 
 def _check_end(stream: io.BufferedReader, part: "Part") -> None:
@@ -120,16 +141,25 @@ def _read_slices(file: Any, part: "Part") -> Iterator["pyarrow.RecordBatch"]:
 def _validate(batch: "pyarrow.RecordBatch") -> None:
     """Raises pyarrow.ArrowInvalid where reading the batch would read beyond its buffers.
 
-    A text that is not UTF-8 is left to `_to_rows`. What is decoded from Parquet has been checked.
+    Texts that are not UTF-8 are left to `_to_rows`. What is decoded from Parquet has been checked.
     """
+    for column in batch.columns:
+        column.view(_replace_texts(column.type)).validate(full=True)
+
+
+def _replace_texts(kind: "pyarrow.DataType") -> "pyarrow.DataType":
+    """The type with bytes in place of texts, of which arrays have the same buffers."""
     import pyarrow
 
-    for column in batch.columns:
-        try:
-            column.validate(full=True)
-        except pyarrow.ArrowInvalid as error:
-            if "UTF8" not in str(error):
-                raise
+    types = pyarrow.types
+    if types.is_string(kind) or types.is_large_string(kind):
+        return pyarrow.binary() if types.is_string(kind) else pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_replace_texts(field.type)) for field in kind])
+    for is_list, make in ((types.is_list, pyarrow.list_), (types.is_large_list, pyarrow.large_list)):
+        if is_list(kind):
+            return make(kind.value_field.with_type(_replace_texts(kind.value_type)))
+    return kind  # texts in maps, unions and dictionaries, of which records are not made, must be UTF-8
 
 
 def _count_rows(rows: int, size: int) -> int:
