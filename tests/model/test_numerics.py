@@ -11,7 +11,6 @@ import torch
 from flax import nnx
 from peers import BITING, hf_model, rows_of, state_dict, training_gradients
 
-from gemma2_jax import config as configs
 from gemma2_jax.convert.formats.table import from_hf, to_hf
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention import xla as attention
@@ -162,10 +161,10 @@ def test_bfloat16_is_within_the_error_of_torch(name):
     assert error <= allowed, f"ours {error:.3e}, torch's {allowed:.3e}"
 
 
-@pytest.mark.parametrize("real", ["GEMMA2_2B", pytest.param("GEMMA2_27B", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("real", [GEMMA2_2B, pytest.param(GEMMA2_27B, marks=pytest.mark.exhaustive)], ids=["2b", "27b"])
 def test_logits_at_the_real_widths(real):
     """Two layers and a cut vocabulary; everything else is the real model."""
-    config = replace(getattr(configs, real), layers=2, vocab_size=512)
+    config = replace(real, layers=2, vocab_size=512)
     torch.manual_seed(0)
     peer = hf_model(config)
     tokens, positions, segments = rows_of(config, batch=1, length=12)
