@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for the whole suite, whose programs are compiled with few of LLVM's optimizations."""
 
+import gc
 import os
 import signal
 import sys
@@ -40,6 +41,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return 0
     return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_collection_finish() -> None:
+    """Has Python look for garbage among what tests make, and not again and again in all that is imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
