@@ -1,5 +1,8 @@
 """Links in folders and globs: around in circles, to nowhere, and to a file that has another name too."""
 
+import errno
+import os
+
 import pytest
 
 from gemma2_jax.config import DataConfig
@@ -87,3 +90,16 @@ def test_a_file_of_several_sources_is_said(tree):
         assert said.endswith(f") have {file}; it is trained on in each of them")
     assert batches.describe_repeated(DataConfig(train="a/x.jsonl,other.jsonl")) == ""
     assert batches.find_shared(DataConfig(train="a/x.jsonl", eval="link.jsonl")) == [str(file)]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tree, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*/b"):
+        choose("a")

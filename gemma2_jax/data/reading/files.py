@@ -143,9 +143,16 @@ def _match_parts(folder: str, parts: tuple[str, ...], seen: set[tuple[str, tuple
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """The paths of what is below a folder and no folder, through links too, each folder once."""
+    """The paths of what is below a folder and no folder, through links too, each folder once.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
