@@ -68,6 +68,7 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
     from gemma2_jax import recipes
     from gemma2_jax.mesh import make_mesh
     from gemma2_jax.training import guard, loop, metrics, profiling, stopping
+    from gemma2_jax.training.best import BestLoss
     from gemma2_jax.training.step import Program
     from gemma2_jax.training.tokenizer import load_run_tokenizer
     from gemma2_jax.training.watchdog import Watchdog
@@ -84,10 +85,10 @@ def measure(workdir: Path, pairs: int, steps: int, tensorboard: bool) -> np.ndar
         batches, _ = loop.open_data(program, load_run_tokenizer(config, None, resumes=False))
         train_step = loop.compile_step(program, program.train_step, program.batch, donate_argnums=0)
         states = {name: program.initial_state(program.random_base()) for name in ("bare", "full")}
-        unused: Any = SimpleNamespace(save=lambda *_: None, is_overdue=lambda step: False, is_out_of_patience=False)
+        unused: Any = SimpleNamespace(save=lambda *_: False, is_overdue=lambda step: False)
         watch = guard.Guard(config, program.describe_skip, lambda step: [])
         watchdog = Watchdog(config)
-        run = loop.Run(program, batches, train_step, None, None, watch, watchdog, unused, unused, unused)
+        run = loop.Run(program, batches, train_step, None, None, watch, watchdog, BestLoss(0), unused, unused)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
         log = metrics.Metrics(config, console, start_step=0, guard=watch, watchdog=watchdog)
         done = 0
