@@ -5,7 +5,7 @@ process 0 and can report its failure. Every process holds one connection to it, 
 
     process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
     coordinator:  {"service": 40123, "first_process": "process 0 on ..."}, when all are there: the port of JAX's service
-    process:      {"heartbeat": "saving step 100"} every second of its steps: what it is doing
+    process:      {"heartbeat": "saving step 100"} every second of its steps: what it is doing; empty after the last
     process:      {"stuck": "has been waiting for the end of step 12 for 600 s, ..."}, for longer than it may
     process:      {"suspicion": "failed: ..."} when a collective failed, for which another process may be the reason
     process:      {"end": "", "status": 0} when it is done, or why it fails and with which status
@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -99,8 +100,10 @@ class Coordinator:
             async for line in reader:
                 match json.loads(line):
                     case {"heartbeat": str(doing)}:
-                        self._heartbeats[index] = (time.monotonic(), doing)
+                        beat = (time.monotonic(), doing) if doing else (math.inf, "done with its steps")
+                        self._heartbeats[index] = beat
                     case {"stuck": str(text)}:
+                        has_ended = True  # as far as a verdict goes, which follows even where it ends before that
                         self._call_out(self._end_stuck, index, text)
                     case {"suspicion": str(text)}:
                         self._call_out(self._end_silent, index, text)
@@ -125,7 +128,8 @@ class Coordinator:
     def _call_out(self, decide: Callable[[int, str, float], None], index: int, text: str) -> None:
         """Waits for a heartbeat of each process, as this one waits for others, and then decides what to do."""
         now = time.monotonic()
-        self._heartbeats[index] = (now, self._heartbeats.get(index, (now, ""))[1])
+        at, doing = self._heartbeats.get(index, (now, ""))
+        self._heartbeats[index] = (max(at, now), doing)
         asyncio.get_running_loop().call_later(_HEARTBEAT_SECONDS, decide, index, text, now)
 
     def _end_stuck(self, index: int, text: str, since: float) -> None:
@@ -133,7 +137,9 @@ class Coordinator:
         that do something else.
         """
         doing = self._heartbeats[index][1]
-        others = self._describe_silent(since) or [
+        unheard = [name for other, name in self._names.items() if other not in {*self._heartbeats, *self._gone}]
+        silent = self._describe_silent(since) + [f"{name} has not been heard of at its steps" for name in unheard]
+        others = silent or [
             f"{self._names[other]} is {does}"
             for other, (_, does) in self._heartbeats.items()
             if does != doing and other not in self._gone

@@ -189,6 +189,8 @@ def process_group(config: HostsConfig) -> Iterator[None]:
             )
             platforms.restrict_cache(place.index)
             yield
+            # Process 0 may still print or read for minutes, and JAX's own wait for it at the end is a short one.
+            wait_for_processes("shutdown")
             jax.distributed.shutdown()
         except BaseException as error:
             interrupted, status = isinstance(error, KeyboardInterrupt), exit_status(error)
@@ -289,7 +291,10 @@ def read_notice(topic: str) -> str:
 
 
 def send_heartbeat(doing: str) -> None:
-    """Tells the coordinator that this process lives, and what it is doing; nothing where it is the only one."""
+    """Tells the coordinator that this process lives, and what it is doing; nothing where it is the only one.
+
+    An empty text says that its steps are over, from which on it sends none.
+    """
     if _connection is not None:
         _connection.send_heartbeat(doing)
 

@@ -141,10 +141,13 @@ def train(config: Config) -> Result:
             count_epochs=batches.count_epochs,
         )
         run = Run(program, batches, train_step, evaluate, sample, guard, watchdog, best, checkpoints, adapters)
-        with watchdog, log, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
+        # Trackers are closed last, when no step is watched any more, as a slow service is waited for.
+        with log, watchdog, Trace(config, start_step, log, train_step) as trace, Stop(config, start_step) as stop:
             state, step = take_steps(run, state, start_step, log, trace, stop)
         stopped = "" if step == config.steps or best.is_out_of_patience else stop.reason
-        if not stopped:
+        if stopped:
+            uploads.end_early()
+        else:
             adapters.finish()
         exported = None if stopped else export_best(config, checkpoints)
     if best.is_out_of_patience and jax.process_index() == 0:

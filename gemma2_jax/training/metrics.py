@@ -81,8 +81,11 @@ class Metrics:
         return self._speed.wait(lambda: all(_is_ready(values["tokens"]) for _, values in self._pending[-1:]))
 
     def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of `step`, which was just dispatched, and logs the step before it if that is due."""
-        if self._pending and self._is_logged(self._pending[-1][0]):
+        """Takes the metrics of `step`, which was just dispatched, and logs the step before it if that is due.
+
+        The first step is read in any case: it is the watchdog's example of how long many of them may take.
+        """
+        if self._pending and (self._is_logged(step - 1) or step - 1 == self._start_step + 1):
             self._pending.append((step, values))
             self._read(step - 1)
         else:

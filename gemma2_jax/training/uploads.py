@@ -34,8 +34,8 @@ _THREADS = 4  # that copy the files of a step
 class Uploads:
     """The copies of one run. Use as a context manager around all that writes checkpoints: it waits for the last copy.
 
-    It does not where the block ends with an error, or in a process other than 0; the same command copies what is
-    missing. For Orbax it is a policy as well, which keeps the step that is being copied.
+    It does not where the block ends with an error, or the run was told to stop, or in a process other than 0; the same
+    command copies what is missing. For Orbax it is a policy as well, which keeps the step that is being copied.
     """
 
     def __init__(self, config: Config):
@@ -47,6 +47,7 @@ class Uploads:
         self._bytes = [0, 0]  # of that step, copied and in all
         self._reason = ""  # why the last attempt failed; empty: it did not
         self._ending = threading.Event()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._serve, name="uploads", daemon=True)
 
     def __enter__(self) -> "Uploads":
@@ -57,7 +58,7 @@ class Uploads:
     def __exit__(self, failed: type[BaseException] | None, *_: Any) -> None:
         self._ending.set()
         if self._target is not None:
-            if failed is None:
+            if failed is None and not self._is_stopped:
                 self._wait_for_copies()
             if missing := self._list_missing():
                 names = f"step{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
@@ -65,6 +66,10 @@ class Uploads:
                 _say(f"warning: {names} could not be copied to {self._url}{reason}; the same command tries again")
         if failed is None and self._url:
             hosts.wait_for_processes("uploads")
+
+    def end_early(self) -> None:
+        """Has the end of the run wait for no copy, as the run was told to stop, and may be killed soon."""
+        self._is_stopped = True
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Whether to keep each of these steps: Orbax's name of a policy."""

@@ -73,6 +73,8 @@ class Watchdog:
 
     def __exit__(self, *_) -> None:
         self._ended.set()
+        if self._floor:
+            self._thread.join(_PERIOD_SECONDS)
 
     def begin(self, kind: Kind, step: int, count: int = 1) -> None:
         """Says what the loop does from here on, of which step, and that it ends `count` things of its kind at once."""
@@ -104,3 +106,4 @@ class Watchdog:
                     f"(guard.stuck_seconds is {self._floor:g})"
                 )
                 return
+        hosts.send_heartbeat("")

@@ -1,5 +1,6 @@
 """Several processes as one run: found, equal to one process, and ended together when one of them fails."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -250,6 +252,23 @@ def test_a_process_that_stands_still_ends_both(tmp_path):
     for _, _, error in ended:
         assert re.fullmatch(verdict, error.splitlines()[-1]), error
         assert 'loop.py", line' in error, error
+
+
+def test_no_process_leaves_before_the_others_are_done(monkeypatch):
+    """JAX's shutdown waits a minute, and then aborts all; process 0 may print the tables of a profile for longer."""
+    called: list[object] = []
+    connection = SimpleNamespace(service="", watch=lambda: None, leave=lambda: called.append("leave"))
+    monkeypatch.setattr(hosts, "find_place", lambda *_: hosts.Place(coordinator="node-1:1", count=2, index=1))
+    monkeypatch.setattr(hosts, "_connect_coordinator", lambda place: contextlib.nullcontext(connection))
+    monkeypatch.setattr(hosts, "end_when_told", lambda: None)
+    monkeypatch.setattr(hosts.platforms, "restrict_cache", lambda index: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts.jax_internals, "wait_for_all", lambda name, seconds: called.append(seconds))
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: called.append("shutdown"))
+    with hosts.process_group(HostsConfig()):
+        called.append("work")
+    assert called == ["work", hosts._BARRIER_SECONDS, "shutdown", "leave"]
 
 
 def cut(source: Path, workdir: Path, step: int) -> Config:

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -103,6 +106,18 @@ def test_a_service_that_stays_gone(config, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     end = "(the bucket is gone); the same command tries again"
     assert len(said) == 2 and said[1] == f"warning: steps 10, 5 could not be copied to {tmp_path}/copy {end}"
+
+
+def test_a_run_that_was_told_to_stop_does_not_wait(config, tmp_path, capsys):
+    uploading, waiting = Uploads(config), threading.Event()
+    uploading._target = SimpleNamespace(read=lambda path: None, put=lambda files, progress: waiting.wait(60))
+    started = time.monotonic()
+    with uploading:
+        uploading.end_early()
+    assert time.monotonic() - started < 30
+    waiting.set()
+    said = f"warning: steps 10, 5 could not be copied to {tmp_path}/copy; the same command tries again\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_step_without_checksums_is_not_copied(config, tmp_path):

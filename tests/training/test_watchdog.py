@@ -1,6 +1,8 @@
 """How long a step, a batch or a save may take, and what is said of one that takes longer."""
 
 import asyncio
+import json
+import math
 import subprocess
 import sys
 import threading
@@ -118,11 +120,14 @@ class Recorder:
 
 WAITING = "waiting for the batch of step 7"
 ALIKE = "so have all others, so that what connects them may be the reason"
+UNHEARD = "process 1 on b (pid 1) has not been heard of at its steps"
 SILENT = "process 1 on b (pid 1) has not answered for 33 s, and was waiting for the batch of step 7 then"
 VERDICTS = {
     "stopped": ({1: (70.0, WAITING)}, SILENT),
     "waiting": ({1: (103.0, WAITING)}, f"process 1 on b (pid 1) is {WAITING}"),
     "alike": ({1: (103.0, "starting step 7")}, ALIKE),
+    "unheard": ({}, UNHEARD),
+    "done": ({1: (math.inf, "done with its steps")}, "process 1 on b (pid 1) is done with its steps"),
     "ended": ({1: (70.0, "starting step 6"), 2: (60.0, "evaluating after step 6")}, ALIKE),
 }
 
@@ -148,6 +153,47 @@ def test_the_process_that_others_wait_for_is_named(case, monkeypatch):
     [verdict] = set(asyncio.run(report()))
     text = f"process 0 on a (pid 0) has been starting step 7 for 60 s; {reason}"
     assert verdict.decode() == f'{{"verdict": "{text}", "status": 76}}\n'
+
+
+async def follow(*messages: dict, is_gone: bool) -> list[bytes]:
+    """What two processes are told when the first has sent these messages, and the second has failed in a collective."""
+    meeting, reader = coordinator.Coordinator(2, 60), asyncio.StreamReader()
+    writers = {index: Recorder() for index in range(2)}
+    meeting._writers, meeting._names = writers, {0: "process 0", 1: "process 1"}
+    for message in messages:
+        reader.feed_data(json.dumps(message).encode() + b"\n")
+    if is_gone:
+        reader.feed_eof()
+    following = asyncio.create_task(meeting._follow(0, reader))
+    await asyncio.sleep(0.01)
+    meeting._call_out(meeting._end_silent, 1, "failed: a collective")
+    await asyncio.sleep(0.01)
+    following.cancel()
+    return [writer.text for writer in writers.values()]
+
+
+def test_a_process_that_has_left_its_steps_is_not_silent(monkeypatch):
+    """The failure of process 1 has another reason, which a verdict of silence would hide."""
+    monkeypatch.setattr(coordinator, "_HEARTBEAT_SECONDS", 0)
+    saving = {"heartbeat": "saving step 9"}
+    [verdict] = set(asyncio.run(follow(saving, is_gone=False)))
+    assert b"process 1 failed: a collective; process 0 has not answered for 0 s, and was saving step 9" in verdict
+    assert asyncio.run(follow(saving, {"heartbeat": ""}, is_gone=False)) == [b"", b""]
+
+
+def test_the_verdict_of_a_process_that_has_ended_since_is_its_own(monkeypatch):
+    """The coordinator was stopped meanwhile: it reads that the process is stuck, and that it is gone."""
+    monkeypatch.setattr(coordinator, "_HEARTBEAT_SECONDS", 0)
+    [verdict] = set(asyncio.run(follow({"stuck": "has been saving step 9 for 9 s"}, is_gone=True)))
+    assert b"process 0 has been saving step 9 for 9 s" in verdict and b'"status": 76' in verdict
+
+
+def test_the_end_of_the_steps_is_told(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(hosts, "send_heartbeat", beats.append)
+    with watchdog.Watchdog(guarded(tmp_path, 600)) as watch:
+        watch.begin("step", 1)
+    assert beats[-1] == ""
 
 
 def test_one_process_ends_by_itself_with_its_stacks():
