@@ -113,7 +113,7 @@ def describe_interruption(workdir: Path, reason: str = "") -> str:
     `reason` is what interrupted it, such as SIGTERM.
     """
     metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
     steps = [step[1] for line in lines if '"loss": ' in line and (step := re.search(r'"step": (\d+)', line))]
     by = f" by {reason}" if reason else ""
     reached = f"interrupted{by} after step {steps[-1]}" if steps else f"interrupted{by} before the first step"

@@ -27,7 +27,8 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     """Writes the page, which appears whole. Raises OSError where it cannot be written."""
     complete = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    complete.write_text(render_report(runs), encoding="utf-8")
+    # JSON may have half a pair of surrogates, which is no text.
+    complete.write_text(render_report(runs), encoding="utf-8", errors="replace")
     complete.replace(path)
 
 
@@ -36,14 +37,15 @@ def render_report(runs: Sequence[Run]) -> str:
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    pictures = draw_report(runs)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return page.get_template("page.html.jinja").render(
         title=", ".join(run.name for run in runs),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         runs=[(run, list_tiles(run)) for run in runs],
-        pictures=draw_report(runs),
-        figures=_write_figures(draw_report(runs)),
+        pictures=pictures,
+        figures=_write_figures(pictures),
         plotly=get_plotlyjs(),
         events=[(run, run.events[-SHOWN_EVENTS:]) for run in runs if run.events],
         samples=[(run, list_samples(run)) for run in runs if run.samples],

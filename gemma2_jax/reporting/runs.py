@@ -5,6 +5,7 @@ count as they were taken last.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,15 +49,20 @@ class Run:
     starts: list[dict[str, Any]]  # of environment.json, one for each time that it was started
 
     def series(self, name: str) -> Series:
-        """A metric by its name in metrics.jsonl; empty where it was never logged."""
-        found = {line["step"]: line[name] for line in self.lines if isinstance(line.get(name), int | float)}
+        """A metric by its name in metrics.jsonl, where it is a number; empty where it was never logged."""
+        found = {line["step"]: line[name] for line in self.lines if name in line and _is_number(line[name])}
         steps = sorted(found)
         return Series(steps=steps, values=[float(found[step]) for step in steps])
 
     def group(self, prefix: str) -> dict[str, Series]:
         """The metrics whose names begin with this and a slash, such as losses by source, by the rest of their names."""
-        names = {name: None for line in self.lines for name in line if name.startswith(f"{prefix}/")}
+        names = [name for name in self._names if name.startswith(f"{prefix}/")]
         return {name.removeprefix(f"{prefix}/"): self.series(name) for name in names}
+
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        """All names in metrics.jsonl, in order."""
+        return dict.fromkeys(name for line in self.lines for name in line)
 
     @cached_property
     def events(self) -> list[Line]:
@@ -143,19 +149,40 @@ def read_metrics(path: Path) -> list[Line]:
             continue
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                raise ValueError("it is no object with a step")
+            _check_line(line)
             lines.append(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < last:
                 raise ValueError(f"{path}:{number + 1} is not a line of metrics ({error}); remove it") from error
     return lines
+
+
+def _check_line(line: Any) -> None:
+    """Raises ValueError unless this is a line of metrics as far as the page uses it."""
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise ValueError("it is no object with a step")
+    if not _is_number(line.get("time", 0)):
+        raise ValueError("its time is no number")
+    if "event" in line and not (isinstance(line["event"], str) and isinstance(line.get("text"), str)):
+        raise ValueError("its event has no text")
+    samples = line.get("samples", [])
+    if not isinstance(samples, list) or not all(
+        isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in ("prompt", "completion"))
+        for sample in samples
+    ):
+        raise ValueError("its samples are no prompts with completions")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
 
 
 def _read_starts(path: Path) -> list[dict[str, Any]]:
     """The starts of a run; none where it was of a version that did not keep them, or the file is another."""
     try:
         starts = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return []
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    if not isinstance(starts, list):
+        return []
+    return [start for start in starts if isinstance(start, dict) and {"time", "step"} <= start.keys()]

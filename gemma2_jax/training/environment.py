@@ -40,7 +40,7 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
     """The starts so far; none where somebody has made another file of it, as nothing depends on them."""
     try:
         entries = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return []
     return entries if isinstance(entries, list) else []
 

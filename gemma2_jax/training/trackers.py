@@ -304,7 +304,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl beyond `step`, since those steps are about to be taken again."""
     if not path.exists():
         return
-    text = path.read_text()
+    text = path.read_text(errors="replace")  # of a damaged file
     lines = text.splitlines()
     kept_lines = [line for line in lines if _line_step(line) <= step]
     if len(kept_lines) < len(lines) or not text.endswith("\n"):  # which the next line would be written after
@@ -314,8 +314,9 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def _line_step(line: str) -> float:
-    """The step of a line of metrics; infinite for one cut short when a process was killed."""
+    """The step of a line of metrics; infinite for one cut short when a process was killed, or damaged since."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None
+    return step if isinstance(step, int | float) else float("inf")

@@ -1,12 +1,14 @@
 """The report of runs: what is read from their folders, what is drawn of it, and the page."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from small_runs import ROOT
@@ -84,6 +86,11 @@ def test_a_run_in_progress_is_read(tmp_path):
     assert "There are no metrics yet" in page.render_report([runs.read_run(tmp_path / "c")])
 
 
+def write_line(folder: Path, line: str) -> None:
+    """Has the metrics be this line and another."""
+    (folder / "metrics.jsonl").write_text(f'{line}\n{{"step": 2}}\n')
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -93,6 +100,12 @@ def test_a_run_in_progress_is_read(tmp_path):
             "metrics.jsonl:2 is",
         ),
         (lambda folder: (folder / "metrics.jsonl").write_text('[1]\n{"step": 2}\n'), "it is no object with a step"),
+        (lambda folder: write_line(folder, '{"step": 1, "time": null}'), r"jsonl:1 is .* \(its time is no number\)"),
+        (lambda folder: write_line(folder, '{"step": 1, "time": 1e999}'), "its time is no number"),
+        (lambda folder: write_line(folder, '{"step": 1, "event": "skip"}'), "its event has no text"),
+        (lambda folder: write_line(folder, '{"step": 1, "samples": [{"prompt": "Hi"}]}'), "its samples are no prompts"),
+        (lambda folder: write_line(folder, '{"step": 1, "samples": 5}'), "its samples are no prompts"),
+        (lambda folder: write_line(folder, "[" * 100_000), "jsonl:1 is not a line of metrics .*recursion"),
     ],
 )
 def test_what_is_no_run_is_named(tmp_path, damage, message):
@@ -100,6 +113,23 @@ def test_what_is_no_run_is_named(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         runs.read_run(folder)
+
+
+def test_values_of_other_programs_are_left_out(tmp_path):
+    """Numbers that JSON should not have, half a letter, and an environment that is not of a run."""
+    lines = [
+        {"step": 1, "loss": 2.0, "seconds": math.inf, "time": 1.0},
+        {"step": 2, "loss": "low", "seconds": 3.0},
+        {"step": 2, "event": "skip", "text": "half \ud800"},
+    ]
+    folder = write_run(tmp_path / "a", lines=lines)
+    (folder / "environment.json").write_text('[{"time": 5}, 7]')
+    run = runs.read_run(folder)
+    assert (run.series("loss").values, run.series("seconds").values, run.starts) == ([2.0], [3.0], [])
+    page.write_report([run], tmp_path / "report.html")
+    assert "half ?" in (tmp_path / "report.html").read_text()
+    (folder / "environment.json").write_text("[" * 100_000)
+    assert runs.read_run(folder).starts == []
 
 
 def test_long_lines_are_thinned_and_keep_their_peaks():

@@ -28,8 +28,9 @@ def test_each_start_has_an_entry(tmp_path, monkeypatch):
     assert first["devices"] == {"cpu": 8} and first["processes"] == 1
 
 
-def test_a_file_of_something_else_is_replaced(tmp_path):
-    (tmp_path / "environment.json").write_text('{"cut off')
+@pytest.mark.parametrize("text", ['{"cut off', "7", "[" * 100_000])
+def test_a_file_of_something_else_is_replaced(text, tmp_path):
+    (tmp_path / "environment.json").write_text(text)
     environment.record_start(tmp_path, 3)
     assert [entry["step"] for entry in json.loads((tmp_path / "environment.json").read_text())] == [3]
 

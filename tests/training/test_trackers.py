@@ -147,6 +147,15 @@ def test_lines_that_a_kill_has_cut_are_dropped(cut, tmp_path):
     assert path.read_text() == '{"step": 1}\n'
 
 
+def test_damaged_lines_are_dropped(tmp_path):
+    """As a power failure or a disk leaves them: the run goes on from its checkpoint all the same."""
+    path = tmp_path / "metrics.jsonl"
+    damaged = [b"\0" * 40, b"[" * 100_000, b'{"step": "1"}', b'{"step": null}', b"\xff", b'{"step": 1e999}', b"7"]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *damaged, b'{"step": 2}', b""]))
+    trackers.truncate_metrics(path, 2)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
 def test_texts_of_lines():
     line = {"step": 3, "event": "skip", "text": "step 3 was skipped", "time": 1.0}
     assert (trackers.list_numbers(line), trackers.list_texts(line)) == ({}, {"skip": "step 3 was skipped"})

@@ -128,9 +128,9 @@ def test_what_an_interrupted_run_has(tmp_path):
     assert train.describe_interruption(tmp_path).startswith("interrupted before the first step; no checkpoint is kept")
     for name in ("30", "9", "40.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 0, "eval_loss": 8.0}\n{"step": 36, "grad_norm": 1.0, "loss": 7.0}\n{"step": 37, "loss": 7.0}\n'
-        '{"step": 37, "eval_loss": 7.5}\n{"step": 3'
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 0, "eval_loss": 8.0}\n{"step": 36, "grad_norm": 1.0, "loss": 7.0}\n{"step": 37, "loss": 7.0}\n'
+        b'{"step": 37, "eval_loss": 7.5}\n\xff\x00\n{"step": 3'
     )
     assert train.describe_interruption(tmp_path) == (
         f"interrupted after step 37; the checkpoint of step 30 is kept in {tmp_path}/checkpoints, and the same command "
