@@ -322,11 +322,10 @@ def train(config: Config) -> Result:
     platforms.prepare_process()
     from gemma2_jax.cluster import hosts
     from gemma2_jax.training import loop
-    from gemma2_jax.training.stopping import INTERRUPT
 
     with hosts.process_group(config.hosts):
         result = loop.train(config)
-    if result.stopped == INTERRUPT:
+    if result.stopped == hosts.INTERRUPT:
         raise KeyboardInterrupt(f"the run stopped after step {result.step}, whose checkpoint is saved")
     return Result(**{field.name: getattr(result, field.name) for field in dataclasses.fields(Result)})
 

@@ -53,6 +53,8 @@ def parse[T](kind: type[T], arguments: list[str], program: str, default: T | Non
         exit_usage(str(error), program)
     except BrokenPipeError:  # of what --help prints
         exit_closed_pipe()
+    except OSError as error:
+        exit_error(error)
 
 
 @contextlib.contextmanager
@@ -60,8 +62,9 @@ def _flush_after() -> Iterator[None]:
     """Raises BrokenPipeError where nobody reads what the block prints, however short it is."""
     try:
         yield
-    finally:
+    except SystemExit:  # after --help
         print(end="", flush=True)
+        raise
 
 
 def capitalize_booleans(arguments: list[str], kind: type) -> list[str]:

@@ -91,7 +91,6 @@ def main(program: str = PROGRAM) -> None:
 
         encoding.hide_torch()
         from gemma2_jax.training import loop
-        from gemma2_jax.training.stopping import INTERRUPT
 
         with hosts.process_group(command.run.hosts):
             stopped = loop.train(command.run).stopped
@@ -102,7 +101,7 @@ def main(program: str = PROGRAM) -> None:
     except KeyboardInterrupt as error:
         _end_process(hosts.exit_status(error), describe_interruption(workdir, str(error)))
     if stopped:
-        is_interrupt = stopped == INTERRUPT
+        is_interrupt = stopped == hosts.INTERRUPT
         status = command_line.EXIT_INTERRUPTED if is_interrupt else command_line.EXIT_STOPPED
         _end_process(status, describe_interruption(workdir, stopped))
 

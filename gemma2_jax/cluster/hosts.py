@@ -31,6 +31,7 @@ PATIENCE_SECONDS = 300  # for which each process waits for the others at the sta
 _RESUMES = "The same command resumes after the newest checkpoint"
 _STDERR = 2  # in a notebook, sys.stderr is no file
 _VERDICT_SECONDS = 15  # for which a process that is stuck waits for what the coordinator says of it
+INTERRUPT = "Ctrl-C"  # what SIGINT is called
 _LAST_WORDS_SECONDS = 5  # in which a failing process can print why it fails
 _BARRIER_SECONDS = 24 * 3600  # for which process 0 may tokenize; a process that fails ends the run sooner
 _OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
@@ -257,11 +258,13 @@ def end_when_told() -> None:
 
     def end(number: int, frame: object) -> None:
         global _signal
-        _signal = signal.Signals(number).name
-        raise Terminated(_signal)
+        _signal = INTERRUPT if number == signal.SIGINT else signal.Signals(number).name
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(_signal)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, end)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, end)
 
 
 def ignored_signal() -> str:

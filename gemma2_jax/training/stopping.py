@@ -19,7 +19,6 @@ import jax
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config, read_duration
 
-INTERRUPT = "Ctrl-C"
 _STDERR = 2  # in a notebook, sys.stderr is no file
 _POLL_SECONDS = 0.5  # between looks at whether another process has been told
 
@@ -58,7 +57,7 @@ class Stop:
 
     def _take(self, number: int, frame: object) -> None:
         """Takes a signal. It may come between any two instructions, so this locks nothing and only notes it."""
-        name = INTERRUPT if number == signal.SIGINT else signal.Signals(number).name
+        name = hosts.INTERRUPT if number == signal.SIGINT else signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self._told:
