@@ -355,6 +355,30 @@ class Gemma2(nnx.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         return self._run_layers(tokens_BT, positions_BT, attend, slots_by_layer)
 
+    def extend(self, tokens_BT, start_B, lengths_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, T, D] of the next tokens of each row, from position `start_B` on, and the cache with them.
+
+        The cache holds the tokens before `start_B`; of those that are given, a row has the first `lengths_B`, and the
+        others are padding. So a prompt can be read in parts, whose results are those of `prefill` for the whole.
+        """
+        T = tokens_BT.shape[1]
+        slots = max(x.shape[-2] for x in jax.tree.leaves(cache))
+
+        def write_slots(cached_KSH, new_TKH, start, length):
+            S, number_T = cached_KSH.shape[1], jnp.arange(T)
+            is_kept_T = (number_T < length) & (number_T >= length - S)
+            slot_T = jnp.where(is_kept_T, (start + number_T) % S, S)  # beyond the last nothing is written
+            return cached_KSH.at[:, slot_T].set(jnp.swapaxes(new_TKH, 0, 1), mode="drop")
+
+        def attend(window, cache, q, k, v):
+            out_BTNH = self._attend(attention_xla.attend_extended, q, k, v, *cache, start_B, window)
+            write = jax.vmap(write_slots)
+            pairs = zip(cache, (k, v), strict=True)
+            return out_BTNH, tuple(constrain(write(old, new, start_B, lengths_B), "BKSH") for old, new in pairs)
+
+        positions_BT = start_B[:, None] + jnp.arange(T)
+        return self._run_layers(tokens_BT, positions_BT, attend, cache, slots)
+
     def decode_step(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, D] of one new token of each row, at `position_B`, and the cache with that token in it.
 

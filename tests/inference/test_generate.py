@@ -148,6 +148,31 @@ def test_cached_logits_equal_a_forward_pass(name):
         np.testing.assert_allclose(np.concatenate(row), logits[: length + 20], atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_read_in_parts_equal_a_forward_pass(name):
+    """In parts longer and shorter than the window, each row at its own pace: rings of 8 slots wrap several times."""
+    config, total = BITING[name], 40
+    whole = model.rebuild_model(graph_of(name), from_hf(state_dict(hf_model(config)), config))
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, total))
+    positions = np.broadcast_to(np.arange(total), tokens.shape)
+    expected, _ = logits_of(*nnx.split(whole), Gemma2.hidden_states, tokens, positions, np.ones_like(tokens))
+    graph, weights = nnx.split(model.unstack_layers(whole))
+    cache = [
+        tuple(jnp.full((2, config.kv_heads, slots, config.head_width), 9.0) for _ in range(2))  # of another prompt
+        for slots in config.layer_windows(48)
+    ]
+    starts, rows = np.zeros(2, np.int32), [[], []]
+    for lengths in ((5, 16), (0, 3), (16, 1), (11, 16), (8, 4)):
+        lengths = np.array(lengths, np.int32)
+        part = np.stack([np.resize(row[start:], 16) for row, start in zip(tokens, starts, strict=True)])
+        logits, cache = logits_of(graph, weights, Gemma2.extend, part, starts, lengths, cache)
+        for row, new, length in zip(rows, logits, lengths, strict=True):
+            row.extend(new[:length])
+        starts = starts + lengths
+    assert starts.tolist() == [total, total]
+    np.testing.assert_allclose(np.array(rows), expected, atol=5e-5, rtol=0)
+
+
 def test_local_layers_keep_no_more_than_their_window():
     """8 tokens in layer 0, all of the 48 asked for in layer 1."""
     made = generator("27b")

@@ -211,6 +211,28 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, window=None, *, scale: floa
     return rearrange(jnp.einsum("BKGS,BKSH->BKGH", weights, v_BKSH), "B K G H -> B (K G) H")
 
 
+def attend_extended(
+    q_BTNH, k_BTKH, v_BTKH, cached_k_BKSH, cached_v_BKSH, start_B, window, *, scale: float, softcap: float | None
+):
+    """Attention of the next tokens of each row, from `start_B` on, to themselves and to a cache of the last S before.
+
+    The token at position p is in slot p mod S of the cache. The result is [B, T, N, H]; dtypes, scale, softcap and
+    window are as in `attend`. Scores are [B, N, T, S + T] in memory, so T is to be a part of a long prompt.
+    """
+    T, S = q_BTNH.shape[1], cached_k_BKSH.shape[2]
+    last_B1 = start_B[:, None] - 1
+    cached_position_BS = last_B1 - (last_B1 - jnp.arange(S)) % S  # negative where none has been written yet
+    position_BT = start_B[:, None] + jnp.arange(T)
+    key_position_BS = jnp.concatenate([cached_position_BS, position_BT], axis=1)
+    distance_BTS = position_BT[:, :, None] - key_position_BS[:, None]
+    mask_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (key_position_BS[:, None] >= 0)
+    k_BSKH, v_BSKH = (
+        jnp.concatenate([rearrange(cached, "B K S H -> B S K H"), new], axis=1)
+        for cached, new in ((cached_k_BKSH, k_BTKH), (cached_v_BKSH, v_BTKH))
+    )
+    return masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
+
+
 def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
     """Soft-capped attention with an explicit mask, True where a query sees a key; the softcap comes before the mask."""
     q_BTKGH = _group_heads(q_BTNH, k_BSKH.shape[2])
