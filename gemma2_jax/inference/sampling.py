@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _LOWEST_TEMPERATURE = 1e-6  # a logit over less would come near the end of float32, and none differs from 0
 
@@ -43,6 +45,52 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p", "seed", "sample"], meta_fields=[]
+)
+@dataclass(frozen=True, kw_only=True)
+class RowSettings[Array]:
+    """How the tokens of rows are drawn, each in its own way: arrays [B], or scalars of one row."""
+
+    temperature: Array  # float32; 0 takes the most likely token
+    top_k: Array  # int32; as many as there are, or more: no limit
+    top_p: Array  # float32; above 1: no limit
+    seed: Array  # int32
+    sample: Array  # int32: of several draws with one seed, which of them
+
+    @classmethod
+    def of(cls, sampling: Sampling, sample: int) -> "RowSettings[np.generic]":
+        """Those of one row."""
+        settings = sampling.settings
+        return RowSettings(
+            temperature=np.float32(sampling.temperature),
+            top_k=np.int32(settings.get("top_k", 2**31 - 1)),
+            top_p=np.float32(settings.get("top_p", math.inf)),
+            seed=np.int32(sampling.seed),
+            sample=np.int32(sample),
+        )
+
+
+def sample_rows(logits_BV: jax.Array, position_B: jax.Array, settings: RowSettings) -> jax.Array:
+    """The token of each row for its `position_B`, int32 [B]; a draw depends on nothing of the other rows."""
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    is_drawn_B = settings.temperature > 0
+
+    def draw_rows():
+        columns = {"temperature": jnp.where(is_drawn_B, settings.temperature, 1.0)[:, None]}
+        columns |= {"top_k": settings.top_k[:, None], "top_p": settings.top_p[:, None]}
+
+        def draw(seed, sample, position, logits_V):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+            return jax.random.categorical(key, logits_V)
+
+        filtered_BV = filter_logits(logits_BV, columns)
+        return jax.vmap(draw)(settings.seed, settings.sample, position_B, filtered_BV).astype(jnp.int32)
+
+    drawn_B = jax.lax.cond(is_drawn_B.any(), draw_rows, lambda: best_B)
+    return jnp.where(is_drawn_B, drawn_B, best_B)
 
 
 def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
