@@ -51,7 +51,7 @@ ORDER_WITHIN = {
         ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),
     ),
-    "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("loaded",)),
+    "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("engine", "loaded")),
     "reporting": (("runs",), ("figures",), ("page",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip

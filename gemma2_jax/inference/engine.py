@@ -60,11 +60,11 @@ class Request:
     stop: frozenset[int] = frozenset()  # tokens that end it, at most MOST_STOPS
     tokens: list[int] = field(default_factory=list)  # new ones
     reason: Reason | None = None  # why it has ended
-    is_cancelled: bool = False  # it gets no more tokens, and leaves its slot
+    is_canceled: bool = False  # it gets no more tokens, and leaves its slot
 
     @property
     def has_ended(self) -> bool:
-        return self.reason is not None or self.is_cancelled
+        return self.reason is not None or self.is_canceled
 
 
 @dataclass
@@ -118,9 +118,9 @@ class Engine:
         Returns the requests that have new tokens, or have ended.
         """
         self._assign_slots()
-        reading = [number for number, slot in enumerate(self._slots) if slot and slot.is_reading]
+        reading = {number: slot for number, slot in enumerate(self._slots) if slot and slot.is_reading}
         if reading:
-            self._read_part(min(reading, key=lambda number: self._slots[number].read))
+            self._read_part(*min(reading.items(), key=lambda item: item[1].read))
         if any(slot and not slot.is_reading for slot in self._slots):
             self._add_tokens(1 if reading or self._waiting else MOST_STEPS)
         ahead = 1 if any(self._slots) else 0
@@ -170,16 +170,14 @@ class Engine:
 
     def _assign_slots(self) -> None:
         for number, slot in enumerate(self._slots):
-            if slot is not None and slot.request.is_cancelled:
+            if slot is not None and slot.request.is_canceled:
                 self._slots[number] = None
             while self._slots[number] is None and self._waiting:
                 request = self._waiting.popleft()
-                if not request.is_cancelled:
+                if not request.is_canceled:
                     self._slots[number] = _Slot(request)
 
-    def _read_part(self, number: int) -> None:
-        slot = self._slots[number]
-        assert slot is not None
+    def _read_part(self, number: int, slot: _Slot) -> None:
         request, start = slot.request, slot.read
         rest = len(request.prompt) - start
         size = next((size for size in self._part_sizes() if size >= rest), self._part_sizes()[-1])

@@ -60,7 +60,7 @@ def test_requests_end_by_tokens_of_their_own():
         assert request.reason == "stop"
 
 
-def test_a_request_that_is_cancelled_leaves_its_slot():
+def test_a_request_that_is_canceled_leaves_its_slot():
     first, second = requests_of(prompts_of("27b", 33, 20))
     expected = requests_of([second.prompt])
     list(make_engine().run(expected))
@@ -69,7 +69,7 @@ def test_a_request_that_is_cancelled_leaves_its_slot():
     engine.submit(second)
     while len(first.tokens) < 2:
         engine.advance()
-    first.is_cancelled = True
+    first.is_canceled = True
     taken = len(first.tokens)
     while not engine.is_idle:
         engine.advance()
