@@ -120,12 +120,14 @@ def _find_unreadable(step: Path) -> str:
     if missing:
         return f"it has no {' and no '.join(missing)}"
     try:
-        json.loads((step / "loop" / "metadata").read_text())
+        loop, number = json.loads((step / "loop" / "metadata").read_text()), step.name.partition(".")[0]
+        if not isinstance(loop, dict) or str(loop.get("step", number)) != number:
+            return "its loop/metadata is not of this step"
         for item in ITEMS:
             reader = orbax.Reader(step / item)
             for path in reader.shapes:
                 _read_array(reader, path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         return orbax.error_summary(error).partition(" [")[0].rstrip(".")  # TensorStore adds its JSON
     return ""
 

@@ -61,7 +61,7 @@ def read_checksums(folder: Path) -> Sums | None:
         sums = {name: (int(size), str(digest)) for name, (size, digest) in kept["files"].items()}
         if _hash_list(sums) == kept["sha256"]:
             return sums
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # none of these says more than that it is not as it was written
     raise ValueError(f"{CHECKSUMS} is not as it was written")
 

@@ -107,6 +107,19 @@ def test_damage_of_each_file_is_found(damage: Callable[[Path], None], said: str,
         path.write_bytes(data)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"step": 1000000}', '{"step": "x"}', "[" * 100_000])
+def test_a_position_of_something_else_is_damage(text, run):
+    """Where no checksums tell: a run that took its step from there would never come to its last."""
+    step = run / "checkpoints" / "3"
+    (step / "checksums.json").unlink()
+    assert steps.find_damage(step) == steps.find_damage(step.rename(step.with_name("3.damaged"))) == ""
+    (step.with_name("3.damaged")).rename(step)
+    (step / "loop" / "metadata").write_text(text)
+    assert steps.find_damage(step)
+    (step / "checksums.json").write_text("[" * 100_000)
+    assert steps.find_damage(step) == "checksums.json is not as it was written"
+
+
 def test_a_damaged_step_is_set_aside(run, capsys):
     """The run goes on from the one before, and all that belongs to it; the folder keeps what was damaged."""
     folder = run / "checkpoints"
