@@ -17,12 +17,20 @@ from gemma2_jax.convert.files import checksums, orbax
 from gemma2_jax.convert.formats import table
 from gemma2_jax.convert.sources import OrbaxSource
 
+_STEP_NAME = re.compile(r"0|[1-9]\d{0,9}")  # steps are counted in int32
 ITEMS = ("params", "optimizer")  # of arrays; beside them is loop, which is JSON
 
 
 def list_steps(folder: Path) -> list[int]:
-    """The steps in a run's folder of checkpoints, in order. Those that are set aside have other names."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    """The steps in a run's folder of checkpoints, in order. Those that are set aside have other names.
+
+    Raises ValueError where something else has the name of a step, as Orbax would take it for one.
+    """
+    found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    for path in found:
+        if not _STEP_NAME.fullmatch(path.name) or not path.is_dir():
+            raise ValueError(f"{path} is no step of a run, and has the name of one; move it away")
+    return sorted(int(path.name) for path in found)
 
 
 def has_checksums(step: Path) -> bool:

@@ -100,6 +100,6 @@ class Trace:
         self._next_look = time.monotonic() + _LOOK_SECONDS
         try:
             os.unlink(self._output / REQUEST_FILE)
-        except FileNotFoundError:
+        except OSError:  # there is none, or what has this name is a folder
             return False
         return True

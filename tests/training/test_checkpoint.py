@@ -374,3 +374,13 @@ def test_a_write_that_hangs(tmp_path, monkeypatch):
         "is mended, the same command resumes after step 1"
     )
     answers.set()
+
+
+@pytest.mark.parametrize("name", ["9", "007", "1" * 30])
+def test_what_is_no_step_is_not_taken_for_one(name, tmp_path):
+    """Orbax takes every folder or file whose name is a number."""
+    (tmp_path / "checkpoints").mkdir()
+    strange = tmp_path / "checkpoints" / name
+    strange.touch() if name == "9" else strange.mkdir()
+    with pytest.raises(ValueError, match=f"{strange} is no step of a run, and has the name of one; move it away"):
+        Checkpoints(tmp_path, keep=1)

@@ -209,3 +209,11 @@ def test_a_trace_ends_with_a_run_that_fails(tmp_path):
     jax.profiler.start_trace(tmp_path)  # raises where one still runs
     jax.profiler.stop_trace()
     assert trace.folder is None
+
+
+def test_a_folder_is_no_request(tmp_path):
+    (tmp_path / profiling.REQUEST_FILE).mkdir()
+    log = SimpleNamespace(pause=contextlib.nullcontext, log_event=lambda *event: None)
+    with profiling.Trace(small("tiny_lora", tmp_path), 0, log, None) as trace:
+        trace.before_step(1)
+    assert trace.folder is None
