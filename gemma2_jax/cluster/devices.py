@@ -27,8 +27,6 @@ PEAKS = (
     Peak(r"\bH100 NVL\b", 835.5, f"{_NVIDIA}/h100: 1,671 with sparsity"),
     Peak(r"\bH100 PCIe\b", 756.5, "NVIDIA H100 PCIe product brief: 1,513 with sparsity"),
     Peak(r"\bH100\b", 989.5, f"{_NVIDIA}/h100: 1,979 with sparsity, of SXM"),
-    Peak(r"\bH800 PCIe\b", 756.5, "NVIDIA H800 PCIe product brief: 1,513 with sparsity"),
-    Peak(r"\bH800\b", 989.5, "as H100, whose chip it is"),
     Peak(r"\bH20\b", 148.0, "NVIDIA H20 data sheet: 148"),
     Peak(r"\bA[18]00\b", 312.0, f"{_NVIDIA}/a100: 312, of SXM and PCIe; A800 is its chip"),
     Peak(r"\bA40\b", 149.7, f"{_NVIDIA}/a40: 149.7"),

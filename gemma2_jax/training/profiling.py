@@ -24,7 +24,8 @@ _LOOK_SECONDS = 5.0  # between two looks for the file
 class Trace:
     """Records steps of this process into WORKDIR/profile. Use as a context manager.
 
-    The devices are waited for while a trace is started and stopped, so that it holds whole steps and nothing else.
+    The devices are waited for while a trace is started and stopped, so that it holds whole steps and nothing else: it
+    ends before an evaluation or a save, even where more steps are asked for.
     Process 0 looks for WORKDIR/profile.request; a signal asks the process that gets it.
     """
 
@@ -34,6 +35,8 @@ class Trace:
         if jax.process_count() > 1:
             self._folder /= f"process-{jax.process_index()}"  # a trace is named after its host, which may run several
         self._steps = config.profile.steps or REQUESTED_STEPS
+        evaluations = [config.train.eval_every] if config.data.has_eval and config.train.eval_every else []
+        self._breaks = [config.train.checkpoint_every, *evaluations]  # every so many steps something else is done
         self._begin = start_step + config.profile.start + 1 if config.profile.steps else None
         self._log, self._train_step = log, train_step
         self._window = range(0)  # the steps being traced
@@ -63,7 +66,12 @@ class Trace:
         if not self._window and (step == self._begin or self._is_requested()):
             with self._log.pause():
                 jax.profiler.start_trace(self._folder)
-            self._window = range(step, min(step + self._steps, self._last_step + 1))
+            self._window = range(step, self._find_last(step) + 1)
+
+    def _find_last(self, step: int) -> int:
+        """The last step of a trace that begins with this one: what comes between steps would be counted as theirs."""
+        breaks = (step - 1 + every - (step - 1) % every for every in self._breaks)
+        return min(step + self._steps - 1, self._last_step, *breaks)
 
     def after_step(self, step: int) -> None:
         """Stops the trace after the last step of its window, and writes what is to lie beside it."""
@@ -79,7 +87,8 @@ class Trace:
             self.folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
             jax.profiler.save_device_memory_profile(str(self.folder / "memory.prof"))
             self._write_scopes(self.folder, steps)
-        text = f"steps {steps[0]} to {steps[-1]} are traced in {self.folder}"
+        which = f"step {steps[0]} is" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} are"
+        text = f"{which} traced in {self.folder}"
         self._log.log_event(steps[-1], "profile", text)
 
     def _write_scopes(self, folder: Path, steps: range) -> None:

@@ -188,15 +188,15 @@ def test_a_trace_is_whole_where_the_run_stops_within_it(tmp_path):
     log = SimpleNamespace(pause=contextlib.nullcontext, log_event=lambda *event: events.append(event))
     config = small("tiny_lora", tmp_path)
     step = jax.jit(lambda x: x + 1).lower(1.0).compile()
-    with profiling.Trace(replace(config, profile=configs.ProfileConfig(steps=3)), 4, log, step) as trace:
-        for number in (5, 6):
+    with profiling.Trace(replace(config, profile=configs.ProfileConfig(steps=3)), 5, log, step) as trace:
+        for number in (6, 7):
             trace.before_step(number)
             jax.block_until_ready(step(1.0))
             trace.after_step(number)
     assert trace.folder == profile_tables.find_trace(tmp_path)
-    assert events == [(6, "profile", f"steps 5 to 6 are traced in {trace.folder}")]
+    assert events == [(7, "profile", f"steps 6 to 7 are traced in {trace.folder}")]
     kept = json.loads((trace.folder / profile_tables.SCOPES_FILE).read_text())
-    assert (kept["first_step"], kept["steps"]) == (5, 2)
+    assert (kept["first_step"], kept["steps"]) == (6, 2)
 
 
 def test_a_trace_ends_with_a_run_that_fails(tmp_path):
@@ -217,3 +217,15 @@ def test_a_folder_is_no_request(tmp_path):
     with profiling.Trace(small("tiny_lora", tmp_path), 0, log, None) as trace:
         trace.before_step(1)
     assert trace.folder is None
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(1, 3), (4, 6), (5, 6), (6, 6), (7, 8), (8, 8), (9, 11), (11, 12), (13, 15), (18, 18), (99, 100)]
+)
+def test_a_trace_ends_before_something_else_is_done(first, last, tmp_path):
+    """A save every 6 steps and an evaluation every 8, or the end of the run, would be counted as a step's."""
+    config = small("tiny_lora", tmp_path, steps=100)
+    config = replace(config, train=replace(config.train, checkpoint_every=6, eval_every=8))
+    profile = configs.ProfileConfig(steps=3)
+    trace = profiling.Trace(replace(config, profile=profile), 0, SimpleNamespace(), None)
+    assert trace._find_last(first) == last
