@@ -259,7 +259,8 @@ def print_tables(profile: Profile) -> None:
     if not console.is_terminal:
         console.width = 120
     times, last = profile.devices[0], profile.first_step + profile.steps - 1
-    title = f"\nSteps {profile.first_step} to {last} of {profile.folder}, on {times.device}; ms are those of one step."
+    steps = f"Step {last}" if profile.steps == 1 else f"Steps {profile.first_step} to {last}"
+    title = f"\n{steps} of {profile.folder}, on {times.device}; ms are those of one step."
     console.print(title, highlight=False, markup=False, soft_wrap=True)
     for table in (_scope_table(times, profile.steps), _operation_table(times, profile.steps), _device_table(profile)):
         console.print(table, highlight=False, markup=False)

@@ -220,7 +220,8 @@ def test_a_folder_is_no_request(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "last"), [(1, 3), (4, 6), (5, 6), (6, 6), (7, 8), (8, 8), (9, 11), (11, 12), (13, 15), (18, 18), (99, 100)]
+    ("first", "last"),
+    [(1, 3), (4, 6), (5, 6), (6, 6), (7, 8), (8, 8), (9, 11), (11, 12), (13, 15), (18, 18), (99, 100)],
 )
 def test_a_trace_ends_before_something_else_is_done(first, last, tmp_path):
     """A save every 6 steps and an evaluation every 8, or the end of the run, would be counted as a step's."""
