@@ -82,9 +82,16 @@ def main(program: str = PROGRAM) -> None:
         return
     from gemma2_jax.cluster import hosts
 
-    hosts.end_when_told()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace
-    workdir = command.run.output
+    with hosts.end_when_told():
+        _train(command.run)
+
+
+def _train(config: Config) -> None:
+    """Trains. Ends the process with a status and a sentence where that is not carried out to its end."""
+    from gemma2_jax.cluster import hosts
+
+    workdir = config.output
     try:
         platforms.prepare_process()
         from gemma2_jax.data import encoding
@@ -92,8 +99,8 @@ def main(program: str = PROGRAM) -> None:
         encoding.hide_torch()
         from gemma2_jax.training import loop
 
-        with hosts.process_group(command.run.hosts):
-            stopped = loop.train(command.run).stopped
+        with hosts.process_group(config.hosts):
+            stopped = loop.train(config).stopped
     except (BrokenPipeError, SystemExit):  # rich raises the latter
         _end_process(command_line.EXIT_CLOSED_PIPE, f"standard output was closed; {describe_interruption(workdir)}")
     except (ValueError, OSError, FloatingPointError) as error:

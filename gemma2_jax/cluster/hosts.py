@@ -171,11 +171,10 @@ def process_group(config: HostsConfig) -> Iterator[None]:
         platforms.check_platform()
         yield
         return
-    with _run_coordinator(place), _connect_coordinator(place) as connection, _publish(connection):
+    with _run_coordinator(place), _connect_coordinator(place) as connection, _publish(connection), end_when_told():
         import jax
 
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
-        end_when_told()
         watch = threading.Thread(target=connection.watch, daemon=True)
         watch.start()
         try:
@@ -249,8 +248,9 @@ class Terminated(KeyboardInterrupt):
     """This process was told to end, by SIGTERM or SIGUSR1, at a moment at which there is nothing to save."""
 
 
-def end_when_told() -> None:
-    """Has SIGTERM and SIGUSR1 raise Terminated, as Ctrl-C raises KeyboardInterrupt.
+@contextlib.contextmanager
+def end_when_told() -> Iterator[None]:
+    """Has SIGTERM and SIGUSR1 raise Terminated during the block, as Ctrl-C raises KeyboardInterrupt.
 
     Python ignores what is raised within a callback of its garbage collector, as JAX has one, and in destructors; so the
     signal is noted as well: `ignored_signal`.
@@ -261,10 +261,18 @@ def end_when_told() -> None:
         _signal = INTERRUPT if number == signal.SIGINT else signal.Signals(number).name
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(_signal)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    global _signal
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    if former[signal.SIGINT] != signal.default_int_handler:  # it is ignored, as in the background
+        del former[signal.SIGINT]
+    for number in former:
         signal.signal(number, end)
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is ignored, as in the background
-        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        _signal = ""
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def ignored_signal() -> str:

@@ -260,7 +260,7 @@ def test_no_process_leaves_before_the_others_are_done(monkeypatch):
     connection = SimpleNamespace(service="", watch=lambda: None, leave=lambda: called.append("leave"))
     monkeypatch.setattr(hosts, "find_place", lambda *_: hosts.Place(coordinator="node-1:1", count=2, index=1))
     monkeypatch.setattr(hosts, "_connect_coordinator", lambda place: contextlib.nullcontext(connection))
-    monkeypatch.setattr(hosts, "end_when_told", lambda: None)
+    monkeypatch.setattr(hosts, "end_when_told", contextlib.nullcontext)
     monkeypatch.setattr(hosts.platforms, "restrict_cache", lambda index: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

@@ -131,22 +131,14 @@ def test_processes_end_after_the_same_step(told, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")]
 )
-def test_a_signal_that_python_ignored_stops_the_run_before_its_first_step(number, name, tmp_path, monkeypatch):
+def test_a_signal_that_python_ignored_stops_the_run_before_its_first_step(number, name, tmp_path):
     """As in a callback of the garbage collector, of which JAX has one."""
-    handlers = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGUSR1: signal.SIG_DFL,
-    }
-    before = {known: signal.signal(known, handler) for known, handler in handlers.items()}
-    monkeypatch.setattr(hosts, "_signal", "")
-    try:
-        hosts.end_when_told()
+    with hosts.end_when_told():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
         with stopping.Stop(small("tiny_lora", tmp_path), 0) as stop:
             assert stop.ends_before(1)
             assert stop.reason == name
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
+    with stopping.Stop(small("tiny_lora", tmp_path), 0) as stop:
+        assert not stop.ends_before(1), "it was for the run before"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
