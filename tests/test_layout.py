@@ -52,7 +52,7 @@ ORDER_WITHIN = {
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("engine", "loaded")),
-    "reporting": (("runs",), ("figures",), ("page",)),
+    "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

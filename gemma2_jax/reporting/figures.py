@@ -1,19 +1,18 @@
 """The pictures of a report, as Plotly's figures: one metric or several over steps, of one run or several.
 
-Where there are several runs, a color is a run; where there is one, a color is a metric. Long series are thinned, so
-that a page stays small: of each stretch of steps, the lowest and the highest value are drawn.
+Where there are several runs, a color is a run; where there is one, a color is a metric.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gemma2_jax.reporting.runs import Run, Series, describe_seconds
+from gemma2_jax.reporting.curves import Series
+from gemma2_jax.reporting.runs import Run, describe_seconds
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MOST_POINTS = 2000  # of a line
 SMOOTHED_POINTS = 200  # from which on a line of training losses is drawn smoothed, over its faint values
 # Okabe and Ito's colors, which the color-blind tell apart (https://jfly.uni-koeln.de/color/).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
@@ -35,21 +34,8 @@ class Trace:
     name: str
     series: Series
     dash: str = "solid"
-    is_smoothed: bool = False
+    means: Series | None = None  # of which a long line is drawn smoothed; None: never
     color: int | None = None  # of COLORS; None: the next
-
-
-def thin(series: Series, most: int = MOST_POINTS) -> Series:
-    """The series with at most so many points: the lowest and the highest of each stretch, in order of their steps."""
-    count = len(series.steps)
-    if count <= most:
-        return series
-    kept, stretches = [], most // 2
-    for number in range(stretches):
-        indices = range(count * number // stretches, count * (number + 1) // stretches)
-        ends = {min(indices, key=series.values.__getitem__), max(indices, key=series.values.__getitem__)}
-        kept += sorted(ends)
-    return Series(steps=[series.steps[i] for i in kept], values=[series.values[i] for i in kept])
 
 
 def smooth(series: Series) -> Series:
@@ -68,9 +54,9 @@ def draw_lines(traces: Sequence[Trace], unit: str, *, is_log: bool = False) -> "
     figure = Figure()
     for number, trace in enumerate(trace for trace in traces if trace.series):
         color = COLORS[(number if trace.color is None else trace.color) % len(COLORS)]
-        smoothed = trace.is_smoothed and len(trace.series.steps) >= SMOOTHED_POINTS
-        parts = [(thin(smooth(trace.series)), 1.0, True)] if smoothed else []
-        parts = [(thin(trace.series), 0.25 if smoothed else 1.0, not smoothed), *parts]
+        means = trace.means if len(trace.series.steps) >= SMOOTHED_POINTS else None
+        parts = [(smooth(means), 1.0, True)] if means else []
+        parts = [(trace.series, 0.25 if means else 1.0, not means), *parts]
         for series, opacity, is_named in parts:
             figure.add_trace(
                 Scatter(
@@ -145,8 +131,9 @@ def _draw_losses(runs: Sequence[Run]) -> Iterator[Picture]:
     traces = []
     for number, run in enumerate(runs):
         of_run, color = (f"{run.name}: ", number) if several else ("", None)
-        traces.append(Trace(name=f"{of_run}training", series=run.series("loss"), is_smoothed=True, color=color))
-        traces.append(Trace(name=f"{of_run}held-out", series=run.series("eval_loss"), dash="dot", color=color))
+        loss, held_out = run.series("loss"), run.series("eval_loss")
+        traces.append(Trace(name=f"{of_run}training", series=loss, means=run.means("loss"), color=color))
+        traces.append(Trace(name=f"{of_run}held-out", series=held_out, dash="dot", color=color))
     yield Picture(
         title="Loss",
         note="Mean over the tokens that are learned. Where there are many steps, the line is a moving mean.",
@@ -214,7 +201,11 @@ def _list_runs(runs: Sequence[Run], metric: str, *, name: str = "") -> list[Trac
 def _list_groups(runs: Sequence[Run], prefix: str, *, is_smoothed: bool = False) -> list[Trace]:
     """The metrics NAME of all `prefix/NAME`, of each run."""
     return [
-        Trace(name=f"{run.name}: {name}" if len(runs) > 1 else name, series=series, is_smoothed=is_smoothed)
+        Trace(
+            name=f"{run.name}: {name}" if len(runs) > 1 else name,
+            series=run.series(metric),
+            means=run.means(metric) if is_smoothed else None,
+        )
         for run in runs
-        for name, series in run.group(prefix).items()
+        for name, metric in run.list_names(prefix).items()
     ]

@@ -11,9 +11,6 @@ from gemma2_jax import config_text
 from gemma2_jax.reporting.figures import Picture, draw_report
 from gemma2_jax.reporting.runs import Run, describe_seconds
 
-SHOWN_EVENTS = 200  # of each run, the last
-SHOWN_EVALUATIONS = 20  # with samples, of each run: the first and the last
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
@@ -45,9 +42,10 @@ def render_report(runs: Sequence[Run]) -> str:
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         runs=[(run, list_tiles(run)) for run in runs],
         pictures=pictures,
+        bucket_width=max(run.bucket_width for run in runs),
         figures=_write_figures(pictures),
         plotly=get_plotlyjs(),
-        events=[(run, run.events[-SHOWN_EVENTS:]) for run in runs if run.events],
+        events=[(run, run.metrics.events) for run in runs if run.metrics.events],
         samples=[(run, list_samples(run)) for run in runs if run.samples],
         differences=list_differences(runs),
         configs=[(run, config_text.to_text(run.config)) for run in runs],
@@ -88,10 +86,8 @@ def list_tiles(run: Run) -> list[Tile]:
 
 def list_samples(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
     """The prompts, and what was generated for each by step: of the first and of the last evaluations."""
-    lines, half = run.samples, SHOWN_EVALUATIONS // 2
-    shown = lines if len(lines) <= SHOWN_EVALUATIONS else [*lines[:half], *lines[-half:]]
     by_prompt: dict[str, list[tuple[int, str]]] = {}
-    for line in shown:
+    for line in run.samples:
         for sample in line["samples"]:
             by_prompt.setdefault(sample["prompt"], []).append((line["step"], sample["completion"]))
     return list(by_prompt.items())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_runs import ROOT
 
 from gemma2_jax import config_text, recipes
 from gemma2_jax.reporting import figures, page, runs
-from gemma2_jax.reporting.runs import Series
+from gemma2_jax.reporting.curves import BUCKETS, Curve, Series
 
 START = {
     "time": "2026-01-02T03:04:05+00:00",
@@ -53,7 +55,8 @@ def write_run(folder, *, steps=4, lines=None, **changes):
 def test_series_and_parts_are_those_of_the_lines(tmp_path):
     run = runs.read_run(write_run(tmp_path / "a"))
     assert run.series("loss") == Series(steps=[1, 2, 3, 4], values=[4.0, 3.0, 2.0, 1.0])
-    assert run.group("loss") == {"chat": Series(steps=[1, 2, 3, 4], values=[3.0, 2.0, 1.0, 0.0])}
+    assert run.list_names("loss") == {"chat": "loss/chat"}
+    assert run.series("loss/chat") == run.means("loss/chat") == Series(steps=[1, 2, 3, 4], values=[3.0, 2.0, 1.0, 0.0])
     assert not run.series("mfu")
     assert figures.list_parts([run]) == {
         "steps": [8.0], "waiting for data": [4.0], "evaluations": [4.5], "checkpoints": [0.5], "samples": [0],
@@ -91,6 +94,12 @@ def write_line(folder: Path, line: str) -> None:
     (folder / "metrics.jsonl").write_text(f'{line}\n{{"step": 2}}\n')
 
 
+def replace_metrics(folder: Path) -> Path:
+    """Removes the metrics, and returns where something else may be put."""
+    (folder / "metrics.jsonl").unlink()
+    return folder / "metrics.jsonl"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -105,6 +114,9 @@ def write_line(folder: Path, line: str) -> None:
         (lambda folder: write_line(folder, '{"step": 1, "event": "skip"}'), "its event has no text"),
         (lambda folder: write_line(folder, '{"step": 1, "samples": [{"prompt": "Hi"}]}'), "its samples are no prompts"),
         (lambda folder: write_line(folder, '{"step": 1, "samples": 5}'), "its samples are no prompts"),
+        (lambda folder: write_line(folder, f'{{"step": {2**31}}}'), "it is no object with a step"),
+        (lambda folder: os.mkfifo(replace_metrics(folder)), "metrics.jsonl is not a file"),
+        (lambda folder: replace_metrics(folder).mkdir(), "metrics.jsonl is not a file"),
         (lambda folder: write_line(folder, "[" * 100_000), "jsonl:1 is not a line of metrics .*recursion"),
     ],
 )
@@ -118,7 +130,7 @@ def test_what_is_no_run_is_named(tmp_path, damage, message):
 def test_values_of_other_programs_are_left_out(tmp_path):
     """Numbers that JSON should not have, half a letter, and an environment that is not of a run."""
     lines = [
-        {"step": 1, "loss": 2.0, "seconds": math.inf, "time": 1.0},
+        {"step": 1, "loss": 2.0, "seconds": math.inf, "lr": 10**400, "time": 1.0},
         {"step": 2, "loss": "low", "seconds": 3.0},
         {"step": 2, "event": "skip", "text": "half \ud800"},
     ]
@@ -126,21 +138,53 @@ def test_values_of_other_programs_are_left_out(tmp_path):
     (folder / "environment.json").write_text('[{"time": 5}, 7]')
     run = runs.read_run(folder)
     assert (run.series("loss").values, run.series("seconds").values, run.starts) == ([2.0], [3.0], [])
+    assert not run.series("lr") and not run.series("text")
     page.write_report([run], tmp_path / "report.html")
     assert "half ?" in (tmp_path / "report.html").read_text()
     (folder / "environment.json").write_text("[" * 100_000)
     assert runs.read_run(folder).starts == []
 
 
-def test_long_lines_are_thinned_and_keep_their_peaks():
-    values = [0.0] * 10_000
-    values[1234], values[8765] = 7.0, -7.0
-    thinned = figures.thin(Series(steps=list(range(10_000)), values=values), most=100)
-    assert len(thinned.steps) <= 100
-    assert thinned.steps == sorted(thinned.steps)
-    assert {1234: 7.0, 8765: -7.0}.items() <= dict(zip(thinned.steps, thinned.values, strict=True)).items()
+def make_curve(steps, values, batch=1000):
+    curve = Curve()
+    for start in range(0, len(steps), batch):
+        part = slice(start, start + batch)
+        curve.add(np.array(steps[part], np.int64), np.array(values[part], np.float64))
+    return curve
+
+
+def test_a_curve_of_many_steps_is_small_and_keeps_its_peaks():
+    values = [1.0] * 100_000
+    values[12_345], values[87_654], values[55_555] = 7.0, -7.0, math.nan
+    curve = make_curve(range(100_000), values)
+    assert curve.width == 64 and BUCKETS == 2000  # 100,000 / 64 buckets are 1,563
+    drawn = dict(zip(curve.series.steps, curve.series.values, strict=True))
+    assert curve.series.steps == sorted(drawn) and len(drawn) <= 2 * BUCKETS + 1
+    assert (drawn[12_345], drawn[87_654], curve.series.steps[-1], curve.series.last) == (7.0, -7.0, 99_999, 1.0)
+    assert curve.sum == 99_997
+    assert dict(zip(curve.means.steps, curve.means.values, strict=True))[12_351] == pytest.approx((63 + 7) / 64)
     smoothed = figures.smooth(Series(steps=list(range(100)), values=[1.0, 3.0] * 50))
     assert smoothed.values[:4] == [1.0, 2.0, 2.0, 2.0]  # of two points
+
+
+@pytest.mark.parametrize(("first", "again"), [(100, 50), (8000, 3999)])
+def test_steps_that_are_taken_again_count_once(first, again):
+    """Exactly where each step has its own place, and else but for what was before them in the same bucket."""
+    curve = make_curve([*range(first), *range(first - again, first)], [1.0] * first + [2.0] * again, batch=30)
+    assert 0 <= first + again - curve.sum < curve.width
+    assert min(curve.series.values[curve.series.steps.index(first - 1) - 20 :]) == 2.0
+
+
+def test_a_page_says_that_its_curves_are_drawn_by_stretches(tmp_path, monkeypatch):
+    lines = [{"step": step, "loss": 9.0 if step == 3333 else 1.0} for step in range(1, 5001)]
+    lines += [{"step": 5000, "event": "skip", "text": f"skip {number}"} for number in range(300)]
+    monkeypatch.setattr(runs, "_BATCH_LINES", 100)
+    text = page.render_report([runs.read_run(write_run(tmp_path / "a", steps=5000, lines=lines))])
+    assert "drawn by stretches of at most 4 steps" in text
+    assert "The last 200 of 300" in text and "skip 99" not in text and "skip 100" in text
+    drawn = json.loads(re.search(r"const figures = (.*);\n", text)[1])[0]["data"][0]
+    assert drawn["y"][drawn["x"].index(3333)] == 9.0
+    assert "drawn by stretches" not in page.render_report([runs.read_run(write_run(tmp_path / "b"))])
 
 
 class Links(HTMLParser):
