@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma2_jax import config_text
 from gemma2_jax.config import Config
@@ -19,6 +20,24 @@ from gemma2_jax.convert.sources import OrbaxSource
 
 _STEP_NAME = re.compile(r"0|[1-9]\d{0,9}")  # steps are counted in int32
 ITEMS = ("params", "optimizer")  # of arrays; beside them is loop, which is JSON
+
+# What training keeps as loop beside the step, to be read by `_matches`. Version 0.1 kept the data alone.
+_NUMBER = (float, int)
+_ROWS = {"rows": int, "length": int, "tokens": int}
+_POSITION = {
+    "data": {
+        "batches": ({"next_index": int}, {"rows": int, "digest": str}),
+        "of": (
+            {"batch_size": int, **_ROWS},
+            {"batch_size": int, "sources": [_ROWS], "weights": [str]},
+            {"batch_size": int, "length": int, "order": str},
+            {"batch_size": int, "length": int, "stream": str},
+        ),
+    },
+    "history": dict.fromkeys(("count", "mean", "variance"), _NUMBER),
+    "guard": {"skipped": int, "row": int, "losses": [int, _NUMBER, _NUMBER]},
+    "best": {"step": int, "loss": (_NUMBER, type(None)), "passed": int},
+}
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -129,8 +148,10 @@ def _find_unreadable(step: Path) -> str:
         return f"it has no {' and no '.join(missing)}"
     try:
         loop, number = json.loads((step / "loop" / "metadata").read_text()), step.name.partition(".")[0]
-        if not isinstance(loop, dict) or str(loop.get("step", number)) != number:
+        if not isinstance(loop, dict) or type(loop.get("step")) is not int or str(loop["step"]) != number:
             return "its loop/metadata is not of this step"
+        if strange := _find_strange(loop):
+            return f"the {strange} of its loop/metadata is not what training writes"
         for item in ITEMS:
             reader = orbax.Reader(step / item)
             for path in reader.shapes:
@@ -138,6 +159,31 @@ def _find_unreadable(step: Path) -> str:
     except (ValueError, OSError, RecursionError) as error:
         return orbax.error_summary(error).partition(" [")[0].rstrip(".")  # TensorStore adds its JSON
     return ""
+
+
+def _find_strange(loop: dict[str, Any]) -> str:
+    """The name of the first part of a step's position that is not as training writes it; empty if there is none."""
+    for name, shape in _POSITION.items():
+        if (name in loop or name == "data") and not _matches(loop.get(name), shape):
+            return name
+    return ""
+
+
+def _matches(value: Any, shape: Any) -> bool:
+    """Whether JSON has a shape: a type, a dict with these keys, a list, or one shape of a tuple.
+
+    An int is a count. A list of one shape has any number of these.
+    """
+    match shape:
+        case tuple():  # of alternatives
+            return any(_matches(value, s) for s in shape)
+        case dict():
+            return isinstance(value, dict) and all(k in value and _matches(value[k], s) for k, s in shape.items())
+        case [each]:
+            return isinstance(value, list) and all(_matches(x, each) for x in value)
+        case list():
+            return isinstance(value, list) and len(value) == len(shape) and all(map(_matches, value, shape))
+    return type(value) is shape and (shape is not int or value >= 0)
 
 
 def _read_array(reader: orbax.Reader, path: str) -> None:

@@ -116,6 +116,8 @@ _REMEDIES = {
     errno.ENOENT: "it may have been moved or deleted meanwhile; give the same command again once it is there",
     errno.ELOOP: "it is a link that leads back to itself; delete it, or copy the file again",
     errno.ENAMETOOLONG: "give a shorter one",
+    errno.EISDIR: "it is a folder where a file is meant; move it away, or name another",
+    errno.ENOTDIR: "a part of it is a file where a folder is meant; move that away, or name another",
 }
 
 

@@ -135,7 +135,7 @@ def _describe_error(error: Exception, workdir: Path) -> str:
         return (
             f"{error.filename or workdir} could not be written: {error.strerror}; make room, or give another --workdir"
         )
-    return str(error)
+    return command_line.describe_error(error) if getattr(error, "filename", None) else str(error)
 
 
 def _print_config(config: Config) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
+PARTIAL = f"{CHECKSUMS}.partial"  # which a process leaves that is killed while it writes them
 _THREADS = 4  # that hash files, each of which keeps about one core busy
 
 Sums = dict[str, tuple[int, str]]  # size in bytes and SHA-256 in hexadecimal digits, by path within the folder
@@ -43,7 +44,7 @@ def hash_files(folder: Path, names: Iterable[str], progress: Callable[[float], N
 
 def write_checksums(folder: Path, sums: Sums) -> None:
     """Writes the checksums into the folder, whole or not at all. Raises OSError where they cannot be written."""
-    partial = folder / f"{CHECKSUMS}.partial"
+    partial = folder / PARTIAL
     partial.write_text(json.dumps({"sha256": _hash_list(sums), "files": dict(sorted(sums.items()))}, indent=1))
     partial.replace(folder / CHECKSUMS)
 

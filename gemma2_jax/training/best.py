@@ -22,7 +22,8 @@ class BestLoss:
     def __init__(self, patience: int, state: dict[str, Any] | None = None):
         """`patience` is how many evaluations may pass without a better loss; 0: any number."""
         self._patience = patience
-        self._step, self._loss, self._passed = (state or {"step": 0, "loss": None, "passed": 0}).values()
+        known = state or {"step": 0, "loss": None, "passed": 0}
+        self._step, self._loss, self._passed = known["step"], known["loss"], known["passed"]
         self._newest = -1, math.nan  # the step that was evaluated last, and its loss
 
     def add(self, step: int, loss: float) -> None:

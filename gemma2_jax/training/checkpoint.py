@@ -293,13 +293,15 @@ class Checkpoints:
             print(text, file=sys.stderr, flush=True)
 
     def _remove_partial(self) -> None:
-        """Deletes what is left of steps whose write failed, when none is under way.
+        """Deletes what is left of writes that failed or were killed, when none is under way.
 
         A write that has failed may still go on for a moment in Orbax's threads, which would report that as well.
         """
         if jax.process_index() == 0:
             for path in self.folder.glob(_PARTIAL):
                 shutil.rmtree(path, ignore_errors=True)
+            for path in self.folder.glob(f"*/{checksums.PARTIAL}"):
+                path.unlink(missing_ok=True)
 
     def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
         """A step's contents, shaped and placed like the abstract arrays given.

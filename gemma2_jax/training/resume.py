@@ -255,7 +255,7 @@ def restore_position(config: Config, batches: Batches, guard: Guard, position: d
         return 0
     try:
         batches.set_state(position["data"])
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # the latter of Grain, of a batch that there is not
         raise ValueError(
             f"the run in {config.output} cannot go on with this data: {error}. Give back the data, the sizes and "
             f"the version of gemma2_jax of that run{describe_new_start(config)}"

@@ -1,6 +1,7 @@
 """Checkpoints of a run: damaged after they were written, without room, never written to their end; nothing is lost."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,12 @@ from gemma2_jax.training.checkpoint import Checkpoints
 
 PARAMS = {"blocks/attn/q/w": (2, 3, 4), "embedding": (8, 4)}
 OPTIMIZER = {"count": (), "mu": {"embedding": (8, 4)}}
+POSITION = {  # beside the step
+    "data": {"batches": {"next_index": 3}, "of": {"rows": 9, "length": 64, "tokens": 99, "batch_size": 8}},
+    "history": {"count": 3.0, "mean": 0.5, "variance": 0.1},
+    "guard": {"skipped": 0, "row": 0, "losses": [3, 2.0, 0.5]},
+    "best": {"step": 0, "loss": None, "passed": 0},
+}
 
 
 def arrays(shapes, value: float = 1.0):
@@ -37,7 +44,8 @@ def abstract(shapes):
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:
-    checkpoints.save(step, arrays(PARAMS, float(step)), arrays(OPTIMIZER, float(step)), {"step": step})
+    position = {"step": step, **POSITION}
+    checkpoints.save(step, arrays(PARAMS, float(step)), arrays(OPTIMIZER, float(step)), position)
 
 
 def save_and_close(checkpoints: Checkpoints, step: int) -> None:
@@ -120,6 +128,51 @@ def test_a_position_of_something_else_is_damage(text, run):
     assert steps.find_damage(step) == "checksums.json is not as it was written"
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("data", None),
+        ("data", {}),
+        ("data", {"batches": {"next_index": -1}, "of": POSITION["data"]["of"]}),
+        ("data", {"batches": {"next_index": 3}, "of": {"rows": 9, "batch_size": 8}}),
+        ("history", None),
+        ("history", {"count": 3.0, "mean": 0.5}),
+        ("guard", {"skipped": 0, "row": 0, "losses": [3, "2.0", 0.5]}),
+        ("guard", {"skipped": 0, "row": 0, "losses": [3, 2.0]}),
+        ("best", None),
+        ("best", {"step": 1}),
+    ],
+)
+def test_a_strange_part_of_a_position_is_damage(name, part, run, capsys):
+    """Of the right step, and not as training writes it: the step before is used."""
+    step = run / "checkpoints" / "3"
+    (step / "checksums.json").unlink()
+    (step / "loop" / "metadata").write_text(json.dumps({"step": 3, **POSITION, name: part}))
+    with Checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.latest == 2
+    assert capsys.readouterr().err == (
+        f"the checkpoint {step} is damaged: the {name} of its loop/metadata is not what training writes; it is kept as "
+        "3.damaged, and the run goes on from step 2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("of", "batches"),
+    [
+        ({"stream": "a.jsonl", "length": 64, "batch_size": 8}, {"rows": 24, "digest": "1f"}),
+        ({"order": "ab", "length": 64, "batch_size": 8}, {"next_index": 3}),
+        ({"sources": [POSITION["data"]["of"]] * 2, "weights": ["0.5", "0.5"], "batch_size": 8}, {"next_index": 3}),
+    ],
+)
+def test_positions_that_training_writes_are_whole(of, batches, run):
+    step = run / "checkpoints" / "3"
+    (step / "checksums.json").unlink()
+    for position in (POSITION, {}):  # the latter of version 0.1, which kept the data alone
+        text = json.dumps({"step": 3, **position, "data": {"batches": batches, "of": of}})
+        (step / "loop" / "metadata").write_text(text)
+        assert steps.find_damage(step) == ""
+
+
 def test_a_damaged_step_is_set_aside(run, capsys):
     """The run goes on from the one before, and all that belongs to it; the folder keeps what was damaged."""
     folder = run / "checkpoints"
@@ -130,7 +183,7 @@ def test_a_damaged_step_is_set_aside(run, capsys):
         with Checkpoints(run, keep=2) as checkpoints:
             assert checkpoints.latest == 2
             params, optimizer, loop = checkpoints.restore(2, abstract(PARAMS), abstract(OPTIMIZER))
-        assert (params["embedding"][0, 0], optimizer["count"], loop) == (2, 2, {"step": 2})
+        assert (params["embedding"][0, 0], optimizer["count"], loop) == (2, 2, {"step": 2, **POSITION})
     said = capsys.readouterr().err.splitlines()
     end = "and the run goes on from step 2"
     assert said == [
@@ -186,6 +239,20 @@ def test_a_step_without_checksums(run, damaged, reason, capsys):
         assert checkpoints.latest == 2
         assert checkpoints.opened == "step 2 is as it was written, by its checksums"
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_checksums_that_were_half_written(has_checksums, run, capsys):
+    """As a run leaves them that is killed at that moment: no damage, and not there after the next start."""
+    step = run / "checkpoints" / "3"
+    (step / "checksums.json.partial").write_text('{"sha256": "1')
+    if not has_checksums:
+        (step / "checksums.json").unlink()
+    assert steps.find_damage(step) == ""
+    with Checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.latest == 3
+        assert not (step / "checksums.json.partial").exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_arrays_of_another_run(whole):

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_runs import small
@@ -73,3 +74,18 @@ def test_a_workdir_that_cannot_be_written(case, tmp_path, monkeypatch):
         lock_workdir(workdir),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "checkpoints", "best", "tensorboard"])
+def test_what_has_the_name_of_what_a_run_writes(name, tmp_path):
+    """Said at the start, not when it is first written to, and without waiting for a reader of a pipe."""
+    kind = "file" if "." in name else "folder"
+    end = f"and the run writes a {kind} of that name; move it away, or give another --workdir"
+    for make in (os.mkfifo, Path.mkdir if kind == "file" else Path.touch, lambda path: path.symlink_to("nowhere")):
+        make(tmp_path / name)
+        with (
+            pytest.raises(ValueError, match=f"^{tmp_path / name} is not a {kind}, {end}$"),
+            lock_workdir(tmp_path),
+        ):
+            pass
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
