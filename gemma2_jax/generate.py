@@ -5,6 +5,7 @@ Nothing here imports JAX before the arguments are understood, so that `--help` a
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from gemma2_jax.model_config import DType
 
 if TYPE_CHECKING:
     from gemma2_jax.convert.checkpoints import Checkpoint
+    from gemma2_jax.inference.completion import Completion
+    from gemma2_jax.inference.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,10 @@ def _generate(command: Command) -> None:
 
     encoding.hide_torch()
     from gemma2_jax.convert.formats.companions import load_tokenizer
+    from gemma2_jax.inference.completion import Completion
     from gemma2_jax.inference.defaults import stop_tokens
-    from gemma2_jax.inference.loaded import load_generator
+    from gemma2_jax.inference.engine import Request, make_engine
+    from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.sampling import Sampling
     from gemma2_jax.inference.text import encode_prompt
 
@@ -69,9 +74,14 @@ def _generate(command: Command) -> None:
     tokens = [encode_prompt(prompt, tokenizer, chat=command.chat) for prompt in prompts]
     stop = stop_tokens(checkpoint, tokenizer, chat=command.chat)
     _print_defaults(command, checkpoint, stop, tokenizer)
-    generator = load_generator(checkpoint, command.dtype)
-    chunks = generator.stream(tokens, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=stop)
-    _print_texts(prompts, sum(map(len, tokens)), chunks, tokenizer)
+    requests = [
+        Request(prompt=row, max_new_tokens=command.max_new_tokens, sampling=sampling, stop=frozenset(stop))
+        for row in tokens
+    ]
+    engine = make_engine(load_decoder(checkpoint, command.dtype), requests)
+    for request in requests:
+        engine.submit(request)
+    _print_texts(engine, prompts, [Completion(request, tokenizer) for request in requests])
 
 
 def _read_prompt() -> str:
@@ -125,27 +135,30 @@ def _is_usable(settings: dict[str, Any]) -> bool:
     return True
 
 
-def _print_texts(prompts, prompt_tokens: int, chunks, tokenizer) -> None:
+def _print_texts(engine: "Engine", prompts: Sequence[str], completions: "list[Completion]") -> None:
     """Prints one text as its tokens come, several when they are whole, and how fast they came."""
     from gemma2_jax.inference.clock import Clock, describe_speed
-    from gemma2_jax.inference.text import TextStream
 
     clock = Clock()
-    times, counts = [clock()], []
-    texts = [TextStream(tokenizer) for _ in prompts]
-    for new in chunks:
-        times.append(clock())
-        counts.append(sum(map(len, new)))
-        pieces = [text.add(tokens) for text, tokens in zip(texts, new, strict=True)]
+    began = clock()
+    first, first_tokens = None, 0
+    while not engine.is_idle:
+        engine.advance()
+        pieces = [completion.take() for completion in completions]
         if len(prompts) == 1:
             print(pieces[0], end="", flush=True)
+        if first is None and all(completion.request.tokens for completion in completions):
+            first, first_tokens = clock(), sum(len(completion.request.tokens) for completion in completions)
     if len(prompts) == 1:
-        print(texts[0].flush())
+        print()
     else:
-        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            print(f"[{number}] {prompt}\n{text.whole}\n")
-    prefill = describe_speed(prompt_tokens, times[1] - times[0])
-    decode = describe_speed(sum(counts[1:]), times[-1] - times[1])
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            print(f"[{number}] {prompt}\n{completion.text}\n")
+    assert first is not None
+    prompt_tokens = sum(len(completion.request.prompt) for completion in completions)
+    new_tokens = sum(len(completion.request.tokens) for completion in completions)
+    prefill = describe_speed(prompt_tokens, first - began)
+    decode = describe_speed(new_tokens - first_tokens, clock() - first)
     print(f"prefill {prefill}; decode {decode}; compiled in {clock.compiling:.1f} s", file=sys.stderr)
 
 

@@ -51,7 +51,9 @@ ORDER_WITHIN = {
         ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
         ("startup", "resume", "export"), ("loop",),
     ),
-    "inference": (("sampling", "text", "clock", "defaults"), ("generator",), ("engine", "loaded")),
+    "inference": (
+        ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",), ("completion", "loaded")
+    ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
 }  # fmt: skip

@@ -3,17 +3,20 @@
 A model that generates reads all of its weights for each new token, whether for one row or for many. So the engine has a
 fixed number of slots, each a row of the cache, and adds tokens to all that are taken in one program. A request that
 comes takes a slot that is free, and its prompt is read in parts between those steps, so that no other request waits for
-long. One that ends leaves its slot to the next.
+long. One that ends leaves its slot to the next; what its row holds stays there until then, and a prompt that begins as
+it does is read from where they differ.
 
 Few programs serve all requests: one that adds tokens, and one for each size of a part. Their shapes are fixed when the
 engine is made, so that nothing is compiled after `warm`. The host is one call ahead of the device: it reads the tokens
 of a call when the next is under way.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count, takewhile
 from typing import Literal
 
 import jax
@@ -21,32 +24,36 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma2_jax.inference.generator import PAD, Generator
-from gemma2_jax.inference.sampling import GREEDY, RowSettings, Sampling, sample_rows
-from gemma2_jax.model.gemma2 import Cache
+from gemma2_jax.inference.decoder import Decoder
+from gemma2_jax.inference.sampling import GREEDY, MOST_ALTERNATIVES, RowSettings, Sampling, Scores
+from gemma2_jax.inference.steps import (
+    PAD,
+    NewTokens,
+    Parts,
+    State,
+    add_tokens,
+    bucket_length,
+    copy_rows,
+    empty_state,
+    pad_stops,
+    read_parts,
+)
+from gemma2_jax.mesh import constrain, replicate
 
 PARTS = (32, 128, 512)  # tokens of a prompt that are read at one time, at most; the smallest that is enough is taken
 MOST_STEPS = 16  # of one call, where no request waits for its first token
-MOST_STOPS = 8  # tokens that may end a request
+MOST_SLOTS = 64  # where no number is asked for: a step of more rows takes longer than a reader should wait
+SHORTEST_PREFIX = 16  # tokens that a prompt must share with a row before they are copied
 
 type Reason = Literal["stop", "length"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["token_B", "position_B", "left_B", "stop_BE", "settings", "cache"],
-    meta_fields=[],
-)
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What the device has of each slot. The cache holds the tokens before `position_B`."""
+@dataclass(frozen=True)
+class TokenScore:
+    """The log-probability of a token, and of the most likely ones in its place; no setting has changed them."""
 
-    token_B: jax.Array  # int32: the newest token
-    position_B: jax.Array  # int32: that token's position; while a prompt is read, that of the next part
-    left_B: jax.Array  # int32: how many more tokens the slot gets; 0 where it is free, or its prompt is still read
-    stop_BE: jax.Array  # int32: tokens that end it, -1 for fewer than MOST_STOPS
-    settings: RowSettings  # how its tokens are drawn
-    cache: Cache
+    value: float
+    alternatives: list[tuple[int, float]]  # tokens and log-probabilities, the most likely one before the others
 
 
 @dataclass(kw_only=True)
@@ -54,11 +61,15 @@ class Request:
     """A prompt and how it is continued; and what has come of it so far."""
 
     prompt: Sequence[int]  # tokens
-    max_new_tokens: int
+    max_new_tokens: int  # 0 only if the prompt's own scores are asked for
     sampling: Sampling = GREEDY
     sample: int = 0  # of several continuations of one prompt with one seed, which of them
-    stop: frozenset[int] = frozenset()  # tokens that end it, at most MOST_STOPS
+    stop: frozenset[int] = frozenset()  # tokens that end it, at most `steps.MOST_STOPS`
+    alternatives: int | None = None  # the scores of new tokens are asked for, with those of so many others
+    echo: bool = False  # the scores of the prompt's own tokens are asked for too
     tokens: list[int] = field(default_factory=list)  # new ones
+    scores: list[TokenScore] = field(default_factory=list)  # theirs
+    prompt_scores: list[TokenScore] = field(default_factory=list)  # of the prompt's tokens but the first
     reason: Reason | None = None  # why it has ended
     is_canceled: bool = False  # it gets no more tokens, and leaves its slot
 
@@ -66,71 +77,121 @@ class Request:
     def has_ended(self) -> bool:
         return self.reason is not None or self.is_canceled
 
+    @property
+    def sequence(self) -> list[int]:
+        """The prompt and the new tokens."""
+        return [*self.prompt, *self.tokens]
+
 
 @dataclass
 class _Slot:
-    """A slot that a request has taken."""
+    """A row of the cache: the request that has taken it, and what the row holds."""
 
-    request: Request
+    request: Request | None = None
     read: int = 0  # tokens of the prompt that are read, or being read
+    held: Sequence[int] = ()  # tokens whose keys and values are there, once the request has left
+    extent: int = 0  # the last position that may have been written, once the request has left
+    left_at: int = 0  # when it did, as a number that grows
 
     @property
     def is_reading(self) -> bool:
-        return self.read < len(self.request.prompt)
+        return self.request is not None and self.read < len(self.request.prompt)
+
+    @property
+    def is_adding(self) -> bool:
+        return self.request is not None and not self.is_reading
+
+    def take(self, request: Request, read: int) -> None:
+        """Gives the slot to a request, of whose prompt so many tokens are there."""
+        self.request, self.read, self.held = request, read, ()
+
+    def leave(self, at: int) -> None:
+        """Frees the slot."""
+        assert self.request is not None
+        self.held, self.extent = self.tokens(), self.end()
+        self.request, self.left_at = None, at
+
+    def tokens(self) -> Sequence[int]:
+        """The tokens that the row is known to hold."""
+        if self.request is None:
+            return self.held
+        return self.request.prompt[: self.read] if self.is_reading else self.request.sequence[:-1]
+
+    def end(self) -> int:
+        """The last position that may have been written. A row without work is written after its last token."""
+        if self.request is None:
+            return self.extent
+        if self.is_reading:
+            return self.read
+        if self.request.reason is None:
+            return len(self.request.prompt) + self.request.max_new_tokens
+        return len(self.request.prompt) + max(len(self.request.tokens) - 1, 0)
 
 
 class Engine:
-    """Continues requests on the weights of a `Generator`.
+    """Continues requests on the weights of a `Decoder`.
 
     `submit` takes a request and returns at once; each call of `advance` does one piece of work, and gives the requests
-    that have new tokens or have ended. One thread is to call both.
+    that have new tokens or have ended. One thread is to call both. On several processes, all make the same calls.
     """
 
-    def __init__(self, generator: Generator, *, slots: int, context: int):
+    def __init__(self, decoder: Decoder, *, slots: int, context: int):
         """A cache of `slots` rows of `context` tokens, prompt and new ones together."""
-        if not 1 <= context <= generator.config.max_length:
+        if not 1 <= context <= decoder.config.max_length:
             raise ValueError(
-                f"context is {context}; it must be at least 1 and at most the model's, {generator.config.max_length}"
+                f"context is {context}; it must be at least 1 and at most the model's, {decoder.config.max_length}"
             )
-        self._graph, self._weights, self._config = generator.graph, generator.weights, generator.config
-        self._slots: list[_Slot | None] = [None] * slots
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; it must be at least 1")
+        self._decoder = decoder
+        slots += -slots % decoder.batch_shards
+        self._slots = [_Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._pending: deque[_Call] = deque()
+        self._clock = count(1)
+        self._window = min(decoder.config.layer_windows(context))
         self.context = context
-        self._state = _empty_state(self._graph, self._weights, slots=slots, context=context)
+        with jax.set_mesh(decoder.mesh):
+            self._state = _make_state(decoder.graph, decoder.weights, slots, context)
 
     def submit(self, request: Request) -> None:
         """Takes a request, to be begun when a slot is free.
 
         Raises ValueError where it does not fit into a slot, or is none for this model.
         """
-        self._check(request)
+        self.check(request)
         self._waiting.append(request)
+
+    @property
+    def slots(self) -> int:
+        """How many requests are continued at a time."""
+        return len(self._slots)
 
     @property
     def is_idle(self) -> bool:
         """Whether every request has ended."""
-        return not (self._waiting or self._pending or any(self._slots))
+        return not (self._waiting or self._pending or any(slot.request for slot in self._slots))
 
     def advance(self) -> list[Request]:
-        """Dispatches a part of a prompt, or steps of all slots, and takes the results of the call before.
+        """Dispatches parts of prompts, steps of all slots, or both, and takes the results of the calls before.
 
         Returns the requests that have new tokens, or have ended.
         """
-        self._assign_slots()
-        reading = {number: slot for number, slot in enumerate(self._slots) if slot and slot.is_reading}
-        if reading:
-            self._read_part(*min(reading.items(), key=lambda item: item[1].read))
-        if any(slot and not slot.is_reading for slot in self._slots):
-            self._add_tokens(1 if reading or self._waiting else MOST_STEPS)
-        ahead = 1 if any(self._slots) else 0
+        with jax.set_mesh(self._decoder.mesh):
+            self._assign_slots()
+            is_reading = any(slot.is_reading for slot in self._slots)
+            if is_reading:
+                self._read_parts()
+            if any(slot.is_adding for slot in self._slots):
+                self._add_tokens(1 if is_reading or self._waiting else MOST_STEPS)
+        ahead = 1 if any(slot.request for slot in self._slots) else 0
         changed: dict[int, Request] = {}
         while len(self._pending) > ahead:
             changed |= {id(request): request for request in self._take(self._pending.popleft())}
         return list(changed.values())
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Continues all requests, and gives each when it has ended, whose order is theirs."""
+        """Continues all requests, and gives each when it has ended, in their order."""
         requests = list(requests)
         for request in requests:
             self.submit(request)
@@ -141,165 +202,276 @@ class Engine:
 
     def warm(self) -> None:
         """Compiles every program, by a request for each size of a part."""
-        for size in self._part_sizes():
-            request = Request(prompt=[0] * min(size, self.context - 1), max_new_tokens=1)
-            list(self.run([request]))
-        list(self.run([Request(prompt=[0], max_new_tokens=min(2, self.context - 1))]))
+        for size in self._part_sizes():  # an echo is never taken from another row
+            prompt = [PAD] * min(size, self.context - 1)
+            for _ in self.run([Request(prompt=prompt, max_new_tokens=min(2, self.context - len(prompt)), echo=True)]):
+                pass
+        with jax.set_mesh(self._decoder.mesh):
+            self._copy_row(0, 0, 0)
+        for slot in self._slots:
+            slot.held = ()
 
     def _part_sizes(self) -> list[int]:
         return [size for size in PARTS if size == PARTS[0] or size // 4 < self.context]
 
-    def _check(self, request: Request) -> None:
-        prompt, new = request.prompt, request.max_new_tokens
+    def check(self, request: Request) -> None:
+        """Raises ValueError where a request does not fit into a slot, or is none for this model."""
+        prompt, new, vocabulary = request.prompt, request.max_new_tokens, self._decoder.config.vocab_size
         if not len(prompt):
             raise ValueError("the prompt is empty; give it a token, such as <bos>")
-        if new < 1:
+        if new < (0 if request.echo else 1):
             raise ValueError(f"max_new_tokens is {new}; it must be at least 1")
-        if not 0 <= min(prompt) <= max(prompt) < self._config.vocab_size:
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise ValueError(
                 f"the prompt has tokens from {min(prompt)} to {max(prompt)}, and the model's are 0 to "
-                f"{self._config.vocab_size - 1}; use the model's own tokenizer"
+                f"{vocabulary - 1}; use the model's own tokenizer"
             )
         if len(prompt) + new > self.context:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, with {new} new ones {len(prompt) + new}, and there is room for "
                 f"{self.context}; shorten the prompt, or ask for fewer"
             )
-        if len(request.stop) > MOST_STOPS:
-            raise ValueError(f"there are {len(request.stop)} stop tokens; give {MOST_STOPS} at most")
+        pad_stops(request.stop)
+        if not 0 <= (request.alternatives or 0) <= MOST_ALTERNATIVES:
+            raise ValueError(
+                f"the scores of {request.alternatives} tokens are asked for in each place; ask for 0 to "
+                f"{MOST_ALTERNATIVES}"
+            )
+        if unknown := [token for token, _ in request.sampling.logit_bias if token >= vocabulary]:
+            raise ValueError(f"logit_bias has token {unknown[0]}, and the model's are 0 to {vocabulary - 1}")
 
     def _assign_slots(self) -> None:
-        for number, slot in enumerate(self._slots):
-            if slot is not None and slot.request.is_canceled:
-                self._slots[number] = None
-            while self._slots[number] is None and self._waiting:
-                request = self._waiting.popleft()
-                if not request.is_canceled:
-                    self._slots[number] = _Slot(request)
+        """Gives slots that are free to the requests that wait."""
+        for slot in self._slots:
+            if slot.request is not None and slot.request.is_canceled:
+                slot.leave(next(self._clock))
+        while self._waiting and any(slot.request is None for slot in self._slots):
+            if not self._waiting[0].is_canceled and not self._assign_slot(self._waiting[0]):
+                return
+            self._waiting.popleft()
 
-    def _read_part(self, number: int, slot: _Slot) -> None:
-        request, start = slot.request, slot.read
-        rest = len(request.prompt) - start
-        size = next((size for size in self._part_sizes() if size >= rest), self._part_sizes()[-1])
-        part = np.asarray(request.prompt[start : start + size], np.int32)
-        slot.read += len(part)
-        stop = np.full(MOST_STOPS, -1, np.int32)
-        stop[: len(request.stop)] = sorted(request.stop)
-        self._state, new = _read_part(
-            self._graph,
-            self._weights,
-            self._state,
-            np.int32(number),
-            np.pad(part, (0, size - len(part)), constant_values=PAD),
-            np.array([start, len(part), 0 if slot.is_reading else request.max_new_tokens], np.int32),
-            stop,
-            RowSettings.of(request.sampling, request.sample),
-        )
+    def _assign_slot(self, request: Request) -> bool:
+        """Gives a request a slot, and the beginning of its prompt where a row has it; or waits for such a row.
+
+        It is the slot that has been free for longest, of the batch shard with that row. A row that holds nothing but a
+        beginning of the prompt is taken as it is.
+        """
+        of_shard = len(self._slots) // self._decoder.batch_shards
+        free = [number for number, slot in enumerate(self._slots) if slot.request is None]
+        near = [n for n in range(len(self._slots)) if any(n // of_shard == other // of_shard for other in free)]
+        shared = {number: self._count_shared(request, self._slots[number]) for number in near}
+        source = max(near, key=lambda number: (shared[number], number in free))
+        read = shared[source] if shared[source] >= SHORTEST_PREFIX and not request.echo else 0
+        if not request.echo and any(self._will_share(request, self._slots[number]) > read for number in near):
+            return False
+        targets = [number for number in free if not read or number // of_shard == source // of_shard]
+        target = min(targets, key=lambda number: self._slots[number].left_at)
+        if read and source in free and read == len(self._slots[source].held):
+            target = source
+        if read:
+            self._copy_row(source, target, read)
+        self._slots[target].take(request, read)
+        return True
+
+    def _count_shared(self, request: Request, slot: _Slot) -> int:
+        """How many tokens of the prompt, but the last, the slot's row holds where a row with them would.
+
+        A local layer keeps the last tokens of its window alone: once the row has gone on further than that, what comes
+        after a beginning has taken the place of some of its tokens.
+        """
+        shared = _count_equal(request.prompt[:-1], slot.tokens())
+        end = slot.end()
+        return shared if end < self._window or shared == end else 0
+
+    def _will_share(self, request: Request, slot: _Slot) -> int:
+        """How many tokens of the prompt, but the last, a row will hold when the prompt there has been read."""
         if not slot.is_reading:
-            self._pending.append(_Call(slots={number: slot}, new=new))
+            return 0
+        other = slot.request
+        assert other is not None
+        if len(other.prompt) + other.max_new_tokens >= self._window:
+            return 0
+        shared = _count_equal(request.prompt[:-1], other.prompt)
+        return shared if shared >= SHORTEST_PREFIX else 0
+
+    def _copy_row(self, source: int, target: int, length: int) -> None:
+        shards, of_shard = self._decoder.batch_shards, len(self._slots) // self._decoder.batch_shards
+        rows = np.zeros((3, shards), np.int32)  # elsewhere a row is copied to itself
+        rows[:, source // of_shard] = source % of_shard, target % of_shard, length
+        self._state = _copy_rows(self._state, *rows)
+
+    def _read_parts(self) -> None:
+        """Dispatches a part of the prompt that has come least far, of each batch shard."""
+        of_shard = len(self._slots) // self._decoder.batch_shards
+        chosen: list[_Slot | None] = []
+        for begin in range(0, len(self._slots), of_shard):
+            reading = [slot for slot in self._slots[begin : begin + of_shard] if slot.is_reading]
+            chosen.append(min(reading, key=lambda slot: slot.read) if reading else None)
+        rest = max(len(slot.request.prompt) - slot.read for slot in chosen if slot and slot.request)
+        size = next((size for size in self._part_sizes() if size >= rest), self._part_sizes()[-1])
+        call = _Call()
+        parts = []
+        for shard, slot in enumerate(chosen):
+            number = self._slots.index(slot) if slot else 0
+            parts.append(_make_part(slot, number % of_shard, size))
+            if slot and slot.request:
+                is_last = slot.read + size >= len(slot.request.prompt)
+                if slot.request.echo:
+                    call.echoes[shard] = slot.request, min(size, len(slot.request.prompt) - slot.read) - is_last
+                slot.read = min(slot.read + size, len(slot.request.prompt))
+                if is_last:
+                    call.requests[number] = slot.request
+        stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
+        self._state, call.new, call.prompt_scores = _read_parts(
+            self._decoder.graph, self._decoder.weights, self._state, stacked
+        )
+        if call.requests or call.echoes:
+            self._pending.append(call)
 
     def _add_tokens(self, steps: int) -> None:
-        slots = {number: slot for number, slot in enumerate(self._slots) if slot and not slot.is_reading}
-        self._state, new = _add_tokens(self._graph, self._weights, self._state, np.int32(steps))
-        self._pending.append(_Call(slots=slots, new=new))
+        call = _Call(requests={number: slot.request for number, slot in enumerate(self._slots) if slot.is_adding})
+        is_taken_B = np.array([slot.is_adding for slot in self._slots])
+        self._state, call.new = _add_tokens(
+            self._decoder.graph, self._decoder.weights, self._state, is_taken_B, np.int32(steps)
+        )
+        self._pending.append(call)
 
     def _take(self, call: "_Call") -> Iterator[Request]:
-        """Waits for the tokens of a call, and gives them to the requests whose slots they are of."""
-        tokens_BC, counts_B = jax.device_get(call.new)
-        for number, slot in call.slots.items():
-            request, new = slot.request, tokens_BC[number, : counts_B[number]].tolist()
-            if request.has_ended or not new:
+        """Waits for the results of a call, and gives them to its requests."""
+        assert call.new is not None
+        for shard, (request, length) in call.echoes.items():
+            scores = jax.device_get(call.prompt_scores)
+            request.prompt_scores += _list_scores(scores, shard, length, request.alternatives or 0)
+        tokens_BC, counts_B = jax.device_get((call.new.tokens_BC, call.new.counts_B))
+        asked = any(request.alternatives is not None for request in call.requests.values())
+        scores = jax.device_get(call.new.scores) if asked else None
+        for number, request in call.requests.items():
+            new = tokens_BC[number, : counts_B[number]].tolist()
+            if request.has_ended or not (new or request.max_new_tokens == 0):
                 continue
             request.tokens += new
-            if new[-1] in request.stop:
+            if scores is not None and request.alternatives is not None:
+                request.scores += _list_scores(scores, number, len(new), request.alternatives)
+            if new and new[-1] in request.stop:
                 request.reason = "stop"
             elif len(request.tokens) == request.max_new_tokens:
                 request.reason = "length"
-            if request.reason and self._slots[number] is slot:
-                self._slots[number] = None
+            slot = self._slots[number]
+            if request.reason and slot.request is request:
+                slot.leave(next(self._clock))
             yield request
 
 
-@dataclass(frozen=True, kw_only=True)
+def make_engine(decoder: Decoder, requests: Sequence[Request]) -> Engine:
+    """An engine for these requests: a slot for each, or as many as fit, with room for the longest."""
+    if not requests:
+        raise ValueError("there are no prompts; give at least one")
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    context = min(bucket_length(longest), decoder.config.max_length)
+    return Engine(decoder, slots=min(len(requests), count_slots(decoder, context)), context=context)
+
+
+def count_slots(decoder: Decoder, context: int) -> int:
+    """How many slots of so many tokens fit into four fifths of the memory that is free, at most MOST_SLOTS.
+
+    The rest is for what a step computes. On a GPU, memory that XLA has reserved counts as free until it is in use.
+    """
+    make = partial(empty_state, rows=1, context=context)
+    row = jax.eval_shape(lambda weights: make(nnx.merge(decoder.graph, weights)), decoder.weights)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+    shards = decoder.mesh.size
+    size /= min(shards, decoder.config.kv_heads * decoder.batch_shards)  # of a slot, on each device
+    free = min(map(_free_memory, decoder.mesh.local_devices))
+    fitting = int(0.8 * free / size)
+    if fitting < 1:
+        raise ValueError(
+            f"a slot of {context} tokens takes {size / 2**30:.2f} GiB of each device, and {free / 2**30:.2f} GiB are "
+            "free; ask for fewer tokens, or use more devices"
+        )
+    return min(fitting, MOST_SLOTS)
+
+
+def _free_memory(device: jax.Device) -> int:
+    """Bytes of memory that a device has left; of a CPU, those of the machine."""
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(kw_only=True)
 class _Call:
-    """A call of a program whose tokens have not been read."""
+    """A call of a program whose results have not been read."""
 
-    slots: dict[int, _Slot]  # that it adds tokens to, by number
-    new: tuple[jax.Array, jax.Array]  # tokens, int32 [B, C], and how many of them each slot has, [B]
+    requests: dict[int, Request] = field(default_factory=dict)  # that it adds tokens to, by the number of their slot
+    echoes: dict[int, tuple[Request, int]] = field(default_factory=dict)  # of each batch shard, and how many scores
+    new: NewTokens | None = None
+    prompt_scores: Scores | None = None
 
 
-def _empty_state(graph, weights, *, slots: int, context: int) -> State:
-    model = nnx.eval_shape(lambda: nnx.merge(graph, weights))
-    config = model.config
-
-    def make_cache(slots_of_layer: int) -> tuple[jax.Array, jax.Array]:
-        shape = slots, config.kv_heads, slots_of_layer, config.head_width
-        return jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)
-
-    return State(
-        token_B=jnp.zeros(slots, jnp.int32),
-        position_B=jnp.zeros(slots, jnp.int32),
-        left_B=jnp.zeros(slots, jnp.int32),
-        stop_BE=jnp.full((slots, MOST_STOPS), -1, jnp.int32),
-        settings=jax.tree.map(lambda x: jnp.broadcast_to(x, slots), RowSettings.of(GREEDY, 0)),
-        cache=[make_cache(length) for length in config.layer_windows(context)],
+def _make_part(slot: _Slot | None, row: int, size: int) -> Parts:
+    """The next part of a slot's prompt, `size` tokens at most, as arrays without the dim B; or one of no tokens."""
+    request, read = (slot.request, slot.read) if slot and slot.request else (None, 0)
+    part = np.full(size + 1, PAD, np.int32)
+    length = is_last = 0
+    if request:
+        tokens = request.prompt[read : read + size + 1]  # with the one that follows
+        part[: len(tokens)] = tokens
+        length = min(len(tokens), size)
+        is_last = read + length == len(request.prompt)
+    return Parts(
+        row_B=np.int32(row),
+        tokens_BT=part[:size],
+        next_B=part[length],
+        start_B=np.int32(read),
+        length_B=np.int32(length),
+        new_B=np.int32(request.max_new_tokens if request and is_last else 0),
+        stop_BE=pad_stops(request.stop if request else ()),
+        is_scored_B=np.bool(request is not None and request.alternatives is not None),
+        is_echoed_B=np.bool(request is not None and request.echo),
+        settings=RowSettings.of(request.sampling, request.sample) if request else RowSettings.of(GREEDY),
     )
 
 
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
-def _read_part(graph, weights, state: State, number, tokens_T, place, stop_E, settings: RowSettings):
-    """Reads a part of the prompt of a slot, and with the last part adds its first token.
-
-    `place` is where the part begins, how many tokens it has, and how many new tokens the slot gets if it is the last
-    part, else 0. Returns the state, and what `Engine._take` reads.
-    """
-    model = nnx.merge(graph, weights)
-    start, length, new = place
-    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1), state.cache)
-    hidden_1TD, row = model.extend(tokens_T[None], start[None], length[None], row)
-    cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, number, 0), state.cache, row)
-    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, length - 1, axis=1, keepdims=False)
-    end = start + length
-    token = sample_rows(model.logits(last_1D), end[None], jax.tree.map(lambda x: x[None], settings))[0]
-    has_ended = jnp.isin(token, stop_E) | (new == 0)
-    state = State(
-        token_B=state.token_B.at[number].set(token),
-        position_B=state.position_B.at[number].set(end),
-        left_B=state.left_B.at[number].set(jnp.where(has_ended, 0, new - 1)),
-        stop_BE=state.stop_BE.at[number].set(stop_E),
-        settings=jax.tree.map(lambda x, y: x.at[number].set(y), state.settings, settings),
-        cache=cache,
-    )
-    return state, (state.token_B[:, None], jnp.zeros_like(state.left_B).at[number].set(1))
+def _list_scores(scores: Scores, row: int, length: int, alternatives: int) -> list[TokenScore]:
+    """The scores of the beginning of a row."""
+    values, tokens = scores.values[row, :length, :alternatives], scores.tokens[row, :length, :alternatives]
+    return [
+        TokenScore(float(chosen), list(zip(ids.tolist(), numbers.tolist(), strict=True)))
+        for chosen, ids, numbers in zip(scores.chosen[row, :length], tokens, values, strict=True)
+    ]
 
 
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
-def _add_tokens(graph, weights, state: State, steps):
-    """Adds as many tokens to each slot as it is to get, `steps` at most; returns the state, and what `_take` reads.
+def _count_equal(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
-    A slot that gets none takes part in the computation. What that writes into its cache, at its position, is written
-    again before it is read: there is the next part of its prompt, or the next prompt begins.
-    """
-    model = nnx.merge(graph, weights)
 
-    def is_unfinished(carry):
-        step, state, _, _ = carry
-        return (step < steps) & jnp.any(state.left_B > 0)
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _make_state(graph, weights, rows: int, context: int) -> State:
+    return _place(empty_state(nnx.merge(graph, weights), rows=rows, context=context))
 
-    def add_token(carry):
-        step, state, tokens_BC, counts_B = carry
-        hidden_BD, cache = model.decode_step(state.token_B, state.position_B, state.cache)
-        is_active_B = state.left_B > 0
-        position_B = state.position_B + is_active_B
-        token_B = sample_rows(model.logits(hidden_BD), position_B, state.settings)
-        token_B = jnp.where(is_active_B, token_B, state.token_B)
-        has_ended_B = jnp.any(token_B[:, None] == state.stop_BE, axis=1)
-        left_B = jnp.where(is_active_B & ~has_ended_B, state.left_B - 1, 0)
-        left_B = jnp.where(is_active_B, left_B, state.left_B)
-        new = replace(state, token_B=token_B, position_B=position_B, left_B=left_B, cache=cache)
-        return step + 1, new, tokens_BC.at[:, step].set(token_B), counts_B + is_active_B
 
-    B = state.token_B.shape[0]
-    start = jnp.int32(0), state, jnp.full((B, MOST_STEPS), PAD), jnp.zeros(B, jnp.int32)
-    _, state, tokens_BC, counts_B = jax.lax.while_loop(is_unfinished, add_token, start)
-    return state, (tokens_BC, counts_B)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _read_parts(graph, weights, state: State, parts: Parts) -> tuple[State, NewTokens, Scores]:
+    state, *results = read_parts(nnx.merge(graph, weights), state, parts)
+    return _place(state), *jax.tree.map(replicate, results)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add_tokens(graph, weights, state: State, is_taken_B, steps) -> tuple[State, NewTokens]:
+    """`add_tokens` for rows that are taken alone: the state does not know of a request that was canceled."""
+    state = replace(state, left_B=jnp.where(is_taken_B, state.left_B, 0))
+    state, new = add_tokens(nnx.merge(graph, weights), state, steps, MOST_STEPS)
+    return _place(state), jax.tree.map(replicate, new)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy_rows(state: State, source_B, target_B, length_B) -> State:
+    return _place(copy_rows(state, source_B, target_B, length_B))
+
+
+def _place(state: State) -> State:
+    """The state with its caches spread over the mesh, and all else whole on each device."""
+    small = jax.tree.map(replicate, replace(state, cache=[]))
+    return replace(small, cache=jax.tree.map(lambda x: constrain(x, "BKSH"), state.cache))

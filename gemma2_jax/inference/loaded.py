@@ -20,7 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from gemma2_jax.config import ComputeConfig, MeshConfig
+from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
 from gemma2_jax.convert.files.memory import Index
@@ -28,11 +28,12 @@ from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.dims import Abstract
+from gemma2_jax.inference.decoder import Decoder, decoding_mesh, keeps_dtype, one_device_mesh
 from gemma2_jax.inference.defaults import stop_tokens
-from gemma2_jax.inference.generator import Generator, keeps_dtype
+from gemma2_jax.inference.engine import Request, make_engine
 from gemma2_jax.inference.sampling import Sampling
 from gemma2_jax.inference.text import decode_text, encode_prompt
-from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
+from gemma2_jax.mesh import describe_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model.gemma2 import Gemma2, Weights, flatten_state, rebuild_model, weight_dims
@@ -141,11 +142,6 @@ def default_dtype() -> DType:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def one_device_mesh() -> Mesh:
-    """The mesh of this process's first device."""
-    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-
-
 def complete_config(checkpoint: Checkpoint) -> ModelConfig:
     """The model's config. Raises ValueError if the checkpoint is an adapter without its model."""
     if checkpoint.model is None or not checkpoint.has_weights:
@@ -219,44 +215,46 @@ def save_model(model: Gemma2, path: Path, to: Format, *, merge: bool = False) ->
     write_checkpoint(job, path)
 
 
-def load_generator(checkpoint: Checkpoint, dtype: DType | None = None) -> Generator:
-    """The model of a checkpoint, ready to generate, on the first device.
+def load_decoder(checkpoint: Checkpoint, dtype: DType | None = None, mesh: Mesh | None = None) -> Decoder:
+    """The model of a checkpoint, ready to generate, on the mesh, by default the first device.
 
     An adapter is merged into the weights if that is possible, as it would slow down every step.
     """
-    model = load_model(replace(checkpoint, tokenizer=None), dtype=dtype or default_dtype())
+    mesh = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint))
+    model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype or default_dtype())
     adapter = model.adapter
     graph, state = nnx.split(model)
     weights = flatten_state(state)
-    del model, state  # so that the generator can free each stacked weight
-    return _make_generator(graph, weights, adapter)
+    del model, state  # so that the decoder can free each stacked weight
+    return _make_decoder(graph, weights, adapter, mesh)
 
 
 def generate_texts(
     model: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, chat: bool
 ) -> list[str]:
-    """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh."""
+    """The continuation of every prompt, or with `chat` the answer to it, on the model's devices."""
     tokens = [encode_prompt(prompt, model.tokenizer, chat=chat) for prompt in prompts]
-    rows = [*tokens, *tokens[-1:] * (-len(tokens) % (model.mesh.shape["data"] * model.mesh.shape["fsdp"]))]
-    stop = stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat)
+    stop = frozenset(stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat))
+    requests = [Request(prompt=row, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop) for row in tokens]
     graph, state = nnx.split(model)
     with jax.set_mesh(model.mesh):
         weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in flatten_state(state).items()}
-        generator = _make_generator(graph, weights, model.adapter)
-        new = generator.generate(rows, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
-    return [decode_text(row, model.tokenizer) for row in new[: len(prompts)]]
+        decoder = _make_decoder(graph, weights, model.adapter, model.mesh)
+    done = make_engine(decoder, requests).run(requests)
+    return [decode_text(request.tokens, model.tokenizer) for request in done]
 
 
-def _make_generator(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig) -> Generator:
-    """A generator with these weights, and the adapter merged if that is possible. Empties `weights`."""
+def _make_decoder(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh) -> Decoder:
+    """A decoder with these weights, and the adapter merged if that is possible. Empties `weights`."""
     if adapter.kind != "none" and not adapter.unmergeable_targets:
         model = rebuild_model(graph, weights)
         weights.clear()
-        lora.merge_adapters(model)
+        with jax.set_mesh(mesh):
+            lora.merge_adapters(model)
         graph, state = nnx.split(model)
         weights = flatten_state(state)
         del model, state
-    return Generator(graph, weights)
+    return Decoder(graph, weights, mesh)
 
 
 def _for_inference(mesh: Mesh) -> Mesh:

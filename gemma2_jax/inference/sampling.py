@@ -1,24 +1,36 @@
-"""How the next token is chosen from logits: the most likely one, or a draw after temperature, top-k and top-p."""
+"""How the next token is chosen from logits: the most likely one, or a draw from what the settings leave.
+
+The order is that of transformers' `generate`: biases, penalties, temperature, top-k, top-p, min-p. Every row of a batch
+has settings of its own, as arrays, so that one program serves all; what no row of a step asks for costs nothing there.
+"""
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma2_jax.mesh import replicate
+
 _LOWEST_TEMPERATURE = 1e-6  # a logit over less would come near the end of float32, and none differs from 0
+MOST_BIASES = 300  # tokens of one request whose logits are biased: as many as OpenAI's API takes
+MOST_ALTERNATIVES = 20  # tokens of one position whose log-probabilities are given: as many as OpenAI's API gives
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn. A new value of a setting needs no compilation; setting one that was unset does."""
+    """How the tokens of a text are chosen. Its draws depend on the seed and on nothing else in the batch."""
 
-    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token, whatever else is set
+    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token
     top_k: int | None = None  # draw from the k most likely tokens
     top_p: float | None = None  # draw from the fewest most likely of those whose probabilities sum up to this
-    seed: int = 0  # of the draws; the draws of a row do not depend on the other rows
+    min_p: float | None = None  # of those, from the ones with at least this share of the most likely one's probability
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt and text, multiplies negative ones
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text so far
+    frequency_penalty: float = 0.0  # subtracted from them for each time that they occur in the text so far
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
@@ -32,92 +44,177 @@ class Sampling:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or unset")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 and at most 1, or unset")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite, and 1 is none"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number, and 0 is none")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens; give {MOST_BIASES} at most")
+        for token, bias in self.logit_bias:
+            if not 0 <= token < 2**31 or math.isnan(bias):
+                raise ValueError(f"logit_bias has {bias} for token {token}; give numbers for the model's own tokens")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**31")
-
-    @property
-    def settings(self) -> dict[str, float]:
-        """The settings that have an effect, by name: names are compiled in, values are arguments."""
-        if self.temperature == 0:
-            return {}
-        fields = {"temperature": self.temperature, "seed": self.seed, "top_k": self.top_k, "top_p": self.top_p}
-        return {name: value for name, value in fields.items() if value is not None and (name, value) != ("top_p", 1)}
 
 
 GREEDY = Sampling()
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["temperature", "top_k", "top_p", "seed", "sample"], meta_fields=[]
-)
 @dataclass(frozen=True, kw_only=True)
 class RowSettings[Array]:
-    """How the tokens of rows are drawn, each in its own way: arrays [B], or scalars of one row."""
+    """How the tokens of rows are chosen, each in its own way: arrays [B], or scalars of one row; biases have an E."""
 
     temperature: Array  # float32; 0 takes the most likely token
     top_k: Array  # int32; as many as there are, or more: no limit
     top_p: Array  # float32; above 1: no limit
+    min_p: Array  # float32; 0: no limit
+    repetition_penalty: Array  # float32; 1: none
+    presence_penalty: Array  # float32
+    frequency_penalty: Array  # float32
+    bias_token_E: Array  # int32; beyond the vocabulary where there are fewer
+    bias_E: Array  # float32
     seed: Array  # int32
     sample: Array  # int32: of several draws with one seed, which of them
 
     @classmethod
-    def of(cls, sampling: Sampling, sample: int) -> "RowSettings[np.generic]":
+    def of(cls, sampling: Sampling, sample: int = 0) -> "RowSettings[np.ndarray]":
         """Those of one row."""
-        settings = sampling.settings
+        has_top_p = sampling.top_p is not None and sampling.top_p < 1
+        bias_token_E = np.full(MOST_BIASES, 2**31 - 1, np.int32)
+        bias_E = np.zeros(MOST_BIASES, np.float32)
+        for number, (token, bias) in enumerate(sampling.logit_bias):
+            bias_token_E[number], bias_E[number] = token, bias
         return RowSettings(
             temperature=np.float32(sampling.temperature),
-            top_k=np.int32(settings.get("top_k", 2**31 - 1)),
-            top_p=np.float32(settings.get("top_p", math.inf)),
+            top_k=np.int32(sampling.top_k or 2**31 - 1),
+            top_p=np.float32(sampling.top_p if has_top_p else math.inf),
+            min_p=np.float32(sampling.min_p or 0),
+            repetition_penalty=np.float32(sampling.repetition_penalty),
+            presence_penalty=np.float32(sampling.presence_penalty),
+            frequency_penalty=np.float32(sampling.frequency_penalty),
+            bias_token_E=bias_token_E,
+            bias_E=bias_E,
             seed=np.int32(sampling.seed),
             sample=np.int32(sample),
         )
 
 
-def sample_rows(logits_BV: jax.Array, position_B: jax.Array, settings: RowSettings) -> jax.Array:
-    """The token of each row for its `position_B`, int32 [B]; a draw depends on nothing of the other rows."""
+jax.tree_util.register_dataclass(RowSettings, [field.name for field in fields(RowSettings)], [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The tokens of rows before the one that is chosen."""
+
+    token_BS: jax.Array  # int32: by position
+    prompt_B: jax.Array  # int32: how many of them are the prompt's
+    total_B: jax.Array  # int32: how many of them there are
+
+
+jax.tree_util.register_dataclass(History, ["token_BS", "prompt_B", "total_B"], [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probabilities of tokens, before any setting has changed them."""
+
+    chosen: jax.Array  # float32 [...], of the token that was taken
+    tokens: jax.Array  # int32 [..., MOST_ALTERNATIVES], the most likely ones
+    values: jax.Array  # float32 [..., MOST_ALTERNATIVES], theirs
+
+
+jax.tree_util.register_dataclass(Scores, ["chosen", "tokens", "values"], [])
+
+
+def empty_scores(*shape: int) -> Scores:
+    """Zeros for so many positions."""
+    tokens = jnp.zeros((*shape, MOST_ALTERNATIVES), jnp.int32)
+    return Scores(chosen=jnp.zeros(shape), tokens=tokens, values=jnp.zeros(tokens.shape))
+
+
+def score_tokens(logits: jax.Array, token: jax.Array) -> Scores:
+    """The log-probabilities of tokens [...] and of the most likely ones, by logits [..., V]."""
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    values, tokens = jax.lax.top_k(logits, min(MOST_ALTERNATIVES, logits.shape[-1]))
+    missing = [(0, 0)] * token.ndim + [(0, MOST_ALTERNATIVES - tokens.shape[-1])]
+    return Scores(
+        chosen=(jnp.take_along_axis(logits, token[..., None], axis=-1) - log_z)[..., 0],
+        tokens=jnp.pad(tokens, missing),
+        values=jnp.pad(values - log_z, missing, constant_values=-jnp.inf),
+    )
+
+
+def sample_rows(logits_BV: jax.Array, settings: RowSettings, history: History) -> jax.Array:
+    """The next token of each row, int32 [B]; a draw depends on its position, and on nothing of the other rows."""
+    logits_BV = jax.lax.cond(
+        _is_adjusted(settings).any(), lambda: adjust_logits(replicate(logits_BV), settings, history), lambda: logits_BV
+    )
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     is_drawn_B = settings.temperature > 0
 
-    def draw_rows():
-        columns = {"temperature": jnp.where(is_drawn_B, settings.temperature, 1.0)[:, None]}
-        columns |= {"top_k": settings.top_k[:, None], "top_p": settings.top_p[:, None]}
+    def draw_rows() -> jax.Array:
+        scaled_BV = replicate(logits_BV) / jnp.where(is_drawn_B, settings.temperature, 1.0)[:, None]
+        filtered_BV = jax.lax.cond(
+            (is_drawn_B & _is_filtered(settings, logits_BV.shape[-1])).any(),
+            lambda: filter_logits(scaled_BV, settings),
+            lambda: scaled_BV,
+        )
 
         def draw(seed, sample, position, logits_V):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
             return jax.random.categorical(key, logits_V)
 
-        filtered_BV = filter_logits(logits_BV, columns)
-        return jax.vmap(draw)(settings.seed, settings.sample, position_B, filtered_BV).astype(jnp.int32)
+        return jax.vmap(draw)(settings.seed, settings.sample, history.total_B, filtered_BV).astype(jnp.int32)
 
     drawn_B = jax.lax.cond(is_drawn_B.any(), draw_rows, lambda: best_B)
     return jnp.where(is_drawn_B, drawn_B, best_B)
 
 
-def filter_logits(logits_BV: jax.Array, settings: dict) -> jax.Array:
-    """Logits divided by the temperature, -inf for tokens that top_k, then top_p exclude; of equal ones, none or all."""
-    logits_BV = logits_BV / settings["temperature"]
-    if settings.keys().isdisjoint(("top_k", "top_p")):
-        return logits_BV
+def _is_adjusted(settings: RowSettings) -> jax.Array:
+    has_penalty_B = (settings.presence_penalty != 0) | (settings.frequency_penalty != 0)
+    return has_penalty_B | (settings.repetition_penalty != 1) | (settings.bias_E != 0).any(-1)
+
+
+def _is_filtered(settings: RowSettings, vocabulary: int) -> jax.Array:
+    return (settings.top_k < vocabulary) | (settings.top_p <= 1) | (settings.min_p > 0)
+
+
+def adjust_logits(logits_BV: jax.Array, settings: RowSettings, history: History) -> jax.Array:
+    """Logits with biases, then penalties for the tokens before.
+
+    The repetition penalty is for tokens of prompt and text (arXiv:1909.05858, section 4.1); the presence and the
+    frequency penalty are for those of the text alone, as OpenAI's API defines them.
+    """
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    logits_BV = logits_BV.at[rows_B1, settings.bias_token_E].add(settings.bias_E, mode="drop")
+    position_S = jnp.arange(history.token_BS.shape[1])
+    is_token_BS = position_S < history.total_B[:, None]
+    is_new_BS = is_token_BS & (position_S >= history.prompt_B[:, None])
+    count_BV = jnp.zeros(logits_BV.shape, jnp.int32)
+    is_seen_BV = count_BV.at[rows_B1, history.token_BS].add(is_token_BS.astype(jnp.int32)) > 0
+    count_BV = count_BV.at[rows_B1, history.token_BS].add(is_new_BS.astype(jnp.int32))
+    repetition_B1, presence_B1, frequency_B1 = (
+        x[:, None] for x in (settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty)
+    )
+    repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    logits_BV = jnp.where(is_seen_BV, repeated_BV, logits_BV)
+    return logits_BV - presence_B1 * (count_BV > 0) - frequency_B1 * count_BV
+
+
+def filter_logits(logits_BV: jax.Array, settings: RowSettings) -> jax.Array:
+    """Logits, -inf for tokens that top_k, then top_p, then min_p exclude; of equal ones, none or all."""
     descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    if "top_k" in settings:
-        rank_V = jnp.arange(logits_BV.shape[-1])
-        descending_BV = jnp.where(rank_V < settings["top_k"], descending_BV, -jnp.inf)
-    if "top_p" in settings:
-        probability_BV = jax.nn.softmax(descending_BV, axis=-1)
-        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        descending_BV = jnp.where(before_BV < settings["top_p"], descending_BV, -jnp.inf)
+    rank_V = jnp.arange(logits_BV.shape[-1])
+    descending_BV = jnp.where(rank_V < settings.top_k[:, None], descending_BV, -jnp.inf)
+    probability_BV = jax.nn.softmax(descending_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    descending_BV = jnp.where(before_BV < settings.top_p[:, None], descending_BV, -jnp.inf)
+    is_likely_BV = probability_BV >= settings.min_p[:, None] * probability_BV[:, :1]
+    descending_BV = jnp.where(is_likely_BV, descending_BV, -jnp.inf)
     least_B1 = jnp.min(descending_BV, axis=-1, keepdims=True, where=descending_BV > -jnp.inf, initial=jnp.inf)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-
-
-def sample_tokens(logits_BV: jax.Array, position_B: jax.Array, settings: dict) -> jax.Array:
-    """The token for `position_B`, int32 [B]: the most likely one, or a draw that depends on seed, row and position."""
-    if not settings:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def draw(row, position, logits_V):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings["seed"]), row), position)
-        return jax.random.categorical(key, logits_V)
-
-    rows_B = jnp.arange(logits_BV.shape[0])
-    return jax.vmap(draw)(rows_B, position_B, filter_logits(logits_BV, settings)).astype(jnp.int32)

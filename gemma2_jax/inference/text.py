@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from tokenizers.decoders import DecodeStream
+
 from gemma2_jax.data.chat import write_messages
 
 if TYPE_CHECKING:
@@ -43,28 +45,23 @@ def decode_text(tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 class TextStream:
-    """The text of tokens that arrive a few at a time."""
+    """The text of tokens that arrive one at a time. A character whose last token is missing is held back."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._shown = 0  # characters that were returned so far
+        self.text = ""  # so far
 
-    @property
-    def whole(self) -> str:
-        """The text so far."""
-        return decode_text(self._tokens, self._tokenizer)
-
-    def add(self, tokens: list[int]) -> str:
-        """The new text that these tokens complete. A character whose last token is missing is held back."""
-        self._tokens += tokens
-        return self._take(self.whole.rstrip("\ufffd"))
+    def add(self, token: int) -> str:
+        """The new text that this token completes."""
+        self._tokens.append(token)
+        new = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self.text += new
+        return new
 
     def flush(self) -> str:
         """The text that was held back, once no more tokens arrive."""
-        return self._take(self.whole)
-
-    def _take(self, text: str) -> str:
-        new = text[self._shown :]
-        self._shown += len(new)
+        new = decode_text(self._tokens, self._tokenizer)[len(self.text) :]
+        self.text += new
         return new

@@ -334,32 +334,24 @@ class Gemma2(nnx.Module):
         """The `attend` of a layer with this window: a whole sequence attends to itself. It takes and gives no cache."""
         return self._attend(self.attention.attend, q, k, v, segments_BT, window), None
 
-    def prefill(self, tokens_BT, lengths_B, slots: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] of prompts and their cache.
+    def empty_cache(self, rows: int, context: int) -> Cache:
+        """A cache for so many rows of `context` tokens.
 
-        Prompts start at position 0 and are padded at the end to T; `lengths_B` says how many tokens each has. The cache
-        has room for `slots` tokens, and in a local layer for no more than its window, where layers are unstacked.
+        A local layer's has room for its window alone, where layers are unstacked.
         """
-        B, T = tokens_BT.shape
-        segments_BT = jnp.zeros((B, T), jnp.int32)
-        slots_by_layer = None if isinstance(self.blocks, Block) else self.config.layer_windows(slots)
-
-        def attend(window, layer_slots, q, k, v):
-            S = layer_slots or slots
-            last_B1 = lengths_B[:, None] - 1
-            position_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(S)) % S, 0)
-            cache = [jnp.take_along_axis(x, position_BS[:, :, None, None], axis=1) for x in (k, v)]
-            cache = tuple(constrain(jnp.einsum("BSKH->BKSH", x), "BKSH") for x in cache)
-            return self._attend(self.attention.attend, q, k, v, segments_BT, window), cache
-
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        return self._run_layers(tokens_BT, positions_BT, attend, slots_by_layer)
+        config = self.config
+        is_stack = isinstance(self.blocks, Block)
+        lengths = [context] * config.layers if is_stack else config.layer_windows(context)
+        shapes = [(rows, config.kv_heads, length, config.head_width) for length in lengths]
+        shapes = [(config.layers, *shapes[0])] if is_stack else shapes
+        caches = [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for shape in shapes]
+        return caches[0] if is_stack else caches
 
     def extend(self, tokens_BT, start_B, lengths_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of the next tokens of each row, from position `start_B` on, and the cache with them.
 
         The cache holds the tokens before `start_B`; of those that are given, a row has the first `lengths_B`, and the
-        others are padding. So a prompt can be read in parts, whose results are those of `prefill` for the whole.
+        others are padding. A prompt read in parts has the results of one read whole.
         """
         T = tokens_BT.shape[1]
         slots = max(x.shape[-2] for x in jax.tree.leaves(cache))

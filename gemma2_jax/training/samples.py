@@ -2,7 +2,7 @@
 
 One program, compiled before the first step, reads the prompts and then adds token after token. It takes the weights as
 a training step does: stacked, in the dtype they are trained in, with adapters beside them, each layer gathered where it
-is used. So there is no second copy of them, as `inference.generator` makes to be fast.
+is used. So there is no second copy of them, as `inference.decoder` makes to be fast.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.inference.defaults import stop_tokens
-from gemma2_jax.inference.generator import PAD, add_tokens, bucket_length, read_prompts
-from gemma2_jax.inference.sampling import GREEDY
+from gemma2_jax.inference.sampling import GREEDY, RowSettings
+from gemma2_jax.inference.steps import PAD, Parts, add_tokens, bucket_length, empty_state, pad_stops, read_parts
 from gemma2_jax.inference.text import decode_text, encode_prompt
 from gemma2_jax.model.gemma2 import rebuild_model
 from gemma2_jax.training.step import Program, State
@@ -87,20 +87,31 @@ class Sampler:
     def _generate(self, state: State) -> tuple[jax.Array, jax.Array]:
         """New tokens, int32 [B, 1 + C], and how many of them each row has, int32 [B]; the others are padding."""
         program, new_tokens = self._program, self._program.config.sample.tokens
-        tokens_BT, lengths_B = self._pad_prompts()
         model = rebuild_model(program.graph, state.params, state.frozen)
-        stop, settings = np.array(self._prompts.stop, np.int32), GREEDY.settings
-        slots = bucket_length(int(lengths_B.max()) + new_tokens)
-        rows = read_prompts(model, tokens_BT, lengths_B, stop, settings, slots)
-        _, tokens_BC, counts_B = add_tokens(model, rows, new_tokens - 1, new_tokens, stop, settings)
-        return jnp.concatenate([rows.token_B[:, None], tokens_BC], axis=1), 1 + counts_B
+        parts = self._make_parts(new_tokens)
+        context = bucket_length(int(parts.length_B.max()) + new_tokens)
+        rows, begin, _ = read_parts(model, empty_state(model, rows=len(parts.row_B), context=context), parts)
+        _, rest = add_tokens(model, rows, new_tokens - 1, new_tokens)
+        return jnp.concatenate([begin.tokens_BC, rest.tokens_BC], axis=1), begin.counts_B + rest.counts_B
 
-    def _pad_prompts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The prompts, int32 [B, T], and their lengths, [B]; the last is repeated until all shards have as many."""
+    def _make_parts(self, new_tokens: int) -> Parts:
+        """The prompts as the parts of rows; the last is repeated until all shards have as many."""
         shape, tokens = self._program.mesh.shape, self._prompts.tokens
         rows = [*tokens, *tokens[-1:] * (-len(tokens) % (shape["data"] * shape["fsdp"]))]
         lengths_B = np.array([len(row) for row in rows], np.int32)
         tokens_BT = np.full((len(rows), bucket_length(int(lengths_B.max()))), PAD, np.int32)
         for padded, row in zip(tokens_BT, rows, strict=True):
             padded[: len(row)] = row
-        return tokens_BT, lengths_B
+        none_B = np.zeros(len(rows), np.int32)
+        return Parts(
+            row_B=none_B,
+            tokens_BT=tokens_BT,
+            next_B=none_B,
+            start_B=none_B,
+            length_B=lengths_B,
+            new_B=none_B + new_tokens,
+            stop_BE=np.tile(pad_stops(self._prompts.stop), (len(rows), 1)),
+            is_scored_B=none_B > 0,
+            is_echoed_B=none_B > 0,
+            settings=jax.tree.map(lambda x: np.stack([x] * len(rows)), RowSettings.of(GREEDY)),
+        )

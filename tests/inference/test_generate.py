@@ -2,14 +2,12 @@
 
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache, partial
-from itertools import chain
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -23,15 +21,13 @@ from flax import nnx
 from peers import BITING, hf_model, state_dict
 from strange_folders import configure
 
-from gemma2_jax import generate, mesh as meshes
-from gemma2_jax.config import MeshConfig
+from gemma2_jax import generate
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
-from gemma2_jax.inference import generator as generators
+from gemma2_jax.inference.decoder import Decoder
 from gemma2_jax.inference.defaults import stop_tokens
-from gemma2_jax.inference.generator import CHUNK, Generator
-from gemma2_jax.inference.sampling import Sampling, filter_logits, sample_tokens
+from gemma2_jax.inference.steps import bucket_length
 from gemma2_jax.inference.text import TextStream, encode_prompt
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
@@ -40,6 +36,7 @@ from gemma2_jax.model_config import GEMMA2_TINY
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 CONFIGS = {name: replace(config, max_length=128) for name, config in BITING.items()}
+CONFIGS["wide"] = replace(CONFIGS["27b"], window=100)
 NEW = 64
 
 
@@ -74,8 +71,8 @@ def weights_of(name: str) -> model.Weights:
 
 
 @cache
-def generator(name: str) -> Generator:
-    return Generator(graph_of(name), weights_of(name))
+def decoder(name: str) -> Decoder:
+    return Decoder(graph_of(name), weights_of(name))
 
 
 def prompts_of(name: str, *lengths: int) -> list[list[int]]:
@@ -101,25 +98,6 @@ def transformers_tokens(name: str, prompts: list[list[int]]) -> list[list[int]]:
     return found.sequences[:, width:].tolist()
 
 
-def concatenate_chunks(chunks: list[list[list[int]]]) -> list[list[int]]:
-    return [list(chain(*rows)) for rows in zip(*chunks, strict=True)]
-
-
-@pytest.mark.parametrize("name", ["2b", "27b", pytest.param("9b", marks=pytest.mark.exhaustive)])
-def test_greedy_equals_transformers(name):
-    """From within the first window to far beyond it."""
-    prompts = prompts_of(name, 5)
-    expected = transformers_tokens(name, prompts)
-    assert len(set(expected[0])) > 30
-    assert generator(name).generate(prompts, max_new_tokens=NEW) == expected
-
-
-def test_unequal_prompts_equal_transformers():
-    """Shorter than the window of 8, as long, longer, and much longer."""
-    prompts = prompts_of("27b", 1, 7, 8, 9, 20, 33)
-    assert generator("27b").generate(prompts, max_new_tokens=NEW) == transformers_tokens("27b", prompts)
-
-
 @jax.jit(static_argnums=(0, 2))
 def logits_of(graph, weights, method, *inputs):
     """Logits of the hidden states that a method of the model gives, and its cache if it gives one."""
@@ -129,7 +107,7 @@ def logits_of(graph, weights, method, *inputs):
     return whole.logits(hidden), cache
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BITING)
 def test_cached_logits_equal_a_forward_pass(name):
     """After prompts of 3 and 20 tokens, the second more than two windows long, a token at a time."""
     config, lengths = BITING[name], np.array([3, 20])
@@ -138,7 +116,8 @@ def test_cached_logits_equal_a_forward_pass(name):
     positions = np.broadcast_to(np.arange(40), tokens.shape)
     expected, _ = logits_of(*nnx.split(whole), Gemma2.hidden_states, tokens, positions, np.ones_like(tokens))
     graph, weights = nnx.split(model.unstack_layers(whole))
-    logits, cache = logits_of(graph, weights, partial(Gemma2.prefill, slots=48), tokens[:, :20], lengths)
+    cache = whole.empty_cache(2, 48)
+    logits, cache = logits_of(graph, weights, Gemma2.extend, tokens[:, :20], np.zeros(2, int), lengths, cache)
     rows = [[new[:length]] for new, length in zip(logits, lengths, strict=True)]
     for position in lengths + np.arange(20)[:, None]:
         new, cache = logits_of(graph, weights, Gemma2.decode_step, tokens[[0, 1], position], position, cache)
@@ -148,7 +127,7 @@ def test_cached_logits_equal_a_forward_pass(name):
         np.testing.assert_allclose(np.concatenate(row), logits[: length + 20], atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BITING)
 def test_prompts_read_in_parts_equal_a_forward_pass(name):
     """In parts longer and shorter than the window, each row at its own pace: rings of 8 slots wrap several times."""
     config, total = BITING[name], 40
@@ -175,10 +154,8 @@ def test_prompts_read_in_parts_equal_a_forward_pass(name):
 
 def test_local_layers_keep_no_more_than_their_window():
     """8 tokens in layer 0, all of the 48 asked for in layer 1."""
-    made = generator("27b")
-    tokens, lengths = np.full((2, 32), 5, np.int32), np.array([3, 20], np.int32)
-    state, _ = generators._prefill(made.graph, made.weights, tokens, lengths, np.array([], np.int32), {}, slots=48)
-    assert [k.shape for k, _ in state.cache] == [(2, 4, 8, 8), (2, 4, 48, 8)]
+    whole = model.unstack_layers(model.rebuild_model(graph_of("27b"), weights_of("27b")))
+    assert [k.shape for k, _ in whole.empty_cache(2, 48)] == [(2, 4, 8, 8), (2, 4, 48, 8)]
 
 
 def test_blocks_apart_are_the_same_model():
@@ -190,172 +167,19 @@ def test_blocks_apart_are_the_same_model():
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
-LOGITS = np.random.default_rng(0).normal(0, 3, (4, 500)).astype(np.float32)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (1, None), (40, None), (900, None), (None, 0.3),
-                                              (None, 0.95), (None, 1.0), (7, 0.8), (200, 0.99), (1, 0.01)])  # fmt: skip
-def test_distributions_are_those_of_transformers(temperature, top_k, top_p):
-    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
-    if top_k is not None:
-        warpers.append(transformers.TopKLogitsWarper(top_k))
-    if top_p is not None:
-        warpers.append(transformers.TopPLogitsWarper(top_p))
-    no_tokens = torch.zeros((4, 1), dtype=torch.int64)
-    expected = warpers(no_tokens, torch.tensor(LOGITS)).softmax(-1).numpy()
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = jax.nn.softmax(filter_logits(jnp.asarray(LOGITS), sampling.settings), axis=-1)
-    np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
-
-
-def test_draws_have_their_distribution():
-    """Twenty thousand rows of the same logits, drawn at once: counts lie within five standard deviations."""
-    rows, logits = 20_000, jnp.asarray(LOGITS[0, :20])
-    settings = Sampling(temperature=1.3, top_k=12, top_p=0.9, seed=3).settings
-    probability = np.asarray(jax.nn.softmax(filter_logits(logits[None], settings)[0]))
-    drawn = sample_tokens(jnp.broadcast_to(logits, (rows, 20)), jnp.full(rows, 7), settings)
-    counts = np.bincount(drawn, minlength=20)
-    assert 5 < np.count_nonzero(probability) < 12
-    assert (counts[probability == 0] == 0).all()
-    spread = np.sqrt(rows * probability * (1 - probability))
-    assert (abs(counts - rows * probability) <= 5 * spread).all()
-
-
-def test_seeds_decide_the_draws():
-    """A row draws the same whatever stands in the others; other rows and other seeds draw differently."""
-    prompt, other = prompts_of("27b", 5, 9)
-    sampling = Sampling(temperature=1.0, top_p=0.95, seed=1)
-    draw = partial(generator("27b").generate, max_new_tokens=30)
-    both = draw([prompt, prompt], sampling=sampling)
-    assert both[0] != both[1]
-    assert both == draw([prompt, prompt], sampling=sampling)
-    assert both[0] == draw([prompt, other], sampling=sampling)[0] == draw([prompt], sampling=sampling)[0]
-    assert both != draw([prompt, prompt], sampling=replace(sampling, seed=2))
-
-
-def test_stream_is_the_whole_in_pieces():
-    prompts = prompts_of("27b", 5, 9)
-    chunks = list(generator("27b").stream(prompts, max_new_tokens=NEW))
-    assert [len(row) for row, _ in chunks] == [1, CHUNK, CHUNK, CHUNK, NEW - 1 - 3 * CHUNK]
-    whole = generator("27b").generate(prompts, max_new_tokens=NEW)
-    assert concatenate_chunks(chunks) == whole
-
-
-def test_rows_end_with_a_stop_token():
-    """Each at its own place, with the stop as its last token; the rest is padding, and nothing is left to do."""
-    prompts = prompts_of("27b", 5, 9)
-    whole = generator("27b").generate(prompts, max_new_tokens=NEW)
-    stop = {whole[0][20], whole[1][2]}
-    expected = [row[: 1 + min(row.index(token) for token in stop & set(row))] for row in whole]
-    assert 3 <= len(expected[1]) < len(expected[0]) <= 21
-    chunks = list(generator("27b").stream(prompts, max_new_tokens=NEW, stop=stop))
-    assert concatenate_chunks(chunks) == expected
-    assert len(chunks) == 1 + -(-(len(expected[0]) - 1) // CHUNK)
-    first = {whole[0][0], whole[1][0]}
-    assert generator("27b").generate(prompts, max_new_tokens=NEW, stop=first) == [row[:1] for row in whole]
-
-
-def test_stopped_rows_are_padded():
-    state, (tokens, counts, finished) = run_chunk("27b", rows=3, stopped=[True, False, False])
-    assert counts.tolist() == [0, CHUNK, CHUNK] and not finished
-    assert (tokens[0] == generators.PAD).all() and len(set(tokens[1].tolist())) > 5
-    assert state.stopped_B.tolist() == [True, False, False]
-
-
-def run_chunk(name: str, rows: int, stopped: list[bool], compiled_only: bool = False):
-    """One chunk from prompts of one token; or its program."""
-    made, none = generator(name), np.array([], np.int32)
-    tokens, lengths = np.full((rows, 32), 5, np.int32), np.ones(rows, np.int32)
-    state, _ = generators._prefill(made.graph, made.weights, tokens, lengths, none, {}, slots=48)
-    state = replace(state, stopped_B=jnp.array(stopped))
-    if compiled_only:
-        return generators._decode.lower(made.graph, made.weights, state, CHUNK, none, {}).compile()
-    return generators._decode(made.graph, made.weights, state, CHUNK, none, {})
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_steps_do_not_copy_the_cache(rows):
-    """In the compiled chunk the cache is changed where it lies: 48 slots for each of 4 heads."""
-    program = run_chunk("27b", rows, [False] * rows, compiled_only=True).as_text()
-    cached = f"f32[{rows},4,48,8]"
-    assert cached in program
-    assert not [line for line in program.splitlines() if cached in line and " copy(" in line]
-
-
 def test_weights_are_cast_once_and_norms_are_not():
     weights = weights_of("27b")
-    made = Generator(graph_of("27b", "bfloat16"), weights)
+    made = Decoder(graph_of("27b", "bfloat16"), weights)
     assert not weights
     dtypes = {jax.tree_util.keystr(path): w.dtype for path, w in jax.tree.leaves_with_path(made.weights)}
     assert {dtype for path, dtype in dtypes.items() if "norm" in path} == {jnp.dtype("float32")}
     assert {dtype for path, dtype in dtypes.items() if "norm" not in path} == {jnp.dtype("bfloat16")}
-    (found,) = made.generate(prompts_of("27b", 5), max_new_tokens=8)
-    assert len(found) == 8
-
-
-def test_a_mesh_gives_the_same_tokens():
-    """Rows over data x fsdp, heads and vocabulary over tensor."""
-    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    prompts = prompts_of("27b", 5, 9, 12, 3)
-    letters = model.weight_dims(model.rebuild_model(graph_of("27b"), weights_of("27b")))
-    with jax.set_mesh(mesh):
-        placed = {
-            path: jax.device_put(w, meshes.stored_sharding(mesh, letters[path], w.shape))
-            for path, w in weights_of("27b").items()
-        }
-        spread = Generator(graph_of("27b"), placed)
-        found = spread.generate(prompts, max_new_tokens=20)
-    assert {len(w.sharding.device_set) for w in jax.tree.leaves(spread.weights)} == {8}
-    assert spread.weights["blocks"][0]["attn"]["q"]["w"].addressable_shards[0].data.shape == (20, 4, 8)
-    assert found == generator("27b").generate(prompts, max_new_tokens=20)
 
 
 def test_lengths_are_rounded_up_to_few():
-    assert [generators.bucket_length(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
+    assert [bucket_length(n) for n in (1, 32, 33, 48, 49, 65, 320, 6145, 8192)] == [
         32, 32, 48, 48, 64, 96, 384, 8192, 8192
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("prompts", "new", "message"),
-    [
-        ([[5], [7] * 100], 40, "prompt 2 has 100 tokens, with 40 new ones 140, and the model's context is 128"),
-        ([[5], []], 4, "prompt 2 is empty"),
-        ([[5, 384]], 4, "tokens from 5 to 384, and the model's are 0 to 383"),
-        ([], 4, "no prompts"),
-        ([[5]], 0, "max_new_tokens is 0"),
-    ],
-)
-def test_what_cannot_be_generated_says_why(prompts, new, message):
-    with pytest.raises(ValueError, match=message):
-        generator("27b").stream(prompts, max_new_tokens=new)
-
-
-def test_a_full_context_can_be_generated():
-    (found,) = generator("27b").generate(prompts_of("27b", 100), max_new_tokens=28)
-    assert len(found) == 28
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("temperature", 1e-300),
-        ("top_k", 0),
-        ("top_k", 10**11),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("seed", 10**20),
-        ("seed", -1),
-    ],
-)
-def test_bad_sampling_says_which(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
-        Sampling(**{field: value})
 
 
 @pytest.mark.parametrize(("prompt", "said"), [(None, "give a string"), ("\udcff\udcfe", "bytes that are not UTF-8")])
@@ -387,12 +211,13 @@ def test_text_comes_in_whole_characters():
     """Token by token, each of them at most a byte of some characters."""
     tokenizer = load_tokenizer(str(ASSETS))
     written = "Naïve café, 日本語 and 😀 in one line."
-    text = TextStream(tokenizer)
-    pieces = [text.add([token]) for token in tokenizer(written, add_special_tokens=False)["input_ids"]]
-    assert "".join(pieces) == text.whole == written
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokenizer(written, add_special_tokens=False)["input_ids"]]
+    assert "".join(pieces) == stream.text == written
     assert not any("\ufffd" in piece for piece in pieces) and "" in pieces
     half = tokenizer("日", add_special_tokens=False)["input_ids"][:-1]
-    assert (text.add(half), text.flush(), text.flush()) == ("", "\ufffd", "")
+    assert [stream.add(token) for token in half] == [""] * len(half)
+    assert (stream.flush(), stream.flush()) == ("\ufffd", "")
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +351,7 @@ def test_command_adds_an_adapter(checkpoint, command, tmp_path, monkeypatch):
 
 
 def test_command_ends_with_a_sentence(checkpoint, command):
-    with pytest.raises(SystemExit, match="error: prompt 1 has 2 tokens, with 600 new ones 602"):
+    with pytest.raises(SystemExit, match="error: the prompt has 2 tokens, with 600 new ones 602"):
         command("--checkpoint", checkpoint, "--prompt", "The", "--max-new-tokens", 600)
 
 

@@ -22,7 +22,7 @@ from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
-from gemma2_jax.inference.loaded import load_generator
+from gemma2_jax.inference.loaded import load_decoder
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
@@ -176,7 +176,7 @@ def trained_run(folder: Path, config: configs.Config, params) -> None:
 def test_generation_equals_the_formula(checkpoint):
     """Of a folder: a prompt of a window and a half, then a token at a time."""
     assert (checkpoint.format, checkpoint.adapter.unmergeable_targets) == ("orbax", ["attn/o", "mlp/down"])
-    made = load_generator(checkpoint)
+    made = load_decoder(checkpoint)
 
     @partial(jax.jit, static_argnums=0)
     def logits_of(method, weights, *inputs):
@@ -184,8 +184,8 @@ def test_generation_equals_the_formula(checkpoint):
         hidden, cache = method(whole, *inputs)
         return whole.logits(hidden), cache
 
-    prefill = partial(Gemma2.prefill, slots=32)
-    logits, cache = logits_of(prefill, made.weights, TOKENS[:, :12], np.array([12, 12]))
+    cache = nnx.merge(made.graph, made.weights).empty_cache(2, 32)
+    logits, cache = logits_of(Gemma2.extend, made.weights, TOKENS[:, :12], np.zeros(2, int), np.full(2, 12), cache)
     rows = [*np.moveaxis(logits, 1, 0)]
     for position in range(12, 28):
         logits, cache = logits_of(Gemma2.decode_step, made.weights, TOKENS[:, position], np.full(2, position), cache)

@@ -207,7 +207,9 @@ def test_model_by_the_kernels():
             whole = nnx.merge(graph, state)
             logits = whole(tokens)
             unstacked = unstack_layers(whole)
-            _, cache = unstacked.prefill(tokens[:, :129], jnp.array([129]), slots=136)
+            _, cache = unstacked.extend(
+                tokens[:, :129], jnp.array([0]), jnp.array([129]), unstacked.empty_cache(1, 136)
+            )
             last, _ = unstacked.decode_step(tokens[:, 129], jnp.array([129]), cache)
             return logits, whole.logits(last)
 

@@ -1,0 +1,86 @@
+"""A model laid out for generation: layers with weights of their own, in the dtype they are computed in, on a mesh.
+
+A step reads every weight for one token of each row. So every layer has its own arrays here: cutting a weight out of a
+stack would read and write it once more. For the same reason no weight is gathered in a step: what fsdp, stage and
+context shards of a training mesh keep apart is split over tensor shards, as far as the model's heads divide.
+"""
+
+import math
+
+import jax
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+from gemma2_jax.config import MeshConfig
+from gemma2_jax.mesh import make_mesh, stored_sharding
+from gemma2_jax.model.gemma2 import Weights, rebuild_model, unstack_layers, weight_dims
+from gemma2_jax.model_config import ModelConfig, is_adapter_path
+
+
+class Decoder:
+    """The model and its weights; the mesh has data and tensor shards alone.
+
+    The constructor empties `weights`, so that at most one stacked array at a time is in memory twice. Adapters are not
+    merged; a step is faster if the caller merges them (`lora.merge_adapters`).
+    """
+
+    def __init__(self, graph: nnx.GraphDef, weights: Weights, mesh: Mesh | None = None):
+        """`mesh` is that of the weights, by default one device's; they are moved to `decoding_mesh`."""
+        model = nnx.eval_shape(lambda weights: rebuild_model(graph, weights), dict(weights))
+        self.config: ModelConfig = model.config
+        self.mesh = decoding_mesh(mesh or one_device_mesh(), self.config)
+        letters = weight_dims(model)
+        self.graph = nnx.graphdef(nnx.eval_shape(unstack_layers, model))
+        with jax.set_mesh(self.mesh):
+            self.weights = _unstack_weights(weights, letters, self.mesh, model.dtype)
+
+    @property
+    def batch_shards(self) -> int:
+        """How many shards a batch is spread over."""
+        return self.mesh.shape["data"]
+
+
+def one_device_mesh() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+
+def decoding_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """The same devices with data and tensor shards alone: as many of tensor as the model's heads divide over."""
+    tensor = mesh.shape["tensor"]
+    others = mesh.size // (tensor * mesh.shape["data"])
+    sizes = [tensor * more for more in range(1, others + 1) if others % more == 0]
+    tensor = max(size for size in sizes if size == tensor or _divides(size, config))
+    shape = dict.fromkeys(mesh.axis_names, 1) | {"data": mesh.size // tensor, "tensor": tensor}
+    return Mesh(mesh.devices.reshape(*shape.values()), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _divides(tensor: int, config: ModelConfig) -> bool:
+    shares_heads = config.kv_heads % tensor == 0 or tensor % config.kv_heads == 0
+    return shares_heads and math.gcd(config.heads, config.mlp_width) % tensor == 0
+
+
+def keeps_dtype(path: str) -> bool:
+    """Whether the model computes with a weight in the dtype that it is stored in, as with norms and adapters."""
+    return "norm/" in path or is_adapter_path(path)
+
+
+def _unstack_weights(weights: Weights, letters: dict[str, str], mesh: Mesh, dtype) -> dict:
+    """The arrays of a model after `unstack_layers`, nested; `weights` is emptied."""
+    unstacked = {}
+    for path in list(weights):
+        w = weights.pop(path)
+        place = stored_sharding(mesh, letters[path], w.shape)
+        w = jax.device_put(w, place).astype(w.dtype if keeps_dtype(path) else dtype)
+        names = path.split("/")
+        if names[0] == "blocks":
+            unstacked |= {("blocks", number, *names[1:]): layer for number, layer in enumerate(_cut_layers(w))}
+        else:
+            unstacked[tuple(names)] = w
+    return unflatten_dict(unstacked)
+
+
+@jax.jit
+def _cut_layers(w_L: jax.Array) -> list[jax.Array]:
+    return list(w_L)
