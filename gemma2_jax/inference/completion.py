@@ -38,8 +38,8 @@ class Completion:
             self._find_stop(len(rest))
             self.reason = self.reason or self.request.reason
         whole = self._stream.text
-        held = 0 if self.reason else self._count_held()
-        new = whole[len(self.text) : len(whole) - held if self._end is None else self._end]
+        withheld = 0 if self.reason else self._count_held()
+        new = whole[len(self.text) : len(whole) - withheld if self._end is None else self._end]
         self.text += new
         return new
 

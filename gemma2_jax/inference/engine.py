@@ -89,9 +89,9 @@ class _Slot:
 
     request: Request | None = None
     read: int = 0  # tokens of the prompt that are read, or being read
-    held: Sequence[int] = ()  # tokens whose keys and values are there, once the request has left
+    cached: Sequence[int] = ()  # tokens whose keys and values are there, once the request has left
     extent: int = 0  # the last position that may have been written, once the request has left
-    left_at: int = 0  # when it did, as a number that grows
+    release: int = 0  # when it did, as a number that grows
 
     @property
     def is_reading(self) -> bool:
@@ -103,18 +103,18 @@ class _Slot:
 
     def take(self, request: Request, read: int) -> None:
         """Gives the slot to a request, of whose prompt so many tokens are there."""
-        self.request, self.read, self.held = request, read, ()
+        self.request, self.read, self.cached = request, read, ()
 
     def leave(self, at: int) -> None:
         """Frees the slot."""
         assert self.request is not None
-        self.held, self.extent = self.tokens(), self.end()
-        self.request, self.left_at = None, at
+        self.cached, self.extent = self.tokens(), self.end()
+        self.request, self.release = None, at
 
     def tokens(self) -> Sequence[int]:
         """The tokens that the row is known to hold."""
         if self.request is None:
-            return self.held
+            return self.cached
         return self.request.prompt[: self.read] if self.is_reading else self.request.sequence[:-1]
 
     def end(self) -> int:
@@ -209,7 +209,7 @@ class Engine:
         with jax.set_mesh(self._decoder.mesh):
             self._copy_row(0, 0, 0)
         for slot in self._slots:
-            slot.held = ()
+            slot.cached = ()
 
     def _part_sizes(self) -> list[int]:
         return [size for size in PARTS if size == PARTS[0] or size // 4 < self.context]
@@ -265,8 +265,8 @@ class Engine:
         if not request.echo and any(self._will_share(request, self._slots[number]) > read for number in near):
             return False
         targets = [number for number in free if not read or number // of_shard == source // of_shard]
-        target = min(targets, key=lambda number: self._slots[number].left_at)
-        if read and source in free and read == len(self._slots[source].held):
+        target = min(targets, key=lambda number: self._slots[number].release)
+        if read and source in free and read == len(self._slots[source].cached):
             target = source
         if read:
             self._copy_row(source, target, read)
@@ -409,7 +409,7 @@ class _Call:
     prompt_scores: Scores | None = None
 
 
-def _make_part(slot: _Slot | None, row: int, size: int) -> Parts:
+def _make_part(slot: _Slot | None, row: int, size: int) -> Parts[np.ndarray | np.generic]:
     """The next part of a slot's prompt, `size` tokens at most, as arrays without the dim B; or one of no tokens."""
     request, read = (slot.request, slot.read) if slot and slot.request else (None, 0)
     part = np.full(size + 1, PAD, np.int32)
@@ -453,7 +453,7 @@ def _make_state(graph, weights, rows: int, context: int) -> State:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _read_parts(graph, weights, state: State, parts: Parts) -> tuple[State, NewTokens, Scores]:
+def _read_parts(graph, weights, state: State, parts: Parts[jax.Array]) -> tuple[State, NewTokens, Scores]:
     state, *results = read_parts(nnx.merge(graph, weights), state, parts)
     return _place(state), *jax.tree.map(replicate, results)
 

@@ -82,7 +82,7 @@ class RowSettings[Array]:
     sample: Array  # int32: of several draws with one seed, which of them
 
     @classmethod
-    def of(cls, sampling: Sampling, sample: int = 0) -> "RowSettings[np.ndarray]":
+    def of(cls, sampling: Sampling, sample: int = 0) -> "RowSettings[np.ndarray | np.generic]":
         """Those of one row."""
         has_top_p = sampling.top_p is not None and sampling.top_p < 1
         bias_token_E = np.full(MOST_BIASES, 2**31 - 1, np.int32)

@@ -45,18 +45,18 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts[Array]:
     """A part of the prompt of one row in each shard of the batch; a length of 0 is none."""
 
-    row_B: np.ndarray  # int32: the number of the row within its shard
-    tokens_BT: np.ndarray  # int32, padded at the end
-    next_B: np.ndarray  # int32: the token of the prompt that follows the part
-    start_B: np.ndarray  # int32: the position of its first token
-    length_B: np.ndarray  # int32: how many tokens it has
-    new_B: np.ndarray  # int32: how many new tokens the row gets if this is the last part, else 0
-    stop_BE: np.ndarray  # int32, as in `State`
-    is_scored_B: np.ndarray  # bool, as in `State`
-    is_echoed_B: np.ndarray  # bool: whether the log-probabilities of the prompt's own tokens are asked for
+    row_B: Array  # int32: the number of the row within its shard
+    tokens_BT: Array  # int32, padded at the end
+    next_B: Array  # int32: the token of the prompt that follows the part
+    start_B: Array  # int32: the position of its first token
+    length_B: Array  # int32: how many tokens it has
+    new_B: Array  # int32: how many new tokens the row gets if this is the last part, else 0
+    stop_BE: Array  # int32, as in `State`
+    is_scored_B: Array  # bool, as in `State`
+    is_echoed_B: Array  # bool: whether the log-probabilities of the prompt's own tokens are asked for
     settings: RowSettings
 
 
@@ -103,7 +103,7 @@ def pad_stops(stop: Collection[int]) -> np.ndarray:
     return stop_E
 
 
-def read_parts(model: Gemma2, state: State, parts: Parts) -> tuple[State, NewTokens, Scores]:
+def read_parts(model: Gemma2, state: State, parts: Parts[jax.Array]) -> tuple[State, NewTokens, Scores]:
     """Reads parts of prompts, and where a part is the last adds the row's first token.
 
     The scores, [B, T], are those of the prompt's own token that follows each token of the parts, where they were asked

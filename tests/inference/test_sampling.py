@@ -101,12 +101,12 @@ def test_draws_have_their_distribution():
     settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), one)
     settings = replace(settings, sample=jnp.arange(rows), bias_token_E=settings.bias_token_E[:, :1],
                        bias_E=settings.bias_E[:, :1])  # fmt: skip
-    wide = jnp.broadcast_to(logits, (rows, 20))
-    probability = np.asarray(jax.nn.softmax(filter_logits(wide[:1] / 1.3, stack_rows(
+    logits_BV = jnp.broadcast_to(logits, (rows, 20))
+    probability = np.asarray(jax.nn.softmax(filter_logits(logits_BV[:1] / 1.3, stack_rows(
         Sampling(temperature=1.3, top_k=12, top_p=0.9))))[0])  # fmt: skip
     none = jnp.zeros(rows, jnp.int32)
     history = History(token_BS=jnp.zeros((rows, 1), jnp.int32), prompt_B=none, total_B=none + 7)
-    counts = np.bincount(sample_rows(wide, settings, history), minlength=20)
+    counts = np.bincount(sample_rows(logits_BV, settings, history), minlength=20)
     assert 5 < np.count_nonzero(probability) < 12
     assert (counts[probability == 0] == 0).all()
     spread = np.sqrt(rows * probability * (1 - probability))
