@@ -329,8 +329,9 @@ class Engine:
             self._pending.append(call)
 
     def _add_tokens(self, steps: int) -> None:
-        call = _Call(requests={number: slot.request for number, slot in enumerate(self._slots) if slot.is_adding})
-        is_taken_B = np.array([slot.is_adding for slot in self._slots])
+        adding = {number: slot.request for number, slot in enumerate(self._slots) if slot.is_adding}
+        call = _Call(requests={number: request for number, request in adding.items() if request})
+        is_taken_B = np.isin(np.arange(len(self._slots)), [*adding])
         self._state, call.new = _add_tokens(
             self._decoder.graph, self._decoder.weights, self._state, is_taken_B, np.int32(steps)
         )
@@ -391,7 +392,7 @@ def count_slots(decoder: Decoder, context: int) -> int:
     return min(fitting, MOST_SLOTS)
 
 
-def _free_memory(device: jax.Device) -> int:
+def _free_memory(device) -> int:
     """Bytes of memory that a device has left; of a CPU, those of the machine."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:

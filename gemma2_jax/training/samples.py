@@ -90,11 +90,12 @@ class Sampler:
         model = rebuild_model(program.graph, state.params, state.frozen)
         parts = self._make_parts(new_tokens)
         context = bucket_length(int(parts.length_B.max()) + new_tokens)
-        rows, begin, _ = read_parts(model, empty_state(model, rows=len(parts.row_B), context=context), parts)
+        rows = empty_state(model, rows=len(parts.row_B), context=context)
+        rows, begin, _ = read_parts(model, rows, jax.tree.map(jnp.asarray, parts))
         _, rest = add_tokens(model, rows, new_tokens - 1, new_tokens)
         return jnp.concatenate([begin.tokens_BC, rest.tokens_BC], axis=1), begin.counts_B + rest.counts_B
 
-    def _make_parts(self, new_tokens: int) -> Parts[jax.Array]:
+    def _make_parts(self, new_tokens: int) -> Parts[np.ndarray | np.generic]:
         """The prompts as the parts of rows; the last is repeated until all shards have as many."""
         shape, tokens = self._program.mesh.shape, self._prompts.tokens
         rows = [*tokens, *tokens[-1:] * (-len(tokens) % (shape["data"] * shape["fsdp"]))]
@@ -103,7 +104,7 @@ class Sampler:
         for padded, row in zip(tokens_BT, rows, strict=True):
             padded[: len(row)] = row
         none_B = np.zeros(len(rows), np.int32)
-        parts = Parts(
+        return Parts(
             row_B=none_B,
             tokens_BT=tokens_BT,
             next_B=none_B,
@@ -115,4 +116,3 @@ class Sampler:
             is_echoed_B=none_B > 0,
             settings=jax.tree.map(lambda x: np.stack([x] * len(rows)), RowSettings.of(GREEDY)),
         )
-        return jax.tree.map(jnp.asarray, parts)
