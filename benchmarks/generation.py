@@ -19,17 +19,18 @@ PROMPT, NEW, CALLS = 64, 128, 3
 Tokens = list[list[int]]  # new tokens of each row
 
 
-def prompts(model: ModelConfig, batch: int) -> Tokens:
-    """The same prompts for every case."""
-    return np.random.default_rng(0).integers(3, model.vocab_size, (batch, PROMPT)).tolist()
+def prompts(model: ModelConfig, batch: int, call: int) -> Tokens:
+    """The same prompts on both sides, and others in each call: the engine does not read again what it has read."""
+    return np.random.default_rng(call).integers(3, model.vocab_size, (batch, PROMPT)).tolist()
 
 
-def ours(model: ModelConfig, batch: int, weights: Path) -> Callable[[], Tokens]:
+def ours(model: ModelConfig, batch: int, weights: Path) -> Callable[[int], Tokens]:
     import jax
     from flax import nnx
 
     from gemma2_jax.config import ComputeConfig
-    from gemma2_jax.inference.generator import Generator
+    from gemma2_jax.inference.decoder import Decoder
+    from gemma2_jax.inference.engine import Engine, Request
     from gemma2_jax.model.attention.choice import choose_attention
     from gemma2_jax.model.gemma2 import Gemma2
 
@@ -40,26 +41,33 @@ def ours(model: ModelConfig, batch: int, weights: Path) -> Callable[[], Tokens]:
         return Gemma2(model, attention=attention, dtype=compute.dtype, rngs=nnx.Rngs(0))
 
     graph = nnx.graphdef(nnx.eval_shape(create))
-    generator = Generator(graph, our_weights(model, weights))
-    return lambda: generator.generate(prompts(model, batch), max_new_tokens=NEW)
+    engine = Engine(Decoder(graph, our_weights(model, weights)), slots=batch, context=PROMPT + NEW)
+
+    def generate(call: int) -> Tokens:
+        requests = [Request(prompt=prompt, max_new_tokens=NEW) for prompt in prompts(model, batch, call)]
+        return [request.tokens for request in engine.run(requests)]
+
+    return generate
 
 
-def transformers(model: ModelConfig, batch: int, weights: Path) -> Callable[[], Tokens]:
+def transformers(model: ModelConfig, batch: int, weights: Path) -> Callable[[int], Tokens]:
     import torch
 
-    whole, tokens = transformers_model(model).eval(), torch.tensor(prompts(model, batch))
+    whole = transformers_model(model).eval()
     whole.generation_config.eos_token_id = None  # no token ends a row, as ours were not told of one
-    options = dict(attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW)
-    return lambda: whole.generate(tokens, **options)[:, PROMPT:].tolist()
+    options = dict(attention_mask=torch.ones((batch, PROMPT)), do_sample=False, max_new_tokens=NEW)
+    return lambda call: whole.generate(torch.tensor(prompts(model, batch, call)), **options)[:, PROMPT:].tolist()
 
 
-def measure(start: Callable[..., Callable[[], Tokens]], model: str, batch: int, weights: Path) -> tuple[float, Tokens]:
+def measure(
+    start: Callable[..., Callable[[int], Tokens]], model: str, batch: int, weights: Path
+) -> tuple[float, Tokens]:
     """New tokens per second by the median of `CALLS` calls, after one that is not timed; and the tokens."""
     once = start(MODELS[model], batch, weights)
-    tokens, seconds = once(), []
-    for _ in range(CALLS):
+    tokens, seconds = once(0), []
+    for call in range(1, CALLS + 1):
         began = time.perf_counter()
-        once()
+        once(call)
         seconds.append(time.perf_counter() - began)
     return batch * NEW / statistics.median(seconds), tokens
 

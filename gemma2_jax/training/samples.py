@@ -90,7 +90,7 @@ class Sampler:
         model = rebuild_model(program.graph, state.params, state.frozen)
         parts = self._make_parts(new_tokens)
         context = bucket_length(int(parts.length_B.max()) + new_tokens)
-        rows = empty_state(model, rows=len(parts.row_B), context=context)
+        rows = empty_state(model, rows=parts.row_B.size, context=context)
         rows, begin, _ = read_parts(model, rows, jax.tree.map(jnp.asarray, parts))
         _, rest = add_tokens(model, rows, new_tokens - 1, new_tokens)
         return jnp.concatenate([begin.tokens_BC, rest.tokens_BC], axis=1), begin.counts_B + rest.counts_B
