@@ -166,6 +166,12 @@ def escape(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
+def notify(text: str) -> None:
+    """Prints a sentence to standard error, at once. Where its disk is full or its reader gone, work goes on without."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def fold(message: str) -> str:
     """A message for standard error, cut into lines between words where that is a terminal."""
     if len(message) > _MOST_CHARACTERS:

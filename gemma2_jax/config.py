@@ -239,6 +239,11 @@ class GuardConfig:
         for name in ("skip_limit", "skip_deviations", "spike_deviations", "stuck_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"guard.{name} is {getattr(self, name)}; it must not be negative, nor infinite")
+        if 0 < self.stuck_seconds < 1:
+            raise ValueError(
+                f"guard.stuck_seconds is {self.stuck_seconds}; the run is looked at once a second, so give at least 1, "
+                "or 0 to let everything take any time"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

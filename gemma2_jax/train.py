@@ -21,6 +21,7 @@ from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
 
 PROGRAM = "python -m gemma2_jax.train"
+_END_BYTES = 1 << 20  # of metrics.jsonl, in which the last step is looked for
 HELP_RECIPE = "tiny_lora"  # whose fields --help shows where no recipe is given
 
 
@@ -118,22 +119,33 @@ def describe_interruption(workdir: Path, reason: str = "") -> str:
 
     `reason` is what interrupted it, such as SIGTERM.
     """
-    metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
-    lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
-    steps = [step[1] for line in lines if '"loss": ' in line and (step := re.search(r'"step": (\d+)', line))]
-    by = f" by {reason}" if reason else ""
-    reached = f"interrupted{by} after step {steps[-1]}" if steps else f"interrupted{by} before the first step"
+    folder = workdir / "checkpoints"
     # A checkpoint that is not whole has a longer name.
-    saved = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    saved = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    step = max([_find_last_step(workdir / "metrics.jsonl"), *saved])
+    by = f" by {reason}" if reason else ""
+    reached = f"interrupted{by} after step {step}" if step else f"interrupted{by} before the first step"
     if not saved:
         return f"{reached}; no checkpoint is kept in {workdir}, and the same command starts from the beginning"
     return f"{reached}; the checkpoint of step {max(saved)} is kept in {folder}, and the same command resumes after it"
 
 
+def _find_last_step(metrics: Path) -> int:
+    """The last step whose loss is at the end of metrics.jsonl; 0 where there is none."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(metrics.stat().st_size - _END_BYTES, 0))
+        lines = file.read().decode(errors="replace").splitlines()
+    steps = [step[1] for line in lines if '"loss": ' in line and (step := re.search(r'"step": (\d+)', line))]
+    return int(steps[-1]) if steps else 0
+
+
 def _describe_error(error: Exception, workdir: Path) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
-            f"{error.filename or workdir} could not be written: {error.strerror}; make room, or give another --workdir"
+            f"{error.filename or f'{workdir}, or standard output,'} could not be written: {error.strerror}; make room, "
+            "or give another --workdir"
         )
     return command_line.describe_error(error) if getattr(error, "filename", None) else str(error)
 
@@ -151,7 +163,7 @@ def _end_process(status: int, message: str) -> NoReturn:
     """Ends this process now. Were the interpreter to end first, a step that a device still computes would abort it."""
     with contextlib.suppress(OSError):  # standard output may be closed, or its disk full
         sys.stdout.flush()
-    print(command_line.fold(message), file=sys.stderr, flush=True)
+    command_line.notify(command_line.fold(message))
     os._exit(status)
 
 

@@ -333,17 +333,23 @@ def _publish(connection: "_CoordinatorConnection") -> Iterator[None]:
         _connection = None
 
 
+def write_stderr(text: str) -> None:
+    """Writes to standard error at any moment, as it takes no lock; not where that cannot be, as its disk is full."""
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, text.encode(errors="backslashreplace"))
+
+
 def _end_process(reason: str, status: int) -> None:
     """Ends this process, whatever its threads are doing, which is printed first where one of them is stuck."""
     is_stuck = status == EXIT_STUCK
     if os.isatty(_STDERR):  # a progress bar has hidden the cursor, and not ended its line
-        os.write(_STDERR, b"\x1b[?25h\n")
+        write_stderr("\x1b[?25h\n")
     if is_stuck:
         faulthandler.dump_traceback(_STDERR)
     if is_stuck and hasattr(sys, "ps1"):
-        os.write(_STDERR, f"warning: {reason}\n".encode())
+        write_stderr(f"warning: {reason}\n")
         return
-    os.write(_STDERR, f"error: {reason}; every process ends here. {_RESUMES}\n".encode())
+    write_stderr(f"error: {reason}; every process ends here. {_RESUMES}\n")
     os._exit(status)
 
 

@@ -41,6 +41,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from rich.filesize import decimal
 
 from gemma2_jax.cluster import hosts, jax_internals
+from gemma2_jax.command_line import notify
 from gemma2_jax.config import TrainConfig
 from gemma2_jax.convert import steps
 from gemma2_jax.convert.files import checksums, orbax
@@ -108,7 +109,7 @@ class Checkpoints:
             if failed is not None and jax.process_count() > 1:
                 return  # a write ends only when all processes end it, and the others are about to end themselves
             if failed is KeyboardInterrupt and self._write is not None and not self._write.ended.is_set():
-                print("a checkpoint is still being written; interrupt again to give it up", file=sys.stderr, flush=True)
+                notify("a checkpoint is still being written; interrupt again to give it up")
             self._finish_write()
             self._manager.close()
             self._remove_partial()
@@ -272,8 +273,7 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            text = f"warning: the checkpoint of step {step} is saved, but its checksums are not ({error})"
-            print(text, file=sys.stderr, flush=True)
+            notify(f"warning: the checkpoint of step {step} is saved, but its checksums are not ({error})")
 
     def _fail(self, step: int, reason: str, size: int = 0) -> None:
         """Notes that a step could not be written, and says so, unless the one before it could not either."""
@@ -290,7 +290,7 @@ class Checkpoints:
     def _say(self, step: int, event: str, text: str) -> None:
         self._events.put((step, event, text))
         if jax.process_index() == 0:
-            print(text, file=sys.stderr, flush=True)
+            notify(text)
 
     def _remove_partial(self) -> None:
         """Deletes what is left of writes that failed or were killed, when none is under way.
@@ -301,7 +301,8 @@ class Checkpoints:
             for path in self.folder.glob(_PARTIAL):
                 shutil.rmtree(path, ignore_errors=True)
             for path in self.folder.glob(f"*/{checksums.PARTIAL}"):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def restore(self, step: int, params: Abstract, optimizer: Any) -> tuple[Weights, Any, dict]:
         """A step's contents, shaped and placed like the abstract arrays given.

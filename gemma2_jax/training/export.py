@@ -5,13 +5,13 @@ appears whole or not at all, and is what `python -m gemma2_jax.convert WORKDIR/c
 """
 
 import shutil
-import sys
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gemma2_jax.command_line import notify
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint, grow_embedding
 from gemma2_jax.convert.files.folder import generation_file
@@ -65,7 +65,7 @@ class AdapterExports:
             self._prune(step)
         except OSError as error:
             if not self._failure:
-                print(f"warning: {_describe_failure(step, error)}; training goes on", file=sys.stderr, flush=True)
+                notify(f"warning: {_describe_failure(step, error)}; training goes on")
             self._failure = _describe_failure(step, error)
         else:
             self._failure = ""

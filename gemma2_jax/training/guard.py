@@ -179,8 +179,11 @@ class Guard:
             return ""
         documents = self._list_documents(skip.step)
         line = {"step": skip.step, "loss": str(skip.loss), "grad_norm": str(skip.grad_norm), "reason": skip.reason}
-        with self._path.open("a") as file:
-            file.write(json.dumps({**line, "documents": documents}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({**line, "documents": documents}) + "\n")
+        except OSError as error:
+            return f"; its documents cannot be listed, as {self._path} cannot be written to ({error.strerror})"
         if not documents:
             return "; its documents cannot be listed, as a stream is not read twice"
         shown = ", ".join(f"{document['text'][:SHOWN_CHARACTERS]!r}" for document in documents[:SHOWN_DOCUMENTS])

@@ -20,6 +20,8 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
+from gemma2_jax.command_line import notify
+
 SHOWN_LETTERS = 80  # of a sample's prompt, and of what follows it; metrics.jsonl has them whole
 PLAIN_LINE_SECONDS = 10  # between lines where there is no terminal to draw a bar on
 
@@ -30,6 +32,7 @@ class ConsoleLines:
     def __init__(self, console: Console, *, start_step: int, steps: int):
         self._console, self._steps = console, steps
         self._last_line_time = -math.inf
+        self._is_silent = False  # whether a line could not be printed
         self._bar = progress_bar(console, hidden=not console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=start_step, text="")
 
@@ -50,7 +53,18 @@ class ConsoleLines:
         self._bar.stop()
 
     def print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Prints a line, which waits for the next where standard output cannot be written to, as its disk is full.
+
+        Raises BrokenPipeError or SystemExit where nobody reads it any more.
+        """
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self._is_silent:
+                notify(f"warning: standard output cannot be written to ({error.strerror}); training goes on")
+            self._is_silent = True
 
     def _show_step(self, line: Mapping[str, Any]) -> None:
         text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"

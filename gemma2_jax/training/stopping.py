@@ -19,7 +19,6 @@ import jax
 from gemma2_jax.cluster import hosts
 from gemma2_jax.config import Config, read_duration
 
-_STDERR = 2  # in a notebook, sys.stderr is no file
 _POLL_SECONDS = 0.5  # between looks at whether another process has been told
 
 
@@ -63,7 +62,7 @@ class Stop:
         if not self._told:
             self._told = name
             again = "; once more, and it ends at once" if number == signal.SIGINT else ""
-            os.write(_STDERR, f"\n{name}: the run stops after this step, and saves it{again}\n".encode())
+            hosts.write_stderr(f"\n{name}: the run stops after this step, and saves it{again}\n")
 
     def ends_before(self, step: int) -> bool:
         """Whether the run is to end before this step, which otherwise begins. Every process asks before every step."""

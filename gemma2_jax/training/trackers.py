@@ -21,6 +21,7 @@ import jax
 from rich.console import Console
 
 from gemma2_jax import config_text
+from gemma2_jax.command_line import notify
 from gemma2_jax.config import Config
 from gemma2_jax.training.environment import hide_secrets
 from gemma2_jax.training.progress import ConsoleLines
@@ -79,18 +80,38 @@ def check_services(config: Config) -> None:
 
 
 class MetricsFile:
-    """The file itself, which is what a run keeps; each line is in it before anything else is told."""
+    """The file itself, which is what a run keeps; each line is in it before anything else is told.
+
+    Where it cannot be written to, as its disk is full, that is said, and lines wait in memory until it can.
+    """
 
     def __init__(self, path: Path):
         self._path = path
+        self._waiting = bytearray()  # lines, of which the first may be in the file in part
+        self._reason = ""  # why they wait
 
     def open(self) -> None:
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, line: Line) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if not self._reason:
+                notify(f"warning: {self._path} cannot be written to ({reason}); training goes on, and lines wait")
+            self._reason = reason
+        else:
+            if self._reason:
+                notify(f"{self._path} has the lines that waited")
+            self._reason = ""
 
     def close(self, failed: bool) -> None:
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            notify(f"warning: {self._path} lacks the last {count} line(s) of this run ({self._reason})")
         self._file.close()
 
 
@@ -304,16 +325,18 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl beyond `step`, since those steps are about to be taken again."""
     if not path.exists():
         return
-    text = path.read_text(errors="replace")  # of a damaged file
-    lines = text.splitlines()
-    kept_lines = [line for line in lines if _line_step(line) <= step]
-    if len(kept_lines) < len(lines) or not text.endswith("\n"):  # which the next line would be written after
+    with path.open("rb") as file:
+        # The last line may lack its end, which the next line would be written after.
+        if all(_line_step(line) <= step and line.endswith(b"\n") for line in file):
+            return
+        file.seek(0)
         shorter = path.with_suffix(".tmp")
-        shorter.write_text("".join(f"{line}\n" for line in kept_lines))
+        with shorter.open("wb") as kept:
+            kept.writelines(line.rstrip(b"\n") + b"\n" for line in file if _line_step(line) <= step)
         shorter.replace(path)
 
 
-def _line_step(line: str) -> float:
+def _line_step(line: bytes) -> float:
     """The step of a line of metrics; infinite for one cut short when a process was killed, or damaged since."""
     try:
         step = json.loads(line)["step"]

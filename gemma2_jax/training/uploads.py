@@ -6,7 +6,6 @@ folder of a run, with its config and its tokenizer: other commands open a copy o
 """
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import jax
 from rich.filesize import decimal
 
 from gemma2_jax.cluster import hosts
+from gemma2_jax.command_line import notify
 from gemma2_jax.config import Config
 from gemma2_jax.convert import steps
 from gemma2_jax.convert.files.checksums import CHECKSUMS, list_files
@@ -63,7 +63,7 @@ class Uploads:
             if missing := self._list_missing():
                 names = f"step{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
                 reason = f" ({self._reason})" if self._reason else ""
-                _say(f"warning: {names} could not be copied to {self._url}{reason}; the same command tries again")
+                notify(f"warning: {names} could not be copied to {self._url}{reason}; the same command tries again")
         if failed is None and self._url:
             hosts.wait_for_processes("uploads")
 
@@ -80,7 +80,7 @@ class Uploads:
             self._thread.join(_SAY_SECONDS)
             if self._thread.is_alive() and (step := self._current) is not None:
                 copied, size = map(decimal, self._bytes)
-                _say(f"copying step {step} to {self._url}: {copied} of {size}; Ctrl-C ends the run without it")
+                notify(f"copying step {step} to {self._url}: {copied} of {size}; Ctrl-C ends the run without it")
 
     def _serve(self) -> None:
         """Copies steps until the run has ended and none is missing, or the last attempts have failed."""
@@ -121,14 +121,14 @@ class Uploads:
             reason = (str(error) or repr(error)).splitlines()[0]
             if not self._reason:
                 rest = "this is tried again, and training goes on"
-                _say(f"step {step} could not be copied to {self._url} ({reason}); {rest}")
+                notify(f"step {step} could not be copied to {self._url} ({reason}); {rest}")
             self._reason = reason
             return False
         finally:
             self._current = None
         self._copied.add(step)
         if self._reason:
-            _say(f"step {step} is copied to {self._url}")
+            notify(f"step {step} is copied to {self._url}")
         self._reason = ""
         return True
 
@@ -232,7 +232,3 @@ def _open_hub(url: str) -> _Hub:
     if get_token() is None:
         raise ValueError(f"train.upload is {url}, and nobody is logged in to the Hub: hf auth login, or set HF_TOKEN")
     return _Hub(repository=f"{owner}/{name}", root=f"{root}/" if root else "")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
