@@ -159,7 +159,7 @@ def generate(
     ['\\ndef json.decoder.J']
     """
     from gemma2_jax.inference.loaded import generate_texts
-    from gemma2_jax.inference.sampling import Sampling
+    from gemma2_jax.inference.settings import Sampling
 
     if isinstance(prompts, str) or not isinstance(prompts, Collection):
         raise ValueError(f"prompts is {prompts!r}; give a list of strings, such as ['What is AI?']")

@@ -52,7 +52,8 @@ ORDER_WITHIN = {
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (
-        ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",), ("completion", "loaded")
+        ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",),
+        ("completion", "loaded"), ("source",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),

@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 
 from gemma2_jax.inference.decoder import Decoder
-from gemma2_jax.inference.sampling import GREEDY, MOST_ALTERNATIVES, RowSettings, Sampling, Scores
+from gemma2_jax.inference.sampling import MOST_ALTERNATIVES, RowSettings, Scores
+from gemma2_jax.inference.settings import GREEDY, Sampling
 from gemma2_jax.inference.steps import (
     PAD,
     NewTokens,

@@ -31,7 +31,7 @@ from gemma2_jax.dims import Abstract
 from gemma2_jax.inference.decoder import Decoder, decoding_mesh, keeps_dtype, one_device_mesh
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.engine import Request, make_engine
-from gemma2_jax.inference.sampling import Sampling
+from gemma2_jax.inference.settings import Sampling
 from gemma2_jax.inference.text import decode_text, encode_prompt
 from gemma2_jax.mesh import describe_mesh, stored_sharding
 from gemma2_jax.model import lora

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma2_jax.inference.sampling import (
-    GREEDY,
     History,
     RowSettings,
     Scores,
@@ -22,6 +21,7 @@ from gemma2_jax.inference.sampling import (
     sample_rows,
     score_tokens,
 )
+from gemma2_jax.inference.settings import GREEDY
 from gemma2_jax.mesh import map_shards, replicate
 from gemma2_jax.model.gemma2 import Cache, Gemma2
 

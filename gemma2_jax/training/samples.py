@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma2_jax.config import Config
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.inference.defaults import stop_tokens
-from gemma2_jax.inference.sampling import GREEDY, RowSettings
+from gemma2_jax.inference.sampling import RowSettings
+from gemma2_jax.inference.settings import GREEDY
 from gemma2_jax.inference.steps import PAD, Parts, add_tokens, bucket_length, empty_state, pad_stops, read_parts
 from gemma2_jax.inference.text import decode_text, encode_prompt
 from gemma2_jax.model.gemma2 import rebuild_model

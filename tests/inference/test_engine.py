@@ -14,7 +14,7 @@ from gemma2_jax.inference import engine as engines
 from gemma2_jax.inference.clock import Clock
 from gemma2_jax.inference.decoder import Decoder, decoding_mesh
 from gemma2_jax.inference.engine import Engine, Request, make_engine
-from gemma2_jax.inference.sampling import GREEDY, Sampling
+from gemma2_jax.inference.settings import GREEDY, Sampling
 from gemma2_jax.model import gemma2 as model
 from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
 

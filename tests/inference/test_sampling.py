@@ -11,15 +11,14 @@ import torch
 import transformers
 
 from gemma2_jax.inference.sampling import (
-    GREEDY,
     History,
     RowSettings,
-    Sampling,
     adjust_logits,
     filter_logits,
     sample_rows,
     score_tokens,
 )
+from gemma2_jax.inference.settings import GREEDY, Sampling
 
 LOGITS = np.random.default_rng(0).normal(0, 3, (4, 500)).astype(np.float32)
 

@@ -1,0 +1,57 @@
+"""What is asked for where text is generated: which tokens are drawn, and how. Options of commands, read without JAX.
+
+`sampling` does what they say.
+"""
+
+import math
+from dataclasses import dataclass
+
+_LOWEST_TEMPERATURE = 1e-6  # a logit over less would come near the end of float32, and none differs from 0
+MOST_BIASES = 300  # tokens of one request whose logits are biased: as many as OpenAI's API takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the tokens of a text are chosen. Its draws depend on the seed and on nothing else in the batch."""
+
+    temperature: float = 0.0  # logits are divided by it; 0 takes the most likely token
+    top_k: int | None = None  # draw from the k most likely tokens
+    top_p: float | None = None  # draw from the fewest most likely of those whose probabilities sum up to this
+    min_p: float | None = None  # of those, from the ones with at least this share of the most likely one's probability
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt and text, multiplies negative ones
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text so far
+    frequency_penalty: float = 0.0  # subtracted from them for each time that they occur in the text so far
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
+    seed: int = 0  # of the draws
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}; use 0 for the most likely token, or a finite number of at least "
+                f"{_LOWEST_TEMPERATURE}"
+            )
+        if self.top_k is not None and not 1 <= self.top_k < 2**31:
+            raise ValueError(
+                f"top_k is {self.top_k}; it must be at least 1 and below 2**31, or unset to draw from all tokens"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or unset")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 and at most 1, or unset")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite, and 1 is none"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number, and 0 is none")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens; give {MOST_BIASES} at most")
+        for token, bias in self.logit_bias:
+            if not 0 <= token < 2**31 or math.isnan(bias):
+                raise ValueError(f"logit_bias has {bias} for token {token}; give numbers for the model's own tokens")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**31")
+
+
+GREEDY = Sampling()

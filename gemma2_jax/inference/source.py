@@ -1,0 +1,84 @@
+"""The model that a command generates with: the options that name its checkpoint, and how that is opened.
+
+Nothing here imports JAX before a checkpoint is opened, so that `--help` and mistakes answer at once.
+"""
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma2_jax import command_line
+from gemma2_jax.inference.settings import Sampling
+from gemma2_jax.model_config import DType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from gemma2_jax.convert.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which model generates."""
+
+    checkpoint: str  # a training run's folder, a Hugging Face, Orbax or Megatron folder, a GGUF file, or a Hub id
+    adapter: str | None = None  # an adapter to put on it: a PEFT or Orbax folder, or a run
+    hf_config: str | None = None  # folder or Hub id with the config.json and tokenizer that a Megatron checkpoint lacks
+    dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
+
+    def __post_init__(self) -> None:
+        command_line.check_paths(self, "checkpoint", "adapter", "hf_config")
+
+
+def open_source(source: Source) -> "tuple[Checkpoint, PreTrainedTokenizerFast]":
+    """The checkpoint and its tokenizer, for `load_decoder`; no weight is read. Its notes go to standard error.
+
+    Raises ValueError without its model or its tokenizer.
+    """
+    from gemma2_jax.data import encoding
+
+    encoding.hide_torch()
+    from gemma2_jax.convert.formats.companions import load_tokenizer
+    from gemma2_jax.convert.opening import open_checkpoint
+    from gemma2_jax.inference.loaded import complete_config
+
+    model = open_checkpoint(source.checkpoint, hf_config=source.hf_config)
+    checkpoint = open_checkpoint(source.adapter, base=model) if source.adapter else model
+    complete_config(checkpoint)
+    if checkpoint.tokenizer is None:
+        raise ValueError(
+            f"{checkpoint.path} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its model there"
+        )
+    for note in checkpoint.notes:
+        print(f"note: {command_line.escape(note)}", file=sys.stderr)
+    if targets := checkpoint.adapter.unmergeable_targets:
+        print(
+            f"the adapter of {' and '.join(targets)} is added after the post-norm (adapter.after_norm), where no "
+            "weight can take it in; it is computed beside the weights, which slows down every step",
+            file=sys.stderr,
+        )
+    return checkpoint, load_tokenizer(checkpoint.tokenizer)
+
+
+def print_defaults(
+    checkpoint: "Checkpoint",
+    tokenizer: "PreTrainedTokenizerFast",
+    stop: Collection[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> None:
+    """Says on standard error what ends a text, and what the checkpoint suggests in place of the most likely tokens."""
+    from gemma2_jax.inference.defaults import describe_stop, describe_suggestion, suggested_sampling
+
+    print(command_line.escape(describe_stop(set(stop), tokenizer, max_new_tokens)), file=sys.stderr)
+    if sampling.temperature == 0 and (settings := suggested_sampling(checkpoint)) and _is_usable(settings):
+        print(describe_suggestion(settings), file=sys.stderr)
+
+
+def _is_usable(settings: dict[str, Any]) -> bool:
+    try:
+        Sampling(**settings)
+    except ValueError:
+        return False
+    return True
