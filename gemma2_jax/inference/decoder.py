@@ -6,6 +6,7 @@ context shards of a training mesh keep apart is split over tensor shards, as far
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -14,7 +15,9 @@ from jax.sharding import Mesh
 
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import make_mesh, stored_sharding
+from gemma2_jax.model.adapter_bank import attach_banks
 from gemma2_jax.model.gemma2 import Weights, rebuild_model, unstack_layers, weight_dims
+from gemma2_jax.model.lora import FrozenAdapter
 from gemma2_jax.model_config import ModelConfig, is_adapter_path
 
 
@@ -34,6 +37,18 @@ class Decoder:
         self.graph = nnx.graphdef(nnx.eval_shape(unstack_layers, model))
         with jax.set_mesh(self.mesh):
             self.weights = _unstack_weights(weights, letters, self.mesh, model.dtype)
+        self.adapters: tuple[str, ...] = ()
+
+    def attach_adapters(self, adapters: Mapping[str, Mapping[str, FrozenAdapter]]) -> None:
+        """Gives the model several adapters, by name, of which each row takes its own (`adapter_bank.attach_banks`)."""
+        model = nnx.merge(self.graph, self.weights)
+        attach_banks(model, adapters, self.mesh)
+        self.graph, state = nnx.split(model)
+        self.weights, self.adapters = nnx.to_pure_dict(state), tuple(adapters)
+
+    def adapter_number(self, name: str | None) -> int:
+        """The number of an adapter in the banks; 0 is none."""
+        return 0 if name is None else 1 + self.adapters.index(name)
 
     @property
     def batch_shards(self) -> int:

@@ -68,6 +68,7 @@ class Request:
     stop: frozenset[int] = frozenset()  # tokens that end it, at most `steps.MOST_STOPS`
     alternatives: int | None = None  # the scores of new tokens are asked for, with those of so many others
     echo: bool = False  # the scores of the prompt's own tokens are asked for too
+    adapter: str | None = None  # the adapter that continues it, of those that the decoder has
     tokens: list[int] = field(default_factory=list)  # new ones
     scores: list[TokenScore] = field(default_factory=list)  # theirs
     prompt_scores: list[TokenScore] = field(default_factory=list)  # of the prompt's tokens but the first
@@ -90,6 +91,7 @@ class _Slot:
 
     request: Request | None = None
     read: int = 0  # tokens of the prompt that are read, or being read
+    adapter: str | None = None  # that wrote what the row holds
     cached: Sequence[int] = ()  # tokens whose keys and values are there, once the request has left
     extent: int = 0  # the last position that may have been written, once the request has left
     release: int = 0  # when it did, as a number that grows
@@ -104,7 +106,7 @@ class _Slot:
 
     def take(self, request: Request, read: int) -> None:
         """Gives the slot to a request, of whose prompt so many tokens are there."""
-        self.request, self.read, self.cached = request, read, ()
+        self.request, self.read, self.cached, self.adapter = request, read, (), request.adapter
 
     def leave(self, at: int) -> None:
         """Frees the slot."""
@@ -238,6 +240,9 @@ class Engine:
                 f"the scores of {request.alternatives} tokens are asked for in each place; ask for 0 to "
                 f"{MOST_ALTERNATIVES}"
             )
+        if request.adapter is not None and request.adapter not in self._decoder.adapters:
+            known = ", ".join(self._decoder.adapters) or "none"
+            raise ValueError(f"there is no adapter {request.adapter!r}; there are {known}")
         if unknown := [token for token, _ in request.sampling.logit_bias if token >= vocabulary]:
             raise ValueError(f"logit_bias has token {unknown[0]}, and the model's are 0 to {vocabulary - 1}")
 
@@ -280,13 +285,15 @@ class Engine:
         A local layer keeps the last tokens of its window alone: once the row has gone on further than that, what comes
         after a beginning has taken the place of some of its tokens.
         """
+        if slot.adapter != request.adapter:
+            return 0
         shared = _count_equal(request.prompt[:-1], slot.tokens())
         end = slot.end()
         return shared if end < self._window or shared == end else 0
 
     def _will_share(self, request: Request, slot: _Slot) -> int:
         """How many tokens of the prompt, but the last, a row will hold when the prompt there has been read."""
-        if not slot.is_reading:
+        if not slot.is_reading or slot.adapter != request.adapter:
             return 0
         other = slot.request
         assert other is not None
@@ -314,7 +321,8 @@ class Engine:
         parts = []
         for shard, slot in enumerate(chosen):
             number = self._slots.index(slot) if slot else 0
-            parts.append(_make_part(slot, number % of_shard, size))
+            adapter = self._decoder.adapter_number(slot.adapter) if slot else 0
+            parts.append(_make_part(slot, number % of_shard, size, adapter))
             if slot and slot.request:
                 is_last = slot.read + size >= len(slot.request.prompt)
                 if slot.request.echo:
@@ -411,7 +419,7 @@ class _Call:
     prompt_scores: Scores | None = None
 
 
-def _make_part(slot: _Slot | None, row: int, size: int) -> Parts[np.ndarray | np.generic]:
+def _make_part(slot: _Slot | None, row: int, size: int, adapter: int) -> Parts[np.ndarray | np.generic]:
     """The next part of a slot's prompt, `size` tokens at most, as arrays without the dim B; or one of no tokens."""
     request, read = (slot.request, slot.read) if slot and slot.request else (None, 0)
     part = np.full(size + 1, PAD, np.int32)
@@ -431,6 +439,7 @@ def _make_part(slot: _Slot | None, row: int, size: int) -> Parts[np.ndarray | np
         stop_BE=pad_stops(request.stop if request else ()),
         is_scored_B=np.bool(request is not None and request.alternatives is not None),
         is_echoed_B=np.bool(request is not None and request.echo),
+        adapter_B=np.int32(adapter),
         settings=RowSettings.of(request.sampling, request.sample) if request else RowSettings.of(GREEDY),
     )
 

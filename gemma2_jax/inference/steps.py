@@ -40,6 +40,7 @@ class State:
     left_B: jax.Array  # int32: how many more tokens the row gets; 0 where it is free, or its prompt is still read
     stop_BE: jax.Array  # int32: tokens that end it, -1 for fewer than MOST_STOPS
     is_scored_B: jax.Array  # bool: whether the log-probabilities of its tokens are asked for
+    adapter_B: jax.Array  # int32: the number of its adapter (`adapter_bank`); 0: none
     settings: RowSettings  # how its tokens are chosen
     cache: Cache
 
@@ -56,6 +57,7 @@ class Parts[Array]:
     new_B: Array  # int32: how many new tokens the row gets if this is the last part, else 0
     stop_BE: Array  # int32, as in `State`
     is_scored_B: Array  # bool, as in `State`
+    adapter_B: Array  # int32, as in `State`
     is_echoed_B: Array  # bool: whether the log-probabilities of the prompt's own tokens are asked for
     settings: RowSettings
 
@@ -83,6 +85,7 @@ def empty_state(model: Gemma2, *, rows: int, context: int) -> State:
         left_B=jnp.zeros(rows, jnp.int32),
         stop_BE=jnp.full((rows, MOST_STOPS), -1, jnp.int32),
         is_scored_B=jnp.zeros(rows, bool),
+        adapter_B=jnp.zeros(rows, jnp.int32),
         settings=jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), settings),
         cache=model.empty_cache(rows, context),
     )
@@ -113,7 +116,7 @@ def read_parts(model: Gemma2, state: State, parts: Parts[jax.Array]) -> tuple[St
     place_B = parts.row_B + jnp.arange(shards) * (rows // shards)
     is_whole = shards == rows  # all rows are read at once, as with the samples of a training run
     cache = state.cache if is_whole else _take_rows(state.cache, parts.row_B)
-    hidden_BTD, cache = model.extend(parts.tokens_BT, parts.start_B, parts.length_B, cache)
+    hidden_BTD, cache = model.extend(parts.tokens_BT, parts.start_B, parts.length_B, cache, parts.adapter_B)
     cache = cache if is_whole else _put_rows(state.cache, cache, parts.row_B)
     is_read_B = parts.length_B > 0
 
@@ -138,6 +141,7 @@ def read_parts(model: Gemma2, state: State, parts: Parts[jax.Array]) -> tuple[St
         left_B=put(state.left_B, jnp.where(has_ended_B, 0, parts.new_B - 1)),
         stop_BE=put(state.stop_BE, parts.stop_BE),
         is_scored_B=put(state.is_scored_B, parts.is_scored_B),
+        adapter_B=put(state.adapter_B, parts.adapter_B),
         settings=jax.tree.map(put, state.settings, parts.settings),
         cache=cache,
     )
@@ -173,7 +177,7 @@ def add_tokens(model: Gemma2, state: State, steps, most: int) -> tuple[State, Ne
     def add_token(carry):
         step, state, new = carry
         newest_B = jnp.take_along_axis(state.token_BS, state.position_B[:, None], axis=1)[:, 0]
-        hidden_BD, cache = model.decode_step(newest_B, state.position_B, state.cache)
+        hidden_BD, cache = model.decode_step(newest_B, state.position_B, state.cache, state.adapter_B)
         is_active_B = state.left_B > 0
         position_B = state.position_B + is_active_B
         logits_BV = model.logits(hidden_BD)

@@ -42,11 +42,12 @@ class AdapterInputs(NamedTuple):
 
     layer: jax.Array | int  # its number
     key: jax.Array | None = None  # for dropout; None: there is none
+    index_B: jax.Array | None = None  # int32: which of several adapters each row takes (`adapter_bank`)
 
     def split(self, count: int) -> "list[AdapterInputs]":
         """The same for so many parts of a layer, each with a key of its own."""
         keys = [None] * count if self.key is None else jax.random.split(self.key, count)
-        return [AdapterInputs(self.layer, key) for key in keys]
+        return [self._replace(key=key) for key in keys]
 
 
 class Update(Protocol):
@@ -347,11 +348,12 @@ class Gemma2(nnx.Module):
         caches = [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for shape in shapes]
         return caches[0] if is_stack else caches
 
-    def extend(self, tokens_BT, start_B, lengths_B, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(self, tokens_BT, start_B, lengths_B, cache: Cache, adapter_B=None) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of the next tokens of each row, from position `start_B` on, and the cache with them.
 
         The cache holds the tokens before `start_B`; of those that are given, a row has the first `lengths_B`, and the
-        others are padding. A prompt read in parts has the results of one read whole.
+        others are padding. A prompt read in parts has the results of one read whole. `adapter_B` is the number of the
+        adapter that each row takes, where the model has several (`adapter_bank`).
         """
         T = tokens_BT.shape[1]
         slots = max(x.shape[-2] for x in jax.tree.leaves(cache))
@@ -369,10 +371,12 @@ class Gemma2(nnx.Module):
             return out_BTNH, tuple(constrain(write(old, new, start_B, lengths_B), "BKSH") for old, new in pairs)
 
         positions_BT = start_B[:, None] + jnp.arange(T)
-        return self._run_layers(tokens_BT, positions_BT, attend, cache, slots)
+        return self._run_layers(tokens_BT, positions_BT, attend, cache, slots, adapter_B)
 
-    def decode_step(self, token_B, position_B, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode_step(self, token_B, position_B, cache: Cache, adapter_B=None) -> tuple[jax.Array, Cache]:
         """Hidden states [B, D] of one new token of each row, at `position_B`, and the cache with that token in it.
+
+        `adapter_B` is as in `extend`.
 
         In a stack of layers the caches of local layers are as long as those of global ones, and their window is data:
         there jnp computes attention, as the kernels take no window.
@@ -394,7 +398,7 @@ class Gemma2(nnx.Module):
                 out_BNH = self._attend(self.attention.attend_cached, q[:, 0], k, v, position_B)
             return out_BNH[:, None], (k, v)
 
-        hidden_BTD, cache = self._run_layers(token_B[:, None], position_B[:, None], attend, cache, slots)
+        hidden_BTD, cache = self._run_layers(token_B[:, None], position_B[:, None], attend, cache, slots, adapter_B)
         return hidden_BTD[:, 0], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -453,7 +457,7 @@ class Gemma2(nnx.Module):
             return self.final_norm(x_BTD)
 
     def _run_layers(
-        self, tokens_BT, positions_BT, attend, cache: Sequence | None = None, length: int | None = None
+        self, tokens_BT, positions_BT, attend, cache: Sequence | None = None, length: int | None = None, adapter_B=None
     ) -> tuple[jax.Array, Any]:
         """Embedding, blocks and final norm: hidden states [B, T, D], and each layer's new cache.
 
@@ -463,25 +467,27 @@ class Gemma2(nnx.Module):
         rope = rope_angles(positions_BT, self.config)
         windows = self.config.layer_windows(length or tokens_BT.shape[1])
         run = self._scan_layers if isinstance(self.blocks, Block) else self._unroll_layers
-        x_BTD, cache = run(self.embed(tokens_BT), rope, attend, windows, cache)
+        x_BTD, cache = run(self.embed(tokens_BT), rope, attend, windows, cache, adapter_B)
         return self.normalize_output(x_BTD), cache
 
-    def _scan_layers(self, x_BTD, rope, attend, windows, cache):
+    def _scan_layers(self, x_BTD, rope, attend, windows, cache, adapter_B):
         graph, weights = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             weights, window, number, old_cache = inputs
-            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, old_cache), AdapterInputs(number))
+            adapter_inputs = AdapterInputs(number, index_B=adapter_B)
+            return nnx.merge(graph, weights)(x_BTD, rope, partial(attend, window, old_cache), adapter_inputs)
 
         numbers = jnp.arange(len(windows))
         return jax.lax.scan(layer, x_BTD, (weights, jnp.asarray(windows, jnp.int32), numbers, cache))
 
-    def _unroll_layers(self, x_BTD, rope, attend, windows, cache):
+    def _unroll_layers(self, x_BTD, rope, attend, windows, cache, adapter_B):
         assert isinstance(self.blocks, nnx.List)
         new_caches = []
         layers = zip(self.blocks, windows, cache or [None] * len(windows), strict=True)
         for number, (block, window, old_cache) in enumerate(layers):
-            x_BTD, new_cache = block(x_BTD, rope, partial(attend, window, old_cache), AdapterInputs(number))
+            adapter_inputs = AdapterInputs(number, index_B=adapter_B)
+            x_BTD, new_cache = block(x_BTD, rope, partial(attend, window, old_cache), adapter_inputs)
             new_caches.append(new_cache)
         return x_BTD, new_caches
 

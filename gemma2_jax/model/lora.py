@@ -14,7 +14,7 @@ term by which the magnitude rescales that weight's output.
 
 import fnmatch
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,15 @@ def trainable_filter(config: AdapterConfig) -> nnx.filterlib.Filter:
     if config.kind == "none":
         return nnx.Param
     return nnx.Any(AdapterParam, lambda path, _: config.replaces("/".join(map(str, path))))
+
+
+class FrozenAdapter(NamedTuple):
+    """What an adapter of a projection does once nothing is trained, float32: y becomes (y + x a b) * ratio."""
+
+    a_L: jax.Array  # [L, contracted letters, R]
+    b_L: jax.Array  # [L, R, produced letters], with the scale in it
+    ratio_L: jax.Array | None  # [L, produced letters]; None: 1
+    after_norm: bool
 
 
 class Adapter(nnx.Module):
@@ -128,6 +137,20 @@ class Adapter(nnx.Module):
 
         m = None if self.m is None else self.m[...]
         return jax.lax.map(merge_layer, (w_L, self.a[...], self.b[...], m, first + jnp.arange(len(w_L))))
+
+    def freeze(self, w_L: jax.Array) -> "FrozenAdapter":
+        """What the adapter does when nothing is trained any more; `w_L` is the weight of all layers."""
+        a_L, scale_L = self.a[...], jnp.asarray(self.scales, jnp.float32)
+        b_L = self.b[...] * scale_L.reshape(-1, *[1] * (self.b.ndim - 1))
+        if self.m is None:
+            return FrozenAdapter(a_L, b_L, None, self.after_norm)
+
+        def find_ratio(inputs):
+            w, a, b, m = inputs
+            return self._magnitude_ratio(m, self._column_norms(w, a, b, 1.0, ""))
+
+        ratio_L = jax.lax.map(find_ratio, (w_L, a_L, b_L, self.m[...]))
+        return FrozenAdapter(a_L, b_L, ratio_L, self.after_norm)
 
     def _layer_scale(self, layer) -> jax.Array | float:
         """What the low-rank product is multiplied by in a layer."""

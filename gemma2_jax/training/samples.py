@@ -115,5 +115,6 @@ class Sampler:
             stop_BE=np.tile(pad_stops(self._prompts.stop), (len(rows), 1)),
             is_scored_B=none_B > 0,
             is_echoed_B=none_B > 0,
+            adapter_B=none_B,
             settings=jax.tree.map(lambda x: np.stack([x] * len(rows)), RowSettings.of(GREEDY)),
         )

@@ -297,7 +297,7 @@ def test_programs_do_not_copy_the_cache(slots):
     """In the compiled programs the cache is changed where it lies: 128 tokens for each of 4 heads."""
     engine = new_engine(slots=slots)
     made, state = engine._decoder, engine._state
-    part = engines._make_part(None, 0, 32)
+    part = engines._make_part(None, 0, 32, 0)
     parts = jax.tree.map(lambda x: np.asarray(x)[None], part)
     with jax.set_mesh(made.mesh):
         adding = engines._add_tokens.lower(made.graph, made.weights, state, np.ones(slots, bool), np.int32(16))
