@@ -39,10 +39,13 @@ _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert a checkpoint of Gemma 2: Hugging Face, PEFT, Orbax, a run, Megatron or GGUF, each into each.
+    """Convert a checkpoint of Gemma 2 into any other format.
 
-    The format of SRC is recognized by its files. Other commands: `inspect PATH` says what a checkpoint is, `verify A B`
-    compares two, and `import` and `export` have Megatron-Bridge's names. Each has a --help.
+    SRC is of Hugging Face, PEFT, Orbax, Megatron or GGUF, or a run, by its files.
+
+    Other commands: inspect PATH says what a checkpoint is, verify A B compares two.
+
+    Import and export have Megatron-Bridge's names. Each command has a --help.
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC", help="folder, .gguf file or Hub id to read")]
@@ -71,7 +74,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Print what a checkpoint is: its format, config, arrays, dtypes, sizes, parallel layout and adapter."""
+    """Print what a checkpoint is: its format, config, arrays, layout and adapter."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]  # a folder, a .gguf file, or a Hub id
     hf_config: str | None = None  # folder or Hub id with the config.json of a Megatron checkpoint that has none
@@ -82,10 +85,11 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Compare two checkpoints of any formats, array by array, and say what explains it where they differ.
+    """Compare two checkpoints of any formats, and say what explains a difference.
 
-    Given one alone, a run or a step of one, check each step: its files by their checksums, its arrays by the run's
-    config. The exit status is 1 where two differ, or a step is damaged.
+    Of a run, or a step of one, given alone: check each step's files and arrays.
+
+    The exit status is 1 where two differ, or a step is damaged.
     """
 
     first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # a folder, a .gguf file, or a Hub id
@@ -102,7 +106,7 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Convert a Hugging Face model to Megatron, as Megatron-Bridge's `import` does."""
+    """Convert a Hugging Face model to Megatron, as Megatron-Bridge's import does."""
 
     hf_model: str  # folder or Hub id
     megatron_path: str  # folder to write
@@ -116,7 +120,7 @@ class Import:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Convert a Megatron checkpoint to Hugging Face, as Megatron-Bridge's `export` does."""
+    """Convert a Megatron checkpoint to Hugging Face, as Megatron-Bridge's export does."""
 
     hf_model: str  # folder or Hub id that has the model's config.json and tokenizer
     megatron_path: str  # folder to read
@@ -205,7 +209,8 @@ def _verify_steps(path: Path) -> None:
     if unverified:
         print("note: what has no checksums was only read to its end, and may hold bits that have flipped")
     if damaged:
-        print(f"Training sets a damaged step aside where an earlier one is whole; to mend {damaged[0]}, copy it again.")
+        names = ", ".join(damaged)
+        print(f"Training sets a damaged step aside if an earlier one is whole. To mend {names}, copy it again.")
         sys.exit(1)
 
 
@@ -215,7 +220,7 @@ def _steps_table(checks: "list[StepCheck]") -> "Table":
     from rich.table import Column, Table
 
     table = Table(
-        "step", Column("files", justify="right"), Column("size", justify="right"), "found",
+        "step", Column("files", justify="right"), Column("size", justify="right"), Column("found", overflow="fold"),
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0),
     )  # fmt: skip
     for check in checks:

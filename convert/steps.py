@@ -97,7 +97,12 @@ def list_folders(path: Path) -> list[Path]:
     Raises ValueError where the path is neither a run nor a step of one.
     """
     if path.absolute().parent.name == "checkpoints" and (path.absolute().parents[1] / "config.txt").is_file():
+        if not path.is_dir():
+            there = ", ".join(map(str, list_steps(path.absolute().parent))) or "none"
+            raise ValueError(f"there is no step {path.name} in {path.parent}; the steps there: {there}")
         return [path]
+    if not path.exists():
+        raise ValueError(f"there is no {path}; give the folder of a run, or of a step of one")
     if not (path / "config.txt").is_file() or not (path / "checkpoints").is_dir():
         raise ValueError(
             f"{path} is neither a run, which has config.txt and checkpoints, nor a step of one; to compare it with "
@@ -157,7 +162,8 @@ def _find_unreadable(step: Path) -> str:
             for path in reader.shapes:
                 _read_array(reader, path)
     except (ValueError, OSError, RecursionError) as error:
-        return orbax.error_summary(error).partition(" [")[0].rstrip(".")  # TensorStore adds its JSON
+        reason = orbax.error_summary(error).partition(" [")[0].rstrip(".")  # TensorStore adds its JSON
+        return reason.removeprefix(f"{step}/").removesuffix("; copy it again")
     return ""
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from gemma2_jax import command_line
 
 COMMANDS = {
-    "train": "pretrain or fine-tune; the same command on the same --workdir resumes",
+    "train": "pretrain, fine-tune; the same command on the same --workdir resumes",
     "generate": "continue prompts, or answer them, with any checkpoint",
-    "convert": "convert a checkpoint into any other format; inspect one; compare two",
+    "convert": "convert a checkpoint into any format; inspect one; compare two",
     "data": "print what a data set is; write one as Megatron's .bin and .idx",
     "report": "write a run, or several, as one HTML page with pictures",
     "profile": "say where the time of traced steps went, by scope and by operation",
-    "plan": "say whether a training step fits on so many H100s, without having any",
+    "plan": "say whether a training step fits on so many H100s, without any",
 }
 MODULES = {
     "convert": "gemma2_jax.convert.__main__",

@@ -229,7 +229,8 @@ def _explain_failure(event: Any, arguments: list[str], options: list[str]) -> st
         return f"{' and '.join(_describe_argument(missing.arg) for missing in event.missing_arguments)} must be given"
     if kind == "InvalidChoice":
         near = suggest(event.value, event.choices, cutoff=0.6) or "."
-        return f"{event.argument.display_name()} is {event.value!r}{near} It may be {' or '.join(event.choices)}"
+        choices = " or ".join(choice or "empty" for choice in event.choices)
+        return f"{event.argument.display_name()} is {event.value!r}{near} It may be {choices}"
     if kind == "BadValue":
         return f"{_describe_argument(event.argument)} lacks its value"
     if event.argument is None:

@@ -143,9 +143,8 @@ class TrainConfig:
     keep_best: int = 0  # checkpoints of the lowest held-out losses kept, beside the newest
     patience: int = 0  # evaluations without a lower held-out loss, after which the run ends; 0: it goes on
     export_best: Literal["", "hf", "peft", "orbax"] = ""  # format to write the best checkpoint in at the end of the run
-    upload: str = (
-        ""  # where checkpoints are copied to as well: s3://BUCKET/RUN, hf://ORG/NAME, a folder; empty: nowhere
-    )
+    # Where checkpoints are copied to as well: s3://BUCKET/RUN, hf://ORG/NAME or a folder; empty: nowhere.
+    upload: str = ""
     save_deadline: int = 3600  # seconds that writing a checkpoint may take, after which the run ends
     stop_after: str = ""  # time since the command was started, as 3h50m, after which it saves and ends; empty: none
     export_adapter: bool = False  # with each checkpoint, write its adapter for PEFT too, as WORKDIR/adapters/STEP

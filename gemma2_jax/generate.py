@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Continues prompts, or answers them (--chat), with a Gemma 2 checkpoint of any format.
+    """Continues prompts, or answers them (--chat), with a checkpoint of any format.
 
     Text goes to standard output; how fast it came, to standard error.
     """

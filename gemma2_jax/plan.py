@@ -20,9 +20,11 @@ from gemma2_jax.train import Recipe, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Recipe):
-    """Says whether a training step fits on so many H100s, and what it sends between them, without having any.
+    """Says whether a training step fits on so many H100s, without having any.
 
-    The defaults shown are those of the recipe that --config names. Fields may also be given as group.field=value.
+    The defaults shown are those of the recipe that --config names.
+
+    Fields may also be given as group.field=value.
     """
 
     gpus: int = GPUS_PER_HOST  # H100s, 8 a host

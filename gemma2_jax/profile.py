@@ -16,10 +16,11 @@ from gemma2_jax import command_line
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Prints the time of traced steps by scope and by operation, and how much of it the device only waited.
+    """Prints the time of traced steps by scope and by operation, and that of waiting.
 
-    `train --profile.steps 3` traces steps; so does a run under way after SIGUSR2, or once its working directory has a
-    file profile.request.
+    Steps are traced by train --profile.steps 3.
+
+    A run under way traces some at SIGUSR2, or once it has a file profile.request.
     """
 
     run: Annotated[

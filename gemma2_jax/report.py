@@ -18,9 +18,9 @@ PROGRAM = "python -m gemma2_jax.report"
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Writes a page of runs: loss, rate, gradients, speed, time, memory, events, samples, configs, environment.
+    """Writes a page of runs: losses, speed, time, memory, events, samples, configs.
 
-    Of several runs the lines are drawn together, and a table says what their configs differ in.
+    Of several runs the lines are drawn together, and a table compares the configs.
     """
 
     runs: Annotated[

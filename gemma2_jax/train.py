@@ -92,7 +92,7 @@ def _train(config: Config) -> None:
     """Trains. Ends the process with a status and a sentence where that is not carried out to its end."""
     from gemma2_jax.cluster import hosts
 
-    workdir = config.output
+    workdir, stopped = config.output, ""
     try:
         platforms.prepare_process()
         from gemma2_jax.data import encoding
@@ -102,6 +102,9 @@ def _train(config: Config) -> None:
 
         with hosts.process_group(config.hosts):
             stopped = loop.train(config).stopped
+    except ImportError:
+        if not (stopped := hosts.ignored_signal()):  # else it came while a module in C was imported, which says this
+            raise
     except (BrokenPipeError, SystemExit):  # rich raises the latter
         _end_process(command_line.EXIT_CLOSED_PIPE, f"standard output was closed; {describe_interruption(workdir)}")
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,7 +1,9 @@
 """What the commands say of arguments that they do not understand: one sentence, alike for all of them."""
 
+import contextlib
 import errno
 import os
+import re
 import sys
 
 import pytest
@@ -124,6 +126,22 @@ def test_help_names_the_program_as_it_was_called(called, monkeypatch, capsys):
         commands.main()
     program = "gemma2-jax" if called.endswith("gemma2-jax") else "python -m gemma2_jax"
     assert capsys.readouterr().out.startswith(f"usage: {program} convert inspect [-h]")
+
+
+_HELP = ("data inspect", "data build", "convert inspect", "convert verify", "convert import", "convert export")
+
+
+@pytest.mark.parametrize("name", ["", "data", *commands.COMMANDS, *_HELP])
+def test_help_fits_a_terminal(name, monkeypatch, capsys):
+    """Of 80 columns, but for the line of usage; and says something of every option."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["gemma2-jax", *name.split(), "--help"])
+    with contextlib.suppress(SystemExit):
+        commands.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > 80 and not line.startswith("usage:")]
+    text = "\n".join(line.strip("│ ") for line in lines)
+    assert not re.findall(r"^(--\S+)(?: \S+)*(?: {2,}|\n)\((?:default|required)", text, re.MULTILINE)
 
 
 def test_a_tyro_without_its_hook_prints_its_own_words(refusal, monkeypatch):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from gemma2_jax.cluster import jax_internals, platforms
 from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
-from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STUCK
+from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STUCK, fold
 from gemma2_jax.config import HostsConfig
 
 PATIENCE_SECONDS = 300  # for which each process waits for the others at the start
@@ -347,9 +347,9 @@ def _end_process(reason: str, status: int) -> None:
     if is_stuck:
         faulthandler.dump_traceback(_STDERR)
     if is_stuck and hasattr(sys, "ps1"):
-        write_stderr(f"warning: {reason}\n")
+        write_stderr(fold(f"warning: {reason}") + "\n")
         return
-    write_stderr(f"error: {reason}; every process ends here. {_RESUMES}\n")
+    write_stderr(fold(f"error: {reason}; every process ends here. {_RESUMES}") + "\n")
     os._exit(status)
 
 

@@ -39,9 +39,9 @@ _Data = Annotated[DataConfig, tyro.conf.FlagConversionOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what a data set is: its places, documents, lengths and learned tokens, what is left out, and samples.
+    """Say what a data set is: documents, lengths, learned tokens, what is left out.
 
-    SOURCE is what --data.train takes, .bin and .idx files, a run's --workdir, or a folder of tokenized data.
+    SOURCE is what --data.train takes, or a run's --workdir, or tokenized data.
     """
 
     source: _Source
@@ -60,9 +60,13 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Tokenize text into Megatron's PREFIX.bin and PREFIX.idx: <bos>, the text and <eos> of each document.
+    """Tokenize text into Megatron's PREFIX.bin and PREFIX.idx.
 
-    SOURCE is what --data.train takes. Where it was interrupted, the same command goes on.
+    Of each document they have <bos>, the text and <eos>.
+
+    SOURCE is what --data.train takes.
+
+    Where it was interrupted, the same command goes on.
     """
 
     source: _Source
@@ -214,7 +218,7 @@ def _escape(text: str) -> str:
 _COMMANDS: dict[str, tuple[type, Callable]] = {"inspect": (Inspect, _inspect), "build": (Build, _build)}
 _SUMMARIES = (
     "  inspect SOURCE         say what a data set is, with samples",
-    "  build SOURCE PREFIX    tokenize its text into Megatron's PREFIX.bin and PREFIX.idx",
+    "  build SOURCE PREFIX    tokenize it into Megatron's PREFIX.bin and PREFIX.idx",
 )
 
 

@@ -77,7 +77,7 @@ def list_tiles(run: Run) -> list[Tile]:
     if spent:
         tiles.append(Tile(name="time in the loop", value=describe_seconds(spent)))
     left = run.config.steps - run.step
-    if left > 0 and run.step and spent:
+    if left > 0 and run.step and spent and run.ending != "end":
         tiles.append(Tile(name="time left at this pace", value=describe_seconds(left * spent / run.step)))
     if (skipped := run.series("skipped")) and skipped.last:
         tiles.append(Tile(name="skipped steps", value=f"{skipped.last:,.0f}"))

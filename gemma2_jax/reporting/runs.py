@@ -25,6 +25,8 @@ KEPT_EVENTS = 200  # the last
 KEPT_SAMPLES = 10  # evaluations with samples: the first, and as many of the last
 _BATCH_LINES = 4096  # that are in memory at one time
 
+_ENDINGS = {"stop": "stopped", "end": "ended"}  # by event: the same command goes on, or there is nothing to do
+
 Line = dict[str, Any]
 
 
@@ -114,16 +116,23 @@ class Run:
         return max((curve.width for curve in self.metrics.curves.values()), default=1)
 
     @property
+    def ending(self) -> str:
+        """The event that ended the run before its last step, "stop" or "end"; empty if none did."""
+        last = self.metrics.events[-1] if self.metrics.events else {"step": 0, "event": ""}
+        return last["event"] if last["event"] in _ENDINGS and last["step"] == self.step else ""
+
+    @property
     def status(self) -> str:
         """Whether the run has ended, goes on or is silent, in words."""
         steps = self.config.steps
-        if self.step >= steps:
+        if self.step >= steps and self.ending != "stop":
             return f"finished, {steps:,} steps"
-        silent = time.time() - self.metrics.written
         progress = f"step {self.step:,} of {steps:,}"
-        events = self.metrics.events
-        if events and events[-1]["event"] == "stop" and events[-1]["step"] == self.step:
-            return f"{progress}, stopped"
+        if self.ending:
+            return f"{progress}, {_ENDINGS[self.ending]}"
+        if not self.metrics.written:  # as in a copy by train.upload, which has no metrics
+            return progress if self.metrics.curves else f"{steps:,} steps, no metrics"
+        silent = time.time() - self.metrics.written
         if silent < QUIET_SECONDS:
             return f"{progress}, under way"
         return f"{progress}, has written nothing for {describe_seconds(silent)}"

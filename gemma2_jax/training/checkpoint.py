@@ -442,8 +442,8 @@ def _find_whole_step(folder: Path) -> tuple[int | None, dict[int, str]]:
         step, reason = next(iter(damaged.items()))
         others = "none of the earlier ones is whole" if len(damaged) > 1 else "there is none before it"
         raise ValueError(
-            f"the checkpoint {folder / str(step)} is damaged: {reason}, and {others}; copy that folder again, or move "
-            "it away to start from the beginning"
+            f"the checkpoint {folder / str(step)} is damaged: {reason}, and {others}; copy a step again, or move "
+            f"{folder} away to start from the beginning"
         )
     return None, {}
 

@@ -150,8 +150,6 @@ def train(config: Config) -> Result:
         else:
             adapters.finish()
         exported = None if stopped else export_best(config, checkpoints)
-    if best.is_out_of_patience and jax.process_index() == 0:
-        console.print(best.describe_end(step), highlight=False, soft_wrap=True)
     if not stopped:
         startup.print_ending(console, config, step, trace.folder, exported)
     return Result(
@@ -214,7 +212,11 @@ def take_steps(
                         saved_step = step
                     is_unsaved = False
         if run.guard.is_exhausted:
+            log.log_event(step, "stop", f"stopped, as {run.guard.row} step(s) in a row were skipped (guard.skip_limit)")
             raise FloatingPointError(run.guard.describe_end())
+    if run.best.is_out_of_patience:
+        with log.pause():
+            log.log_event(step, "end", run.best.describe_end(step))
     if not is_last:
         with log.pause():
             log.log_event(step, "stop", f"stopped by {stop.reason}")

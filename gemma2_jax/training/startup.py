@@ -227,7 +227,7 @@ def print_ending(
     if config.train.export_adapter:
         lines.append(f"For PEFT:  {config.output}/adapters/{step}")
     if best is not None:
-        lines.append(f"Best:      {best} ({config.train.export_best}, of the step of that name)")
+        lines.append(f"Best:      {best} ({config.train.export_best}, of step {best.name})")
     if trace_folder is not None:
         lines.append(f"Trace:     {trace_folder.parents[2]} (XProf and TensorBoard open it)")
     elif config.profile.steps:

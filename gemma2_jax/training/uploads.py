@@ -64,6 +64,8 @@ class Uploads:
                 names = f"step{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
                 reason = f" ({self._reason})" if self._reason else ""
                 notify(f"warning: {names} could not be copied to {self._url}{reason}; the same command tries again")
+            elif failed is None:
+                notify(f"all steps that are kept here are copied to {self._url}")
         if failed is None and self._url:
             hosts.wait_for_processes("uploads")
 

@@ -266,6 +266,7 @@ def test_the_steps_of_a_run(saved, capsys, monkeypatch):
     assert re.search(
         rf"^10 .*  damaged: params/ocdbt.process_0/d/{weights.name} is not as it was written$", said, re.MULTILINE
     )
+    assert "\nTraining sets a damaged step aside if an earlier one is whole. To mend 10, copy it again.\n" in said
     assert verify_run(folder / "10")[0] == 1
     assert verify_run(folder / "5")[0] == 0
 
@@ -279,3 +280,7 @@ def test_a_step_of_another_config(saved, capsys, monkeypatch):
         ValueError, match=r"tests is neither a run, .*, nor a step of one; to compare it .*: verify \S+ B"
     ):
         steps.list_folders(ROOT / "tests")
+    with pytest.raises(ValueError, match=r"^there is no step 7 in \S+/checkpoints; the steps there: 5, 10$"):
+        steps.list_folders(saved / "checkpoints" / "7")
+    with pytest.raises(ValueError, match=r"^there is no nowhere; give the folder of a run, or of a step of one$"):
+        steps.list_folders(Path("nowhere"))

@@ -86,7 +86,21 @@ def test_a_run_in_progress_is_read(tmp_path):
     lines.append({"step": 2, "event": "stop", "text": "told to stop", "time": now})
     assert runs.read_run(write_run(tmp_path / "c", steps=9, lines=lines)).status == "step 2 of 9, stopped"
     (tmp_path / "c/metrics.jsonl").unlink()
-    assert "There are no metrics yet" in page.render_report([runs.read_run(tmp_path / "c")])
+    empty = runs.read_run(tmp_path / "c")
+    assert empty.status == "9 steps, no metrics"
+    assert "There are no metrics yet" in page.render_report([empty])
+
+
+def test_a_run_that_ended_early_has_no_time_left(tmp_path):
+    """As by train.patience; one that was stopped goes on by the same command, for so long."""
+    lines = [{"step": 2, "loss": 8.0, "seconds": 4.0, "time": time.time()}]
+    for event, word, left in (("stop", "stopped", {"14 s"}), ("end", "ended", set())):
+        lines.append({"step": 2, "event": event, "text": "it has ended", "time": time.time()})
+        run = runs.read_run(write_run(tmp_path / event, steps=9, lines=lines))
+        assert run.status == f"step 2 of 9, {word}"
+        assert {tile.value for tile in page.list_tiles(run) if tile.name == "time left at this pace"} == left
+    lines.append({"step": 3, "loss": 8.0, "time": time.time()})  # with more patience
+    assert runs.read_run(write_run(tmp_path / "more", steps=9, lines=lines)).status == "step 3 of 9, under way"
 
 
 def write_line(folder: Path, line: str) -> None:

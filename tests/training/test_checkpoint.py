@@ -201,12 +201,12 @@ def test_no_step_is_whole(run):
         flip_bit(folder / f"{step}" / "params" / "manifest.ocdbt")
     said = (
         f"the checkpoint {folder}/3 is damaged: params/manifest.ocdbt is not as it was written, and none of the "
-        "earlier ones is whole; copy that folder again, or move it away to start from the beginning"
+        f"earlier ones is whole; copy a step again, or move {folder} away to start from the beginning"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         Checkpoints(run, keep=2)
     shutil.rmtree(folder / "2")
-    with pytest.raises(ValueError, match="as it was written, and there is none before it; copy that folder again"):
+    with pytest.raises(ValueError, match="as it was written, and there is none before it; copy a step again"):
         Checkpoints(run, keep=2)
     assert [path.name for path in folder.iterdir()] == ["3"]
 

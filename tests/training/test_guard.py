@@ -223,5 +223,6 @@ def test_documents_of_a_stream_cannot_be_listed(tmp_path):
     config = replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0))
     with pytest.raises(FloatingPointError, match=r"1 step\(s\) in a row were skipped"):
         loop.train(config)
-    [line] = [line for line in lines_of(tmp_path) if "event" in line]
-    assert "its documents cannot be listed, as a stream is not read twice" in line["text"]
+    skip, stop = [line for line in lines_of(tmp_path) if "event" in line]
+    assert "its documents cannot be listed, as a stream is not read twice" in skip["text"]
+    assert (stop["event"], stop["text"]) == ("stop", "stopped, as 1 step(s) in a row were skipped (guard.skip_limit)")

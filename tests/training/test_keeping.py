@@ -82,8 +82,9 @@ def test_a_run_that_gets_no_better_ends(tmp_path, monkeypatch, capsys):
     assert loop.train(config(14, patience=3)).step == 10
     said = capsys.readouterr().out
     end = "has not got better in 3 evaluations (the best is 4.0000, of step 4), so the run ends with step 10"
-    assert end in said and f"Best:      {tmp_path}/run/best/4 (hf, of the step of that name)" in said
+    assert end in said and f"Best:      {tmp_path}/run/best/4 (hf, of step 4)" in said
     assert [line["step"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [0, 2, 4, 6, 8, 10]
+    assert [(line["step"], line["event"]) for line in lines_of(tmp_path / "run") if "event" in line] == [(10, "end")]
     assert kept() == {"4", "10"}
     assert loop.train(config(14, patience=3)).step == 10
     assert f"there is nothing to do: the held-out loss {end}" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The training command as a process: what it asks for, and how it ends when it is interrupted."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from small_runs import ROOT, command, lines_of, small
 
 from gemma2_jax import train
+from gemma2_jax.cluster import hosts, platforms
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -136,6 +138,29 @@ def test_what_an_interrupted_run_has(tmp_path):
         f"interrupted after step 37; the checkpoint of step 30 is kept in {tmp_path}/checkpoints, and the same command "
         "resumes after it"
     )
+    (tmp_path / "checkpoints" / "39").mkdir()  # the last step, which train.log_every 2 gives no line
+    assert train.describe_interruption(tmp_path, "SIGTERM").startswith(
+        "interrupted by SIGTERM after step 39; the checkpoint of step 39 is kept in "
+    )
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_signal_within_an_import(is_told, tmp_path, monkeypatch):
+    """A module in C that is interrupted while it is imported says that it cannot be, and not by what."""
+
+    def fail() -> None:
+        if is_told:
+            with contextlib.suppress(hosts.Terminated):
+                signal.raise_signal(signal.SIGUSR1)
+        raise ImportError("an error while initializing the extension")
+
+    ends = []
+    monkeypatch.setattr(platforms, "prepare_process", fail)
+    monkeypatch.setattr(train, "_end_process", lambda *end: ends.append(end))
+    with hosts.end_when_told(), contextlib.nullcontext() if is_told else pytest.raises(ImportError):
+        train._train(small("tiny_lora", tmp_path))
+    message = f"interrupted by SIGUSR1 before the first step; no checkpoint is kept in {tmp_path}"
+    assert [(status, text.partition(",")[0]) for status, text in ends] == [(75, message)] * is_told
 
 
 @pytest.mark.exhaustive

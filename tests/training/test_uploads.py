@@ -78,7 +78,7 @@ def test_steps_are_copied(config, tmp_path, capsys):
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "3")
     assert copied(tmp_path / "copy") == {"5": "", "10": ""}
     assert [path.name for path in steps.list_folders(tmp_path / "copy")] == ["5", "10"]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"all steps that are kept here are copied to {tmp_path}/copy\n" * 2
 
 
 def test_a_service_that_is_gone_for_a_while(config, tmp_path, capsys):
@@ -95,6 +95,7 @@ def test_a_service_that_is_gone_for_a_while(config, tmp_path, capsys):
         f"step 10 could not be copied to {tmp_path}/copy (the bucket is gone); this is tried again, and training "
         "goes on\n"
         f"step 10 is copied to {tmp_path}/copy\n"
+        f"all steps that are kept here are copied to {tmp_path}/copy\n"
     )
 
 
