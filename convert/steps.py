@@ -94,7 +94,7 @@ class StepCheck:
 def list_folders(path: Path) -> list[Path]:
     """The steps of a run and those that are set aside, in order; of a step itself, that step.
 
-    Raises ValueError where the path is neither a run nor a step of one.
+    Raises ValueError where the path is neither a run nor a step of one, and where the run has none.
     """
     if path.absolute().parent.name == "checkpoints" and (path.absolute().parents[1] / "config.txt").is_file():
         if not path.is_dir():
@@ -109,7 +109,10 @@ def list_folders(path: Path) -> list[Path]:
             f"another checkpoint, give that too: verify {path} B"
         )
     named = [(re.fullmatch(r"(\d+)(\.damaged.*)?", step.name), step) for step in (path / "checkpoints").iterdir()]
-    return [step for found, step in sorted((int(found[1]), step) for found, step in named if found)]
+    folders = [step for found, step in sorted((int(found[1]), step) for found, step in named if found)]
+    if not folders:
+        raise ValueError(f"{path / 'checkpoints'} has no steps, as that run has saved none")
+    return folders
 
 
 def check_steps(folders: list[Path], progress: Callable[[float], None] = lambda count: None) -> Iterator[StepCheck]:

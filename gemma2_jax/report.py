@@ -45,6 +45,10 @@ def main(program: str = PROGRAM) -> None:
 
         folders = [Path(folder) for folder in dict.fromkeys(command.runs)]
         output = Path(command.output) if command.output else folders[0] / "report.html"
+        if output.is_dir():
+            raise ValueError(
+                f"{output} is a folder, and the page is a file; give its name, as --output {output}/NAME.html"
+            )
         page.write_report(runs.name_runs([runs.read_run(folder) for folder in folders]), output)
         print(f"{output} ({output.stat().st_size / 1e6:.1f} MB) opens in any browser, without a network")
 

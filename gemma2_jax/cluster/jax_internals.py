@@ -29,6 +29,11 @@ def serve_processes(address: str, count: int, shutdown_seconds: int) -> Any:
     return jaxlib.get_distributed_runtime_service(address, count, shutdown_timeout=shutdown_seconds)
 
 
+def reset_profiler() -> None:
+    """Has JAX's profiler be ready for another trace, which it is not after one that it could not write."""
+    importlib.import_module("jax._src.profiler")._profile_state.reset()
+
+
 def wait_for_all(name: str, seconds: int) -> None:
     """Returns when every process of the run has called it with this name.
 

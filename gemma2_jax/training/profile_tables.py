@@ -137,6 +137,8 @@ def find_trace(folder: Path) -> Path:
 
     Raises ValueError where there is none that can be read.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the working directory of a run")
     root = folder / "profile" if (folder / "profile").is_dir() else folder
     root = root / "process-0" if (root / "process-0").is_dir() else root
     found = sorted(root.rglob(SCOPES_FILE), key=lambda path: path.parent.name)
@@ -149,18 +151,31 @@ def find_trace(folder: Path) -> Path:
 
 
 def read_profile(folder: Path) -> Profile:
-    """The times of the trace in a folder, as `find_trace` returns it. Raises ValueError where it has no operations."""
-    fields = json.loads((folder / SCOPES_FILE).read_text())
-    (file,) = folder.glob("*.xplane.pb")
-    scopes = {name: tuple(scope.split("/")) if scope else () for name, scope in fields["scopes"].items()}
-    events = read_events(ProfileData.from_file(str(file)), fields["module"], scopes)
+    """The times of the trace in a folder, as `find_trace` returns it.
+
+    Raises ValueError where it has no operations, or is damaged.
+    """
+    file = next(folder.glob("*.xplane.pb"), None)
+    if file is None:
+        raise ValueError(f"{folder} has no trace, which is called NAME.xplane.pb; trace the run again")
+    try:
+        fields = json.loads((folder / SCOPES_FILE).read_text())
+        scopes = {name: tuple(scope.split("/")) if scope else () for name, scope in fields["scopes"].items()}
+        module, first_step, steps = str(fields["module"]), int(fields["first_step"]), int(fields["steps"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / SCOPES_FILE} is not as it was written; trace the run again") from error
+    try:
+        data = ProfileData.from_file(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} is not as it was written ({error}); trace the run again") from error
+    events = read_events(data, module, scopes)
     if not events:
         raise ValueError(
             f"{file} has no operations of a device; on GPUs, CUPTI may lack the right to count "
             f"(https://developer.nvidia.com/ERR_NVGPUCTRPERM)"
         )
     devices = [divide_time(device, events[device]) for device in sorted(events)]
-    return Profile(folder=folder, first_step=fields["first_step"], steps=fields["steps"], devices=devices)
+    return Profile(folder=folder, first_step=first_step, steps=steps, devices=devices)
 
 
 def read_events(data: Any, module: str, scopes: Mapping[str, Scope]) -> dict[str, list[Event]]:

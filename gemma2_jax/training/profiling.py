@@ -3,6 +3,7 @@
 The window is that of the config, or begins when it is asked for: by SIGUSR2, or by a file in the working directory.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from gemma2_jax.cluster import jax_internals
 from gemma2_jax.config import Config
 from gemma2_jax.training import profile_tables
 from gemma2_jax.training.metrics import Metrics
@@ -19,6 +21,7 @@ from gemma2_jax.training.metrics import Metrics
 REQUEST_FILE = "profile.request"
 REQUESTED_STEPS = 3  # in a trace that is asked for, where the config has no number
 _LOOK_SECONDS = 5.0  # between two looks for the file
+_WRITE_ERRORS = (OSError, jax.errors.JaxRuntimeError)  # of a disk that is full
 
 
 class Trace:
@@ -59,7 +62,8 @@ class Trace:
         if failed is None and self._taken in self._window:  # the run was told to stop, or got no better
             self._finish()
         else:
-            jax.profiler.stop_trace()
+            with contextlib.suppress(*_WRITE_ERRORS):  # what the run fails for is to be said
+                _stop_trace()
 
     def before_step(self, step: int) -> None:
         """Starts a trace before this step if one is due or asked for."""
@@ -80,15 +84,18 @@ class Trace:
             self._finish()
 
     def _finish(self) -> None:
-        """Ends the trace after the last step that was taken."""
+        """Ends the trace after the last step that was taken. Where it cannot be written, that is said."""
         steps, self._window = range(self._window[0], self._taken + 1), range(0)
-        with self._log.pause():
-            jax.profiler.stop_trace()
-            self.folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
-            jax.profiler.save_device_memory_profile(str(self.folder / "memory.prof"))
-            self._write_scopes(self.folder, steps)
         which = f"step {steps[0]} is" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]} are"
-        text = f"{which} traced in {self.folder}"
+        with self._log.pause():
+            try:
+                _stop_trace()
+                folder = max((self._folder / "plugins" / "profile").iterdir())  # named by the time
+                jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
+                self._write_scopes(folder, steps)
+                self.folder, text = folder, f"{which} traced in {folder}"
+            except _WRITE_ERRORS as error:
+                text = f"{which} not traced, as {self._folder} could not be written to ({error}); training goes on"
         self._log.log_event(steps[-1], "profile", text)
 
     def _write_scopes(self, folder: Path, steps: range) -> None:
@@ -112,3 +119,11 @@ class Trace:
         except OSError:  # there is none, or what has this name is a folder
             return False
         return True
+
+
+def _stop_trace() -> None:
+    """Ends JAX's trace, and writes it. Raises one of _WRITE_ERRORS where it cannot be written, as the disk is full."""
+    try:
+        jax.profiler.stop_trace()
+    finally:
+        jax_internals.reset_profiler()

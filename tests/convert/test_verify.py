@@ -284,3 +284,8 @@ def test_a_step_of_another_config(saved, capsys, monkeypatch):
         steps.list_folders(saved / "checkpoints" / "7")
     with pytest.raises(ValueError, match=r"^there is no nowhere; give the folder of a run, or of a step of one$"):
         steps.list_folders(Path("nowhere"))
+    folder = saved / "checkpoints"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=f"^{folder} has no steps, as that run has saved none$"):
+        steps.list_folders(saved)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small_runs import ROOT
 
-from gemma2_jax import config_text, recipes
+from gemma2_jax import config_text, recipes, report
 from gemma2_jax.reporting import figures, page, runs
 from gemma2_jax.reporting.curves import BUCKETS, Curve, Series
 
@@ -232,7 +232,7 @@ def test_the_page_needs_no_network_and_runs_nothing_foreign(tmp_path):
     assert drawn[0]["data"][0]["name"] == "a: training"
 
 
-def test_the_command_writes_the_page_without_jax(tmp_path):
+def test_the_command_writes_the_page_without_jax(tmp_path, monkeypatch):
     one, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     code = f"import sys; sys.argv = ['report', {str(one)!r}, {str(other)!r}]\n"
     code += "from gemma2_jax import report; report.main(); assert not {'jax', 'transformers'} & {*sys.modules}"
@@ -246,3 +246,6 @@ def test_the_command_writes_the_page_without_jax(tmp_path):
         assert failed.returncode != 0
         assert message in failed.stderr
         assert "Traceback" not in failed.stderr
+    monkeypatch.setattr(sys, "argv", ["report", str(one), "--output", str(other)])
+    with pytest.raises(SystemExit, match=f"{other} is a folder, and the page is a file; give its name, as --output"):
+        report.main()

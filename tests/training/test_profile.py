@@ -55,6 +55,34 @@ def test_the_command_prints_what_the_run_did(traced, monkeypatch, capsys):
     assert (profile_tables.find_trace(traced) / "memory.prof").stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    ("scopes", "trace", "message"),
+    [
+        (
+            '{"scopes": {}, "module": "m", "first_step": 1, "steps": 1}',
+            None,
+            "has no trace, which is called NAME.xplane",
+        ),
+        ('{"scopes": {}, "module": "m", "first_step": 1, "steps": 1}', b"noise", r"a.xplane.pb is not as it was wri.*"),
+        (
+            '{"scopes": 5, "module": "m", "first_step": 1, "steps": 1}',
+            b"",
+            "scopes.json is not as it was written; trace",
+        ),
+        ("{}", b"", "scopes.json is not as it was written; trace the run again"),
+        ("[" * 100_000, b"", "scopes.json is not as it was written; trace the run again"),
+    ],
+)
+def test_a_damaged_trace_is_named(scopes, trace, message, tmp_path):
+    (tmp_path / "scopes.json").write_text(scopes)
+    if trace is not None:
+        (tmp_path / "a.xplane.pb").write_bytes(trace)
+    with pytest.raises(ValueError, match=message):
+        profile_tables.read_profile(profile_tables.find_trace(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no folder .*/a.xplane.pb; give the working directory of a run"):
+        profile_tables.find_trace(tmp_path / "a.xplane.pb")
+
+
 def test_a_run_without_a_trace_is_told_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gemma2-jax", "profile", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
@@ -209,6 +237,25 @@ def test_a_trace_ends_with_a_run_that_fails(tmp_path):
     jax.profiler.start_trace(tmp_path)  # raises where one still runs
     jax.profiler.stop_trace()
     assert trace.folder is None
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path):
+    """It is said, and the next one is traced."""
+    events = []
+    log = SimpleNamespace(pause=contextlib.nullcontext, log_event=lambda *event: events.append(event))
+    (tmp_path / "profile").touch()
+    config = replace(small("tiny_lora", tmp_path, steps=9), profile=configs.ProfileConfig(steps=1))
+    step = jax.jit(lambda x: x + 1).lower(1.0).compile()
+    with profiling.Trace(config, 0, log, step) as trace:
+        trace.before_step(1)
+        trace.after_step(1)
+        (tmp_path / "profile").unlink()
+        (tmp_path / profiling.REQUEST_FILE).touch()
+        trace.before_step(2)
+        trace.after_step(2)
+    [(_, _, failed), (_, _, traced)] = events
+    assert failed.startswith(f"step 1 is not traced, as {tmp_path}/profile could not be written to (")
+    assert traced == f"step 2 is traced in {profile_tables.find_trace(tmp_path)}"
 
 
 def test_a_folder_is_no_request(tmp_path):
