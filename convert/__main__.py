@@ -209,8 +209,8 @@ def _verify_steps(path: Path) -> None:
     if unverified:
         print("note: what has no checksums was only read to its end, and may hold bits that have flipped")
     if damaged:
-        names = ", ".join(damaged)
-        print(f"Training sets a damaged step aside if an earlier one is whole. To mend {names}, copy it again.")
+        print("Training sets a damaged step aside if an earlier one is whole.")
+        print(f"Copied again, these would be mended: {', '.join(damaged)}")
         sys.exit(1)
 
 

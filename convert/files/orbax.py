@@ -28,7 +28,7 @@ _ARRAY_METADATA = (".zarray", "zarr.json")  # Zarr's file about one array, in Za
 _METADATA_BYTES, _METADATA_DEPTH = 1 << 20, 1000  # limits of such a file, which has 1 kB and less than 20 brackets
 _MOST_ARRAYS = 1000  # a model has 13 arrays, with adapters 34, and 508 where layers are apart
 _MOST_FOLDERS = 20  # in a folder, that are searched for a checkpoint
-_LONGEST_SUMMARY = 300  # characters of a library's message
+_LONGEST_SUMMARY = 500  # characters of a library's message
 
 
 def rows_at_once(want: jax.ShapeDtypeStruct, stacked: bool) -> int:

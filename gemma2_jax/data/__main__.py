@@ -41,7 +41,7 @@ _Data = Annotated[DataConfig, tyro.conf.FlagConversionOff]
 class Inspect:
     """Say what a data set is: documents, lengths, learned tokens, what is left out.
 
-    SOURCE is what --data.train takes, or a run's --workdir, or tokenized data.
+    SOURCE is what data.train takes, or the folder of a run, or tokenized data.
     """
 
     source: _Source
