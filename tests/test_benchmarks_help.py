@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["convert", "cpu", "data", "gpu", "kernels", "kills_data", "kills_training", "loop", "plan", "tokenizing"]
+COMMANDS = [
+    "convert",
+    "cpu",
+    "data",
+    "decode_bound",
+    "gpu",
+    "kernels",
+    "kills_data",
+    "kills_training",
+    "loop",
+    "plan",
+    "tokenizing",
+]
 LIBRARIES = ["attention", "generation", "machine_code", "peer", "training"]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 

@@ -56,7 +56,9 @@ ORDER_WITHIN = {
         ("completion", "loaded"), ("source",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
-    "planning": (("described_cluster", "traffic"), ("compiled_step",), ("report",)),
+    "planning": (
+        ("described_cluster", "hlo"), ("traffic", "memory_traffic"), ("compiled_step", "compiled_decoding"), ("report",)
+    ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.
 COMMANDS_SHARED = {("plan", "train")}

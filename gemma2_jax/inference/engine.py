@@ -341,7 +341,7 @@ class Engine:
         adding = {number: slot.request for number, slot in enumerate(self._slots) if slot.is_adding}
         call = _Call(requests={number: request for number, request in adding.items() if request})
         is_taken_B = np.isin(np.arange(len(self._slots)), [*adding])
-        self._state, call.new = _add_tokens(
+        self._state, call.new = add_tokens_program(
             self._decoder.graph, self._decoder.weights, self._state, is_taken_B, np.int32(steps)
         )
         self._pending.append(call)
@@ -470,7 +470,7 @@ def _read_parts(graph, weights, state: State, parts: Parts[jax.Array]) -> tuple[
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _add_tokens(graph, weights, state: State, is_taken_B, steps) -> tuple[State, NewTokens]:
+def add_tokens_program(graph, weights, state: State, is_taken_B, steps) -> tuple[State, NewTokens]:
     """`add_tokens` for rows that are taken alone: the state does not know of a request that was canceled."""
     state = replace(state, left_B=jnp.where(is_taken_B, state.left_B, 0))
     state, new = add_tokens(nnx.merge(graph, weights), state, steps, MOST_STEPS)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma2_jax.planning.hlo import array_bytes, parse_program
+
 # Bytes sent by each of n GPUs, for each byte of the instruction's result.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
@@ -26,10 +28,6 @@ SENT = {
     "collective-broadcast": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|(?:true|false)_computation|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +42,6 @@ class Collective:
     where: str  # the operation of the program that it comes from
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    rest: str  # operands and attributes
-
-    @property
-    def where(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else self.name
-
-
 def read_traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | None = None) -> list[Collective]:
     """Every collective that a step runs, from its compiled HLO.
 
@@ -66,32 +51,29 @@ def read_traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | Non
       layers_per_stage: the trip count that is assumed for an outermost loop whose count the compiler does not know,
         such as the loop of a pipeline stage over its layers; None assumes nothing.
     """
-    entry, computations = _parse(text)
+    entry, computations = parse_program(text)
     found: list[Collective] = []
 
     def walk(name: str, times: int | None, loop: str) -> None:
-        done = {_first_operand(i): i.type for i in computations[name] if i.opcode.endswith("-done")}
+        done = {i.operands[0]: i.type for i in computations[name] if i.opcode.endswith("-done")}
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in SENT:
                 groups = _groups(instruction.rest, math.prod(mesh.values()))
-                size = _bytes(done[instruction.name] if kind != instruction.opcode else instruction.type)
+                size = array_bytes(done[instruction.name] if kind != instruction.opcode else instruction.type)
                 if axes := _axes(groups, mesh):
                     sent = size * SENT[kind](groups.shape[1])
                     found.append(
                         Collective(kind=kind, axes=axes, sent=sent, times=times, loop=loop, where=instruction.where)
                     )
             elif kind == "while":
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.rest)
-                trips = int(known[1]) if known else None if loop else layers_per_stage
+                known = instruction.trip_count
+                trips = known or (None if loop else layers_per_stage)
                 inner = None if trips is None or times is None else times * trips
-                body = re.search(r"\bbody=%([\w.\-]+)", instruction.rest)
-                assert body is not None
-                walk(body[1], inner, loop if known else instruction.where)
+                walk(instruction.body, inner, loop if known else instruction.where)
             else:
-                for called in _CALLED.findall(instruction.rest):
-                    for part in re.findall(r"%([\w.\-]+)", called):
-                        walk(part, times, loop)
+                for part in instruction.called:
+                    walk(part, times, loop)
 
     walk(entry, 1, "")
     return found
@@ -104,35 +86,6 @@ def sum_traffic(collectives: Iterable[Collective]) -> dict[str, Counter[str]]:
         if c.times is not None:
             total[c.axes][c.kind] += round(c.sent * c.times)
     return dict(total)
-
-
-def _parse(text: str) -> tuple[str, dict[str, list[_Instruction]]]:
-    """The entry's name, and the instructions of every computation."""
-    entry, computations, current = "", {}, []
-    for line in text.splitlines():
-        if opening := _COMPUTATION.match(line):
-            current = computations[opening[2]] = []
-            entry = opening[2] if opening[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            current.append(_Instruction(*instruction.groups()))
-    if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no line ENTRY %name (...) -> ... {")
-    return entry, computations
-
-
-def _first_operand(instruction: _Instruction) -> str:
-    found = re.match(r"%([\w.\-]+)", instruction.rest)
-    return found[1] if found else ""
-
-
-def _bytes(type_: str) -> float:
-    """Bytes of an array, or of all arrays of a tuple."""
-    total = 0.0
-    for letters, bits, shape in _ARRAY.findall(type_):
-        width = {"pred": 8, "token": 0}.get(letters) if not bits else int(bits)
-        assert width is not None, f"unknown element type in {type_}"
-        total += width / 8 * math.prod(int(size) for size in shape.split(",") if size)
-    return total
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:

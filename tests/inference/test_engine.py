@@ -300,7 +300,7 @@ def test_programs_do_not_copy_the_cache(slots):
     part = engines._make_part(None, 0, 32, 0)
     parts = jax.tree.map(lambda x: np.asarray(x)[None], part)
     with jax.set_mesh(made.mesh):
-        adding = engines._add_tokens.lower(made.graph, made.weights, state, np.ones(slots, bool), np.int32(16))
+        adding = engines.add_tokens_program.lower(made.graph, made.weights, state, np.ones(slots, bool), np.int32(16))
         reading = engines._read_parts.lower(made.graph, made.weights, state, parts)
     cached = f"f32[{slots},4,128,8]"
     for lowered in (adding, reading) if slots > 1 else (adding,):  # a part works on a copy of its row, here of all
