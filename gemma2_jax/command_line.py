@@ -11,8 +11,10 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -137,6 +139,29 @@ def exit_with_sentence(after_interrupt: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted{after_interrupt}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def catch_signals(*numbers: signal.Signals) -> Iterator[list[signal.Signals]]:
+    """Notes these signals in the list that it gives, for the block to end when it can.
+
+    The second Ctrl-C raises KeyboardInterrupt at once. Signals are left as they are outside the main thread, which
+    alone may change them.
+    """
+    caught: list[signal.Signals] = []
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, note) for number in numbers} if is_main else {}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def print_commands(program: str, lines: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 
 import pytest
@@ -60,7 +61,16 @@ def refusal(monkeypatch, capsys):
          "of them."),
         ("plan --config tiny_lora --gpu 3", "there is no option --gpu; did you mean --gpus?"),
         ("generate", "--checkpoint STR must be given."),
-        ("generate --checkpoint a --prompts b", "there is no option --prompts; did you mean --prompt?"),
+        ("generate --checkpoint a --promt b", "there is no option --promt; did you mean --prompt or --prompts?"),
+        ("generate --checkpoint a --prompts b", "prompts is given, and out is not."),
+        ("generate --checkpoint a --prompts b --out c --prompt d", "prompts and prompt are both given."),
+        ("generate --checkpoint a --prompts b --out ./b", "prompts and out are both ./b; name another file for the "
+         "answers."),
+        ("generate --checkpoint a --out b", "out is given, and prompts, which it is for, is not."),
+        ("generate --checkpoint a --samples 2", "samples is 2, and at temperature 0 all of them are alike; set a "
+         "temperature, as 1."),
+        ("generate --checkpoint a --stop=", "stop is ('',); give strings that are not empty."),
+        ("generate --checkpoint a --top-p 2", "top_p is 2.0; it must be above 0 and at most 1, or unset."),
         ("profile", "RUN must be given."),
         ("convert --nonsense x", "there is no option --nonsense."),
         ("convert nspect x", "there is no command nspect, nor a folder of that name; did you mean inspect?"),
@@ -162,3 +172,15 @@ def test_help_that_nobody_reads_ends_without_a_word(arguments, monkeypatch, caps
         with pytest.raises(SystemExit) as ended:
             commands.main()
     assert ended.value.code == 141 and capsys.readouterr() == ("", "")
+
+
+def test_signals_are_noted():
+    """The second Ctrl-C ends at once; the handlers from before are there again."""
+    before = signal.getsignal(signal.SIGTERM)
+    with command_line.catch_signals(signal.SIGINT, signal.SIGTERM) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGTERM, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before

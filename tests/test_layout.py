@@ -53,7 +53,7 @@ ORDER_WITHIN = {
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",),
-        ("completion", "loaded"), ("source",),
+        ("completion", "loaded"), ("source", "prompts"), ("batch",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (

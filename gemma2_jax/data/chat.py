@@ -172,7 +172,7 @@ def _arrange_turns(example: Example, chat: ChatFormat, report: Report) -> list[T
     """The turns as the template takes them: system prompts moved, and consecutive turns of one role merged if asked."""
     turns = list(example.turns)
     if not chat.takes_system and any(turn.role == "system" for turn in turns):
-        turns = _move_system(turns)
+        turns = move_system(turns)
         report.change(SYSTEM_MOVED, example.where)
     if not chat.takes_repeats and chat.repeated_roles == "merge" and _has_repeats(turns):
         turns = _merge_repeats(turns, example.where)
@@ -180,7 +180,7 @@ def _arrange_turns(example: Example, chat: ChatFormat, report: Report) -> list[T
     return turns
 
 
-def _move_system(turns: list[Turn]) -> list[Turn]:
+def move_system(turns: Sequence[Turn]) -> list[Turn]:
     """Puts each system prompt before the user turn that follows it, or makes it one where none follows."""
     moved: list[Turn] = []
     for turn in turns:

@@ -188,8 +188,8 @@ def _read_completion(record: dict, where: str) -> Example:
     if isinstance(record["prompt"], str) and isinstance(record["completion"], str):
         return Example(where=where, prompt=record["prompt"], completion=_read_answer(record, "completion", where))
     if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
-        before = [replace(turn, is_learned=False) for turn in _read_turns(record, "prompt", where)]
-        return Example(where=where, turns=_check_turns([*before, *_read_turns(record, "completion", where)], where))
+        before = [replace(turn, is_learned=False) for turn in read_turns(record, "prompt", where)]
+        return Example(where=where, turns=_check_turns([*before, *read_turns(record, "completion", where)], where))
     kinds = " and ".join(describe_kind(record[column]) for column in ("prompt", "completion"))
     raise BadRecord(
         where, "not a text", f"'prompt' and 'completion' are {kinds}; they must be two texts, or two lists of messages"
@@ -198,7 +198,7 @@ def _read_completion(record: dict, where: str) -> Example:
 
 def _read_conversation(record: dict, where: str, *, column: str) -> Example:
     """A list of messages, which a system prompt in a column of its own may precede."""
-    turns = _read_turns(record, column, where)
+    turns = read_turns(record, column, where)
     if record.get("system") and turns and turns[0].role != "system":
         turns.insert(0, Turn(role="system", content=_read_text(record, "system", where)))
     return Example(where=where, turns=_check_turns(turns, where))
@@ -225,7 +225,8 @@ def _refuse_preference(record: dict, where: str) -> Example:
     )
 
 
-def _read_turns(record: dict, column: str, where: str) -> list[Turn]:
+def read_turns(record: dict, column: str, where: str) -> list[Turn]:
+    """The messages in a column of a record, as OpenAI, ShareGPT or Gemini write them. Raises BadRecord for others."""
     messages = record[column]
     if isinstance(messages, str):  # as tables have lists
         try:

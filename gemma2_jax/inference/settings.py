@@ -4,7 +4,10 @@
 """
 
 import math
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 _LOWEST_TEMPERATURE = 1e-6  # a logit over less would come near the end of float32, and none differs from 0
 MOST_BIASES = 300  # tokens of one request whose logits are biased: as many as OpenAI's API takes
@@ -55,3 +58,53 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+# Settings that a line of a file, or a command of the chat, may change: numbers, and whether they are whole.
+NUMBERS = {
+    "max_new_tokens": True,
+    "temperature": False,
+    "top_k": True,
+    "top_p": False,
+    "min_p": False,
+    "repetition_penalty": False,
+    "presence_penalty": False,
+    "frequency_penalty": False,
+    "seed": True,
+}
+
+
+def change_settings(sampling: Sampling, max_new_tokens: int, changes: Mapping[str, Any]) -> tuple[Sampling, int]:
+    """Both with what `changes` has under the names of `NUMBERS`; other names are left alone, and None is the default.
+
+    Raises ValueError for what is no such number.
+    """
+    changed = {name: changes[name] for name in NUMBERS if name in changes}
+    for name, value in changed.items():
+        if value is None:
+            changed[name] = max_new_tokens if name == "max_new_tokens" else getattr(GREEDY, name)
+        elif type(value) is not int and (NUMBERS[name] or type(value) is not float):
+            kind = "a whole number" if NUMBERS[name] else "a number"
+            raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {kind}")
+    max_new_tokens = check_length(changed.pop("max_new_tokens", max_new_tokens))
+    return replace(sampling, **changed), max_new_tokens
+
+
+def check_length(max_new_tokens: int) -> int:
+    """The same. Raises ValueError where it is below 1."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    return max_new_tokens
+
+
+def check_samples(samples: int, sampling: Sampling) -> None:
+    """Raises ValueError for a number of texts of one prompt that is below 1, or more than one where all are alike."""
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if samples > 1 and sampling.temperature == 0:
+        raise ValueError(f"samples is {samples}, and at temperature 0 all of them are alike; set a temperature, as 1")
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises ValueError for strings that end a text and are empty, or for a string alone."""
+    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop is {reprlib.repr(stop)}; give strings that are not empty")

@@ -1,10 +1,13 @@
 """Encodes prompts, and decodes tokens as they arrive, with a tokenizer that the caller gives."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
-from gemma2_jax.data.chat import write_messages
+from gemma2_jax.data.chat import ChatFormat, move_system, write_messages
+from gemma2_jax.data.records import Turn
+from gemma2_jax.data.wording import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,10 +21,6 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bo
     """
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is {prompt!r}; give a string")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python's way to keep the bytes of an argument that are not UTF-8
-        raise ValueError(f"the prompt {prompt!r} has bytes that are not UTF-8; give it as UTF-8 text") from error
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; leave out --chat")
@@ -33,7 +32,36 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerFast", *, chat: bo
                 f"the chat template of {tokenizer.name_or_path} does not take the prompt: {error}; mend the template, "
                 "or leave out --chat"
             ) from error
-    tokens = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+    return _encode_text(prompt, tokenizer)
+
+
+def encode_turns(turns: Sequence[Turn], chat: ChatFormat) -> list[int]:
+    """The tokens of a conversation, beginning with <bos>, and of the start of the model's turn.
+
+    A system prompt that the template has no place for is put before the user's next turn, as in training. Raises
+    ValueError where the template does not take the conversation, or there is none.
+    """
+    tokenizer = chat.tokenizer
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; use the checkpoint of a model that "
+            "answers, such as google/gemma-2-2b-it"
+        )
+    try:
+        text = chat.write(turns if chat.takes_system else move_system(turns), cue=True)
+    except ValueError as error:
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    return _encode_text(text, tokenizer)
+
+
+def _encode_text(text: str, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python's way to keep the bytes of an argument that are not UTF-8
+        raise ValueError(
+            f"the prompt {quote(text)} has bytes that are not UTF-8, or half of a character; give it as UTF-8 text"
+        ) from error
+    tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     bos = tokenizer.bos_token_id
     assert isinstance(bos, int)  # load_tokenizer made sure
     return tokens if tokens[:1] == [bos] else [bos, *tokens]

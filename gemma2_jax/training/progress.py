@@ -33,7 +33,7 @@ class ConsoleLines:
         self._console, self._steps = console, steps
         self._last_line_time = -math.inf
         self._is_silent = False  # whether a line could not be printed
-        self._bar = progress_bar(console, hidden=not console.is_terminal)
+        self._bar = progress_bar(console, "step", hidden=not console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=start_step, text="")
 
     def open(self) -> None:
@@ -98,10 +98,15 @@ def _shorten(text: str) -> str:
     return repr(text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}...")
 
 
-def progress_bar(console: Console, *, hidden: bool) -> Progress:
-    """The progress bar of a run, whose tasks have a field `text`. In a narrow terminal the bar itself gets shorter."""
+def progress_bar(console: Console, counted: str, *, hidden: bool) -> Progress:
+    """A bar that counts steps, texts, or such. Its tasks have a field `text`. In a narrow terminal it gets shorter."""
     text = TextColumn("{task.fields[text]}")
-    columns = TextColumn("step"), MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=None), text
+    columns = (
+        TextColumn(counted),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None),
+        text,
+    )
     return _Bar(*columns, _Elapsed(), _Remaining(), console=console, disable=hidden, expand=True, refresh_per_second=4)
 
 

@@ -276,6 +276,32 @@ def test_command_chats_with_several(checkpoint, command):
     assert text == f"[1] {asked[0]}\n{answers[0]}\n\n[2] {asked[1]}\n{answers[1]}\n\n"
 
 
+def test_command_answers_a_file(checkpoint, command, tmp_path):
+    """A text and a conversation, which end before a stop string or as in transformers."""
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "B"},
+    ]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "The"}) + "\n" + json.dumps({"messages": talk}) + "\n")
+    form = "<bos>{0}user\nHi{1}{0}model\nYes?{1}{0}user\nB{1}{0}model\n".format("<start_of_turn>", "<end_of_turn>\n")
+    expected = [transformers_text(checkpoint, text, 30) for text in ("<bos>The", form)]
+    stop = expected[0][40:44]
+    assert stop not in expected[1]
+    files = "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl"
+    command("--checkpoint", checkpoint, *files, "--max-new-tokens", 30, "--stop", stop)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in found] == [expected[0][: expected[0].index(stop)], expected[1]]
+    assert [line["reason"] for line in found] == ["stop", "length"]
+
+
+def test_command_gives_several_samples(checkpoint, command):
+    settings = "--samples", 2, "--temperature", 1, "--max-new-tokens", 10, "--stop", "\0"
+    text, _ = command("--checkpoint", checkpoint, "--prompt", "The", *settings)
+    first, second = re.fullmatch(r"\[1.1\] The\n(.*)\n\n\[1.2\] The\n(.*)\n\n", text, re.DOTALL).groups()
+    assert first != second
+
+
 def write_generation(folder: Path, checkpoint: Path, **settings) -> Path:
     """A copy of a checkpoint with another generation_config.json."""
     shutil.copytree(checkpoint, folder)
