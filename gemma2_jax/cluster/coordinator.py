@@ -5,7 +5,7 @@ process 0 and can report its failure. Every process holds one connection to it, 
 
     process:      {"index": 1, "count": 2, "host": "node-7", "pid": 4242}, on arrival
     coordinator:  {"service": 40123, "first_process": "process 0 on ..."}, when all are there: the port of JAX's service
-    process:      {"heartbeat": "saving step 100"} every second of its steps: what it is doing; empty after the last
+    process:      {"heartbeat": "saving step 100"} every second: what it is doing; empty after the last of its steps
     process:      {"stuck": "has been waiting for the end of step 12 for 600 s, ..."}, for longer than it may
     process:      {"suspicion": "failed: ..."} when a collective failed, for which another process may be the reason
     process:      {"end": "", "status": 0} when it is done, or why it fails and with which status
@@ -33,6 +33,9 @@ from gemma2_jax.command_line import EXIT_FAILED, EXIT_STUCK
 
 SILENCE_SECONDS = 15  # after which a host that does not answer is considered gone
 _HEARTBEAT_SECONDS = 5  # in which each process that lives sends a heartbeat, after another one has said it is stuck
+PREPARING = "preparing its first step"  # what a process is doing before it
+_PREPARING_SECONDS = 1800  # for which one that prepares may send no heartbeat, as when it reads from a slow disk
+_LOOK_SECONDS = 60  # between looks for one that sends none
 _MOST_NAMES = 4  # of processes in a verdict
 _FAREWELL_SECONDS = 10  # for which JAX's service goes on after the first failure, as processes abort without it
 _SHUTDOWN_SECONDS = 60  # for which JAX's service lets a process that is done wait for the others
@@ -63,6 +66,7 @@ class Coordinator:
         """Returns when all processes have gone, or _FAREWELL_SECONDS after they have been told to."""
         await asyncio.start_server(self._attend, sock=listener)
         asyncio.get_running_loop().call_later(self._patience, self._give_up)
+        self._look()
         await self._done.wait()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -125,6 +129,20 @@ class Coordinator:
                 "start the same command for each of them"
             )
 
+    def _look(self) -> None:
+        """Looks for processes that prepare and stand still, and ends the run where they still do a little later.
+
+        At their steps, they are waited for by others, which say that they are stuck.
+        """
+        loop, since = asyncio.get_running_loop(), time.monotonic() - _PREPARING_SECONDS
+        if any(at < since and doing == PREPARING for at, doing in self._heartbeats.values()):
+            loop.call_later(_HEARTBEAT_SECONDS, self._end_standing, since)
+        loop.call_later(_LOOK_SECONDS, self._look)
+
+    def _end_standing(self, since: float) -> None:
+        if silent := self._describe_silent(since):
+            self._send_verdict("; ".join(silent[:_MOST_NAMES]), status=EXIT_STUCK)
+
     def _call_out(self, decide: Callable[[int, str, float], None], index: int, text: str) -> None:
         """Waits for a heartbeat of each process, as this one waits for others, and then decides what to do."""
         now = time.monotonic()
@@ -149,14 +167,19 @@ class Coordinator:
         self._send_stuck(index, text, others)
 
     def _end_silent(self, index: int, text: str, since: float) -> None:
-        """Ends the run where processes have been silent since this one's collective failed."""
-        if silent := self._describe_silent(since):
+        """Ends the run where processes at their steps have been silent since this one's collective failed.
+
+        One that prepares may be silent for so long, as it reads or compiles.
+        """
+        if silent := self._describe_silent(since, but=PREPARING):
             self._send_stuck(index, text, silent)
 
-    def _describe_silent(self, since: float) -> list[str]:
-        """The processes at their steps that have sent nothing since then, those first that have for longest."""
+    def _describe_silent(self, since: float, but: str = "") -> list[str]:
+        """The processes that have sent nothing since then, the longest silent first, but for those doing that."""
         now = time.monotonic()
-        silent = sorted((at, other, doing) for other, (at, doing) in self._heartbeats.items() if at < since)
+        silent = sorted(
+            (at, other, doing) for other, (at, doing) in self._heartbeats.items() if at < since and doing != but
+        )
         return [
             f"{self._names[other]} has not answered for {now - at:.0f} s, and was {doing} then"
             for at, other, doing in silent

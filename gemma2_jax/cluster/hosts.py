@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gemma2_jax.cluster import jax_internals, platforms
-from gemma2_jax.cluster.coordinator import SILENCE_SECONDS, enable_keepalive
+from gemma2_jax.cluster.coordinator import PREPARING, SILENCE_SECONDS, enable_keepalive
 from gemma2_jax.command_line import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STUCK, fold
 from gemma2_jax.config import HostsConfig
 
@@ -32,6 +32,7 @@ _RESUMES = "The same command resumes after the newest checkpoint"
 _STDERR = 2  # in a notebook, sys.stderr is no file
 _VERDICT_SECONDS = 15  # for which a process that is stuck waits for what the coordinator says of it
 INTERRUPT = "Ctrl-C"  # what SIGINT is called
+_PERIOD_SECONDS = 1.0  # between heartbeats before the steps
 _LAST_WORDS_SECONDS = 5  # in which a failing process can print why it fails
 _BARRIER_SECONDS = 24 * 3600  # for which process 0 may tokenize; a process that fails ends the run sooner
 _OPTIONS = {"coordinator": "--hosts.coordinator HOST:PORT", "count": "--hosts.count N", "index": "--hosts.index I"}
@@ -177,6 +178,7 @@ def process_group(config: HostsConfig) -> Iterator[None]:
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and go on
         watch = threading.Thread(target=connection.watch, daemon=True)
         watch.start()
+        threading.Thread(target=connection.send_first_heartbeats, daemon=True).start()
         try:
             # JAX starts a service in process 0, which nobody uses: the coordinator's outlives process 0.
             jax.distributed.initialize(
@@ -389,6 +391,7 @@ class _CoordinatorConnection:
     def __init__(self, connection: socket.socket, place: Place):
         self._socket, self._lines, self._left = connection, connection.makefile(), False
         self._sending = threading.Lock()  # as several threads send
+        self._at_steps = threading.Event()
         enable_keepalive(connection)
         self._send(index=place.index, count=place.count, host=socket.gethostname(), pid=os.getpid())
         hello = self._receive() or {"verdict": "it ended"}
@@ -397,7 +400,14 @@ class _CoordinatorConnection:
         self.service = f"{_coordinator_host(place)}:{hello['service']}"
         self._first_process = hello["first_process"]
 
+    def send_first_heartbeats(self) -> None:
+        """Sends a heartbeat every second until the first of `send_heartbeat`, which is that of a step."""
+        while not self._at_steps.is_set():
+            self._send(heartbeat=PREPARING)
+            self._at_steps.wait(_PERIOD_SECONDS)
+
     def send_heartbeat(self, doing: str) -> None:
+        self._at_steps.set()
         self._send(heartbeat=doing)
 
     def report_stuck(self, reason: str) -> None:

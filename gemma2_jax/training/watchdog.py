@@ -69,6 +69,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._floor:
             self._thread.start()
+        else:
+            hosts.send_heartbeat("")  # from here on, none is waited for
         return self
 
     def __exit__(self, *_) -> None:

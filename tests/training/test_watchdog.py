@@ -102,11 +102,12 @@ def test_time_in_which_the_process_was_stopped_is_not_counted(reports, tmp_path,
     assert reports[0].startswith("has been waiting for the end of step 2 for 101 s, and may take 100 s for it")
 
 
-def test_a_run_that_is_not_to_be_watched_is_not(tmp_path):
-    before = threading.active_count()
+def test_a_run_that_is_not_to_be_watched_is_not(tmp_path, monkeypatch):
+    before, beats = threading.active_count(), []
+    monkeypatch.setattr(hosts, "send_heartbeat", beats.append)
     with watchdog.Watchdog(guarded(tmp_path, 0)) as watch:
         watch.begin("step", 1)
-        assert threading.active_count() == before
+        assert threading.active_count() == before and beats == [""]
 
 
 class Recorder:
@@ -156,6 +157,54 @@ def test_the_process_that_others_wait_for_is_named(case, monkeypatch):
     assert verdict.decode() == f'{{"verdict": "{text}", "status": 76}}\n'
 
 
+PREPARES = (70.0, coordinator.PREPARING)
+
+
+@pytest.mark.parametrize(
+    ("heartbeats", "reason"),
+    [
+        (
+            {0: PREPARES, 1: (108.0, coordinator.PREPARING)},
+            "process 0 has not answered for 40 s, and was preparing its",
+        ),
+        ({0: (98.0, coordinator.PREPARING), 1: (108.0, coordinator.PREPARING)}, ""),
+        ({0: (70.0, "saving step 9"), 1: (108.0, coordinator.PREPARING)}, ""),
+    ],
+)
+def test_a_process_that_stands_still_before_its_steps_is_named(heartbeats, reason, monkeypatch):
+    now = [109.0]
+    monkeypatch.setattr(coordinator, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(coordinator, "_HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(coordinator, "_PREPARING_SECONDS", 30)
+
+    async def look() -> bytes:
+        meeting = coordinator.Coordinator(2, 60)
+        meeting._writers, meeting._names = {0: Recorder(), 1: (told := Recorder())}, {0: "process 0", 1: "process 1"}
+        meeting._heartbeats = heartbeats
+        meeting._look()
+        now[0] = 110.0
+        await asyncio.sleep(0.01)
+        return told.text
+
+    told = asyncio.run(look())
+    assert told == (f'{{"verdict": "{reason} first step then", "status": 76}}\n'.encode() if reason else b"")
+
+
+def test_heartbeats_begin_before_the_steps(monkeypatch):
+    """And end with those of the steps; without a watch on these, none is waited for."""
+    sent = []
+    connection = hosts._CoordinatorConnection.__new__(hosts._CoordinatorConnection)
+    connection._at_steps, connection._send = threading.Event(), lambda **message: sent.append(message)
+    monkeypatch.setattr(hosts, "_PERIOD_SECONDS", 0.001)
+    thread = threading.Thread(target=connection.send_first_heartbeats)
+    thread.start()
+    while len(sent) < 2:
+        time.sleep(0.001)
+    connection.send_heartbeat("")
+    thread.join(10)
+    assert sent[:2] == [{"heartbeat": coordinator.PREPARING}] * 2 and sent.count({"heartbeat": ""}) == 1
+
+
 async def follow(*messages: dict, is_gone: bool) -> list[bytes]:
     """What two processes are told when the first has sent these messages, and the second has failed in a collective."""
     meeting, reader = coordinator.Coordinator(2, 60), asyncio.StreamReader()
@@ -180,6 +229,7 @@ def test_a_process_that_has_left_its_steps_is_not_silent(monkeypatch):
     [verdict] = set(asyncio.run(follow(saving, is_gone=False)))
     assert b"process 1 failed: a collective; process 0 has not answered for 0 s, and was saving step 9" in verdict
     assert asyncio.run(follow(saving, {"heartbeat": ""}, is_gone=False)) == [b"", b""]
+    assert asyncio.run(follow({"heartbeat": coordinator.PREPARING}, is_gone=False)) == [b"", b""]
 
 
 def test_the_verdict_of_a_process_that_has_ended_since_is_its_own(monkeypatch):
