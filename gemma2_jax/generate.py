@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class Command:
     """Continues prompts, or answers them (--chat), with a checkpoint of any format.
 
-    Text goes to standard output; how fast it came, to standard error. With --prompts, the prompts are those of a file
-    and the texts go into another, which the same command goes on with after it was stopped.
+    Text goes to standard output; how fast it came, to standard error.
+
+    --prompts and --out answer a file into a file; the same command goes on.
     """
 
     source: Annotated[Source, tyro.conf.arg(name="")]
