@@ -110,6 +110,13 @@ def test_a_run_that_is_not_to_be_watched_is_not(tmp_path, monkeypatch):
         assert threading.active_count() == before and beats == [""]
 
 
+@pytest.mark.parametrize("seconds", [1e-3, -1.0, math.inf, math.nan])
+def test_times_in_which_nothing_can_be_watched_are_refused(seconds):
+    end = "so give at least 1, or 0 to let everything" if seconds == 1e-3 else "must not be negative, nor infinite"
+    with pytest.raises(ValueError, match=f"guard.stuck_seconds is {seconds}; .*{end}"):
+        GuardConfig(stuck_seconds=seconds)
+
+
 class Recorder:
     """A connection of the coordinator to a process, which keeps what is written to it."""
 
