@@ -90,7 +90,7 @@ def _generate(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrained
     print_defaults(checkpoint, tokenizer, stop, command.sampling, command.max_new_tokens)
     new_request = partial(Request, max_new_tokens=command.max_new_tokens, sampling=command.sampling, stop=stop)
     requests = [new_request(prompt=row, sample=sample) for row in tokens for sample in range(command.samples)]
-    engine = make_engine(load_decoder(checkpoint, command.source.dtype), requests)
+    engine = make_engine(load_decoder(checkpoint, command.source.dtype, int8=command.source.int8), requests)
     for request in requests:
         engine.submit(request)
     samples = [f".{sample}" for sample in range(1, command.samples + 1)] if command.samples > 1 else [""]
@@ -195,7 +195,7 @@ def _make_engine(command: Command, batch: "Batch", survey: "Survey") -> "Engine"
     from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.steps import bucket_length
 
-    decoder = load_decoder(batch.encoder.checkpoint, command.source.dtype)
+    decoder = load_decoder(batch.encoder.checkpoint, command.source.dtype, int8=command.source.int8)
     context = min(bucket_length(survey.longest), decoder.config.max_length)
     return Engine(decoder, slots=min(survey.texts - survey.done, count_slots(decoder, context)), context=context)
 

@@ -15,6 +15,7 @@ COMMANDS = [
     "data",
     "decode_bound",
     "gpu",
+    "int8",
     "kernels",
     "kills_data",
     "kills_training",

@@ -38,7 +38,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 COMMANDS_WITHIN = {("data", "__main__")}
 # Within these rooms too, a file may import only those on earlier lines.
 ORDER_WITHIN = {
-    "model": (("loss", "attention"), ("gemma2",), ("lora",), ("adapter_bank",)),
+    "model": (("loss", "attention"), ("gemma2",), ("lora",), ("adapter_bank", "int8")),
     "convert": (
         ("files",), ("formats",), ("sources", "recognition"), ("checkpoints",), ("opening",),
         ("describe", "merging", "known_changes", "steps"), ("job",),

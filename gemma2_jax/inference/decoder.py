@@ -17,6 +17,7 @@ from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import make_mesh, stored_sharding
 from gemma2_jax.model.adapter_bank import attach_banks
 from gemma2_jax.model.gemma2 import Weights, rebuild_model, unstack_layers, weight_dims
+from gemma2_jax.model.int8 import quantize_model
 from gemma2_jax.model.lora import FrozenAdapter
 from gemma2_jax.model_config import ModelConfig, is_adapter_path
 
@@ -28,16 +29,31 @@ class Decoder:
     merged; a step is faster if the caller merges them (`lora.merge_adapters`).
     """
 
-    def __init__(self, graph: nnx.GraphDef, weights: Weights, mesh: Mesh | None = None):
-        """`mesh` is that of the weights, by default one device's; they are moved to `decoding_mesh`."""
+    def __init__(self, graph: nnx.GraphDef, weights: Weights, mesh: Mesh | None = None, *, int8: bool = False):
+        """`mesh` is that of the weights, by default one device's; they are moved to `decoding_mesh`.
+
+        With `int8`, projections and the embedding are rounded to it (`model.int8`). Raises ValueError if a projection
+        still has an adapter, which works on the weight as it was.
+        """
         model = nnx.eval_shape(lambda weights: rebuild_model(graph, weights), dict(weights))
         self.config: ModelConfig = model.config
         self.mesh = decoding_mesh(mesh or one_device_mesh(), self.config)
         letters = weight_dims(model)
+        if int8 and any(map(is_adapter_path, weights)):
+            raise ValueError("an adapter beside the weights works on them as they are, and not in int8; leave out int8")
         self.graph = nnx.graphdef(nnx.eval_shape(unstack_layers, model))
         with jax.set_mesh(self.mesh):
             self.weights = _unstack_weights(weights, letters, self.mesh, model.dtype)
+            if int8:
+                self._quantize()
         self.adapters: tuple[str, ...] = ()
+
+    def _quantize(self) -> None:
+        model = nnx.merge(self.graph, self.weights)
+        del self.weights  # so that each weight is freed once it is int8
+        quantize_model(model)
+        self.graph, state = nnx.split(model)
+        self.weights = nnx.to_pure_dict(state)
 
     def attach_adapters(self, adapters: Mapping[str, Mapping[str, FrozenAdapter]]) -> None:
         """Gives the model several adapters, by name, of which each row takes its own (`adapter_bank.attach_banks`)."""

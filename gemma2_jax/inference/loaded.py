@@ -220,12 +220,14 @@ def load_decoder(
     dtype: DType | None = None,
     mesh: Mesh | None = None,
     adapters: Mapping[str, Checkpoint] | None = None,
+    *,
+    int8: bool = False,
 ) -> Decoder:
     """The model of a checkpoint, ready to generate, on the mesh, by default the first device.
 
     An adapter of the checkpoint is merged into the weights if that is possible, as it would slow down every step. The
     others, by name, stay beside the weights, and each request says which it takes. They are opened with the checkpoint
-    as their base.
+    as their base. `int8` is as in `Decoder`; banks stay in the compute dtype.
     """
     mesh, dtype = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint)), dtype or default_dtype()
     model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype)
@@ -234,7 +236,7 @@ def load_decoder(
     graph, state = nnx.split(model)
     weights = flatten_state(state)
     del model, state  # so that the decoder can free each stacked weight
-    decoder = _make_decoder(graph, weights, adapter, mesh)
+    decoder = _make_decoder(graph, weights, adapter, mesh, int8=int8)
     if banks:
         decoder.attach_adapters(banks)
     return decoder
@@ -285,7 +287,9 @@ def generate_texts(
     return [decode_text(request.tokens, model.tokenizer) for request in done]
 
 
-def _make_decoder(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh) -> Decoder:
+def _make_decoder(
+    graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh, *, int8: bool = False
+) -> Decoder:
     """A decoder with these weights, and the adapter merged if that is possible. Empties `weights`."""
     if adapter.kind != "none" and not adapter.unmergeable_targets:
         model = rebuild_model(graph, weights)
@@ -295,7 +299,7 @@ def _make_decoder(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig,
         graph, state = nnx.split(model)
         weights = flatten_state(state)
         del model, state
-    return Decoder(graph, weights, mesh)
+    return Decoder(graph, weights, mesh, int8=int8)
 
 
 def _for_inference(mesh: Mesh) -> Mesh:

@@ -26,6 +26,7 @@ class Source:
     adapter: str | None = None  # an adapter to put on it: a PEFT or Orbax folder, or a run
     hf_config: str | None = None  # folder or Hub id with the config.json and tokenizer that a Megatron checkpoint lacks
     dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
+    int8: bool = False  # keep matrices in int8, with a scale for each output; arithmetic is in dtype all the same
 
     def __post_init__(self) -> None:
         command_line.check_paths(self, "checkpoint", "adapter", "hf_config")

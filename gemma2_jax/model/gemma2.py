@@ -150,11 +150,15 @@ class Einsum(nnx.Module):
         self.letters = (("w", letters),)
         shape = dims.weight_shape(letters, config)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.scale: nnx.Param | None = nnx.data(None)  # float32, of each output; for a weight in int8 (`int8`)
         self.adapter: Update | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product of x and the weight, without the adapter."""
-        return self._constrain(apply_weight(self.equation, x, self.w[...]))
+        if self.scale is None:
+            return self._constrain(apply_weight(self.equation, x, self.w[...]))
+        w = constrain(self.w[...].astype(x.dtype), split_equation(self.equation)[1])
+        return self._constrain((_contract(self.equation, x, w) * self.scale[...]).astype(x.dtype))
 
     def adapt(self, y: jax.Array, x: jax.Array, inputs: AdapterInputs) -> jax.Array:
         """The output y for the input x, changed by the adapter.
@@ -292,6 +296,7 @@ class Gemma2(nnx.Module):
         self.letters = (("embedding", "VD"),)
         shape = dims.weight_shape("VD", config)
         self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.row_scale: nnx.Param | None = nnx.data(None)  # [V], float32; for an embedding in int8 (`int8`)
         self.token_rows: RowOverride | None = nnx.data(None)
         self.blocks: Block | nnx.List[Block] = Block(config, rngs=rngs)
         self.final_norm = RMSNorm(config, stacked=False)
@@ -409,6 +414,7 @@ class Gemma2(nnx.Module):
             self.embedding[...].astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+        logits = logits if self.row_scale is None else logits * self.row_scale[...]
         if self.token_rows is not None:
             rows_ED = self.token_rows.rows_ED.astype(self.dtype)
             logits_E = jnp.einsum("...D,ED->...E", hidden, rows_ED, preferred_element_type=jnp.float32)
@@ -424,7 +430,13 @@ class Gemma2(nnx.Module):
         """The embedding's rows times sqrt(D), [B, T, D] in the compute dtype."""
         with jax.named_scope("embedding"):
             # Each shard looks all tokens up among the rows that it stores: tokens are fewer bytes than the table.
-            x_BTD = self.embedding[...].astype(self.dtype)[replicate(tokens_BT)] * self._embedding_scale
+            tokens_BT = replicate(tokens_BT)
+            if self.row_scale is None:
+                row_BTD = self.embedding[...].astype(self.dtype)[tokens_BT]
+            else:
+                scale_BT1 = self.row_scale[...][tokens_BT][..., None]
+                row_BTD = (self.embedding[...][tokens_BT] * scale_BT1).astype(self.dtype)
+            x_BTD = row_BTD * self._embedding_scale
             x_BTD = constrain(x_BTD, "BTD", "between_blocks")
             if self.token_rows is not None:
                 x_BTD = self.token_rows.embed(x_BTD, tokens_BT, self._embedding_scale)
