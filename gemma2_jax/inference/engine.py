@@ -72,6 +72,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # new ones
     scores: list[TokenScore] = field(default_factory=list)  # theirs
     prompt_scores: list[TokenScore] = field(default_factory=list)  # of the prompt's tokens but the first
+    reused: int = 0  # tokens of the prompt that were not read, as another row had them
     reason: Reason | None = None  # why it has ended
     is_canceled: bool = False  # it gets no more tokens, and leaves its slot
 
@@ -107,6 +108,7 @@ class _Slot:
     def take(self, request: Request, read: int) -> None:
         """Gives the slot to a request, of whose prompt so many tokens are there."""
         self.request, self.read, self.cached, self.adapter = request, read, (), request.adapter
+        request.reused = read
 
     def leave(self, at: int) -> None:
         """Frees the slot."""
@@ -169,6 +171,11 @@ class Engine:
     def slots(self) -> int:
         """How many requests are continued at a time."""
         return len(self._slots)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of keys and values, on all devices."""
+        return sum(x.nbytes for x in jax.tree.leaves(self._state.cache))
 
     @property
     def is_idle(self) -> bool:
