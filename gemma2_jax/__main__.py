@@ -12,6 +12,7 @@ from gemma2_jax import command_line
 COMMANDS = {
     "train": "pretrain, fine-tune; the same command on the same --workdir resumes",
     "generate": "continue prompts, or answer them, with any checkpoint",
+    "chat": "talk with any checkpoint in a terminal",
     "serve": "answer requests of OpenAI's HTTP API with any checkpoint",
     "convert": "convert a checkpoint into any format; inspect one; compare two",
     "data": "print what a data set is; write one as Megatron's .bin and .idx",

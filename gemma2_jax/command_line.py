@@ -183,12 +183,12 @@ def check_paths(command: Any, *names: str) -> None:
             raise ValueError(f"{name} is empty; name a folder ('.' is the current one)")
 
 
-def escape(text: str) -> str:
-    """The text with what would command a terminal, or is no character, as Python writes it: \\x1b.
+def escape(text: str, kept: str = "") -> str:
+    """The text with what would command a terminal, or is no character, as Python writes it: \\x1b. `kept` stays.
 
     Names in files that others wrote may have such characters in them.
     """
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def notify(text: str) -> None:

@@ -140,8 +140,11 @@ class Engine:
     that have new tokens or have ended. One thread is to call both. On several processes, all make the same calls.
     """
 
-    def __init__(self, decoder: Decoder, *, slots: int, context: int):
-        """A cache of `slots` rows of `context` tokens, prompt and new ones together."""
+    def __init__(self, decoder: Decoder, *, slots: int, context: int, steps: int = MOST_STEPS):
+        """A cache of `slots` rows of `context` tokens, prompt and new ones together.
+
+        `steps` of one call at most: with fewer than MOST_STEPS, tokens come in smaller groups.
+        """
         if not 1 <= context <= decoder.config.max_length:
             raise ValueError(
                 f"context is {context}; it must be at least 1 and at most the model's, {decoder.config.max_length}"
@@ -154,6 +157,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._pending: deque[_Call] = deque()
         self._clock = count(1)
+        self._steps = min(steps, MOST_STEPS)
         self._window = min(decoder.config.layer_windows(context))
         self.context = context
         with jax.set_mesh(decoder.mesh):
@@ -193,7 +197,7 @@ class Engine:
             if is_reading:
                 self._read_parts()
             if any(slot.is_adding for slot in self._slots):
-                self._add_tokens(1 if is_reading or self._waiting else MOST_STEPS)
+                self._add_tokens(1 if is_reading or self._waiting else self._steps)
         ahead = 1 if any(slot.request for slot in self._slots) else 0
         changed: dict[int, Request] = {}
         while len(self._pending) > ahead:

@@ -70,11 +70,19 @@ def print_defaults(
     max_new_tokens: int,
 ) -> None:
     """Says on standard error what ends a text, and what the checkpoint suggests in place of the most likely tokens."""
-    from gemma2_jax.inference.defaults import describe_stop, describe_suggestion, suggested_sampling
+    from gemma2_jax.inference.defaults import describe_stop, describe_suggestion
 
     print(command_line.escape(describe_stop(set(stop), tokenizer, max_new_tokens)), file=sys.stderr)
-    if sampling.temperature == 0 and (settings := suggested_sampling(checkpoint)) and _is_usable(settings):
+    if settings := find_suggestion(checkpoint, sampling):
         print(describe_suggestion(settings), file=sys.stderr)
+
+
+def find_suggestion(checkpoint: "Checkpoint", sampling: Sampling) -> dict[str, float]:
+    """The sampling settings that the checkpoint suggests, where the most likely tokens are taken and they can be."""
+    from gemma2_jax.inference.defaults import suggested_sampling
+
+    settings = suggested_sampling(checkpoint) if sampling.temperature == 0 else {}
+    return settings if _is_usable(settings) else {}
 
 
 def _is_usable(settings: dict[str, Any]) -> bool:

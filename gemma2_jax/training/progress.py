@@ -1,8 +1,9 @@
-"""What a run shows on the console while it trains: a progress bar, or lines where there is no terminal."""
+"""What a command shows on the console while it works: a progress bar, or lines where there is no terminal."""
 
 import math
+import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,14 @@ def perplexity(loss: float) -> float:
 def _shorten(text: str) -> str:
     """A text as Python writes it, on one line, cut after SHOWN_LETTERS."""
     return repr(text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}...")
+
+
+def print_block(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Prints subjects and what is said of each, aligned, and folded to the width of a terminal."""
+    width = max(len(name) for name, _ in lines) + 2
+    for name, text in lines:
+        folded = textwrap.wrap(text, max(console.width - width, 20)) if console.is_terminal else [text]
+        console.print(Text.assemble((name.ljust(width), "bold"), f"\n{' ' * width}".join(folded)), soft_wrap=True)
 
 
 def progress_bar(console: Console, counted: str, *, hidden: bool) -> Progress:

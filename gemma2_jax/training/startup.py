@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.text import Text
 
 from gemma2_jax.cluster import devices, hosts, platforms
 from gemma2_jax.config import Config, DataConfig
@@ -20,6 +18,7 @@ from gemma2_jax.data.batches import Batches, EvalBatches, describe_repeated, fin
 from gemma2_jax.data.store import Store
 from gemma2_jax.mesh import describe_mesh
 from gemma2_jax.training import optim, profile_tables
+from gemma2_jax.training.progress import print_block
 from gemma2_jax.training.samples import Prompts
 from gemma2_jax.training.step import Program, parameter_group
 from gemma2_jax.training.tokenizer import describe_vocabulary
@@ -46,14 +45,9 @@ class Startup:
 
 
 def print_startup(console: Console, startup: Startup) -> None:
-    """Prints one line for each subject, folded to the width of a terminal."""
-    if jax.process_index() != 0:
-        return
-    lines = [*_describe_weights(startup), *_describe_work(startup), *_describe_execution(startup)]
-    width = max(len(name) for name, _ in lines) + 2
-    for name, text in lines:
-        folded = textwrap.wrap(text, max(console.width - width, 20)) if console.is_terminal else [text]
-        console.print(Text.assemble((name.ljust(width), "bold"), f"\n{' ' * width}".join(folded)), soft_wrap=True)
+    """Prints one line for each subject. Process 0 does it for all of them."""
+    if jax.process_index() == 0:
+        print_block(console, [*_describe_weights(startup), *_describe_work(startup), *_describe_execution(startup)])
 
 
 def _describe_weights(startup: Startup) -> Iterator[tuple[str, str]]:

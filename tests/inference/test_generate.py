@@ -383,6 +383,7 @@ def test_command_ends_with_a_sentence(checkpoint, command):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys; from gemma2_jax import generate; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
+        "import sys; from gemma2_jax import chat, generate; "
+        "sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
