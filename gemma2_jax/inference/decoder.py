@@ -6,7 +6,7 @@ context shards of a training mesh keep apart is split over tensor shards, as far
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import make_mesh, stored_sharding
 from gemma2_jax.model.adapter_bank import attach_banks
-from gemma2_jax.model.gemma2 import Weights, rebuild_model, unstack_layers, weight_dims
+from gemma2_jax.model.gemma2 import (
+    Gemma2,
+    Weights,
+    rebuild_model,
+    transpose_embedding,
+    unstack_layers,
+    weight_dims,
+)
 from gemma2_jax.model.int8 import quantize_model
 from gemma2_jax.model.lora import FrozenAdapter
 from gemma2_jax.model_config import ModelConfig, is_adapter_path
@@ -45,22 +52,24 @@ class Decoder:
         with jax.set_mesh(self.mesh):
             self.weights = _unstack_weights(weights, letters, self.mesh, model.dtype)
             if int8:
-                self._quantize()
+                self._change_model(quantize_model)
+            if self.mesh.devices.flat[0].platform == "cpu":
+                self._change_model(transpose_embedding)
         self.adapters: tuple[str, ...] = ()
-
-    def _quantize(self) -> None:
-        model = nnx.merge(self.graph, self.weights)
-        del self.weights  # so that each weight is freed once it is int8
-        quantize_model(model)
-        self.graph, state = nnx.split(model)
-        self.weights = nnx.to_pure_dict(state)
 
     def attach_adapters(self, adapters: Mapping[str, Mapping[str, FrozenAdapter]]) -> None:
         """Gives the model several adapters, by name, of which each row takes its own (`adapter_bank.attach_banks`)."""
+        self._change_model(lambda model: attach_banks(model, adapters, self.mesh))
+        self.adapters = tuple(adapters)
+
+    def _change_model(self, change: Callable[[Gemma2], object]) -> None:
         model = nnx.merge(self.graph, self.weights)
-        attach_banks(model, adapters, self.mesh)
-        self.graph, state = nnx.split(model)
-        self.weights, self.adapters = nnx.to_pure_dict(state), tuple(adapters)
+        self.weights = {}  # so that each weight is freed once it is replaced
+        try:
+            change(model)
+        finally:
+            self.graph, state = nnx.split(model)
+            self.weights = nnx.to_pure_dict(state)
 
     def adapter_number(self, name: str | None) -> int:
         """The number of an adapter in the banks; 0 is none."""
