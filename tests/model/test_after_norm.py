@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from peers import BITING, hf_model, state_dict, training_gradients
 
-from gemma2_jax import config as configs, config_text, generate, recipes
+from gemma2_jax import config as configs, config_text, recipes
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.convert import __main__ as command
 from gemma2_jax.convert.checkpoints import Checkpoint
@@ -23,7 +23,7 @@ from gemma2_jax.convert.job import Job
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.inference.loaded import load_decoder
-from gemma2_jax.inference.source import Source
+from gemma2_jax.inference.source import Source, open_source
 from gemma2_jax.model import gemma2 as model, lora
 from gemma2_jax.model.attention.choice import IMPLEMENTATIONS
 from gemma2_jax.model.gemma2 import Gemma2
@@ -236,6 +236,5 @@ def test_the_command_says_why_a_step_is_slow(tmp_path, capsys):
     shapes = {"a": (size.layers, size.mlp_width, 2), "b": (size.layers, 2, size.width)}
     params = {f"blocks/mlp/down/adapter/{part}": np.ones(shape, np.float32) for part, shape in shapes.items()}
     trained_run(tmp_path / "run", config, params)
-    source = Source(checkpoint=str(tmp_path / "run"))
-    generate._generate(generate.Command(source=source, prompt=("def",), max_new_tokens=1))
+    open_source(Source(checkpoint=str(tmp_path / "run")))
     assert capsys.readouterr().err.count("the adapter of mlp/down is added after the post-norm") == 1
