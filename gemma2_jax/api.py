@@ -142,15 +142,22 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int = 0,
+    stop: Collection[str] = (),
+    samples: int = 1,
     chat: bool = False,
 ) -> list[str]:
     """The continuation of every prompt, or with `chat` the answer to it, on the model's mesh.
 
-    A text ends after `max_new_tokens`, or before an end token: any eos_token_id of the model's generation_config.json,
-    config.json and tokenizer, and with `chat` the end of a turn. `Sampling` says what the settings do; at temperature 0
-    every token is the most likely one. Settings in generation_config.json are not used. While this runs, the weights
-    are in memory a second time, as separate layers, with adapters merged where that is possible.
+    A text ends after `max_new_tokens`, before any string of `stop`, or before an end token: any eos_token_id of the
+    model's generation_config.json, config.json and tokenizer, and with `chat` the end of a turn. Of each prompt there
+    are `samples` texts, one after another. `Sampling` says what the other settings do; at temperature 0 every token is
+    the most likely one. Settings in generation_config.json are not used. While this runs, the weights are in memory a
+    second time, as separate layers, with adapters merged where that is possible.
 
     Raises ValueError for prompts that outgrow the model's context, and without a tokenizer.
 
@@ -159,12 +166,24 @@ def generate(
     ['\\ndef json.decoder.J']
     """
     from gemma2_jax.inference.loaded import generate_texts
-    from gemma2_jax.inference.settings import Sampling
+    from gemma2_jax.inference.settings import Sampling, TextSettings
 
     if isinstance(prompts, str) or not isinstance(prompts, Collection):
         raise ValueError(f"prompts is {prompts!r}; give a list of strings, such as ['What is AI?']")
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    return generate_texts(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
+    if isinstance(stop, str):
+        raise ValueError(f"stop is {stop!r}; give a list of strings, such as [{stop!r}]")
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    settings = TextSettings(max_new_tokens=max_new_tokens, sampling=sampling, stop=tuple(stop), samples=samples)
+    return generate_texts(model, prompts, settings, chat=chat)
 
 
 def save(model: "Gemma2", path: str | Path, *, format: "Format" = "hf", merge: bool = False) -> Path:

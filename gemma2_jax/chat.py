@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ import tyro
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.inference.settings import GREEDY, NUMBERS, Sampling, change_settings, check_length, check_stop
+from gemma2_jax.inference.settings import GREEDY, NUMBERS, Sampling, TextSettings
 from gemma2_jax.inference.source import Source, find_suggestion, open_source
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gemma2_jax.convert.checkpoints import Checkpoint
-    from gemma2_jax.inference.conversation import AnswerSettings, Conversation, Reply
+    from gemma2_jax.inference.conversation import Conversation, Reply
 
 _STEPS = 4  # tokens that come at a time, at most: more would come in jerks
 _KEYS = "Enter sends, Alt-Enter begins a line; Ctrl-C stops an answer, Ctrl-D ends; /help lists the commands"
@@ -45,8 +45,11 @@ class Command:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY
 
     def __post_init__(self) -> None:
-        check_length(self.max_new_tokens)
-        check_stop(self.stop)
+        self.make_settings()  # which checks them
+
+    def make_settings(self) -> TextSettings:
+        """How answers are generated. Raises ValueError where they cannot be."""
+        return TextSettings(max_new_tokens=self.max_new_tokens, sampling=self.sampling, stop=self.stop)
 
 
 def main(program: str = "python -m gemma2_jax.chat") -> None:
@@ -72,7 +75,7 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
 
     from gemma2_jax.data.chat import open_chat_format
     from gemma2_jax.inference.clock import Clock
-    from gemma2_jax.inference.conversation import AnswerSettings, Conversation
+    from gemma2_jax.inference.conversation import Conversation
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.engine import Engine, count_slots
     from gemma2_jax.inference.loaded import load_decoder
@@ -85,15 +88,14 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
         )
     console, clock = Console(stderr=True, highlight=False), Clock()
     with console.status("loading weights"):
-        decoder = load_decoder(checkpoint, command.source.dtype)
+        decoder = load_decoder(checkpoint, command.source.dtype, int8=command.source.int8)
     context = decoder.config.max_length if command.context is None else command.context
     with console.status("compiling"):
         engine = Engine(decoder, slots=min(count_slots(decoder, max(context, 1)), 1), context=context, steps=_STEPS)
         engine.warm()
     stop = frozenset(stop_tokens(checkpoint, tokenizer, chat=True))
-    settings = AnswerSettings(sampling=command.sampling, max_new_tokens=command.max_new_tokens, stop=command.stop)
     conversation = Conversation(engine, open_chat_format(tokenizer, "refuse"), stop)
-    chat = Chat(conversation, settings, console, is_terminal=is_terminal)
+    chat = Chat(conversation, command.make_settings(), console, is_terminal=is_terminal)
     print_block(console, [*_describe_start(command, checkpoint, chat, clock.compiling)])
     return chat
 
@@ -108,7 +110,8 @@ def _describe_start(
     adapter = f" with {command.source.adapter}" if command.source.adapter else ""
     device = jax.devices()[0].device_kind
     yield "model", command_line.escape(f"{checkpoint.format} {command.source.checkpoint}{adapter}")
-    yield "computes", f"{command.source.dtype or default_dtype()} on {device}; compiled in {compiling:.1f} s"
+    weights = ", weights in int8" if command.source.int8 else ""
+    yield "computes", f"{command.source.dtype or default_dtype()}{weights} on {device}; compiled in {compiling:.1f} s"
     yield "context", f"{chat.conversation.context:,} tokens"
     yield "settings", chat.describe_settings()
     if suggestion := find_suggestion(checkpoint, command.sampling):
@@ -120,9 +123,7 @@ def _describe_start(
 class Chat:
     """What is said to a conversation, message or command, and what is printed of it."""
 
-    def __init__(
-        self, conversation: "Conversation", settings: "AnswerSettings", console: "Console", *, is_terminal: bool
-    ):
+    def __init__(self, conversation: "Conversation", settings: TextSettings, console: "Console", *, is_terminal: bool):
         self.conversation = conversation
         self.settings = settings
         self.console = console
@@ -213,10 +214,7 @@ class Chat:
             raise ValueError(f"there is no setting {name}{near or ';'} there are {', '.join(NUMBERS)}")
         if not name or not value.strip():
             raise ValueError("give a setting and its value, as in /set temperature 0.7; none is the default")
-        sampling, most = change_settings(
-            self.settings.sampling, self.settings.max_new_tokens, {name: _read_number(value.strip())}
-        )
-        self.settings = replace(self.settings, sampling=sampling, max_new_tokens=most)
+        self.settings = self.settings.change({name: _read_number(value.strip())})
         self.say(f"({self.describe_settings()})")
 
     def show(self, rest: str) -> None:

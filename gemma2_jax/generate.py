@@ -18,7 +18,7 @@ import tyro
 
 from gemma2_jax import command_line, megatron_bridge
 from gemma2_jax.cluster import platforms
-from gemma2_jax.inference.settings import GREEDY, Sampling, check_length, check_samples, check_stop
+from gemma2_jax.inference.settings import GREEDY, Sampling, TextSettings
 from gemma2_jax.inference.source import Source, open_source, print_defaults
 
 if TYPE_CHECKING:
@@ -52,15 +52,19 @@ class Command:
 
     def __post_init__(self) -> None:
         command_line.check_paths(self, "prompts", "out")
-        check_length(self.max_new_tokens)
-        check_samples(self.samples, self.sampling)
-        check_stop(self.stop)
+        self.make_settings()  # which checks them
         if self.prompts and (self.prompt or not self.out):
             raise ValueError("prompts and prompt are both given" if self.prompt else "prompts is given, and out is not")
         if self.prompts and self.out and os.path.realpath(self.prompts) == os.path.realpath(self.out):
             raise ValueError(f"prompts and out are both {self.out}; name another file for the answers")
         if not self.prompts and (self.out or self.strict):
             raise ValueError(f"{'out' if self.out else 'strict'} is given, and prompts, which it is for, is not")
+
+    def make_settings(self) -> TextSettings:
+        """How texts are generated. Raises ValueError where they cannot be."""
+        return TextSettings(
+            max_new_tokens=self.max_new_tokens, sampling=self.sampling, stop=self.stop, samples=self.samples
+        )
 
 
 def main(program: str = "python -m gemma2_jax.generate") -> None:
@@ -140,9 +144,9 @@ def _answer_file(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrai
     from gemma2_jax.inference.prompts import Encoder
 
     assert command.prompts and command.out  # Command made sure
-    encoder = Encoder(checkpoint, tokenizer, command.chat, command.sampling, command.max_new_tokens)
-    batch = Batch(path=command.prompts, encoder=encoder, stop=command.stop, samples=command.samples)
-    settings = describe_settings(batch, command.source.dtype)
+    encoder = Encoder(checkpoint, tokenizer, command.chat, command.make_settings())
+    batch = Batch(path=command.prompts, encoder=encoder)
+    settings = describe_settings(batch, command.source)
     with (
         command_line.catch_signals(signal.SIGINT, signal.SIGTERM) as caught,
         contextlib.closing(Answers(Path(command.out), settings)) as answers,

@@ -223,11 +223,16 @@ def test_generates_the_same_on_a_mesh():
     one, spread = g2.load(TINY, dtype="float32"), g2.load(TINY, mesh=g2.mesh(tensor=2, fsdp=2), dtype="float32")
     texts = g2.generate(one, prompts, max_new_tokens=12)
     assert g2.generate(spread, prompts, max_new_tokens=12) == texts
-    assert g2.generate(spread, prompts[:1], max_new_tokens=12) == texts[:1]
-    draws = [g2.generate(one, prompts, max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+    end = texts[0][-3:]
+    assert g2.generate(spread, prompts[:1], max_new_tokens=12, stop=[end]) == [texts[0].partition(end)[0]]
+    draws = [g2.generate(one, prompts, max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 2)]
+    assert draws[0] != draws[1]
+    pairs = g2.generate(one, prompts, max_new_tokens=12, temperature=1.0, seed=1, samples=2)
+    assert pairs[::2] == draws[0] and not {*pairs[1::2]} & {*draws[0]}
     with pytest.raises(ValueError, match=r"prompts is .*; give a list of strings"):
         g2.generate(one, "The")
+    with pytest.raises(ValueError, match=r"stop is 'a'; give a list of strings"):
+        g2.generate(one, prompts, stop="a")
 
 
 def test_trained_model_is_the_run(tmp_path):

@@ -53,7 +53,7 @@ ORDER_WITHIN = {
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",),
-        ("completion", "loaded"), ("source", "prompts", "conversation", "metrics"), ("batch", "service"), ("http",),
+        ("completion",), ("loaded",), ("source", "prompts", "conversation", "metrics"), ("batch", "service"), ("http",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (

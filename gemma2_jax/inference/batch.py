@@ -27,7 +27,7 @@ from gemma2_jax.inference.completion import Completion
 from gemma2_jax.inference.engine import Engine
 from gemma2_jax.inference.loaded import default_dtype
 from gemma2_jax.inference.prompts import Encoder, Line, copy_keys, read_lines
-from gemma2_jax.model_config import DType
+from gemma2_jax.inference.source import Source
 
 _WINDOW = 4  # prompts in memory for each slot: those after a long one are finished before it
 _MOST_NAMED = 3  # settings in a message
@@ -189,8 +189,11 @@ class Batch:
 
     path: str
     encoder: Encoder
-    stop: tuple[str, ...]  # strings that end a text
-    samples: int  # texts of each prompt
+
+    @property
+    def samples(self) -> int:
+        """Texts of each prompt."""
+        return self.encoder.settings.samples
 
     def survey(self, answers: Answers, *, is_stopped: Callable[[], bool] = lambda: False) -> Survey:
         """Reads both files through. Raises ValueError where the texts are of other prompts than these."""
@@ -253,22 +256,23 @@ class Batch:
             first = 0 if line.record.get("seed") is not None else line.number * self.samples
             for sample in range(skipped, self.samples):
                 copy = replace(request, sample=first + sample, tokens=[], scores=[], prompt_scores=[])
-                completion = Completion(copy, self.encoder.tokenizer, self.stop)
+                completion = Completion(copy, self.encoder.tokenizer, self.encoder.settings.stop)
                 yield Job(line=line, sample=sample if self.samples > 1 else None, completion=completion)
             skipped = 0
 
 
-def describe_settings(batch: Batch, dtype: DType | None) -> dict[str, Any]:
+def describe_settings(batch: Batch, source: Source) -> dict[str, Any]:
     """What a text depends on besides its line, as JSON."""
     encoder = batch.encoder
+    settings = asdict(encoder.settings)
+    sampling = settings.pop("sampling")
     return {
         "weights": _digest_weights(encoder.checkpoint),
-        "dtype": dtype or default_dtype(),
+        "dtype": source.dtype or default_dtype(),
+        "int8": source.int8,
         "chat": encoder.chat,
-        "max_new_tokens": encoder.max_new_tokens,
-        "stop": batch.stop,
-        "samples": batch.samples,
-        **asdict(encoder.sampling),
+        **settings,
+        **sampling,
     }
 
 

@@ -15,19 +15,10 @@ from gemma2_jax.data.chat import ChatFormat
 from gemma2_jax.data.records import Turn
 from gemma2_jax.inference.completion import Completion
 from gemma2_jax.inference.engine import Engine, Request
-from gemma2_jax.inference.settings import Sampling
+from gemma2_jax.inference.settings import TextSettings
 from gemma2_jax.inference.text import encode_turns
 
 _LEAST_SHARE = 4  # an answer has room for the context's length divided by this, unless fewer tokens are asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
-    """How answers are generated."""
-
-    sampling: Sampling
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()  # strings that end an answer
 
 
 @dataclass
@@ -60,7 +51,7 @@ class Conversation:
         self._first = 0  # of the turns, that the model sees
         self._asked = 0  # so that a question that is asked again is answered otherwise, where answers are drawn
 
-    def ask(self, message: str, settings: AnswerSettings) -> Reply:
+    def ask(self, message: str, settings: TextSettings) -> Reply:
         """Begins an answer, which `stream` gives. Raises ValueError where there can be none."""
         turns = [*self.turns, Turn(role="user", content=message)]
         first, prompt = self._fit(turns, settings.max_new_tokens)

@@ -28,11 +28,12 @@ from gemma2_jax.convert.formats.companions import load_tokenizer
 from gemma2_jax.convert.job import Format, Job
 from gemma2_jax.convert.writing import write_checkpoint
 from gemma2_jax.dims import Abstract
+from gemma2_jax.inference.completion import Completion
 from gemma2_jax.inference.decoder import Decoder, decoding_mesh, keeps_dtype, one_device_mesh
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.engine import Request, make_engine
-from gemma2_jax.inference.settings import Sampling
-from gemma2_jax.inference.text import decode_text, encode_prompt
+from gemma2_jax.inference.settings import TextSettings
+from gemma2_jax.inference.text import encode_prompt
 from gemma2_jax.mesh import describe_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import choose_attention
@@ -272,19 +273,28 @@ def _freeze_adapter(
         }
 
 
-def generate_texts(
-    model: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, chat: bool
-) -> list[str]:
-    """The continuation of every prompt, or with `chat` the answer to it, on the model's devices."""
-    tokens = [encode_prompt(prompt, model.tokenizer, chat=chat) for prompt in prompts]
+def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSettings, *, chat: bool) -> list[str]:
+    """The continuation of every prompt, or with `chat` the answer to it, on the model's devices.
+
+    Those of one prompt come one after another.
+    """
+    rows = [encode_prompt(prompt, model.tokenizer, chat=chat) for prompt in prompts]
     stop = frozenset(stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat))
-    requests = [Request(prompt=row, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop) for row in tokens]
+    new_request = partial(Request, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, stop=stop)
+    requests = [new_request(prompt=row, sample=sample) for row in rows for sample in range(settings.samples)]
     graph, state = nnx.split(model)
     with jax.set_mesh(model.mesh):
         weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in flatten_state(state).items()}
         decoder = _make_decoder(graph, weights, model.adapter, model.mesh)
-    done = make_engine(decoder, requests).run(requests)
-    return [decode_text(request.tokens, model.tokenizer) for request in done]
+    engine = make_engine(decoder, requests)
+    completions = [Completion(request, model.tokenizer, settings.stop) for request in requests]
+    for request in requests:
+        engine.submit(request)
+    while not engine.is_idle:
+        engine.advance()
+        for completion in completions:
+            completion.take()
+    return [completion.text for completion in completions]
 
 
 def _make_decoder(

@@ -18,7 +18,7 @@ from gemma2_jax.data.wording import describe_kind, quote_list
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.engine import Request
 from gemma2_jax.inference.loaded import complete_config
-from gemma2_jax.inference.settings import Sampling, change_settings
+from gemma2_jax.inference.settings import TextSettings
 from gemma2_jax.inference.text import encode_prompt, encode_turns
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class Encoder:
     checkpoint: Checkpoint
     tokenizer: "PreTrainedTokenizerFast"
     chat: bool  # a `prompt` is what a user says
-    sampling: Sampling
-    max_new_tokens: int
+    settings: TextSettings
 
     def make_request(self, line: Line) -> Request:
         """The request of a line. Raises ValueError, with the line's place, where it is none."""
@@ -80,15 +79,15 @@ class Encoder:
                 f"{line.where}: has {quote_list(reserved)}, which the answer has too; call it something else"
             )
         try:
-            sampling, max_new_tokens = change_settings(self.sampling, self.max_new_tokens, line.record)
+            settings = self.settings.change({key: x for key, x in line.record.items() if x is not None})
             is_talk, prompt = self._encode(line)
-            self._check_length(len(prompt), max_new_tokens)
+            self._check_length(len(prompt), settings.max_new_tokens)
         except BadRecord:
             raise
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from error
         stop = self._chat_stop if is_talk else self._stop
-        return Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        return Request(prompt=prompt, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, stop=stop)
 
     def _encode(self, line: Line) -> tuple[bool, list[int]]:
         """Whether a line is of a conversation, and its tokens."""

@@ -5,7 +5,7 @@
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-# Settings that a line of a file, or a command of the chat, may change: numbers, and whether they are whole.
+# What a line of a file, or a command of the chat, may change: numbers, and whether they are whole.
 NUMBERS = {
     "max_new_tokens": True,
     "temperature": False,
@@ -73,38 +73,38 @@ NUMBERS = {
 }
 
 
-def change_settings(sampling: Sampling, max_new_tokens: int, changes: Mapping[str, Any]) -> tuple[Sampling, int]:
-    """Both with what `changes` has under the names of `NUMBERS`; other names are left alone, and None is the default.
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How texts are generated, besides the prompt."""
 
-    Raises ValueError for what is no such number.
-    """
-    changed = {name: changes[name] for name in NUMBERS if name in changes}
-    for name, value in changed.items():
-        if value is None:
-            changed[name] = max_new_tokens if name == "max_new_tokens" else getattr(GREEDY, name)
-        elif type(value) is not int and (NUMBERS[name] or type(value) is not float):
-            kind = "a whole number" if NUMBERS[name] else "a number"
-            raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {kind}")
-    max_new_tokens = check_length(changed.pop("max_new_tokens", max_new_tokens))
-    return replace(sampling, **changed), max_new_tokens
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()  # a text ends before any of these
+    samples: int = 1  # texts of each prompt
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not all(isinstance(string, str) and string for string in self.stop):
+            raise ValueError(f"stop is {reprlib.repr(self.stop)}; give strings that are not empty")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; it must be at least 1")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"samples is {self.samples}, and at temperature 0 all of them are alike; set a temperature, as 1"
+            )
 
-def check_length(max_new_tokens: int) -> int:
-    """The same. Raises ValueError where it is below 1."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    return max_new_tokens
+    def change(self, changes: Mapping[str, Any]) -> "TextSettings":
+        """The settings with what `changes` has under the names of `NUMBERS`; it may have others. None is the default.
 
-
-def check_samples(samples: int, sampling: Sampling) -> None:
-    """Raises ValueError for a number of texts of one prompt that is below 1, or more than one where all are alike."""
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; it must be at least 1")
-    if samples > 1 and sampling.temperature == 0:
-        raise ValueError(f"samples is {samples}, and at temperature 0 all of them are alike; set a temperature, as 1")
-
-
-def check_stop(stop: Sequence[str]) -> None:
-    """Raises ValueError for strings that end a text and are empty, or for a string alone."""
-    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop is {reprlib.repr(stop)}; give strings that are not empty")
+        Raises ValueError for what is no such number.
+        """
+        changed = {name: changes[name] for name in NUMBERS if name in changes}
+        for name, value in changed.items():
+            if value is None:
+                changed[name] = getattr(GREEDY, name, self.max_new_tokens)
+            elif type(value) is not int and (NUMBERS[name] or type(value) is not float):
+                kind = "a whole number" if NUMBERS[name] else "a number"
+                raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {kind}")
+        max_new_tokens = changed.pop("max_new_tokens", self.max_new_tokens)
+        return replace(self, max_new_tokens=max_new_tokens, sampling=replace(self.sampling, **changed))

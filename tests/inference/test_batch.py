@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gemma2_jax import generate
 from gemma2_jax.inference import batch as batches
 from gemma2_jax.inference.batch import Answers, Batch, run_jobs
 from gemma2_jax.inference.prompts import Encoder
-from gemma2_jax.inference.settings import Sampling
+from gemma2_jax.inference.settings import Sampling, TextSettings
 from gemma2_jax.inference.source import Source, open_source
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
@@ -52,9 +53,8 @@ def open_model():
 
 
 def new_batch(path, *, samples=1, stop=(), chat=False, **sampling) -> Batch:
-    return Batch(
-        path=str(path), encoder=Encoder(*open_model(), chat, Sampling(**sampling), 5), stop=stop, samples=samples
-    )
+    settings = TextSettings(max_new_tokens=5, sampling=Sampling(**sampling), stop=stop, samples=samples)
+    return Batch(path=str(path), encoder=Encoder(*open_model(), chat, settings))
 
 
 def answer(batch: Batch, out: Path, most: int | None = None, settings=SETTINGS, engine=None) -> batches.Survey:
@@ -288,9 +288,11 @@ def test_strict_generates_nothing_where_a_line_is_bad(answer_file, tmp_path):
     assert not read_answers(tmp_path / "out.jsonl")
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"chat": True}, {"stop": ("x",)}, {"samples": 2}])
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"chat": True}, {"stop": ("x",)}, {"top_k": 2}])
 def test_settings_tell_what_changes_a_text(prompts, change):
-    settings = batches.describe_settings(new_batch(prompts), None)
-    assert batches.describe_settings(new_batch(prompts, **change), None) != settings
-    assert batches.describe_settings(new_batch(prompts), "bfloat16") != settings
-    assert batches.describe_settings(new_batch(prompts), None) == settings
+    source, other = Source(checkpoint="a"), Source(checkpoint="b", adapter="c")
+    settings = batches.describe_settings(new_batch(prompts), source)
+    assert batches.describe_settings(new_batch(prompts), other) == settings  # of one model under another name
+    assert batches.describe_settings(new_batch(prompts, **change), source) != settings
+    for changed in (replace(source, dtype="bfloat16"), replace(source, int8=True)):
+        assert batches.describe_settings(new_batch(prompts), changed) != settings

@@ -10,11 +10,11 @@ from gemma2_jax.config import DataConfig
 from gemma2_jax.data.chat import open_chat_format
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.data.records import make_example
-from gemma2_jax.inference.conversation import AnswerSettings, Conversation
-from gemma2_jax.inference.settings import Sampling
+from gemma2_jax.inference.conversation import Conversation
+from gemma2_jax.inference.settings import TextSettings
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
-SETTINGS = AnswerSettings(sampling=Sampling(), max_new_tokens=20)
+SETTINGS = TextSettings(max_new_tokens=20)
 TURN = "<start_of_turn>{}\n{}<end_of_turn>\n"
 
 
@@ -108,7 +108,7 @@ def test_what_outgrows_the_context_is_left_out_and_told():
 
 def test_an_answer_has_the_room_that_there_is():
     conversation, engine = converse("word " * 80, context=64)
-    reply = conversation.ask("A", AnswerSettings(sampling=Sampling(), max_new_tokens=500))
+    reply = conversation.ask("A", TextSettings(max_new_tokens=500))
     text = "".join(conversation.stream(reply))
     assert reply.tokens == reply.room == 64 - len(engine.requests[0].prompt)
     assert reply.completion.reason == "length" and conversation.turns[-1].content == text
@@ -131,7 +131,7 @@ def test_an_answer_that_is_stopped_is_what_there_is_of_it(pieces):
 
 def test_stop_strings_end_an_answer():
     conversation, _ = converse("one two three")
-    assert ask(conversation, "A", AnswerSettings(sampling=Sampling(), max_new_tokens=20, stop=(" t",))) == "one"
+    assert ask(conversation, "A", TextSettings(max_new_tokens=20, stop=(" t",))) == "one"
     assert conversation.turns[-1].content == "one"
 
 
