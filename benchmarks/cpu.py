@@ -1,4 +1,4 @@
-"""Training steps and generation here and with transformers and peft, on this CPU, in one run: speed and memory.
+"""Training steps here and with transformers and peft, on this CPU, in one run: speed and memory.
 
     python -m benchmarks.cpu
 
@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import generation, training
+from benchmarks import training
 from benchmarks.options import make_parser
 from benchmarks.peer import MODELS, save_weights
 from gemma2_jax.cluster import platforms
@@ -57,16 +57,11 @@ def main() -> None:
                 add(
                     table, f"{model}: training, {kind}", sides, f"loss within {np.abs(losses[0] - losses[1]).max():.1e}"
                 )
-            for batch in (1, 8):
-                sides = [run_in_process(generation.measure, side, model, batch, weights) for side in SIDES[generation]]
-                same = np.mean(np.array(sides[0][0][1]) == np.array(sides[1][0][1]))
-                add(table, f"{model}: generation, {batch} row(s)", sides, f"{same:.1%} of tokens")
     console.print(table)
 
 
 SIDES = {
     training: (training.ours, training.transformers),
-    generation: (generation.ours, generation.transformers),
 }
 
 

@@ -14,6 +14,7 @@ COMMANDS = [
     "cpu",
     "data",
     "decode_bound",
+    "generation",
     "gpu",
     "int8",
     "kernels",
@@ -23,7 +24,7 @@ COMMANDS = [
     "plan",
     "tokenizing",
 ]
-LIBRARIES = ["attention", "generation", "machine_code", "peer", "training"]
+LIBRARIES = ["attention", "machine_code", "peer", "training"]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
 
