@@ -91,7 +91,8 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
         decoder = load_decoder(checkpoint, command.source.dtype, int8=command.source.int8)
     context = decoder.config.max_length if command.context is None else command.context
     with console.status("compiling"):
-        engine = Engine(decoder, slots=min(count_slots(decoder, max(context, 1)), 1), context=context, steps=_STEPS)
+        slots = min(count_slots(decoder, max(context, 1)), 1)  # which raises ValueError where not even one fits
+        engine = Engine(decoder, slots=slots, context=context, steps=_STEPS)
         engine.warm()
     stop = frozenset(stop_tokens(checkpoint, tokenizer, chat=True))
     conversation = Conversation(engine, open_chat_format(tokenizer, "refuse"), stop)

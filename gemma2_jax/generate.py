@@ -140,6 +140,9 @@ def _print_texts(engine: "Engine", labels: Sequence[str], completions: "list[Com
 
 def _answer_file(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Answers the prompts of a file into another. Ends with a status that says whether all of them were answered."""
+    from rich.console import Console
+    from rich.text import Text
+
     from gemma2_jax.inference.batch import Answers, Batch, describe_settings
     from gemma2_jax.inference.prompts import Encoder
 
@@ -151,7 +154,8 @@ def _answer_file(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrai
         command_line.catch_signals(signal.SIGINT, signal.SIGTERM) as caught,
         contextlib.closing(Answers(Path(command.out), settings)) as answers,
     ):
-        survey = batch.survey(answers, is_stopped=lambda: bool(caught))
+        with Console(stderr=True).status(Text(f"reading {command.prompts}")):
+            survey = batch.survey(answers, is_stopped=lambda: bool(caught))
         if command.strict and survey.errors:
             raise ValueError(f"{survey.describe_errors()}; nothing was generated, as --strict asks")
         done = survey.done if caught else _write_answers(command, batch, answers, survey, lambda: bool(caught))

@@ -128,7 +128,7 @@ class Conversation:
             raise ValueError("there is nothing to take back")
         question = self.turns[-2].content
         del self.turns[-2:]
-        self._first = 0
+        self._first = min(self._first, max(len(self.turns) - 2, 0))  # so that the model sees an exchange, where one is
         return question
 
     def reset(self) -> None:

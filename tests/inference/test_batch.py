@@ -129,6 +129,17 @@ def test_samples_and_lines_draw_apart_from_each_other(tmp_path):
     assert [job.to_json()["sample"] for job in jobs] == [0, 1] * 4
 
 
+def test_the_end_of_a_turn_ends_an_answer_alone(prompts, tmp_path):
+    """A text that is continued may have it; one by --chat, or of messages, may not."""
+    with closing(Answers(tmp_path / "out", SETTINGS)) as answers:
+        found = []
+        for chat in (False, True):
+            batch = new_batch(prompts, chat=chat)
+            jobs = batch.list_jobs(batch.survey(answers))
+            found.append([5 in job.completion.request.stop for job in jobs if job.completion])
+    assert found == [[False, True, False, False], [True] * 4]
+
+
 def test_a_window_of_prompts_is_in_memory(tmp_path, monkeypatch):
     """However many come after a long one."""
     prompts = write_lines(

@@ -102,6 +102,18 @@ def test_outgrowing_the_context_is_told(type_keys):
     assert "error: the message has" in said and "shorten it" in said
 
 
+def test_a_terminal_needs_prompt_toolkit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    with pytest.raises(ValueError, match=r"pip install 'gemma2-jax\[chat\]'; without it, give messages on standard"):
+        chats.open_prompt()
+
+
+def test_a_chat_goes_without_its_history(type_keys, tmp_path):
+    (tmp_path / "gemma2_jax").write_text("")
+    *_, out, said = type_keys("a\r\x04", "Yes.")
+    assert out == "Yes.\n" and "note: what you type is not kept for the next time (" in said
+
+
 def transformers_chat(*messages: str, new: int) -> list[str]:
     """The answers of transformers, each with all of the conversation before it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS)

@@ -89,7 +89,7 @@ def test_a_system_prompt_comes_before_the_first_message():
 
 def test_what_outgrows_the_context_is_left_out_and_told():
     """Of a context of 64 tokens, until half of it is free."""
-    conversation, engine = converse(*["word " * 8] * 6, context=64)
+    conversation, engine = converse(*["word " * 8] * 7, context=64)
     conversation.system = "S"
     told = []
     for number in range(6):
@@ -104,6 +104,10 @@ def test_what_outgrows_the_context_is_left_out_and_told():
     with pytest.raises(ValueError, match=r"the message has [0-9]+ tokens .*, and the context is 64; shorten it"):
         conversation.ask("word " * 80, SETTINGS)
     assert len(conversation.turns) == 12
+    while len(conversation.turns) > 4:
+        conversation.undo()
+    ask(conversation, "Q6")
+    assert "Q1" in engine.seen()[-1]  # the last that is there, although it was left out before
 
 
 def test_an_answer_has_the_room_that_there_is():
