@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue prompts, or answer them, with any checkpoint",
     "chat": "talk with any checkpoint in a terminal",
     "serve": "answer requests of OpenAI's HTTP API with any checkpoint",
+    "evaluate": "score any checkpoint on the tasks of lm-evaluation-harness",
     "convert": "convert a checkpoint into any format; inspect one; compare two",
     "data": "print what a data set is; write one as Megatron's .bin and .idx",
     "report": "write a run, or several, as one HTML page with pictures",

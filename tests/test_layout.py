@@ -30,7 +30,7 @@ FLOORS = (
     ("planning", "reporting"),
     ("api",),
     ("megatron_bridge",),
-    ("train", "generate", "chat", "serve", "plan", "profile", "report", "data.__main__"),
+    ("train", "generate", "chat", "serve", "evaluate", "plan", "profile", "report", "data.__main__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -53,7 +53,8 @@ ORDER_WITHIN = {
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",),
-        ("completion",), ("loaded",), ("source", "prompts", "conversation", "metrics"), ("batch", "service"), ("http",),
+        ("completion", "scoring"), ("loaded",), ("harness", "source", "prompts", "conversation", "metrics"),
+        ("batch", "service"), ("http",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (
