@@ -87,6 +87,7 @@ def _evaluate(command: Command) -> dict[str, Any]:
         limit=command.limit,
         apply_chat_template=command.chat,
         log_samples=False,
+        torch_random_seed=None,  # nothing here draws with torch, which would be imported
     )
     assert results  # those of the one process
     results["config"] |= {"model": "gemma2_jax", "model_args": {"checkpoint": str(checkpoint.path)}}
