@@ -79,15 +79,16 @@ def _evaluate(command: Command) -> dict[str, Any]:
         stop=stop_tokens(checkpoint, tokenizer, chat=command.chat),
         batch_tokens=command.batch_tokens,
     )
-    results = simple_evaluate(
+    no_torch: dict[str, Any] = {"torch_random_seed": None}  # nothing here draws with torch, which would be imported
+    results: Any = simple_evaluate(
         model,
-        tasks=config.tasks,
+        tasks=[*config.tasks],
         task_manager=manager,
         num_fewshot=command.num_fewshot,
         limit=command.limit,
         apply_chat_template=command.chat,
         log_samples=False,
-        torch_random_seed=None,  # nothing here draws with torch, which would be imported
+        **no_torch,
     )
     assert results  # those of the one process
     results["config"] |= {"model": "gemma2_jax", "model_args": {"checkpoint": str(checkpoint.path)}}

@@ -52,12 +52,16 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
+        assert isinstance(eos, int)  # load_tokenizer made sure
+        return eos
 
     @property
     def prefix_token_id(self) -> int:
         """What comes before a text whose context is empty."""
-        return self.tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
+        assert isinstance(bos, int)  # load_tokenizer made sure
+        return bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -83,12 +87,13 @@ class HarnessModel(TemplateLM):
         if messages[0]["role"] == "system" and not open_chat_format(self.tokenizer, "refuse").takes_system:
             turns = move_system([Turn(role=m["role"], content=m["content"]) for m in messages])
             messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return str(text)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text, in windows of the model's context.
@@ -146,7 +151,7 @@ class HarnessModel(TemplateLM):
 
     def _make_completion(self, number: int, context: str, options: dict[str, Any]) -> Completion:
         """A request that continues a context, of which the end alone is read where it is too long."""
-        settings = dict(normalize_gen_kwargs(options, _MAX_GEN_TOKS))
+        settings: dict[str, Any] = {**normalize_gen_kwargs(options, _MAX_GEN_TOKS)}
         stop, new = settings.pop("until"), settings.pop("max_gen_toks")
         if new >= self.max_length:
             raise ValueError(f"max_gen_toks is {new}, and the model's context {self.max_length}; set fewer in the task")
