@@ -172,6 +172,32 @@ def test_over_a_mesh(mesh, shape, window):
     assert worst(got, meant(q, k, v, d, segments_BT, window, 5.0)) <= 5e-3
 
 
+def test_a_cache_is_read_some_slots_at_a_time(monkeypatch):
+    """A cache of 40 slots in blocks of 16, the last of which begins within the one before: as in one block.
+
+    Rows are at the beginning, in the last block, and twice around the ring.
+    """
+    rng = np.random.default_rng(0)
+    B, N, K, S, H, T = 3, 4, 2, 40, 8, 6
+    cache = [jnp.array(rng.normal(size=(B, K, S, H)), jnp.float32) for _ in range(2)]
+    q, k, v = (jnp.array(3 * rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K))
+    settings = dict(scale=0.5, softcap=5.0)
+    for position in ([3, 14, 2], [3, 38, 95]):
+        position_B, found = jnp.array(position), []
+        for size in (1000, 16):
+            monkeypatch.setattr(attention_xla, "CACHE_BLOCK", size)
+            found.append(
+                [
+                    attention_xla.attend_cached(q[:, 0], *cache, position_B, **settings),
+                    attention_xla.attend_cached(q[:, 0], *cache, position_B, 30, **settings),
+                    attention_xla.attend_extended(q, k, v, *cache, position_B, 40, **settings),
+                    attention_xla.attend_extended(q, k, v, *cache, position_B, 5, **settings),
+                ]
+            )
+        for one, several in zip(*found, strict=True):
+            np.testing.assert_allclose(one, several, atol=2e-6)
+
+
 def test_cached_over_a_mesh():
     rng = np.random.default_rng(0)
     B, N, K, S, H = 2, 8, 4, 32, 64

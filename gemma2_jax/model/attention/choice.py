@@ -4,7 +4,7 @@ All compute the same (`kernels.reference`). An implementation that is asked for 
 needs raises an error that says what it lacks; "auto" takes the fastest that can, and says what the faster ones lack.
 
 The softcap of attention scores, softcap * tanh(score / softcap), is applied by each: in `xla._scores` and
-`xla._softmax`, in `kernels.tiles.Settings.softcap_tanh` (forward and backward), in `kernels.decode` and in
+`xla._add_keys`, in `kernels.tiles.Settings.softcap_tanh` (forward and backward), in `kernels.decode` and in
 `kernels.reference.apply_softcap`. That of logits is in `Gemma2.logits` and `loss._chunk_loss`.
 """
 

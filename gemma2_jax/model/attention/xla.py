@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from gemma2_jax.mesh import axis_size
@@ -17,6 +16,7 @@ from gemma2_jax.mesh import axis_size
 MASKED = -2.0e38  # a finite stand-in for -inf: no NaN where a row of a block has nothing to attend to
 # How many queries, and how many keys, are taken at a time. On CPU a block's scores fit in the cache of one core.
 BLOCKS = {"cpu": 64, "gpu": 512}
+CACHE_BLOCK = 512  # slots of a cache that are taken at a time: what has not been written is not read
 
 Settings = tuple[float, float | None, int]  # scale, softcap and block of `attend`
 
@@ -201,14 +201,17 @@ def attend_cached(q_BNH, k_BKSH, v_BKSH, position_B, window=None, *, scale: floa
     memory. The result is [B, N, H]; dtypes, scale and softcap are as in `attend`, and so is `window`, of which a cache
     that is no longer than it has no need.
     """
-    K, S = k_BKSH.shape[1:3]
-    age_BS = (position_B[:, None] - jnp.arange(S)) % S
-    mask_BS = age_BS <= position_B[:, None]  # older slots have not been written yet
-    mask_BS = mask_BS if window is None else mask_BS & (age_BS < window)
-    q_BKGH = rearrange(q_BNH, "B (K G) H -> B K G H", K=K)
-    scores = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    weights = _softmax(scores, mask_BS[:, None, None], softcap).astype(v_BKSH.dtype)
-    return rearrange(jnp.einsum("BKGS,BKSH->BKGH", weights, v_BKSH), "B K G H -> B (K G) H")
+    S = k_BKSH.shape[2]
+
+    def see_slots(slots_S):
+        age_BS = (position_B[:, None] - slots_S) % S
+        mask_BS = age_BS <= position_B[:, None]  # older slots have not been written yet
+        return (mask_BS if window is None else mask_BS & (age_BS < window))[:, None]
+
+    q_BTKGH = _group_heads(q_BNH[:, None], k_BKSH.shape[1])
+    written = jnp.minimum(jnp.max(position_B) + 1, S)
+    out = _attend_slots(q_BTKGH, k_BKSH, v_BKSH, see_slots, written, None, scale=scale, softcap=softcap)
+    return out.reshape(q_BNH.shape)
 
 
 def attend_extended(
@@ -217,33 +220,67 @@ def attend_extended(
     """Attention of the next tokens of each row, from `start_B` on, to themselves and to a cache of the last S before.
 
     The token at position p is in slot p mod S of the cache. The result is [B, T, N, H]; dtypes, scale, softcap and
-    window are as in `attend`. Scores are [B, N, T, S + T] in memory, so T is to be a part of a long prompt.
+    window are as in `attend`. Scores are [B, N, T, T] in memory, so T is to be a part of a long prompt.
     """
     T, S = q_BTNH.shape[1], cached_k_BKSH.shape[2]
     last_B1 = start_B[:, None] - 1
-    cached_position_BS = last_B1 - (last_B1 - jnp.arange(S)) % S  # negative where none has been written yet
     position_BT = start_B[:, None] + jnp.arange(T)
-    key_position_BS = jnp.concatenate([cached_position_BS, position_BT], axis=1)
-    distance_BTS = position_BT[:, :, None] - key_position_BS[:, None]
-    mask_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (key_position_BS[:, None] >= 0)
-    k_BSKH, v_BSKH = (
-        jnp.concatenate([rearrange(cached, "B K S H -> B S K H"), new], axis=1)
-        for cached, new in ((cached_k_BKSH, k_BTKH), (cached_v_BKSH, v_BTKH))
-    )
-    return masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, softcap=softcap)
 
+    def see_slots(slots_S):
+        cached_position_BS = last_B1 - (last_B1 - slots_S) % S  # negative where none has been written yet
+        distance_BTS = position_BT[:, :, None] - cached_position_BS[:, None]
+        return (distance_BTS < window) & (cached_position_BS[:, None] >= 0)
 
-def masked_softmax(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, softcap: float | None):
-    """Soft-capped attention with an explicit mask, True where a query sees a key; the softcap comes before the mask."""
-    q_BTKGH = _group_heads(q_BTNH, k_BSKH.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    weights = _softmax(scores, mask_BTS[:, None, None], softcap).astype(v_BSKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)
+    mask_TT = (distance_TT >= 0) & (distance_TT < window)
+    q_BTKGH = _group_heads(q_BTNH, k_BTKH.shape[2])
+    k_BKTH, v_BKTH = (jnp.einsum("BTKH->BKTH", x) for x in (k_BTKH, v_BTKH))
+    sums = _add_keys(None, q_BTKGH, k_BKTH, v_BKTH, mask_TT[None], scale=scale, softcap=softcap)
+    written, cache = jnp.minimum(jnp.max(start_B), S), (cached_k_BKSH, cached_v_BKSH)
+    out = _attend_slots(q_BTKGH, *cache, see_slots, written, sums, scale=scale, softcap=softcap)
     return out.reshape(q_BTNH.shape)
 
 
-def _softmax(scores, mask, softcap: float | None):
-    """Attention weights over the last dim of float32 scores, which are soft-capped and then masked."""
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+def _attend_slots(q_BTKGH, k_BKSH, v_BKSH, see_slots, written, sums, *, scale: float, softcap: float | None):
+    """Attention to the slots of a cache before `written`, some at a time, and to what `sums` has added up before.
+
+    `see_slots` says of an array of slots which of them each query sees, [B, T, S]. The result is [B, T, K, G, H].
+    """
+    S = k_BKSH.shape[2]
+    size = min(S, CACHE_BLOCK)
+
+    def add_block(number, sums):
+        start = jnp.minimum(number * size, S - size)
+        slots_S = start + jnp.arange(size)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (k_BKSH, v_BKSH))
+        mask_BTS = see_slots(slots_S) & (slots_S >= number * size)  # the last block begins within the one before
+        return _add_keys(sums, q_BTKGH, k, v, mask_BTS, scale=scale, softcap=softcap)
+
+    if size == S:
+        sums = _add_keys(sums, q_BTKGH, k_BKSH, v_BKSH, see_slots(jnp.arange(S)), scale=scale, softcap=softcap)
+    else:
+        B, T, K, G, H = q_BTKGH.shape
+        nothing = jnp.full((B, K, G, T), MASKED), jnp.zeros((B, K, G, T)), jnp.zeros((B, K, G, T, H))
+        sums = jax.lax.fori_loop(0, (written + size - 1) // size, add_block, sums or nothing)
+    _, total, out = sums
+    return jnp.einsum("BKGTH->BTKGH", out / total[..., None]).astype(v_BKSH.dtype)
+
+
+def _add_keys(sums, q_BTKGH, k_BKSH, v_BKSH, mask_BTS, *, scale: float, softcap: float | None):
+    """The largest score, and the sums of weights and of weighted values, with these keys added; None: there were none.
+
+    Scores that are masked weigh nothing, even where a query sees none of these keys: what it has seen, or will see, is
+    larger by far, and takes their place.
+    """
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+    top = scores.max(-1)
+    top = top if sums is None else jnp.maximum(sums[0], top)
+    weights = jnp.exp(scores - top[..., None])
+    total = weights.sum(-1)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    if sums is None:
+        return top, total, out
+    shrink = jnp.exp(sums[0] - top)
+    return top, sums[1] * shrink + total, sums[2] * shrink[..., None] + out
