@@ -41,7 +41,7 @@ from gemma2_jax.inference.steps import (
 )
 from gemma2_jax.mesh import constrain, replicate
 
-PARTS = (32, 128, 512)  # tokens of a prompt that are read at one time, at most; the smallest that is enough is taken
+PARTS = (32, 128, 512)  # tokens of a prompt that are read at one time, at most
 MOST_STEPS = 16  # of one call, where no request waits for its first token
 MOST_SLOTS = 64  # where no number is asked for: a step of more rows takes longer than a reader should wait
 SHORTEST_PREFIX = 16  # tokens that a prompt must share with a row before they are copied
@@ -225,6 +225,15 @@ class Engine:
         for slot in self._slots:
             slot.cached = ()
 
+    def _choose_size(self, rest: int) -> int:
+        """The size of the next part where so many tokens are left: the smallest with room for all, if they fill half of it.
+
+        Else it is the largest that they fill: two parts are read faster than one that is mostly empty.
+        """
+        sizes = self._part_sizes()
+        enough = next((size for size in sizes if size >= rest), sizes[-1])
+        return enough if enough <= max(2 * rest, sizes[0]) else max(size for size in sizes if size <= rest)
+
     def _part_sizes(self) -> list[int]:
         return [size for size in PARTS if size == PARTS[0] or size // 4 < self.context]
 
@@ -327,7 +336,7 @@ class Engine:
             reading = [slot for slot in self._slots[begin : begin + of_shard] if slot.is_reading]
             chosen.append(min(reading, key=lambda slot: slot.read) if reading else None)
         rest = max(len(slot.request.prompt) - slot.read for slot in chosen if slot and slot.request)
-        size = next((size for size in self._part_sizes() if size >= rest), self._part_sizes()[-1])
+        size = self._choose_size(rest)
         call = _Call()
         parts = []
         for shard, slot in enumerate(chosen):

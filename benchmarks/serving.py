@@ -1,0 +1,219 @@
+"""The server under load by OpenAI's own client: streams side by side, some canceled halfway, some read slowly.
+
+    python -m benchmarks.serving [--streams 200] [--requests 2000] [--minutes 0]
+
+It starts `python -m gemma2_jax.serve` with the tiny model on this machine's CPU, in a process of its own, and asks it for
+chats of random lengths: prompts of 5 to 150 words, answers of 16 to 128 tokens that no end token cuts short. So many
+streams are open at any time; each that ends is followed by another, until all requests are made or the minutes are over. One
+of 10 is canceled after half of its tokens. One of 20 asks for the log-probabilities of 20 tokens in each place, some 2 KB
+a token, and takes a piece of them every half second, so that the server cannot get rid of them.
+
+Time to first token and between tokens are the client's, which shares the cores with the server; the time between the tokens
+of an answer is that from its first piece to its last, divided by the tokens between. The server's memory (resident, of
+/proc) is taken after the first tenth of the requests, and at the end; with --minutes it is printed every half minute.
+The status is 1 where an answer is not what was asked for, or a slot is not free at the end.
+"""
+
+import asyncio
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.options import make_parser
+
+MODEL = Path("assets/tiny-gemma2")
+WORDS = [
+    "what",
+    "does",
+    "json",
+    "dumps",
+    "do",
+    "with",
+    "a",
+    "list",
+    "of",
+    "numbers",
+    "and",
+    "how",
+    "is",
+    "the",
+    "module",
+    "used",
+    "in",
+    "python",
+]
+NO_END = {"1": -100, "5": -100}  # the tiny model's end tokens
+_SAMPLE_SECONDS = 30
+
+
+@dataclass
+class Tally:
+    """What the clients have seen."""
+
+    first: list[float] = field(default_factory=list)  # seconds to the first token of each answer
+    between: list[float] = field(default_factory=list)  # mean seconds between the tokens of each answer
+    gaps: list[float] = field(default_factory=list)  # seconds between the pieces of a stream
+    tokens: int = 0
+    begun: int = 0
+    answered: int = 0
+    canceled: int = 0
+    slow: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = make_parser("serving", __doc__)
+    parser.add_argument("--streams", type=int, default=200, help="that are open at a time")
+    parser.add_argument("--requests", type=int, default=2000, help="that are made, unless --minutes says for how long")
+    parser.add_argument("--minutes", type=float, default=0, help="that it takes; 0: until the requests are made")
+    options = parser.parse_args()
+    process, address = start_server(options.streams)
+    try:
+        failed = asyncio.run(measure(process, address, options.streams, options.requests, options.minutes))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=60)
+    print(f"told to end, the server did with status {status}")
+    sys.exit(bool(failed or status))
+
+
+def start_server(streams: int) -> tuple[subprocess.Popen, str]:
+    """The server, once it takes requests, and its address."""
+    command = [sys.executable, "-m", "gemma2_jax.serve", "--checkpoint", str(MODEL), "--port", "0"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [*command, "--queue", str(2 * streams)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="")
+        if found := re.match(r"address +(\S+)", line):
+            return process, found[1]
+    sys.exit("the server has not started")
+
+
+async def measure(process: subprocess.Popen, address: str, streams: int, requests: int, minutes: float) -> bool:
+    """Makes the requests and prints what came of them; returns whether something is wrong."""
+    import openai
+
+    tally, began = Tally(), time.perf_counter()
+    memory = [(0.0, read_memory(process.pid))]
+    client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
+
+    def is_over() -> bool:
+        return time.perf_counter() - began > 60 * minutes if minutes else tally.begun >= requests
+
+    async def ask_on() -> None:
+        while not is_over():
+            tally.begun += 1
+            await ask(client, tally, tally.begun)
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(_SAMPLE_SECONDS if minutes else 0.5)
+            memory.append((time.perf_counter() - began, read_memory(process.pid)))
+            if minutes:
+                print(f"{memory[-1][0]:6.0f} s  {tally.begun:7,} requests  {memory[-1][1] / 2**20:.0f} MiB", flush=True)
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*(ask_on() for _ in range(streams)))
+    seconds = time.perf_counter() - began
+    watching.cancel()
+    await client.close()
+    await asyncio.sleep(1)
+    memory.append((time.perf_counter() - began, read_memory(process.pid)))
+    counts = await asyncio.to_thread(read_metrics, address)
+    print_table(tally, seconds, streams, memory, counts)
+    left = counts["gemma2_slots_busy"] + counts["gemma2_queue_length"]
+    return bool(tally.failures or left)
+
+
+async def ask(client, tally: Tally, number: int) -> None:
+    """One request, whose kind and length follow from its number."""
+    draw = random.Random(number)
+    words = " ".join(draw.choices(WORDS, k=draw.randint(5, 150)))
+    tokens, is_slow, is_canceled = draw.randint(16, 128), number % 20 == 7, number % 10 == 3
+    began = time.perf_counter()
+    try:
+        stream = await client.chat.completions.create(
+            model=MODEL.name,
+            messages=[{"role": "user", "content": words}],
+            max_tokens=tokens,
+            seed=number,
+            logit_bias=NO_END,
+            stream=True,
+            stream_options={"include_usage": True},
+            **(dict(logprobs=True, top_logprobs=20) if is_slow else {}),
+        )
+        times, made = [], 0
+        async for chunk in stream:
+            if chunk.usage:
+                made = chunk.usage.completion_tokens
+            elif chunk.choices[0].delta.content:
+                times.append(time.perf_counter())
+                if is_slow:
+                    await asyncio.sleep(0.5)
+                if is_canceled and len(times) >= 3:
+                    await stream.close()
+                    tally.canceled += 1
+                    return
+    except Exception as error:
+        tally.failures.append(f"{type(error).__name__}: {error}")
+        return
+    if made != tokens or not times:
+        tally.failures.append(f"{made} tokens came where {tokens} were asked for")
+        return
+    tally.answered += 1
+    tally.tokens += made
+    if is_slow:
+        tally.slow += 1
+        return
+    tally.first.append(times[0] - began)
+    tally.between.append((times[-1] - times[0]) / (made - 1))
+    tally.gaps += [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+def read_memory(pid: int) -> int:
+    """Bytes of memory that a process has resident."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_metrics(address: str) -> dict[str, float]:
+    """The server's own counters."""
+    import urllib.request
+
+    with urllib.request.urlopen(address.removesuffix("/v1") + "/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def print_table(tally: Tally, seconds: float, streams: int, memory: list, counts: dict[str, float]) -> None:
+    import numpy as np
+
+    def percentiles(values: list[float]) -> str:
+        return ", ".join(f"{np.percentile(values, share) * 1e3:,.0f}" for share in (50, 99))
+
+    early = next(size for when, size in memory if when >= seconds / 10)
+    rows = [
+        ("requests", f"{tally.begun:,} in {seconds:,.0f} s, {streams} streams at a time"),
+        ("answered", f"{tally.answered:,}, of which {tally.slow:,} were read slowly; {tally.canceled:,} canceled halfway"),
+        ("failed", f"{len(tally.failures):,} {'; '.join(sorted(set(tally.failures))[:3])}"),
+        ("throughput", f"{counts['gemma2_new_tokens_total'] / seconds:,.0f} tokens/s, {tally.begun / seconds:.1f} requests/s"),
+        ("first token", f"{percentiles(tally.first)} ms (median, 99th percentile)"),
+        ("between tokens", f"{percentiles(tally.between)} ms"),
+        ("between pieces", f"{percentiles(tally.gaps)} ms"),
+        ("memory", f"{memory[0][1] / 2**20:.0f} MiB before, {early / 2**20:.0f} after a tenth, {memory[-1][1] / 2**20:.0f} at the end"),
+        ("left behind", f"{counts['gemma2_slots_busy']:.0f} slots busy, {counts['gemma2_queue_length']:.0f} waiting"),
+    ]  # fmt: skip
+    for name, text in rows:
+        print(f"{name:16}{text}")
+
+
+if __name__ == "__main__":
+    main()
