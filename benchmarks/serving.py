@@ -2,15 +2,15 @@
 
     python -m benchmarks.serving [--streams 200] [--requests 2000] [--minutes 0]
 
-It starts `python -m gemma2_jax.serve` with the tiny model on this machine's CPU, in a process of its own, and asks it for
-chats of random lengths: prompts of 5 to 150 words, answers of 16 to 128 tokens that no end token cuts short. So many
-streams are open at any time; each that ends is followed by another, until all requests are made or the minutes are over. One
-of 10 is canceled after half of its tokens. One of 20 asks for the log-probabilities of 20 tokens in each place, some 2 KB
-a token, and takes a piece of them every half second, so that the server cannot get rid of them.
+It starts `python -m gemma2_jax.serve` with the tiny model on this machine's CPU, in a process of its own, and asks it
+for chats of random lengths: prompts of 5 to 150 words, answers of 16 to 128 tokens that no end token cuts short. When
+a stream ends another is opened, until all requests are made or the minutes are over. One of 10 is canceled after its
+third piece. One of 20 asks for the log-probabilities of 20 tokens in each place, some 2 KB a token, and waits half a
+second after each piece, so that the server cannot get rid of them.
 
-Time to first token and between tokens are the client's, which shares the cores with the server; the time between the tokens
-of an answer is that from its first piece to its last, divided by the tokens between. The server's memory (resident, of
-/proc) is taken after the first tenth of the requests, and at the end; with --minutes it is printed every half minute.
+Time to first token and between tokens are the client's, which shares the cores with the server; the time between the
+tokens of an answer is that from its first piece to its last, divided by the tokens between. The server's memory
+(resident, of /proc) is taken after a tenth of the time, and at the end; with --minutes it is printed every half minute.
 The status is 1 where an answer is not what was asked for, or a slot is not free at the end.
 """
 
@@ -23,31 +23,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.options import make_parser
 
 MODEL = Path("assets/tiny-gemma2")
-WORDS = [
-    "what",
-    "does",
-    "json",
-    "dumps",
-    "do",
-    "with",
-    "a",
-    "list",
-    "of",
-    "numbers",
-    "and",
-    "how",
-    "is",
-    "the",
-    "module",
-    "used",
-    "in",
-    "python",
-]
+WORDS = "what does json dumps do with a list of numbers and how is the module used in python"
 NO_END = {"1": -100, "5": -100}  # the tiny model's end tokens
 _SAMPLE_SECONDS = 30
 
@@ -137,7 +119,7 @@ async def measure(process: subprocess.Popen, address: str, streams: int, request
 async def ask(client, tally: Tally, number: int) -> None:
     """One request, whose kind and length follow from its number."""
     draw = random.Random(number)
-    words = " ".join(draw.choices(WORDS, k=draw.randint(5, 150)))
+    words = " ".join(draw.choices(WORDS.split(), k=draw.randint(5, 150)))
     tokens, is_slow, is_canceled = draw.randint(16, 128), number % 20 == 7, number % 10 == 3
     began = time.perf_counter()
     try:
@@ -176,7 +158,7 @@ async def ask(client, tally: Tally, number: int) -> None:
         return
     tally.first.append(times[0] - began)
     tally.between.append((times[-1] - times[0]) / (made - 1))
-    tally.gaps += [after - before for before, after in zip(times, times[1:], strict=False)]
+    tally.gaps += [after - before for before, after in pairwise(times)]
 
 
 def read_memory(pid: int) -> int:
@@ -200,18 +182,22 @@ def print_table(tally: Tally, seconds: float, streams: int, memory: list, counts
         return ", ".join(f"{np.percentile(values, share) * 1e3:,.0f}" for share in (50, 99))
 
     early = next(size for when, size in memory if when >= seconds / 10)
-    rows = [
-        ("requests", f"{tally.begun:,} in {seconds:,.0f} s, {streams} streams at a time"),
-        ("answered", f"{tally.answered:,}, of which {tally.slow:,} were read slowly; {tally.canceled:,} canceled halfway"),
-        ("failed", f"{len(tally.failures):,} {'; '.join(sorted(set(tally.failures))[:3])}"),
-        ("throughput", f"{counts['gemma2_new_tokens_total'] / seconds:,.0f} tokens/s, {tally.begun / seconds:.1f} requests/s"),
-        ("first token", f"{percentiles(tally.first)} ms (median, 99th percentile)"),
-        ("between tokens", f"{percentiles(tally.between)} ms"),
-        ("between pieces", f"{percentiles(tally.gaps)} ms"),
-        ("memory", f"{memory[0][1] / 2**20:.0f} MiB before, {early / 2**20:.0f} after a tenth, {memory[-1][1] / 2**20:.0f} at the end"),
-        ("left behind", f"{counts['gemma2_slots_busy']:.0f} slots busy, {counts['gemma2_queue_length']:.0f} waiting"),
-    ]  # fmt: skip
-    for name, text in rows:
+    sizes = [f"{size / 2**20:.0f}" for size in (memory[0][1], early, memory[-1][1])]
+    done = f"{tally.answered:,}, of which {tally.slow:,} were read slowly; {tally.canceled:,} canceled halfway"
+    speed = f"{counts['gemma2_new_tokens_total'] / seconds:,.0f} tokens/s, {tally.begun / seconds:.1f} requests/s"
+    left = f"{counts['gemma2_slots_busy']:.0f} slots busy, {counts['gemma2_queue_length']:.0f} waiting"
+    rows = {
+        "requests": f"{tally.begun:,} in {seconds:,.0f} s, {streams} streams at a time",
+        "answered": done,
+        "failed": f"{len(tally.failures):,} {'; '.join(sorted(set(tally.failures))[:3])}",
+        "throughput": speed,
+        "first token": f"{percentiles(tally.first)} ms (median, 99th percentile)",
+        "between tokens": f"{percentiles(tally.between)} ms",
+        "between pieces": f"{percentiles(tally.gaps)} ms",
+        "memory": f"{sizes[0]} MiB before, {sizes[1]} after a tenth of the time, {sizes[2]} at the end",
+        "left behind": left,
+    }
+    for name, text in rows.items():
         print(f"{name:16}{text}")
 
 

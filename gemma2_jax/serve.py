@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gemma2_jax.inference.engine import Engine
 
 _KEY_VARIABLE = "GEMMA2_API_KEY"
+_STEPS = 4  # of one call of the engine: a request that comes waits for two calls, and a stream's tokens come together
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -85,35 +86,38 @@ def _serve(command: Command) -> None:
     from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.service import Service
 
-    opened = open_socket(command.host, command.port)  # before the work that takes long
-    name = command.name or _name_model(command.source.checkpoint)
-    adapters = _open_adapters(command, name, checkpoint)
-    models = {name: describe_model(name, checkpoint, tokenizer)}
-    for adapter_name, (adapter, its_tokenizer) in adapters.items():
-        models[adapter_name] = describe_model(adapter_name, adapter, its_tokenizer or tokenizer, adapter=adapter_name)
-    decoder = load_decoder(
-        checkpoint, command.source.dtype, adapters={name: adapter for name, (adapter, _) in adapters.items()}
-    )
-    context = command.context or decoder.config.max_length
-    engine = Engine(decoder, slots=command.slots or count_slots(decoder, context), context=context)
-    began = time.perf_counter()
-    engine.warm()
-    seconds = time.perf_counter() - began
-    service = Service(engine, queue=command.queue, deadline=command.deadline)
-
-    def announce() -> None:
-        _print_startup(
-            [
-                ("model", f"{name}, {checkpoint.format} {checkpoint.path}"),
-                *(("adapter", f"{name}, {adapter.path}") for name, (adapter, _) in adapters.items()),
-                *_describe_engine(engine, decoder, command.queue),
-                ("warm-up", f"{seconds:.1f} s; compiled programs {platforms.describe_cache()}"),
-                ("key", "asked for below /v1" if key else "none: whoever reaches the address may use it"),
-                ("address", _describe_address(opened.getsockname())),
-            ]
+    with open_socket(command.host, command.port) as opened:  # before the work that takes long
+        name = command.name or _name_model(command.source.checkpoint)
+        adapters = _open_adapters(command, name, checkpoint)
+        models = {name: describe_model(name, checkpoint, tokenizer)}
+        for adapter_name, (adapter, its_tokenizer) in adapters.items():
+            models[adapter_name] = describe_model(
+                adapter_name, adapter, its_tokenizer or tokenizer, adapter=adapter_name
+            )
+        decoder = load_decoder(
+            checkpoint, command.source.dtype, adapters={name: adapter for name, (adapter, _) in adapters.items()}
         )
+        context = command.context or decoder.config.max_length
+        slots = command.slots or count_slots(decoder, context)
+        engine = Engine(decoder, slots=slots, context=context, steps=_STEPS)
+        began = time.perf_counter()
+        engine.warm()
+        seconds = time.perf_counter() - began
+        service = Service(engine, queue=command.queue, deadline=command.deadline)
 
-    serve(make_app(service, models, key=key), service, opened, grace=command.grace, announce=announce)
+        def announce() -> None:
+            _print_startup(
+                [
+                    ("model", f"{name}, {checkpoint.format} {checkpoint.path}"),
+                    *(("adapter", f"{name}, {adapter.path}") for name, (adapter, _) in adapters.items()),
+                    *_describe_engine(engine, decoder, command.queue),
+                    ("warm-up", f"{seconds:.1f} s; compiled programs {platforms.describe_cache()}"),
+                    ("key", "asked for below /v1" if key else "none: whoever reaches the address may use it"),
+                    ("address", _describe_address(opened.getsockname())),
+                ]
+            )
+
+        serve(make_app(service, models, key=key), service, opened, grace=command.grace, announce=announce)
 
 
 def _print_startup(lines: list[tuple[str, str]]) -> None:

@@ -42,6 +42,7 @@ from gemma2_jax.inference.steps import (
 from gemma2_jax.mesh import constrain, replicate
 
 PARTS = (32, 128, 512)  # tokens of a prompt that are read at one time, at most
+LIGHT_PART = 128  # tokens that a GPU multiplies with weights in about the time in which it reads those
 MOST_STEPS = 16  # of one call, where no request waits for its first token
 MOST_SLOTS = 64  # where no number is asked for: a step of more rows takes longer than a reader should wait
 SHORTEST_PREFIX = 16  # tokens that a prompt must share with a row before they are copied
@@ -92,6 +93,7 @@ class _Slot:
 
     request: Request | None = None
     read: int = 0  # tokens of the prompt that are read, or being read
+    turn: int = 0  # of the next part of the prompt: the lowest is read first
     adapter: str | None = None  # that wrote what the row holds
     cached: Sequence[int] = ()  # tokens whose keys and values are there, once the request has left
     extent: int = 0  # the last position that may have been written, once the request has left
@@ -105,8 +107,9 @@ class _Slot:
     def is_adding(self) -> bool:
         return self.request is not None and not self.is_reading
 
-    def take(self, request: Request, read: int) -> None:
+    def take(self, request: Request, read: int, turn: int) -> None:
         """Gives the slot to a request, of whose prompt so many tokens are there."""
+        self.turn = turn
         self.request, self.read, self.cached, self.adapter = request, read, (), request.adapter
         request.reused = read
 
@@ -157,6 +160,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._pending: deque[_Call] = deque()
         self._clock = count(1)
+        self._turn = 0  # of the part that was read last
         self._steps = min(steps, MOST_STEPS)
         self._window = min(decoder.config.layer_windows(context))
         self.context = context
@@ -225,14 +229,20 @@ class Engine:
         for slot in self._slots:
             slot.cached = ()
 
-    def _choose_size(self, rest: int) -> int:
-        """The size of the next part where so many tokens are left: the smallest with room for all, if they fill half of it.
+    def _count_next(self, request: Request, read: int) -> int:
+        """How many tokens the next part of a prompt has."""
+        return min(len(request.prompt) - read, self._part_sizes()[-1])
 
-        Else it is the largest that they fill: two parts are read faster than one that is mostly empty.
+    def _choose_size(self, rest: int) -> int:
+        """The size of the next part where so many tokens are left: the smallest with room for all.
+
+        But two parts are read faster than a large one that is mostly empty.
         """
         sizes = self._part_sizes()
-        enough = next((size for size in sizes if size >= rest), sizes[-1])
-        return enough if enough <= max(2 * rest, sizes[0]) else max(size for size in sizes if size <= rest)
+        size = next((size for size in sizes if size >= rest), sizes[-1])
+        if size <= max(2 * rest, LIGHT_PART):
+            return size
+        return max(size for size in sizes if size <= rest)
 
     def _part_sizes(self) -> list[int]:
         return [size for size in PARTS if size == PARTS[0] or size // 4 < self.context]
@@ -296,7 +306,7 @@ class Engine:
             target = source
         if read:
             self._copy_row(source, target, read)
-        self._slots[target].take(request, read)
+        self._slots[target].take(request, read, self._turn + self._count_next(request, read))
         return True
 
     def _count_shared(self, request: Request, slot: _Slot) -> int:
@@ -329,12 +339,17 @@ class Engine:
         self._state = _copy_rows(self._state, *rows)
 
     def _read_parts(self) -> None:
-        """Dispatches a part of the prompt that has come least far, of each batch shard."""
+        """Dispatches a part of one prompt in each batch shard.
+
+        They take turns as in self-clocked fair queueing: a part's turn comes as many tokens after that of the part
+        before as it has. So a short prompt does not wait for all of a long one, nor a long one for all that come later.
+        """
         of_shard = len(self._slots) // self._decoder.batch_shards
         chosen: list[_Slot | None] = []
         for begin in range(0, len(self._slots), of_shard):
             reading = [slot for slot in self._slots[begin : begin + of_shard] if slot.is_reading]
-            chosen.append(min(reading, key=lambda slot: slot.read) if reading else None)
+            chosen.append(min(reading, key=lambda slot: slot.turn) if reading else None)
+        self._turn = max(slot.turn for slot in chosen if slot)
         rest = max(len(slot.request.prompt) - slot.read for slot in chosen if slot and slot.request)
         size = self._choose_size(rest)
         call = _Call()
@@ -348,6 +363,7 @@ class Engine:
                 if slot.request.echo:
                     call.echoes[shard] = slot.request, min(size, len(slot.request.prompt) - slot.read) - is_last
                 slot.read = min(slot.read + size, len(slot.request.prompt))
+                slot.turn += self._count_next(slot.request, slot.read)
                 if is_last:
                     call.requests[number] = slot.request
         stacked = jax.tree.map(lambda *x: np.stack(x), *parts)

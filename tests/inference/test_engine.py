@@ -96,6 +96,18 @@ def test_a_request_that_is_canceled_leaves_its_slot():
     assert second.tokens == expected[0].tokens
 
 
+def test_a_long_prompt_is_read_while_short_ones_come(monkeypatch):
+    """And short ones need not wait until all of it is."""
+    monkeypatch.setattr(engines, "PARTS", (32,))
+    engine, ended = new_engine(), []
+    (long,) = requests_of(prompts_of("27b", 120), max_new_tokens=1)
+    engine.submit(long)
+    for number in range(30):  # there is always one that has not been begun
+        engine.submit(Request(prompt=[3 + number] * 9, max_new_tokens=1))
+        ended += engine.advance()
+    assert ended[0] is not long and any(request is long for request in ended)
+
+
 def test_nothing_is_compiled_after_the_start():
     engine = new_engine(slots=5)  # programs of no other test
     before = Clock()
