@@ -211,10 +211,12 @@ def test_told_to_end_it_finishes_what_it_has(number, capsys):
             time.sleep(0.005)
         status, refused = run.ask(1)
         assert status == 503 and refused["error"]["message"] == "the server is shutting down"
+        assert not answers, "the first is still under way"
+        run.service.engine.seconds = 0
         asking.join()
         assert answers[0][0] == 200 and answers[0][1]["choices"][0]["text"] == LETTER * 150
 
-    run = Run(grace=20, seconds=0.005)
+    run = Run(grace=20, seconds=0.05)
     run.start(block)
     assert run.service.is_idle and not run.service.has_failed
     assert capsys.readouterr().err.startswith(f"{number.name}: requests under way are finished")
