@@ -98,7 +98,7 @@ def test_a_request_that_is_canceled_leaves_its_slot():
 
 def test_a_long_prompt_is_read_while_short_ones_come(monkeypatch):
     """And short ones need not wait until all of it is."""
-    monkeypatch.setattr(engines, "PARTS", (32,))
+    monkeypatch.setattr(engines, "PARTS", {"cpu": (32,)})
     engine, ended = new_engine(), []
     (long,) = requests_of(prompts_of("27b", 120), max_new_tokens=1)
     engine.submit(long)
