@@ -22,6 +22,7 @@ COMMANDS = [
     "kills_training",
     "loop",
     "plan",
+    "serving",
     "tokenizing",
 ]
 LIBRARIES = ["attention", "machine_code", "peer", "training"]

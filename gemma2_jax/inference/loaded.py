@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -233,11 +233,9 @@ def load_decoder(
     mesh, dtype = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint)), dtype or default_dtype()
     model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype)
     banks = {name: _freeze_adapter(model, name, adapter, dtype) for name, adapter in (adapters or {}).items()}
-    adapter = model.adapter
-    graph, state = nnx.split(model)
-    weights = flatten_state(state)
-    del model, state  # so that the decoder can free each stacked weight
-    decoder = _make_decoder(graph, weights, adapter, mesh, int8=int8)
+    weights = flatten_state(nnx.state(model))
+    del model  # so that the decoder can free each stacked weight
+    decoder = _make_decoder(checkpoint, weights, mesh, dtype, int8=int8)
     if banks:
         decoder.attach_adapters(banks)
     return decoder
@@ -282,10 +280,10 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     stop = frozenset(stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat))
     new_request = partial(Request, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, stop=stop)
     requests = [new_request(prompt=row, sample=sample) for row in rows for sample in range(settings.samples)]
-    graph, state = nnx.split(model)
+    state, dtype = flatten_state(nnx.state(model)), cast(DType, model.dtype.name)
     with jax.set_mesh(model.mesh):
-        weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in flatten_state(state).items()}
-        decoder = _make_decoder(graph, weights, model.adapter, model.mesh)
+        weights = {path: w if keeps_dtype(path) else w.astype(dtype) for path, w in state.items()}
+        decoder = _make_decoder(model.origin.checkpoint, weights, model.mesh, dtype)
     engine = make_engine(decoder, requests)
     completions = [Completion(request, model.tokenizer, settings.stop) for request in requests]
     for request in requests:
@@ -297,18 +295,20 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     return [completion.text for completion in completions]
 
 
-def _make_decoder(
-    graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh, *, int8: bool = False
-) -> Decoder:
-    """A decoder with these weights, and the adapter merged if that is possible. Empties `weights`."""
-    if adapter.kind != "none" and not adapter.unmergeable_targets:
+def _make_decoder(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DType, *, int8: bool = False) -> Decoder:
+    """A decoder with the weights of a checkpoint, its adapter merged if that is possible. Empties `weights`.
+
+    Its structure is that of any checkpoint of the same shapes, so that they share compiled programs.
+    """
+    graph = nnx.graphdef(_model_skeleton(checkpoint, mesh, dtype))
+    if checkpoint.adapter.kind != "none" and not checkpoint.adapter.unmergeable_targets:
         model = rebuild_model(graph, weights)
         weights.clear()
         with jax.set_mesh(mesh):
             lora.merge_adapters(model)
-        graph, state = nnx.split(model)
-        weights = flatten_state(state)
-        del model, state
+        weights = flatten_state(nnx.state(model))
+        graph = nnx.graphdef(_model_skeleton(replace(checkpoint, adapter=AdapterConfig()), mesh, dtype))
+        del model
     return Decoder(graph, weights, mesh, int8=int8)
 
 

@@ -257,7 +257,9 @@ def test_a_process_that_stands_still_ends_both(tmp_path):
 def test_no_process_leaves_before_the_others_are_done(monkeypatch):
     """JAX's shutdown waits a minute, and then aborts all; process 0 may print the tables of a profile for longer."""
     called: list[object] = []
-    connection = SimpleNamespace(service="", watch=lambda: None, leave=lambda: called.append("leave"))
+    connection = SimpleNamespace(
+        service="", watch=lambda: None, send_first_heartbeats=lambda: None, leave=lambda: called.append("leave")
+    )
     monkeypatch.setattr(hosts, "find_place", lambda *_: hosts.Place(coordinator="node-1:1", count=2, index=1))
     monkeypatch.setattr(hosts, "_connect_coordinator", lambda place: contextlib.nullcontext(connection))
     monkeypatch.setattr(hosts, "end_when_told", contextlib.nullcontext)

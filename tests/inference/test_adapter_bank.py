@@ -11,7 +11,7 @@ from gemma2_jax.config import MeshConfig
 from gemma2_jax.inference.decoder import Decoder
 from gemma2_jax.inference.engine import Engine, Request
 from gemma2_jax.model import lora
-from gemma2_jax.model.gemma2 import Gemma2, rebuild_model
+from gemma2_jax.model.gemma2 import Gemma2, flatten_state, rebuild_model
 from gemma2_jax.model_config import AdapterConfig
 
 ADAPTERS = {
@@ -78,9 +78,7 @@ def test_rows_take_their_own_adapters():
         if name is not None:
             whole = adapted_model(ADAPTERS[name], [*ADAPTERS].index(name))
             lora.merge_adapters(whole)
-        graph, state = nnx.split(whole)
-        weights = {"/".join(path): w for path, w in nnx.to_flat_state(state)}
-        expected += continue_prompts(Decoder(graph, {p: w[...] for p, w in weights.items()}), [prompt], [None])
+        expected += continue_prompts(Decoder(graph_of("27b"), flatten_state(nnx.state(whole))), [prompt], [None])
     assert_same(found, expected)
     assert len({tuple(request.tokens) for request in found[:4]}) == 4
 

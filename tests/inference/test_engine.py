@@ -62,7 +62,7 @@ def test_a_draw_does_not_depend_on_the_others():
     list(new_engine().run(together))
     alone = requests_of(prompts, sampling=sampling)
     for request in reversed(alone):
-        list(new_engine(slots=2).run([Request(prompt=[5, 6], max_new_tokens=3), request]))
+        list(new_engine().run([Request(prompt=[5, 6], max_new_tokens=3), request]))
     assert [request.tokens for request in together] == [request.tokens for request in alone]
     assert together[0].tokens != continue_prompts(prompts[:1])[0]
 
@@ -98,7 +98,7 @@ def test_a_request_that_is_canceled_leaves_its_slot():
 
 def test_a_long_prompt_is_read_while_short_ones_come(monkeypatch):
     """And short ones need not wait until all of it is."""
-    monkeypatch.setattr(engines, "PARTS", {"cpu": (32,)})
+    monkeypatch.setattr(engines, "PARTS", {"cpu": (32,), "gpu": (32,)})
     engine, ended = new_engine(), []
     (long,) = requests_of(prompts_of("27b", 120), max_new_tokens=1)
     engine.submit(long)
@@ -154,7 +154,7 @@ def test_a_prompt_that_begins_as_another_is_read_from_where_they_differ(tokens_r
     """A header of 40 tokens: in a row that is free, in one that adds tokens, and in one that is still read."""
     header, *tails = prompts_of("wide", 40, 3, 5, 9, 20)
     prompts = [header + tail for tail in tails]
-    engine = new_engine("wide", slots=2)
+    engine = new_engine("wide")
     first = Request(prompt=prompts[0], max_new_tokens=10)
     second, third, fourth = requests_of(prompts[1:], max_new_tokens=30)
     list(engine.run([first]))
@@ -187,7 +187,8 @@ def test_a_row_that_has_gone_on_serves_no_beginning(tokens_read):
     """The window of 8 has passed: what the local layer knew of the header is gone."""
     header, *tails = prompts_of("27b", 40, 3, 5)
     prompts = [header + tail for tail in tails]
-    found = [request.tokens for request in new_engine(slots=1).run(requests_of(prompts))]
+    engine = new_engine()
+    found = [request.tokens for prompt in prompts for request in engine.run(requests_of([prompt]))]
     assert sum(tokens_read) == sum(map(len, prompts))
     assert found == transformers_tokens("27b", prompts)
 
@@ -207,7 +208,7 @@ def test_samples_of_one_prompt_read_it_once(tokens_read):
 def test_what_a_canceled_request_read_serves_others(tokens_read):
     """Its row goes no further on the device, and its tokens are not taken for others'."""
     header, tail = prompts_of("wide", 40, 5)
-    engine = new_engine("wide", slots=1)
+    engine = new_engine("wide")
     canceled = Request(prompt=header, max_new_tokens=50)
     engine.submit(canceled)
     while len(canceled.tokens) < 2:
@@ -264,7 +265,7 @@ def test_settings_are_of_the_row_alone():
         Request(prompt=prompt, max_new_tokens=NEW, sampling=sampling)
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
-    biased, diverse, drawn, same = (request.tokens for request in new_engine(slots=4).run(requests))
+    biased, diverse, drawn, same = (request.tokens for request in new_engine().run(requests))
     assert biased == [7] * NEW
     assert len(set(diverse)) == NEW  # none twice
     assert drawn != plain[2] and same == plain[3]

@@ -10,7 +10,7 @@ The softcap of attention scores, softcap * tanh(score / softcap), is applied by 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.kernels.limits import MOSAIC, Limits
@@ -68,9 +68,15 @@ def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tupl
         reason = "as asked"
     implementation = IMPLEMENTATIONS[name]
     if name == "xla":
-        block = attention_xla.BLOCKS.get(device.platform, 512)
-        implementation = replace(implementation, attend=partial(implementation.attend, block=block))
+        implementation = _blocked_xla(attention_xla.BLOCKS.get(device.platform, 512))
     return implementation, f"{name} ({reason})"
+
+
+@cache
+def _blocked_xla(block: int) -> Implementation:
+    """The same object for each model, so that one compiled program serves all of a shape."""
+    implementation = IMPLEMENTATIONS["xla"]
+    return replace(implementation, attend=partial(implementation.attend, block=block))
 
 
 def device_architecture(device) -> str:
