@@ -145,7 +145,7 @@ async def ask(client, tally: Tally, number: int) -> None:
                     await stream.close()
                     tally.canceled += 1
                     return
-    except Exception as error:
+    except Exception as error:  # of the client, of HTTP below it, or of a socket: each is a failure that is counted
         tally.failures.append(f"{type(error).__name__}: {error}")
         return
     if made != tokens or not times:

@@ -95,7 +95,10 @@ def _serve(command: Command) -> None:
                 adapter_name, adapter, its_tokenizer or tokenizer, adapter=adapter_name
             )
         decoder = load_decoder(
-            checkpoint, command.source.dtype, adapters={name: adapter for name, (adapter, _) in adapters.items()}
+            checkpoint,
+            command.source.dtype,
+            adapters={name: adapter for name, (adapter, _) in adapters.items()},
+            int8=command.source.int8,
         )
         context = command.context or decoder.config.max_length
         slots = command.slots or count_slots(decoder, context)

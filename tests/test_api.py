@@ -24,6 +24,7 @@ from gemma2_jax import api, config_text, recipes
 from gemma2_jax.convert.files.folder import copy_companions
 from gemma2_jax.convert.opening import open_checkpoint
 from gemma2_jax.convert.verify import compare_checkpoints, compute_logits
+from gemma2_jax.inference.loaded import _plain_graph
 from gemma2_jax.model import lora
 from gemma2_jax.model.gemma2 import flatten_state
 
@@ -161,6 +162,24 @@ def test_a_model_is_shown_in_a_line(eight_heads):
     create = partial(g2.Gemma2, model.config, attention=model.attention, dtype="bfloat16")
     plain = nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0)))
     assert repr(plain) == f"Gemma2({size}; computes in bfloat16)"
+
+
+def test_adapters_of_ones_own_generate(eight_heads):
+    """The model is what is in memory, and not what its checkpoint was: adapters were added, and merged again."""
+    model = g2.load(eight_heads)
+    plain = g2.generate(model, ["a"], max_new_tokens=6)
+    lora.attach_adapters(model, g2.AdapterConfig(kind="lora", rank=2), rngs=nnx.Rngs(0))
+    assert g2.generate(model, ["a"], max_new_tokens=6) == plain
+    for projection in lora.projections(model).values():
+        projection.adapter.b[...] += 0.3
+    adapted = g2.generate(model, ["a"], max_new_tokens=6)
+    lora.merge_adapters(model)
+    assert g2.generate(model, ["a"], max_new_tokens=6) == adapted != plain
+
+
+def test_models_of_one_shape_share_programs(eight_heads):
+    first, second = (_plain_graph(g2.load(eight_heads)) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
 
 
 def test_gradients_go_through_a_loaded_model(eight_heads):

@@ -1,1 +1,1 @@
-"""Text from a model: prefill, cached decoding and sampling."""
+"""Text from a model: the engine, how tokens are chosen, and what serves and measures it."""

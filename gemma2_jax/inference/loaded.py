@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -233,9 +233,9 @@ def load_decoder(
     mesh, dtype = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint)), dtype or default_dtype()
     model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype)
     banks = {name: _freeze_adapter(model, name, adapter, dtype) for name, adapter in (adapters or {}).items()}
-    weights = flatten_state(nnx.state(model))
+    graph, adapter, weights = _plain_graph(model), model.adapter, flatten_state(nnx.state(model))
     del model  # so that the decoder can free each stacked weight
-    decoder = _make_decoder(checkpoint, weights, mesh, dtype, int8=int8)
+    decoder = _make_decoder(graph, weights, adapter, mesh, int8=int8)
     if banks:
         decoder.attach_adapters(banks)
     return decoder
@@ -280,10 +280,10 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     stop = frozenset(stop_tokens(model.origin.checkpoint, model.tokenizer, chat=chat))
     new_request = partial(Request, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling, stop=stop)
     requests = [new_request(prompt=row, sample=sample) for row in rows for sample in range(settings.samples)]
-    state, dtype = flatten_state(nnx.state(model)), cast(DType, model.dtype.name)
+    state = flatten_state(nnx.state(model))
     with jax.set_mesh(model.mesh):
-        weights = {path: w if keeps_dtype(path) else w.astype(dtype) for path, w in state.items()}
-        decoder = _make_decoder(model.origin.checkpoint, weights, model.mesh, dtype)
+        weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in state.items()}
+        decoder = _make_decoder(_plain_graph(model), weights, model.adapter, model.mesh)
     engine = make_engine(decoder, requests)
     completions = [Completion(request, model.tokenizer, settings.stop) for request in requests]
     for request in requests:
@@ -295,21 +295,27 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     return [completion.text for completion in completions]
 
 
-def _make_decoder(checkpoint: Checkpoint, weights: Weights, mesh: Mesh, dtype: DType, *, int8: bool = False) -> Decoder:
-    """A decoder with the weights of a checkpoint, its adapter merged if that is possible. Empties `weights`.
-
-    Its structure is that of any checkpoint of the same shapes, so that they share compiled programs.
-    """
-    graph = nnx.graphdef(_model_skeleton(checkpoint, mesh, dtype))
-    if checkpoint.adapter.kind != "none" and not checkpoint.adapter.unmergeable_targets:
-        model = rebuild_model(graph, weights)
+def _make_decoder(
+    graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh, *, int8: bool = False
+) -> Decoder:
+    """A decoder with these weights, and the adapter merged if that is possible. Empties `weights`."""
+    if adapter.kind != "none" and not adapter.unmergeable_targets:
+        merged = rebuild_model(graph, weights)
         weights.clear()
         with jax.set_mesh(mesh):
-            lora.merge_adapters(model)
-        weights = flatten_state(nnx.state(model))
-        graph = nnx.graphdef(_model_skeleton(replace(checkpoint, adapter=AdapterConfig()), mesh, dtype))
-        del model
+            lora.merge_adapters(merged)
+        graph, state = nnx.split(merged)
+        weights = flatten_state(state)
+        del merged, state
     return Decoder(graph, weights, mesh, int8=int8)
+
+
+def _plain_graph(model: LoadedModel) -> nnx.GraphDef:
+    """The structure of a model without where it came from: models of one shape then share compiled programs."""
+    graph, state = nnx.split(model)
+    skeleton = nnx.eval_shape(lambda state: nnx.merge(graph, state), state)
+    del skeleton.origin
+    return nnx.graphdef(skeleton)
 
 
 def _for_inference(mesh: Mesh) -> Mesh:

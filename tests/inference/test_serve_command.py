@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def test_the_start_says_what_is_served(run_serve, capsys, tmp_path, monkeypatch)
     body = CompletionBody(model="one", prompt="a")
     adapters = {name: plan_completion(body, model, 64)[0].request.adapter for name, model in routes._models.items()}
     assert adapters == {"tiny": None, "one": "one", "two": "two"}
+
+
+def test_weights_are_served_in_int8(run_serve, capsys):
+    run_serve("--int8", "True", "--slots", "1", "--context", "32")
+    assert re.search(r"^weights +int8, ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
