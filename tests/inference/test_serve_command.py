@@ -82,7 +82,7 @@ def test_the_start_says_what_is_served(run_serve, capsys, tmp_path, monkeypatch)
 
 
 def test_weights_are_served_in_int8(run_serve, capsys):
-    run_serve("--int8", "True", "--slots", "1", "--context", "32")
+    run_serve("--int8", "--slots", "1", "--context", "32")
     assert re.search(r"^weights +int8, ", capsys.readouterr().out, re.MULTILINE)
 
 
