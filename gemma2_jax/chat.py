@@ -18,7 +18,7 @@ import tyro
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
 from gemma2_jax.inference.settings import GREEDY, NUMBERS, Sampling, TextSettings
-from gemma2_jax.inference.source import Source, find_suggestion, open_source
+from gemma2_jax.inference.source import Source, find_suggestion, load_source, open_source
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -78,7 +78,6 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
     from gemma2_jax.inference.conversation import Conversation
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.engine import Engine, count_slots
-    from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.training.progress import print_block
 
     if tokenizer.chat_template is None:
@@ -88,7 +87,7 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
         )
     console, clock = Console(stderr=True, highlight=False), Clock()
     with console.status("loading weights"):
-        decoder = load_decoder(checkpoint, command.source.dtype, int8=command.source.int8)
+        decoder = load_source(command.source, checkpoint)
     context = decoder.config.max_length if command.context is None else command.context
     with console.status("compiling"):
         slots = min(count_slots(decoder, max(context, 1)), 1)  # which raises ValueError where not even one fits
@@ -97,22 +96,19 @@ def _open_chat(command: Command, *, is_terminal: bool) -> "Chat":
     stop = frozenset(stop_tokens(checkpoint, tokenizer, chat=True))
     conversation = Conversation(engine, open_chat_format(tokenizer, "refuse"), stop)
     chat = Chat(conversation, command.make_settings(), console, is_terminal=is_terminal)
-    print_block(console, [*_describe_start(command, checkpoint, chat, clock.compiling)])
+    print_block(console, [*_describe_start(command, checkpoint, chat, decoder.place, clock.compiling)])
     return chat
 
 
 def _describe_start(
-    command: Command, checkpoint: "Checkpoint", chat: "Chat", compiling: float
+    command: Command, checkpoint: "Checkpoint", chat: "Chat", place: str, compiling: float
 ) -> Iterator[tuple[str, str]]:
-    import jax
-
     from gemma2_jax.inference.loaded import default_dtype
 
     adapter = f" with {command.source.adapter}" if command.source.adapter else ""
-    device = jax.devices()[0].device_kind
     yield "model", command_line.escape(f"{checkpoint.format} {command.source.checkpoint}{adapter}")
     weights = ", weights in int8" if command.source.int8 else ""
-    yield "computes", f"{command.source.dtype or default_dtype()}{weights} on {device}; compiled in {compiling:.1f} s"
+    yield "computes", f"{command.source.dtype or default_dtype()}{weights} on {place}; compiled in {compiling:.1f} s"
     yield "context", f"{chat.conversation.context:,} tokens"
     yield "settings", chat.describe_settings()
     if suggestion := find_suggestion(checkpoint, command.sampling):

@@ -17,7 +17,7 @@ import tyro
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.inference.source import Source, open_source
+from gemma2_jax.inference.source import Source, load_source, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,11 @@ def _evaluate(command: Command) -> dict[str, Any]:
 
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.harness import HarnessModel
-    from gemma2_jax.inference.loaded import load_decoder
 
     config = EvaluatorConfig(tasks=[*command.tasks])
     manager = config.process_tasks()  # before the work that takes long
     model = HarnessModel(
-        load_decoder(checkpoint, command.source.dtype, int8=command.source.int8),
+        load_source(command.source, checkpoint),
         tokenizer,
         stop=stop_tokens(checkpoint, tokenizer, chat=command.chat),
         batch_tokens=command.batch_tokens,

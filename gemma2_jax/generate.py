@@ -19,7 +19,7 @@ import tyro
 from gemma2_jax import command_line, megatron_bridge
 from gemma2_jax.cluster import platforms
 from gemma2_jax.inference.settings import GREEDY, Sampling, TextSettings
-from gemma2_jax.inference.source import Source, open_source, print_defaults
+from gemma2_jax.inference.source import Source, load_source, open_source, print_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,7 +85,6 @@ def _generate(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrained
     from gemma2_jax.inference.completion import Completion
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.engine import Request, make_engine
-    from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.text import encode_prompt
 
     prompts = command.prompt or (_read_prompt(),)
@@ -94,7 +93,7 @@ def _generate(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrained
     print_defaults(checkpoint, tokenizer, stop, command.sampling, command.max_new_tokens)
     new_request = partial(Request, max_new_tokens=command.max_new_tokens, sampling=command.sampling, stop=stop)
     requests = [new_request(prompt=row, sample=sample) for row in tokens for sample in range(command.samples)]
-    engine = make_engine(load_decoder(checkpoint, command.source.dtype, int8=command.source.int8), requests)
+    engine = make_engine(load_source(command.source, checkpoint), requests)
     for request in requests:
         engine.submit(request)
     samples = [f".{sample}" for sample in range(1, command.samples + 1)] if command.samples > 1 else [""]
@@ -200,10 +199,9 @@ def _write_answers(
 def _make_engine(command: Command, batch: "Batch", survey: "Survey") -> "Engine":
     """An engine with room for the longest prompt, and as many slots as fit."""
     from gemma2_jax.inference.engine import Engine, count_slots
-    from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.steps import bucket_length
 
-    decoder = load_decoder(batch.encoder.checkpoint, command.source.dtype, int8=command.source.int8)
+    decoder = load_source(command.source, batch.encoder.checkpoint)
     context = min(bucket_length(survey.longest), decoder.config.max_length)
     return Engine(decoder, slots=min(survey.texts - survey.done, count_slots(decoder, context)), context=context)
 

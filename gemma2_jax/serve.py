@@ -17,7 +17,7 @@ import tyro
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.inference.source import Source, open_source
+from gemma2_jax.inference.source import Source, load_source, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,7 +83,6 @@ def _serve(command: Command) -> None:
     from gemma2_jax.inference.http.app import make_app
     from gemma2_jax.inference.http.models import describe_model
     from gemma2_jax.inference.http.server import open_socket, serve
-    from gemma2_jax.inference.loaded import load_decoder
     from gemma2_jax.inference.service import Service
 
     with open_socket(command.host, command.port) as opened:  # before the work that takes long
@@ -94,12 +93,7 @@ def _serve(command: Command) -> None:
             models[adapter_name] = describe_model(
                 adapter_name, adapter, its_tokenizer or tokenizer, adapter=adapter_name
             )
-        decoder = load_decoder(
-            checkpoint,
-            command.source.dtype,
-            adapters={name: adapter for name, (adapter, _) in adapters.items()},
-            int8=command.source.int8,
-        )
+        decoder = load_source(command.source, checkpoint, {name: adapter for name, (adapter, _) in adapters.items()})
         context = command.context or decoder.config.max_length
         slots = command.slots or count_slots(decoder, context)
         engine = Engine(decoder, slots=slots, context=context, steps=_STEPS)
@@ -172,7 +166,7 @@ def _describe_engine(engine: "Engine", decoder: "Decoder", queue: int) -> Iterat
     weights = jax.tree.leaves(decoder.weights)
     kind = max(weights, key=lambda w: w.nbytes).dtype
     yield "weights", f"{kind}, {sum(w.nbytes for w in weights) / 2**30:.2f} GiB"
-    yield "devices", f"{decoder.mesh.size} x {decoder.mesh.devices.flat[0].device_kind}"
+    yield "devices", decoder.place
     yield "texts", f"{engine.slots} at a time, {queue} may wait; {engine.context:,} tokens each, prompt and new ones"
     yield "cache", f"{engine.cache_bytes / 2**30:.2f} GiB"
 

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from gemma2_jax.config import MeshConfig
-from gemma2_jax.mesh import make_mesh, stored_sharding
+from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
 from gemma2_jax.model.adapter_bank import attach_banks
 from gemma2_jax.model.gemma2 import (
     Gemma2,
@@ -76,6 +76,11 @@ class Decoder:
         return 0 if name is None else 1 + self.adapters.index(name)
 
     @property
+    def place(self) -> str:
+        """The devices and the mesh in words."""
+        return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}; mesh {describe_mesh(self.mesh)}"
+
+    @property
     def batch_shards(self) -> int:
         """How many shards a batch is spread over."""
         return self.mesh.shape["data"]
@@ -87,11 +92,20 @@ def one_device_mesh() -> Mesh:
 
 
 def decoding_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
-    """The same devices with data and tensor shards alone: as many of tensor as the model's heads divide over."""
+    """The same devices with data and tensor shards alone: as many of tensor as the model's heads divide over.
+
+    Raises ValueError if the model does not divide over the tensor shards that there are.
+    """
     tensor = mesh.shape["tensor"]
+    if not _divides(tensor, config):
+        fitting = [str(size) for size in range(1, config.heads + 1) if _divides(size, config)]
+        raise ValueError(
+            f"tensor {tensor} does not divide the {config.heads} heads, {config.kv_heads} key and value heads and the "
+            f"MLP width of {config.mlp_width}; use {', '.join(fitting)}"
+        )
     others = mesh.size // (tensor * mesh.shape["data"])
     sizes = [tensor * more for more in range(1, others + 1) if others % more == 0]
-    tensor = max(size for size in sizes if size == tensor or _divides(size, config))
+    tensor = max(size for size in sizes if _divides(size, config))
     shape = dict.fromkeys(mesh.axis_names, 1) | {"data": mesh.size // tensor, "tensor": tensor}
     return Mesh(mesh.devices.reshape(*shape.values()), mesh.axis_names, axis_types=mesh.axis_types)
 

@@ -4,7 +4,7 @@ Nothing here imports JAX before a checkpoint is opened, so that `--help` and mis
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from gemma2_jax.convert.checkpoints import Checkpoint
+    from gemma2_jax.inference.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,14 @@ class Source:
     hf_config: str | None = None  # folder or Hub id with the config.json and tokenizer that a Megatron checkpoint lacks
     dtype: DType | None = None  # of weights and arithmetic; None: float32 on CPU, bfloat16 elsewhere
     int8: bool = False  # keep matrices in int8, with a scale for each output; arithmetic is in dtype all the same
+    tensor: int = 1  # devices that share each weight and cache; a model too large for one device needs several
+    data: int = 1  # copies of the model, each on devices of its own and with its share of the texts
 
     def __post_init__(self) -> None:
         command_line.check_paths(self, "checkpoint", "adapter", "hf_config")
+        for name in ("tensor", "data"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 def open_source(source: Source) -> "tuple[Checkpoint, PreTrainedTokenizerFast]":
@@ -60,6 +66,29 @@ def open_source(source: Source) -> "tuple[Checkpoint, PreTrainedTokenizerFast]":
             file=sys.stderr,
         )
     return checkpoint, load_tokenizer(checkpoint.tokenizer)
+
+
+def load_source(
+    source: Source, checkpoint: "Checkpoint", adapters: "Mapping[str, Checkpoint] | None" = None
+) -> "Decoder":
+    """The opened checkpoint on the devices that the options ask for, ready to generate; see `load_decoder`.
+
+    Raises ValueError if there are fewer devices, or the model does not divide over them.
+    """
+    import jax
+
+    from gemma2_jax.config import MeshConfig
+    from gemma2_jax.inference.loaded import load_decoder
+    from gemma2_jax.mesh import make_mesh
+
+    devices, needed = jax.local_devices(), source.tensor * source.data
+    if needed > len(devices):
+        raise ValueError(
+            f"tensor {source.tensor} x data {source.data} are {needed} devices, and this process has {len(devices)}; "
+            "ask for fewer"
+        )
+    mesh = make_mesh(MeshConfig(data=source.data, tensor=source.tensor), devices[:needed])
+    return load_decoder(checkpoint, source.dtype, mesh, adapters, int8=source.int8)
 
 
 def print_defaults(

@@ -305,6 +305,12 @@ def test_other_shards_become_tensor_shards(config, sizes, expected):
     assert (found["data"], found["tensor"]) == expected
 
 
+def test_tensor_shards_that_do_not_divide_the_model():
+    mesh = meshes.make_mesh(MeshConfig(data=1, tensor=3), jax.devices()[:3])
+    with pytest.raises(ValueError, match=r"tensor 3 does not divide the 16 heads, 8 key .* use 1, 2, 4, 8, 16$"):
+        decoding_mesh(mesh, GEMMA2_9B)
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_programs_do_not_copy_the_cache(slots):
     """In the compiled programs the cache is changed where it lies: 128 tokens for each of 4 heads."""

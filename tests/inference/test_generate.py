@@ -27,6 +27,7 @@ from gemma2_jax.convert.formats.table import from_hf
 from gemma2_jax.data.encoding import load_tokenizer
 from gemma2_jax.inference.decoder import Decoder
 from gemma2_jax.inference.defaults import stop_tokens
+from gemma2_jax.inference.source import Source, load_source, open_source
 from gemma2_jax.inference.steps import bucket_length
 from gemma2_jax.inference.text import TextStream, encode_prompt
 from gemma2_jax.model import gemma2 as model
@@ -268,9 +269,8 @@ def test_command_says_what_transformers_says(checkpoint, command):
 
 def test_command_chats_with_several(checkpoint, command):
     asked = ["What does json.dumps do?", "Hi"]
-    text, _ = command(
-        "--checkpoint", checkpoint, "--chat", "--max-new-tokens", 30, *(x for a in asked for x in ("--prompt", a))
-    )
+    settings = "--chat", "--max-new-tokens", 30, "--tensor", 2, "--data", 2
+    text, _ = command("--checkpoint", checkpoint, *settings, *(x for a in asked for x in ("--prompt", a)))
     form = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
     answers = [transformers_text(checkpoint, form.format(prompt), 30) for prompt in asked]
     assert text == f"[1] {asked[0]}\n{answers[0]}\n\n[2] {asked[1]}\n{answers[1]}\n\n"
@@ -374,6 +374,22 @@ def test_command_adds_an_adapter(checkpoint, command, tmp_path, monkeypatch):
     text, _ = command("--checkpoint", checkpoint, "--adapter", tmp_path, "--max-new-tokens", 40)
     assert text == transformers_text(checkpoint, "<bos>The", 40, tmp_path) + "\n"
     assert text != transformers_text(checkpoint, "<bos>The", 40) + "\n"
+
+
+def test_the_devices_that_are_asked_for(checkpoint):
+    def load(**sizes):
+        source = Source(checkpoint=str(checkpoint), **sizes)
+        return load_source(source, open_source(source)[0])
+
+    spread = load(data=2, tensor=2)
+    assert spread.place == "4 x cpu; mesh data 2 x tensor 2"
+    assert {len(w.sharding.device_set) for w in jax.tree.leaves(spread.weights)} == {4}
+    with pytest.raises(ValueError, match="tensor 2 x data 8 are 16 devices, and this process has 8"):
+        load(data=8, tensor=2)
+    with pytest.raises(ValueError, match="tensor 8 does not divide the"):
+        load(tensor=8)
+    with pytest.raises(ValueError, match="data is 0; it must be at least 1"):
+        Source(checkpoint="x", data=0)
 
 
 def test_command_ends_with_a_sentence(checkpoint, command):
