@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from gemma2_jax.convert.checkpoints import Checkpoint
+    from gemma2_jax.inference.adapters import AdapterRoom
     from gemma2_jax.inference.decoder import Decoder
     from gemma2_jax.inference.engine import Engine
 
 _KEY_VARIABLE = "GEMMA2_API_KEY"
 _STEPS = 4  # of one call of the engine: a request that comes waits for two calls, and a stream's tokens come together
+_PLACES, _RANK = 8, 16  # for adapters that requests load, where no numbers are given; vLLM's highest rank
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -35,13 +37,17 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 class Command:
     """Serves a Gemma 2 checkpoint of any format by OpenAI's HTTP API.
 
-    It has /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+    It has /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; with --adapter_folder also
+    /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them.
 
     SIGTERM or Ctrl-C ends it once the requests under way are answered.
     """
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     adapters: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # NAME=PATH of one more, which requests ask for by name
+    adapter_folder: Path | None = None  # requests may load adapters that lie below it; None: they may load none
+    adapter_places: int | None = None  # with adapter_folder, for adapters at a time, those of --adapters too; None: 8
+    adapter_rank: int | None = None  # with adapter_folder, the highest that an adapter may have; None: 16
     name: str | None = None  # the model's in requests; None: that of the checkpoint's folder, or its Hub id
     host: str = "127.0.0.1"  # address that it listens on; 0.0.0.0 is every one of this machine
     port: int = 8000  # 0: any that is free
@@ -55,6 +61,12 @@ class Command:
     def __post_init__(self) -> None:
         if self.name == "":
             raise ValueError("name is empty; give the model a name, or leave it out")
+        for option in ("adapter_places", "adapter_rank"):
+            value = getattr(self, option)
+            if value is not None and self.adapter_folder is None:
+                raise ValueError(f"{option} is for adapters that requests load; give adapter_folder too")
+            if value is not None and value < 1:
+                raise ValueError(f"{option} is {value}; it must be at least 1")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
         if self.queue < 0:
@@ -77,10 +89,12 @@ def main(program: str = "python -m gemma2_jax.serve") -> None:
 
 
 def _serve(command: Command) -> None:
-    key = read_key(command.api_key_file)
+    key, room = read_key(command.api_key_file), _find_room(command)
     checkpoint, tokenizer = open_source(command.source)
+    from gemma2_jax.inference.adapters import attach_adapters
     from gemma2_jax.inference.engine import Engine, count_slots
     from gemma2_jax.inference.http.app import make_app
+    from gemma2_jax.inference.http.loader import AdapterLoader
     from gemma2_jax.inference.http.models import describe_model
     from gemma2_jax.inference.http.server import open_socket, serve
     from gemma2_jax.inference.service import Service
@@ -93,7 +107,8 @@ def _serve(command: Command) -> None:
             models[adapter_name] = describe_model(
                 adapter_name, adapter, its_tokenizer or tokenizer, adapter=adapter_name
             )
-        decoder = load_source(command.source, checkpoint, {name: adapter for name, (adapter, _) in adapters.items()})
+        decoder = load_source(command.source, checkpoint)
+        attach_adapters(decoder, checkpoint, {name: adapter for name, (adapter, _) in adapters.items()}, room)
         context = command.context or decoder.config.max_length
         slots = command.slots or count_slots(decoder, context)
         engine = Engine(decoder, slots=slots, context=context, steps=_STEPS)
@@ -101,12 +116,15 @@ def _serve(command: Command) -> None:
         engine.warm()
         seconds = time.perf_counter() - began
         service = Service(engine, queue=command.queue, deadline=command.deadline)
+        folder = command.adapter_folder
+        loader = AdapterLoader(service, decoder, models, base=checkpoint, folder=folder) if folder else None
 
         def announce() -> None:
             _print_startup(
                 [
                     ("model", f"{name}, {checkpoint.format} {checkpoint.path}"),
                     *(("adapter", f"{name}, {adapter.path}") for name, (adapter, _) in adapters.items()),
+                    *([("adapters", _describe_room(decoder, folder))] if folder else []),
                     *_describe_engine(engine, decoder, command.queue),
                     ("warm-up", f"{seconds:.1f} s; compiled programs {platforms.describe_cache()}"),
                     ("key", "asked for below /v1" if key else "none: whoever reaches the address may use it"),
@@ -114,12 +132,30 @@ def _serve(command: Command) -> None:
                 ]
             )
 
-        serve(make_app(service, models, key=key), service, opened, grace=command.grace, announce=announce)
+        app = make_app(service, models, loader=loader, key=key)
+        serve(app, service, opened, grace=command.grace, announce=announce)
 
 
 def _print_startup(lines: list[tuple[str, str]]) -> None:
     width = max(len(subject) for subject, _ in lines) + 2
     print("\n".join(subject.ljust(width) + command_line.escape(text) for subject, text in lines), flush=True)
+
+
+def _find_room(command: Command) -> "AdapterRoom | None":
+    """The room for adapters that requests load. Raises ValueError if their folder is none."""
+    if command.adapter_folder is None:
+        return None
+    if not command.adapter_folder.is_dir():
+        raise ValueError(f"adapter_folder is {command.adapter_folder}, which is no folder; make it first")
+    from gemma2_jax.inference.adapters import AdapterRoom
+
+    return AdapterRoom(places=command.adapter_places or _PLACES, rank=command.adapter_rank or _RANK)
+
+
+def _describe_room(decoder: "Decoder", folder: Path) -> str:
+    rank = max(shape.rank for shape in decoder.bank_shapes.values())
+    size = f"{decoder.bank_bytes / 2**30:.2f} GiB"
+    return f"places for {decoder.adapter_places} of rank {rank} at most, {size}; loaded from {folder}"
 
 
 def _open_adapters(

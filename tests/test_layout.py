@@ -52,7 +52,7 @@ ORDER_WITHIN = {
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (
-        ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps",), ("engine",),
+        ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters"), ("engine",),
         ("completion", "scoring"), ("loaded",), ("harness", "source", "prompts", "conversation", "metrics"),
         ("batch", "service"), ("http",),
     ),

@@ -9,13 +9,21 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
-from gemma2_jax.model.adapter_bank import attach_banks
+from gemma2_jax.model.adapter_bank import (
+    BankShapes,
+    FrozenAdapter,
+    LayerParts,
+    attach_banks,
+    cut_layer,
+    put_layer,
+)
 from gemma2_jax.model.gemma2 import (
     Gemma2,
     Weights,
@@ -25,7 +33,7 @@ from gemma2_jax.model.gemma2 import (
     weight_dims,
 )
 from gemma2_jax.model.int8 import quantize_model
-from gemma2_jax.model.lora import FrozenAdapter
+from gemma2_jax.model.lora import projections
 from gemma2_jax.model_config import ModelConfig, is_adapter_path
 
 
@@ -55,12 +63,57 @@ class Decoder:
                 self._change_model(quantize_model)
             if self.mesh.devices.flat[0].platform == "cpu":
                 self._change_model(transpose_embedding)
-        self.adapters: tuple[str, ...] = ()
+        self.adapters: dict[str, int] = {}  # names, and their places in the banks
+        self.adapter_places = 0  # that the banks have
+        self.bank_shapes: BankShapes = {}
+        self._equations: tuple[tuple[str, str], ...] = ()  # of projections with banks, by name
 
-    def attach_adapters(self, adapters: Mapping[str, Mapping[str, FrozenAdapter]]) -> None:
-        """Gives the model several adapters, by name, of which each row takes its own (`adapter_bank.attach_banks`)."""
-        self._change_model(lambda model: attach_banks(model, adapters, self.mesh))
-        self.adapters = tuple(adapters)
+    def attach_banks(self, shapes: BankShapes, places: int) -> None:
+        """Gives the model places for so many adapters, of which each row takes its own (`adapter_bank`)."""
+        self._change_model(lambda model: attach_banks(model, shapes, places, self.mesh))
+        self.adapter_places, self.bank_shapes = places, shapes
+        parts = projections(nnx.merge(self.graph, self.weights))
+        self._equations = tuple((name, parts[f"0/{name}"].equation) for name in shapes)
+
+    @property
+    def bank_bytes(self) -> int:
+        """The memory of the banks, on all devices."""
+        banks = [w["adapter"] for layer in range(self.config.layers) for w in self._adapted_weights(layer).values()]
+        return sum(x.nbytes for x in jax.tree.leaves(banks))
+
+    def add_adapter(self, name: str, adapter: Mapping[str, FrozenAdapter]) -> None:
+        """Puts an adapter, which fits, into the first place that is free."""
+        place = self.free_places()[0]
+        for layer in range(self.config.layers):
+            self.put_layer(place, layer, self.cut_layer(adapter, layer))
+        self.adapters[name] = place
+
+    def remove_adapter(self, name: str) -> None:
+        """Frees the place of an adapter, of which no row may be under way."""
+        del self.adapters[name]
+
+    def free_places(self) -> list[int]:
+        """The numbers of the places that no adapter has."""
+        return [place for place in range(1, 1 + self.adapter_places) if place not in self.adapters.values()]
+
+    def cut_layer(self, adapter: Mapping[str, FrozenAdapter], layer: int) -> LayerParts:
+        """A layer of an adapter, in host memory, for `put_layer`."""
+        return cut_layer(adapter, layer, {name: w["adapter"] for name, w in self._adapted_weights(layer).items()})
+
+    def put_layer(self, place: int, layer: int, parts: LayerParts) -> None:
+        """Fills a layer of a place, of whose adapter no row may be under way. Its program is the same for all."""
+        adapted = self._adapted_weights(layer)
+        banks = {name: w["adapter"] for name, w in adapted.items()}
+        weights = {name: {key: w[key] for key in ("w", "scale") if key in w} for name, w in adapted.items()}
+        with jax.set_mesh(self.mesh):
+            changed = put_layer(self._equations, banks, weights, parts, np.int32(place))
+        for name, w in adapted.items():
+            w["adapter"] = changed[name]
+
+    def _adapted_weights(self, layer: int) -> dict[str, dict]:
+        """The arrays of a layer's projections that have banks, by name."""
+        block = self.weights["blocks"][layer]
+        return {name: block[name.split("/")[0]][name.split("/")[1]] for name, _ in self._equations}
 
     def _change_model(self, change: Callable[[Gemma2], object]) -> None:
         model = nnx.merge(self.graph, self.weights)
@@ -72,8 +125,8 @@ class Decoder:
             self.weights = nnx.to_pure_dict(state)
 
     def adapter_number(self, name: str | None) -> int:
-        """The number of an adapter in the banks; 0 is none."""
-        return 0 if name is None else 1 + self.adapters.index(name)
+        """The place of an adapter in the banks; 0 is none."""
+        return 0 if name is None else self.adapters[name]
 
     @property
     def place(self) -> str:

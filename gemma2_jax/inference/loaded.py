@@ -7,7 +7,7 @@ that loading and saving changes no bit.
 
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -220,55 +220,19 @@ def load_decoder(
     checkpoint: Checkpoint,
     dtype: DType | None = None,
     mesh: Mesh | None = None,
-    adapters: Mapping[str, Checkpoint] | None = None,
     *,
     int8: bool = False,
 ) -> Decoder:
     """The model of a checkpoint, ready to generate, on the mesh, by default the first device.
 
-    An adapter of the checkpoint is merged into the weights if that is possible, as it would slow down every step. The
-    others, by name, stay beside the weights, and each request says which it takes. They are opened with the checkpoint
-    as their base. `int8` is as in `Decoder`; banks stay in the compute dtype.
+    An adapter of the checkpoint is merged into the weights if that is possible, as it would slow down every step;
+    `adapters.attach_adapters` puts others beside them. `int8` is as in `Decoder`.
     """
     mesh, dtype = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint)), dtype or default_dtype()
     model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype)
-    banks = {name: _freeze_adapter(model, name, adapter, dtype) for name, adapter in (adapters or {}).items()}
     graph, adapter, weights = _plain_graph(model), model.adapter, flatten_state(nnx.state(model))
     del model  # so that the decoder can free each stacked weight
-    decoder = _make_decoder(graph, weights, adapter, mesh, int8=int8)
-    if banks:
-        decoder.attach_adapters(banks)
-    return decoder
-
-
-def _freeze_adapter(
-    model: LoadedModel, name: str, checkpoint: Checkpoint, dtype: DType
-) -> dict[str, lora.FrozenAdapter]:
-    """What an adapter does to each projection of a model. Raises ValueError where it changes more than projections."""
-    config = checkpoint.adapter
-    if model.adapter.kind != "none":
-        raise ValueError(
-            f"{model.origin.checkpoint.path} has an adapter already, beside which {name} cannot be served; merge it "
-            "into the model (python -m gemma2_jax.convert --merge), or serve the model alone"
-        )
-    if config.kind == "none":
-        raise ValueError(f"{checkpoint.path} is no adapter, but a model; serve it by itself")
-    if changed := [*config.modules_to_save, *map(str, config.trainable_tokens)]:
-        raise ValueError(
-            f"the adapter {checkpoint.path} changes {', '.join(changed[:5])} beside its projections, which rows of one "
-            "batch cannot do apart; serve it by itself, merged"
-        )
-    skeleton = _model_skeleton(checkpoint, model.mesh, dtype)
-    shapes = {path: w for path, w in flatten_state(nnx.state(skeleton)).items() if is_adapter_path(path)}
-    wanted: Abstract = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in shapes.items()}
-    base = {path: w for path, w in flatten_state(nnx.state(model)).items() if not is_adapter_path(path)}
-    adapted = rebuild_model(nnx.graphdef(skeleton), base, load_weights(checkpoint, wanted))
-    with jax.set_mesh(model.mesh):
-        return {
-            projection: part.adapter.freeze(part.w[...])
-            for projection, part in lora.projections(adapted).items()
-            if isinstance(part.adapter, lora.Adapter)
-        }
+    return _make_decoder(graph, weights, adapter, mesh, int8=int8)
 
 
 def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSettings, *, chat: bool) -> list[str]:

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,15 @@ class Job:
             self._loop.call_soon_threadsafe(self._changed.set)
 
 
+class _Task:
+    """Work for the engine's thread, for which another thread waits."""
+
+    def __init__(self, work: Callable[[], object]):
+        self.work = work
+        self.failure: UnavailableError | None = None
+        self.is_done = threading.Event()
+
+
 class Service:
     """Takes jobs from the threads of asyncio programs, and has one thread of its own advance the engine."""
 
@@ -112,6 +121,7 @@ class Service:
         self._queue, self._deadline = queue, deadline
         self._waiting: deque[tuple[Job, Choice]] = deque()
         self._running: dict[int, tuple[Job, Choice]] = {}  # by the identity of the engine's request
+        self._tasks: list[_Task] = []
         self._refusal = ""  # why no more is taken
         self._is_ending = False
         self.has_failed = False  # an error has ended the thread
@@ -157,6 +167,26 @@ class Service:
         finally:
             self._cancel(job)
 
+    def run_between_steps(self, work: Callable[[], object]) -> None:
+        """Has the engine's thread do some work between two of its steps, and waits until it is done.
+
+        Raises UnavailableError where it is not; an error of the work ends the engine.
+        """
+        task = _Task(work)
+        with self._lock:
+            if self._refusal:
+                raise UnavailableError(self._refusal)
+            self._tasks.append(task)
+            self._lock.notify()
+        task.is_done.wait()
+        if task.failure:
+            raise task.failure
+
+    def is_in_use(self, adapter: str) -> bool:
+        """Whether a text with this adapter is being made or waits."""
+        with self._lock:
+            return any(choice.request.adapter == adapter for _, choice in [*self._waiting, *self._running.values()])
+
     def close(self, reason: str) -> None:
         """Takes no more jobs; those that there are go on."""
         with self._lock:
@@ -182,6 +212,7 @@ class Service:
         """The engine's thread. Whatever error ends it is printed by Python, and every job is told."""
         try:
             while self._find_work():
+                self._do_tasks()
                 self._report(self.engine.advance())
         finally:
             self.close("the engine has failed; the server's log says why")
@@ -202,11 +233,20 @@ class Service:
                     self.engine.submit(choice.request)
                     self._running[id(choice.request)] = job, choice
                     self.metrics.prompt_tokens.inc(len(choice.request.prompt))
-                if self._running or not self.engine.is_idle:
+                if self._running or self._tasks or not self.engine.is_idle:
                     return True
                 if self._is_ending:
                     return False
                 self._lock.wait()
+
+    def _do_tasks(self) -> None:
+        with self._lock:
+            tasks = [*self._tasks]
+        for task in tasks:
+            task.work()
+            task.is_done.set()
+        with self._lock:
+            del self._tasks[: len(tasks)]
 
     def _report(self, changed: Sequence[Request]) -> None:
         """Tells the readers of what the engine has added."""
@@ -239,4 +279,8 @@ class Service:
             choice.request.is_canceled = True
             job.failure = UnavailableError(self._refusal)
             job.wake()
+        for task in self._tasks:
+            task.failure = UnavailableError(self._refusal)
+            task.is_done.set()
         self._waiting.clear()
+        self._tasks.clear()

@@ -4,7 +4,7 @@ Nothing here imports JAX before a checkpoint is opened, so that `--help` and mis
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,7 @@ def open_source(source: Source) -> "tuple[Checkpoint, PreTrainedTokenizerFast]":
     return checkpoint, load_tokenizer(checkpoint.tokenizer)
 
 
-def load_source(
-    source: Source, checkpoint: "Checkpoint", adapters: "Mapping[str, Checkpoint] | None" = None
-) -> "Decoder":
+def load_source(source: Source, checkpoint: "Checkpoint") -> "Decoder":
     """The opened checkpoint on the devices that the options ask for, ready to generate; see `load_decoder`.
 
     Raises ValueError if there are fewer devices, or the model does not divide over them.
@@ -88,7 +86,7 @@ def load_source(
             "ask for fewer"
         )
     mesh = make_mesh(MeshConfig(data=source.data, tensor=source.tensor), devices[:needed])
-    return load_decoder(checkpoint, source.dtype, mesh, adapters, int8=source.int8)
+    return load_decoder(checkpoint, source.dtype, mesh, int8=source.int8)
 
 
 def print_defaults(

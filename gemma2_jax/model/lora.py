@@ -14,7 +14,8 @@ term by which the magnitude rescales that weight's output.
 
 import fnmatch
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,45 @@ def trainable_filter(config: AdapterConfig) -> nnx.filterlib.Filter:
     return nnx.Any(AdapterParam, lambda path, _: config.replaces("/".join(map(str, path))))
 
 
-class FrozenAdapter(NamedTuple):
-    """What an adapter of a projection does once nothing is trained, float32: y becomes (y + x a b) * ratio."""
+@dataclass(frozen=True)
+class ProjectionDims:
+    """The letters of a projection's einsum: of its input, weight and output, and those of its weight by their use."""
 
-    a_L: jax.Array  # [L, contracted letters, R]
-    b_L: jax.Array  # [L, R, produced letters], with the scale in it
-    ratio_L: jax.Array | None  # [L, produced letters]; None: 1
-    after_norm: bool
+    inputs: str
+    weight: str
+    outputs: str
+
+    @classmethod
+    def of(cls, equation: str) -> "ProjectionDims":
+        return cls(*split_equation(equation))
+
+    @property
+    def contracted(self) -> str:
+        """The letters of the weight that are summed over."""
+        return "".join(letter for letter in self.weight if letter not in self.outputs)
+
+    @property
+    def produced(self) -> str:
+        """The letters of the weight that the output has."""
+        return "".join(letter for letter in self.weight if letter in self.outputs)
+
+    def column_norms(self, w, a, b, scale: jax.Array | float = 1.0, layers: Literal["L", ""] = "") -> jax.Array:
+        """Column norms of W + scale * A B, float32 of the produced letters, without forming that matrix.
+
+        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column. `layers` is "L" for arrays of
+        all layers, with L in front, and "" for those of one layer. Q is R under a second letter, for A^T A.
+        """
+        w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
+        weight, contracted, produced = layers + self.weight, layers + self.contracted, layers + self.produced
+        low_rank = f"{layers}R{self.produced}"
+        a_w = jnp.einsum(f"{contracted}R,{weight}->{low_rank}", a, w, precision="highest")
+        gram = jnp.einsum(f"{contracted}R,{contracted}Q->{layers}RQ", a, a, precision="highest")
+        if not layers:  # in a step, where XLA would otherwise move A between devices for these small sums
+            gram, a_w = constrain(gram, "RR"), constrain(a_w, low_rank)
+        b_gram = jnp.einsum(f"{layers}RQ,{layers}Q{self.produced}->{low_rank}", gram, b)
+        square = jnp.einsum(f"{weight},{weight}->{produced}", w, w, precision="highest")
+        cross = jnp.sum(b * (2 * scale * a_w + scale**2 * b_gram), axis=len(layers))
+        return jnp.sqrt(square + cross)
 
 
 class Adapter(nnx.Module):
@@ -67,10 +100,9 @@ class Adapter(nnx.Module):
     """
 
     def __init__(self, base: Einsum, name: str, config: AdapterConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        inputs, weight, outputs = split_equation(base.equation)
-        contracted = "".join(letter for letter in weight if letter not in outputs)
-        produced = "".join(letter for letter in weight if letter in outputs)
-        self.weight, self.contracted, self.produced = weight, contracted, produced
+        self.projection = ProjectionDims.of(base.equation)
+        inputs, outputs = self.projection.inputs, self.projection.outputs
+        contracted, produced = self.projection.contracted, self.projection.produced
         self.down_equation, self.up_equation = f"{inputs},{contracted}R->BTR", f"BTR,R{produced}->{outputs}"
         # Inputs and outputs of the model's width keep their positions spread as between blocks, so tensor shards
         # exchange only [B, T, R] for the adapter, and what they exchange for the projection itself does not change.
@@ -92,7 +124,9 @@ class Adapter(nnx.Module):
         self.m: AdapterParam | None = nnx.data(None)
         if config.kind == "dora":
             self.letters += (("m", f"L{produced}"),)
-            norms = self._column_norms(base.w[...], self.a[...], self.b[...], 1.0, "L")  # of W alone, as B is zero
+            norms = self.projection.column_norms(
+                base.w[...], self.a[...], self.b[...], layers="L"
+            )  # of W alone: B is zero
             self.m = AdapterParam(_keep_ranks(norms[..., None], ranks)[..., 0])
 
     def __call__(self, x, y, w, inputs: AdapterInputs):
@@ -115,7 +149,7 @@ class Adapter(nnx.Module):
         y = y + apply_weight(self.up_equation, low_BTR, b, self.output_place)
         if self.m is None:
             return y
-        norm = jax.lax.stop_gradient(self._column_norms(w, self.a[...], self.b[...], scale, ""))
+        norm = jax.lax.stop_gradient(self.projection.column_norms(w, self.a[...], self.b[...], scale))
         return (y * self._magnitude_ratio(self.m[...], norm)).astype(y.dtype)
 
     def merged_weight(self, w_L: jax.Array, dtype, first: jax.Array | int = 0) -> jax.Array:
@@ -124,11 +158,12 @@ class Adapter(nnx.Module):
         The variables are those of the same layers. Layers are taken one by one, as the whole stack in float32 would be
         twice the size of a bfloat16 weight.
         """
-        contracted_dims = tuple(self.weight.index(letter) for letter in self.contracted)
+        weight, contracted, produced = self.projection.weight, self.projection.contracted, self.projection.produced
+        contracted_dims = tuple(weight.index(letter) for letter in contracted)
 
         def merge_layer(inputs):
             w, a, b, m, layer = inputs
-            update = jnp.einsum(f"{self.contracted}R,R{self.produced}->{self.weight}", a, b, precision="highest")
+            update = jnp.einsum(f"{contracted}R,R{produced}->{weight}", a, b, precision="highest")
             w = w.astype(jnp.float32) + self._layer_scale(layer) * update
             if m is not None:
                 norm = jnp.sqrt(jnp.sum(jnp.square(w), contracted_dims))
@@ -138,48 +173,19 @@ class Adapter(nnx.Module):
         m = None if self.m is None else self.m[...]
         return jax.lax.map(merge_layer, (w_L, self.a[...], self.b[...], m, first + jnp.arange(len(w_L))))
 
-    def freeze(self, w_L: jax.Array) -> "FrozenAdapter":
-        """What the adapter does when nothing is trained any more; `w_L` is the weight of all layers."""
-        a_L, scale_L = self.a[...], jnp.asarray(self.scales, jnp.float32)
-        b_L = self.b[...] * scale_L.reshape(-1, *[1] * (self.b.ndim - 1))
-        if self.m is None:
-            return FrozenAdapter(a_L, b_L, None, self.after_norm)
-
-        def find_ratio(inputs):
-            w, a, b, m = inputs
-            return self._magnitude_ratio(m, self._column_norms(w, a, b, 1.0, ""))
-
-        ratio_L = jax.lax.map(find_ratio, (w_L, a_L, b_L, self.m[...]))
-        return FrozenAdapter(a_L, b_L, ratio_L, self.after_norm)
-
     def _layer_scale(self, layer) -> jax.Array | float:
         """What the low-rank product is multiplied by in a layer."""
         return self.scales[0] if len({*self.scales}) == 1 else jnp.asarray(self.scales, jnp.float32)[layer]
 
     def _magnitude_ratio(self, m, norm) -> jax.Array:
-        """What DoRA multiplies the columns of one layer by; 1 in a layer without an adapter, where m is all zero."""
-        if not self.lacks_layers:
-            return m / norm
-        adapted = jnp.any(m != 0)
-        return jnp.where(adapted, m / jnp.where(adapted, norm, 1), 1)
+        """What DoRA multiplies the columns of one layer by."""
+        return magnitude_ratio(m, norm) if self.lacks_layers else m / norm
 
-    def _column_norms(self, w, a, b, scale, layers: Literal["L", ""]) -> jax.Array:
-        """Column norms of W + scale * A B, float32 of the produced letters, without forming that matrix.
 
-        |w + s A b|^2 = |w|^2 + 2 s b.(A^T w) + s^2 b.(A^T A) b, for each produced column. `layers` is "L" for arrays of
-        all layers, with L in front, and "" for those of one layer. Q is R under a second letter, for A^T A.
-        """
-        w, a, b = (x.astype(jnp.float32) for x in (w, a, b))
-        weight, contracted, produced = layers + self.weight, layers + self.contracted, layers + self.produced
-        low_rank = f"{layers}R{self.produced}"
-        a_w = jnp.einsum(f"{contracted}R,{weight}->{low_rank}", a, w, precision="highest")
-        gram = jnp.einsum(f"{contracted}R,{contracted}Q->{layers}RQ", a, a, precision="highest")
-        if not layers:  # in a step, where XLA would otherwise move A between devices for these small sums
-            gram, a_w = constrain(gram, "RR"), constrain(a_w, low_rank)
-        b_gram = jnp.einsum(f"{layers}RQ,{layers}Q{self.produced}->{low_rank}", gram, b)
-        square = jnp.einsum(f"{weight},{weight}->{produced}", w, w, precision="highest")
-        cross = jnp.sum(b * (2 * scale * a_w + scale**2 * b_gram), axis=len(layers))
-        return jnp.sqrt(square + cross)
+def magnitude_ratio(m: jax.Array, norm: jax.Array) -> jax.Array:
+    """What DoRA multiplies the columns of one layer by; 1 in a layer without an adapter, where m is all zero."""
+    adapted = jnp.any(m != 0)
+    return jnp.where(adapted, m / jnp.where(adapted, norm, 1), 1)
 
 
 def _keep_ranks(x_LR: jax.Array, ranks: list[int]) -> jax.Array:

@@ -70,16 +70,16 @@ class Served:
 
 
 @contextlib.contextmanager
-def start_server(service: Service, model: ServedModel, **options) -> Iterator[Served]:
+def start_server(service: Service, models: dict[str, ServedModel], **options) -> Iterator[Served]:
     opened = open_socket("127.0.0.1", 0)
-    server = make_server(make_app(service, {"tiny": model}, **options))
+    server = make_server(make_app(service, models, **options))
     thread = threading.Thread(target=server.run, args=([opened],))
     thread.start()
     wait_until(lambda: server.started)
     port = opened.getsockname()[1]
     try:
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0) as client:
-            yield Served(port=port, service=service, model=model, client=client)
+            yield Served(port=port, service=service, model=models["tiny"], client=client)
     finally:
         server.should_exit = True
         thread.join()
@@ -118,7 +118,7 @@ def served(tiny_engine, direct_texts) -> Iterator[Served]:
     service = Service(tiny_engine, queue=QUEUE, deadline=60)
     service.start()
     model = describe_model("tiny", open_checkpoint(str(ASSETS)), load_tokenizer(str(ASSETS)))
-    with start_server(service, model, key=KEY, body_limit=20_000, body_seconds=0.5) as server:
+    with start_server(service, {"tiny": model}, key=KEY, body_limit=20_000, body_seconds=0.5) as server:
         yield server
     service.end("the tests are over")
 

@@ -17,18 +17,19 @@ from gemma2_jax.inference.http.planning import plan_completion
 from gemma2_jax.inference.http.schema import CompletionBody
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
+LOADING = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 
 
-def write_adapter(folder: Path, seed: int) -> Path:
-    """A LoRA of PEFT's on the queries of the tiny model."""
+def write_adapter(folder: Path, seed: int, rank: int = 4, width: int = 192) -> Path:
+    """A LoRA of PEFT's on the queries of the tiny model, whose width is 192."""
     random, arrays = np.random.default_rng(seed), {}
     for layer in range(6):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        for name, shape in {"lora_A": (4, 192), "lora_B": (256, 4)}.items():
+        for name, shape in {"lora_A": (rank, width), "lora_B": (256, rank)}.items():
             arrays[f"{prefix}.{name}.weight"] = random.normal(size=shape).astype(np.float32)
     folder.mkdir()
     save_file(arrays, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
     config |= {"base_model_name_or_path": str(ASSETS), "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
@@ -81,6 +82,22 @@ def test_the_start_says_what_is_served(run_serve, capsys, tmp_path, monkeypatch)
     assert adapters == {"tiny": None, "one": "one", "two": "two"}
 
 
+def test_adapters_are_loaded_below_a_folder(run_serve, capsys, tmp_path):
+    write_adapter(tmp_path / "a", 0)
+    app, _, _ = run_serve(
+        *("--adapter_folder", str(tmp_path), "--adapter_places", "2", "--adapter_rank", "3", "--slots", "1"),
+        *("--context", "32", "--adapters", f"one={tmp_path / 'a'}"),
+    )
+    assert re.search(
+        rf"^adapters +places for 2 of rank 4 at most, 0\.00 GiB; loaded from {tmp_path}$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert {getattr(route, "path", "") for route in app.routes} >= LOADING
+    app, _, _ = run_serve("--slots", "1", "--context", "32")
+    assert LOADING.isdisjoint(getattr(route, "path", "") for route in app.routes), "it was not asked for"
+
+
 def test_weights_are_served_in_int8(run_serve, capsys):
     run_serve("--int8", "--slots", "1", "--context", "32")
     assert re.search(r"^weights +int8, ", capsys.readouterr().out, re.MULTILINE)
@@ -92,6 +109,9 @@ def test_weights_are_served_in_int8(run_serve, capsys):
         (("--port", "99999"), "port is 99999; it must be from 0 to 65535"),
         (("--adapters", "one"), "--adapters is 'one'; give NAME=PATH"),
         (("--adapters", f"tiny-gemma2={ASSETS}"), "two models are called tiny-gemma2"),
+        (("--adapter_places", "2"), "adapter_places is for adapters that requests load; give adapter_folder too"),
+        (("--adapter_folder", str(ASSETS), "--adapter_rank", "0"), "adapter_rank is 0; it must be at least 1"),
+        (("--adapter_folder", "/no/such"), "adapter_folder is /no/such, which is no folder; make it first"),
         (("--deadline", "0"), "deadline is 0.0; it must be above 0"),
         (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
         (("--context", "4096"), "context is 4096; it must be at least 1 and at most the model's, 512"),

@@ -158,6 +158,34 @@ def test_an_engine_that_fails_is_told_to_every_job(capsys):
         assert service.has_failed and not service.is_open
 
 
+def test_work_between_steps_is_done_by_the_engines_thread():
+    """While a text is under way and while there is none; once the service ends, nobody waits for it."""
+
+    async def work_beside(service: Service, names: list[str]):
+        running = asyncio.create_task(finish(service, make_choices(tokens=200)))
+        await asyncio.sleep(0.02)
+        await asyncio.to_thread(service.run_between_steps, lambda: names.append(threading.current_thread().name))
+        assert not running.done()
+        return await running
+
+    names: list[str] = []
+    with run_service() as service:
+        service.run_between_steps(lambda: names.append(threading.current_thread().name))
+        assert asyncio.run(work_beside(service, names)) == [LETTER * 200]
+        assert names == ["engine"] * 2
+    with pytest.raises(UnavailableError, match="the test is over"):
+        service.run_between_steps(lambda: names.append("never"))
+    assert len(names) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_that_fails_ends_the_engine():
+    with run_service() as service:
+        with pytest.raises(UnavailableError, match="the engine has failed"):
+            service.run_between_steps(lambda: 1 / 0)
+        assert service.has_failed
+
+
 class Run:
     """A server that runs in the main thread while a block of another thread asks it, and takes signals."""
 

@@ -6,32 +6,44 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from gemma2_jax.inference.http.answers import Answer, ChatForm, CompletionForm
 from gemma2_jax.inference.http.errors import ApiError, explain_invalid, explain_value
 from gemma2_jax.inference.http.guard import Guard
+from gemma2_jax.inference.http.loader import AdapterLoader
 from gemma2_jax.inference.http.models import ServedModel
 from gemma2_jax.inference.http.planning import plan_chat, plan_completion
 from gemma2_jax.inference.http.replies import Reply
-from gemma2_jax.inference.http.schema import ChatBody, CompletionBody, Settings
+from gemma2_jax.inference.http.schema import ChatBody, CompletionBody, LoadBody, Settings, UnloadBody
 from gemma2_jax.inference.metrics import Outcome
 from gemma2_jax.inference.service import Service
 
 BODY_LIMIT = 4 << 20  # bytes: a context of 8,192 tokens is some 40 KB of text
 BODY_SECONDS = 30  # that a body may take to come
+_BODIES: dict[str, type[BaseModel]] = {
+    "/chat/completions": ChatBody,
+    "/completions": CompletionBody,
+    "/unload_lora_adapter": UnloadBody,
+    "/load_lora_adapter": LoadBody,
+}
 
 
 def make_app(
     service: Service,
     models: Mapping[str, ServedModel],
     *,
+    loader: AdapterLoader | None = None,
     key: str | None = None,
     body_limit: int = BODY_LIMIT,
     body_seconds: float = BODY_SECONDS,
 ) -> FastAPI:
-    """The application that answers for these models, by name. With `key`, what is below /v1 asks for it."""
+    """The application that answers for these models, by name. With `key`, what is below /v1 asks for it.
+
+    With a loader, which changes the models, adapters can be loaded and unloaded.
+    """
     app = FastAPI(title="gemma2_jax", docs_url=None, redoc_url=None)
     routes = _Routes(service, models)
     app.add_middleware(
@@ -43,11 +55,28 @@ def make_app(
     app.get("/v1/models/{name:path}")(routes.show_model)
     app.post("/v1/completions")(routes.complete)
     app.post("/v1/chat/completions")(routes.chat)
+    if loader:
+        _add_loader(app, loader)
     app.exception_handler(ApiError)(routes.explain_error)
     app.exception_handler(RequestValidationError)(routes.explain_body)
     app.exception_handler(HTTPException)(routes.explain_route)
     app.exception_handler(Exception)(routes.explain_failure)
     return app
+
+
+def _add_loader(app: FastAPI, loader: AdapterLoader) -> None:
+    """vLLM's routes, with its answers."""
+
+    async def load(body: LoadBody) -> Response:
+        await loader.load(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(body: UnloadBody) -> Response:
+        loader.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    app.post("/v1/load_lora_adapter")(load)
+    app.post("/v1/unload_lora_adapter")(unload)
 
 
 class _Routes:
@@ -98,6 +127,8 @@ class _Routes:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         try:
             choices = await asyncio.to_thread(plan, body, model, self._service.engine.context)
+            if self._find_model(body.model) is not model:
+                raise ApiError(404, f"{body.model} was unloaded meanwhile", param="model", code="model_not_found")
             for choice in choices:
                 self._service.engine.check(choice.request)
         except ValueError as error:
@@ -118,7 +149,7 @@ class _Routes:
 
     async def explain_body(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        body = ChatBody if "chat" in request.url.path else CompletionBody
+        body = next(body for ending, body in _BODIES.items() if request.url.path.endswith(ending))
         return await self.explain_error(request, explain_invalid(error.errors(), body.model_fields))
 
     async def explain_route(self, request: Request, error: Exception) -> Response:

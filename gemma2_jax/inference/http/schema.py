@@ -157,3 +157,22 @@ class ChatBody(Settings):
     verbosity: Annotated[Any, _refuse("ask for it in the prompt", "medium")] = None
     web_search_options: Annotated[Any, _refuse("the model searches nothing")] = None
     moderation: Annotated[Any, _refuse("nothing is moderated")] = None
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class LoadBody(_Part):
+    """The body of POST /v1/load_lora_adapter, which is vLLM's."""
+
+    lora_name: _Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: Annotated[Any, _refuse("unload the adapter first", False)] = None
+    is_3d_lora_weight: Annotated[Any, _refuse("the model has no experts", False)] = None
+
+
+class UnloadBody(_Part):
+    """The body of POST /v1/unload_lora_adapter, which is vLLM's."""
+
+    lora_name: _Name
+    lora_int_id: Annotated[Any, _refuse("adapters are known by their names")] = None
