@@ -58,7 +58,8 @@ ORDER_WITHIN = {
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (
-        ("described_cluster", "hlo"), ("traffic", "memory_traffic"), ("compiled_step", "compiled_decoding"), ("report",)
+        ("described_cluster", "hlo"), ("traffic", "memory_traffic"), ("schedule",), ("dense_step",),
+        ("compiled_step", "compiled_decoding"), ("report",),
     ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

@@ -71,6 +71,11 @@ def parse_program(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     return entry, computations
 
 
+def array_shapes(type_: str) -> list[tuple[int, ...]]:
+    """The shape of an array, or those of the arrays of a tuple."""
+    return [tuple(int(size) for size in shape.split(",") if size) for _, _, shape in _ARRAY.findall(type_)]
+
+
 def array_bytes(type_: str) -> float:
     """Bytes of an array, or of all arrays of a tuple."""
     total = 0.0

@@ -7,11 +7,11 @@ operand twice reads more.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gemma2_jax.planning.hlo import Instruction, array_bytes, parse_program
 
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
+FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
 _LOOKUPS = {"dynamic-slice", "gather"}  # read of their first operand what they give
 _CHANGES = {"dynamic-update-slice": 1, "scatter": 2}  # write, into their first operand, what this operand has
 _VIEWS = {"bitcast", "convert", "reshape", "copy"}
@@ -37,7 +37,7 @@ def read_memory_traffic(text: str, loop: str | None = None) -> Counter[str]:
     raise ValueError(f"the program has no loop {loop}")
 
 
-type _Computations = dict[str, list[Instruction]]
+type _Computations = Mapping[str, list[Instruction]]
 
 
 def _sum_computation(name: str, computations: _Computations) -> Counter[str]:
@@ -49,25 +49,32 @@ def _sum_computation(name: str, computations: _Computations) -> Counter[str]:
                 inner = _sum_computation(instruction.body, computations)
                 total.update({where: size * (instruction.trip_count or 1) for where, size in inner.items()})
             case "conditional":
-                branches = [_sum_computation(part, computations) for part in instruction.called]
-                total.update(min(branches, key=Counter.total))
+                total.update(_sum_computation(choose_branch(instruction, computations), computations))
             case "call" | "async-start":
                 for part in instruction.called:
                     total.update(_sum_computation(part, computations))
-            case opcode if opcode not in _FREE and not opcode.endswith("-done"):
-                total[instruction.where] += round(sum(_count_bytes(instruction, types, computations)))
+            case opcode if opcode not in FREE and not opcode.endswith("-done"):
+                total[instruction.where] += round(sum(count_bytes(instruction, types, computations)))
     return total
 
 
-def _count_bytes(instruction: Instruction, types: dict[str, str], computations: _Computations) -> Iterator[float]:
+def choose_branch(conditional: Instruction, computations: _Computations) -> str:
+    """The branch that reads and writes least, which is the one that a step usually takes."""
+    return min(conditional.called, key=lambda part: _sum_computation(part, computations).total())
+
+
+def count_bytes(instruction: Instruction, types: Mapping[str, str], computations: _Computations) -> Iterator[float]:
     """Bytes of each operand that an instruction reads, and of what it writes."""
-    inside = computations[instruction.called[0]] if instruction.opcode == "fusion" else [instruction]
+    inside = list_fused(instruction, computations)
     parameters = dict(enumerate(instruction.operands))
-    if instruction.opcode == "fusion":
+    if inside != [instruction]:
         parameters = {int(part.rest.split(")")[0]): part.name for part in inside if part.opcode == "parameter"}
-        types = types | {part.name: part.type for part in inside}
+        types = {**types, **{part.name: part.type for part in inside}}
     for number, operand in enumerate(instruction.operands):
         yield _count_read(parameters[number], array_bytes(types[operand]), inside)
+    if inside == [instruction] and instruction.opcode.endswith("-start"):  # its type has the operands too
+        yield array_bytes(types[instruction.operands[0]])
+        return
     roots = [part for part in inside if part.is_root] or inside
     if roots[0].opcode == "tuple":
         roots = [part for part in inside if part.name in roots[0].operands]
@@ -77,6 +84,12 @@ def _count_bytes(instruction: Instruction, types: dict[str, str], computations: 
             root = by_name[root.operands[0]]
         changed = _CHANGES.get(root.opcode)
         yield array_bytes(root.type if changed is None else types[root.operands[changed]])
+
+
+def list_fused(instruction: Instruction, computations: Mapping[str, list[Instruction]]) -> list[Instruction]:
+    """The instructions of a fusion, launched and waited for at once or not; of any other, itself."""
+    is_fusion = instruction.opcode.removesuffix("-start") == "fusion"
+    return computations[instruction.called[0]] if is_fusion else [instruction]
 
 
 def _count_read(name: str, size: float, inside: Sequence[Instruction]) -> float:

@@ -59,9 +59,9 @@ def read_traffic(text: str, mesh: Mapping[str, int], layers_per_stage: int | Non
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in SENT:
-                groups = _groups(instruction.rest, math.prod(mesh.values()))
+                groups = find_groups(instruction.rest, math.prod(mesh.values()))
                 size = array_bytes(done[instruction.name] if kind != instruction.opcode else instruction.type)
-                if axes := _axes(groups, mesh):
+                if axes := name_axes(groups, mesh):
                     sent = size * SENT[kind](groups.shape[1])
                     found.append(
                         Collective(kind=kind, axes=axes, sent=sent, times=times, loop=loop, where=instruction.where)
@@ -88,7 +88,7 @@ def sum_traffic(collectives: Iterable[Collective]) -> dict[str, Counter[str]]:
     return dict(total)
 
 
-def _groups(attributes: str, devices: int) -> np.ndarray:
+def find_groups(attributes: str, devices: int) -> np.ndarray:
     """[groups, members] of device positions, from any of the ways in which HLO writes them.
 
     A permutation's pairs are groups of two.
@@ -129,7 +129,7 @@ def _ints(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
+def name_axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
     """The axes along which members of a group differ; empty if every group is one device."""
     place = np.stack(np.unravel_index(groups, tuple(mesh.values())), axis=-1)
     differs = (place != place[:, :1]).any(axis=(0, 1))

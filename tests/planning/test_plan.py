@@ -15,12 +15,14 @@ from rich.console import Console
 
 from benchmarks.machine_code import find_calls
 from gemma2_jax import plan, recipes
-from gemma2_jax.config import ComputeConfig, MeshConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, Config, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model_config import GEMMA2_2B
 from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step
+from gemma2_jax.planning.dense_step import DenseStep, describe_gemma
 from gemma2_jax.planning.described_cluster import USABLE_BYTES, describe_cluster
 from gemma2_jax.planning.report import describe_fit, plan_in_subprocess, summarize_step
+from gemma2_jax.planning.schedule import count_attention, read_schedule, sum_flops
 from gemma2_jax.planning.traffic import read_traffic, sum_traffic
 from gemma2_jax.training.step import Program
 
@@ -177,6 +179,37 @@ def test_fsdp_gathers_one_layer_at_a_time():
     assert found.arguments >= sum(argument_bytes(found.program).values())
 
 
+def count_flops(step: CompiledStep) -> Counter:
+    """FLOPs of all GPUs, by part and pass."""
+    config, mesh = step.program.config, step.program.mesh
+    attention = count_attention(config.model, config.train.sequence_length)
+    items = read_schedule(step.text, mesh.shape, attention, step.layers_per_stage)
+    return Counter({key: flops * mesh.size for key, flops in sum_flops(items).items()})
+
+
+def expect_flops(config: Config) -> Counter:
+    """What a step should do, from the model's sizes."""
+    train, rank = config.train, config.adapter.rank if config.adapter.kind == "lora" else 0
+    step = DenseStep(
+        model=describe_gemma(config.model),
+        rows=train.global_batch_size,
+        length=train.sequence_length,
+        rank=rank,
+        adapted=("attention/qkv", "attention/o", "mlp/gate_up", "mlp/down") if rank else (),
+    )
+    return sum_flops(step.describe())
+
+
+@needs_plugin
+def test_flops_of_products():
+    """Products with weights, forward, backward and recomputed; scores here are those of XLA's attention."""
+    step = small(fsdp=8)
+    found, expected = count_flops(step), expect_flops(step.program.config)
+    parts = [key for key in expected if key[0] != "attention/attend"]
+    assert len(parts) == 4 * 3 + 2
+    assert {key: found[key] for key in parts} == {key: expected[key] for key in parts}
+
+
 @needs_plugin
 def test_subprocess_gives_the_same_plan():
     """JAX is in use in this process; the numbers are those of a step that is compiled here all the same."""
@@ -253,6 +286,7 @@ def kernels(found: CompiledStep) -> tuple[Counter, dict[str, int]]:
     ],
 )
 def test_kernels_in_every_layer(name, mesh):
+    """They run as often as they must, and a step does the FLOPs that it should."""
     config = replace(recipes.load_recipe(name), mesh=mesh)
     model = replace(config.model, layers=3, vocab_size=2048)
     train = replace(config.train, sequence_length=6144, global_batch_size=2, micro_batch_size=1)
@@ -261,6 +295,8 @@ def test_kernels_in_every_layer(name, mesh):
     found = compile_step(config, math.prod(vars(mesh).values()))
     run, needed = kernels(found)
     assert run == needed
+    flops, expected = count_flops(found).total(), expect_flops(config).total()
+    assert abs(flops / expected - 1) < 0.01, f"{flops:.4g} FLOPs, and not {expected:.4g}"
     # No scores of all pairs; no other dim has this size.
     assert not re.search(r"\[(?:\d+,)*6144,(?:\d+,)*6144(?:,\d+)*\]", found.text)
 
@@ -299,6 +335,9 @@ def test_real_steps_fit(name, mesh, length):
     # XLA repeats a kernel rather than keep its result, where it takes memory to be short: 27B on eight GPUs.
     assert run.keys() == needed.keys() and all(run[name] >= needed[name] for name in needed)
     assert found.total <= USABLE_BYTES, describe_fit(found.total)
+    if config.adapter.kind != "dora" and mesh.stage == 1 and run == needed:
+        flops, expected = count_flops(found).total(), expect_flops(config).total()
+        assert abs(flops / expected - 1) < 0.01, f"{flops:.4g} FLOPs, and not {expected:.4g}"
     assert found.lower_seconds + found.compile_seconds < 60
 
 

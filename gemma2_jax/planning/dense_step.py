@@ -1,0 +1,150 @@
+"""A training step of any dense decoder as a schedule, from its sizes alone: no program, no compiler.
+
+It is for models that this package does not have, whose published times say how good the estimates of `speed` are, and
+to check that a compiled step does the FLOPs that it should. The kernels are those that a good program would launch: one
+for each product, with its inputs and outputs read and written once, and one for each chain of elementwise operations.
+The mesh is one of `fsdp` shards, each of which gathers a layer's weights while it computes the layer before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from gemma2_jax.planning.schedule import Item, Loop, Pass, Send, Wait, Work
+from gemma2_jax.planning.traffic import SENT
+
+if TYPE_CHECKING:
+    from gemma2_jax.model_config import ModelConfig
+
+_BYTES = 2  # bfloat16
+_STATE_BYTES = 28  # read and written by AdamW for each trained weight: weight, two moments and gradient in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """The sizes of a decoder with a gated MLP and grouped-query attention."""
+
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    layers: int
+    vocab_size: int
+    windows: tuple[int | None, ...] = (None,)  # of the layers, by turns; None sees all before it
+    norms: int = 2  # of a layer
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The inputs and outputs of each product with weights in a layer."""
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        return {
+            "attention/qkv": (self.width, queries + 2 * keys),
+            "attention/o": (queries, self.width),
+            "mlp/gate_up": (self.width, 2 * self.mlp_width),
+            "mlp/down": (self.mlp_width, self.width),
+        }
+
+    def count_pairs(self, length: int) -> float:
+        """Pairs of a query and a key that it sees, in one head of an average layer and one row."""
+        spans = [min(window or length, length) for window in self.windows]
+        return sum(span * (span + 1) / 2 + (length - span) * span for span in spans) / len(spans)
+
+
+def describe_gemma(config: ModelConfig) -> DenseModel:
+    """The sizes of a Gemma 2."""
+    names = ("width", "mlp_width", "heads", "kv_heads", "head_width", "layers", "vocab_size")
+    windows = (config.window, None) if config.layers % 2 == 0 else (config.window, None) * (config.layers // 2)
+    return DenseModel(**{name: getattr(config, name) for name in names}, windows=windows, norms=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseStep:
+    """How a step trains the model on one of its GPUs."""
+
+    model: DenseModel
+    rows: int  # of a pass, on one GPU
+    length: int
+    passes: int = 1
+    fsdp: int = 1
+    rank: int = 0  # of LoRA adapters on the projections; 0 trains all weights
+    adapted: tuple[str, ...] = ()  # projections with adapters
+    remat: Literal["none", "block"] = "block"
+    gathers: int = 2  # times in a pass that a layer's weights are gathered
+    attention_products: int = 7  # of the attention kernels' backward pass: 5 in one kernel, 7 in two
+
+    def describe(self) -> tuple[Item, ...]:
+        """The step as a schedule."""
+        forward = Loop(self.model.layers, tuple(self._gather("forward", self._layer("forward"))))
+        again = () if self.remat == "none" else tuple(self._layer("recomputed"))
+        gathered = "backward" if self.gathers > 1 else None
+        backward = Loop(self.model.layers, tuple(self._gather(gathered, (*again, *self._layer("backward")))))
+        one_pass = (forward, *self._logits(), backward)
+        return (Loop(self.passes, one_pass), self._update())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass on one GPU."""
+        return self.rows * self.length
+
+    def _layer(self, pass_name: Pass) -> Iterator[Work]:
+        for part, (inputs, outputs) in self.model.projections.items():
+            yield from self._product(part, inputs, outputs, pass_name)
+            if part == "attention/qkv":
+                yield self._attend(pass_name)
+        moved = self.model.norms * 2 * self.tokens * self.model.width * _BYTES
+        gated = 3 * self.tokens * self.model.mlp_width * _BYTES
+        yield Work(part="norm", pass_name=pass_name, memory=moved)
+        yield Work(part="mlp", pass_name=pass_name, memory=gated)
+
+    def _product(self, part: str, inputs: int, outputs: int, pass_name: Pass) -> Iterator[Work]:
+        """A product with weights: forward, or by its inputs, and by its weights where they are trained."""
+        flops = 2 * self.tokens * inputs * outputs
+        memory = _BYTES * (self.tokens * (inputs + outputs) + inputs * outputs)
+        products = 1 if pass_name != "backward" or self.rank else 2
+        for _ in range(products):
+            yield Work(part=part, pass_name=pass_name, products=flops, memory=memory)
+        if part in self.adapted:
+            for down, up in ((inputs, self.rank), (self.rank, outputs)):
+                for _ in range(2 if pass_name == "backward" else 1):
+                    yield Work(
+                        part=part,
+                        pass_name=pass_name,
+                        products=2 * self.tokens * down * up,
+                        memory=_BYTES * self.tokens * (down + up),
+                    )
+
+    def _attend(self, pass_name: Pass) -> Work:
+        model = self.model
+        product = 2 * self.rows * model.count_pairs(self.length) * model.heads * model.head_width
+        products = self.attention_products if pass_name == "backward" else 2
+        moved = self.tokens * (2 * model.heads + 2 * model.kv_heads) * model.head_width * _BYTES
+        memory = moved * (2 if pass_name == "backward" else 1)
+        return Work(part="attention/attend", pass_name=pass_name, attention=products * product, memory=memory)
+
+    def _logits(self) -> Iterator[Work]:
+        for pass_name in ("forward", "backward"):
+            yield from self._product("loss", self.model.width, self.model.vocab_size, pass_name)
+
+    def _gather(self, name: str | None, work: tuple[Work, ...] | Iterator[Work]) -> Iterator[Item]:
+        """The work of a layer, beside which the next layer's weights come, and in the backward pass gradients go."""
+        weights = sum(inputs * outputs for inputs, outputs in self.model.projections.values())
+        kinds: dict[str, float] = {} if self.fsdp == 1 or name is None else {"all-gather": weights * _BYTES}
+        if name == "backward" and self.fsdp > 1 and not self.rank:
+            kinds["reduce-scatter"] = weights * _BYTES / self.fsdp
+        for kind, size in kinds.items():
+            sent = size * SENT[kind](self.fsdp)
+            yield Send(name=f"{name} {kind}", kind=kind, axes="fsdp", sent=sent, is_async=True)
+        yield from work
+        for kind in kinds:
+            yield Wait(f"{name} {kind}")
+
+    def _update(self) -> Work:
+        weights = sum(inputs * outputs for inputs, outputs in self.model.projections.values())
+        trained = weights * self.model.layers + self.model.vocab_size * self.model.width
+        if self.rank:
+            sizes = (self.model.projections[part] for part in self.adapted)
+            trained = self.model.layers * self.rank * sum(map(sum, sizes))
+        return Work(part="optimizer", pass_name="update", memory=trained * _STATE_BYTES / self.fsdp)
