@@ -118,6 +118,7 @@ def describe_device(interpret: bool) -> dict[str, str]:
 def run_checks(console: Console, command: Command) -> tuple[list[dict], list[str]]:
     """Checks every case and prints a table; returns the checks, and a sentence for each failure."""
     from benchmarks import attention
+    from gemma2_jax.model.attention import checking
 
     table = Table(
         title="Errors against float32, of the worst head, and in brackets those of XLA in bfloat16",
@@ -126,10 +127,10 @@ def run_checks(console: Console, command: Command) -> tuple[list[dict], list[str
     names = "out", "lse", "dq", "dk", "dv"
     for column in ("case", "tanh", *names, "twice"):
         table.add_column(column, justify="right" if column in names else "left")
-    checks: list[attention.Check] = []
+    checks: list[checking.Check] = []
     for case in [case for name in command.shapes for case in attention.list_checked(name, command.interpret)]:
         print(f"checking {case}", file=sys.stderr)
-        for check in attention.check_case(case, command.interpret):
+        for check in checking.check_case(case, attention.list_builds(command.interpret)):
             cells = [_format_error(check.errors.get(name), check.xla.get(name)) for name in names]
             table.add_row(check.case, check.tanh, *cells, "the same" if check.same else "[red]not the same[/red]")
             checks.append(check)
@@ -146,6 +147,7 @@ def _format_error(error: float | None, xla_error: float | None) -> str:
 def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     """Times every layer of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
+    from gemma2_jax.model.attention import checking
 
     table = Table(title="ms and TFLOP/s; cuDNN is without the soft cap, which it lacks", title_justify="left")
     for column in ("layer", "pass", "kernel", "XLA", "XLA / kernel", "cuDNN, no cap", "published, no cap"):
@@ -153,8 +155,8 @@ def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     numbers, notes = [], []
     for layer in [layer for name in shapes for layer in attention.list_timed_layers(name)]:
         print(f"timing {layer}", file=sys.stderr)
-        kernel = attention.time_passes(attention.kernel_attention(layer), layer)
-        xla = _time_peer("XLA", attention.xla_attention(layer), layer, notes)
+        kernel = attention.time_passes(checking.kernel_attention(layer), layer)
+        xla = _time_peer("XLA", checking.xla_attention(layer), layer, notes)
         cudnn = {} if layer.packed else _time_peer("cuDNN", attention.cudnn_attention(layer), layer, notes)
         plain = layer.length == 8192 and layer.window is None and not layer.packed
         for name, seconds in kernel.items():
@@ -188,6 +190,7 @@ def _format_speed(seconds: float | None, flops: float) -> str:
 def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     """Times every cache of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
+    from gemma2_jax.model.attention import checking
 
     peak = f"the {PEAK_BYTES / 1e12:.2f} TB/s of an H100 SXM"
     title = f"µs of a call, GB/s of the keys and values seen, and their share of {peak}"
@@ -197,7 +200,7 @@ def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     numbers = []
     for case in [case for name in shapes for case in attention.list_timed_caches(name)]:
         print(f"timing {case}", file=sys.stderr)
-        steps = {"kernel": attention.kernel_decode(case), "xla": attention.xla_decode(case)}
+        steps = {"kernel": checking.kernel_decode(case), "xla": checking.xla_decode(case)}
         sides = {name: attention.time_decode(step, case) for name, step in steps.items()}
         speeds = [
             f"{time * 1e6:.1f} µs {case.bytes / time / 1e9:5,.0f} {case.bytes / time / PEAK_BYTES:4.0%}"

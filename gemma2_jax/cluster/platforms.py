@@ -75,9 +75,26 @@ def enable_cache() -> None:
     jax_internals.replace_damaged_programs(_report_damage)
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(caches / "gemma2_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     compilation_cache.reset_cache()  # JAX decides once whether it has one, with its first program
+
+
+def cache_root() -> Path:
+    """The folder of all that this package keeps for a next time: gemma2_jax in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma2_jax"
+
+
+def find_driver() -> str | None:
+    """The version of NVIDIA's kernel module; None where there is none."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)*", path.read_text()) if path.exists() else None
+    return found[0] if found else None
+
+
+def name_gpu(index: int) -> str:
+    """The GPU that CUDA counts as `index` in this process, as CUDA_VISIBLE_DEVICES names it for another process."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _report_damage(program: str) -> None:

@@ -20,6 +20,8 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
+from gemma2_jax import command_line
+from gemma2_jax.cluster import kernel_records
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.convert.checkpoints import Checkpoint, load_weights
 from gemma2_jax.convert.describe import describe_adapter
@@ -36,7 +38,7 @@ from gemma2_jax.inference.settings import TextSettings
 from gemma2_jax.inference.text import encode_prompt
 from gemma2_jax.mesh import describe_mesh, stored_sharding
 from gemma2_jax.model import lora
-from gemma2_jax.model.attention.choice import choose_attention
+from gemma2_jax.model.attention.choice import Experience, choose_attention
 from gemma2_jax.model.gemma2 import Gemma2, Weights, flatten_state, rebuild_model, weight_dims
 from gemma2_jax.model_config import AdapterConfig, DType, ModelConfig, is_adapter_path
 
@@ -298,7 +300,8 @@ def _for_inference(mesh: Mesh) -> Mesh:
 def _model_skeleton(checkpoint: Checkpoint, mesh: Mesh, dtype: DType) -> LoadedModel:
     """The model of a checkpoint without memory: shapes in place of weights."""
     config = complete_config(checkpoint)
-    attention, _ = choose_attention(config, ComputeConfig(dtype=dtype), mesh.devices.flat[0])
+    examine = partial(_examine_kernels, config, mesh)
+    attention, _ = choose_attention(config, ComputeConfig(dtype=dtype), mesh.devices.flat[0], examine)
 
     def create() -> LoadedModel:
         model = LoadedModel(config, attention=attention, dtype=dtype, rngs=nnx.Rngs(0))
@@ -306,6 +309,18 @@ def _model_skeleton(checkpoint: Checkpoint, mesh: Mesh, dtype: DType) -> LoadedM
         return model
 
     return nnx.eval_shape(create)
+
+
+def _examine_kernels(config: ModelConfig, mesh: Mesh) -> Experience:
+    """What is known of the kernels on these devices; says once that they are not used, and why."""
+    experience = kernel_records.examine(config, mesh, kernel_records.INFERENCE)
+    if experience.fault and experience.fault not in _said:
+        _said.add(experience.fault)
+        command_line.notify(f"attention is by xla: mosaic {experience.fault}")
+    return experience
+
+
+_said: set[str] = set()
 
 
 def _assemble_model(skeleton: LoadedModel, weights: Weights, checkpoint: Checkpoint, mesh: Mesh) -> LoadedModel:

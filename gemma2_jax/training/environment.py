@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 
+from gemma2_jax.cluster import platforms
+
 _COMPUTING = "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin flax optax orbax-checkpoint grain transformers numpy"
 PACKAGES = ("gemma2-jax", *_COMPUTING.split())
 _GIT_SECONDS = 10  # that Git may take on a slow disk
@@ -56,7 +58,7 @@ def describe_environment(step: int) -> dict[str, Any]:
         "devices": dict(Counter(device.device_kind for device in jax.devices())),
         "processes": jax.process_count(),
         "backend": jax.devices()[0].client.platform_version,
-        "driver": _find_driver(),
+        "driver": platforms.find_driver(),
         "host": socket.gethostname(),
         "system": f"{_find_distribution()}, {platform.platform()}",
         "cpus": os.cpu_count(),
@@ -98,13 +100,6 @@ def _find_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # a plugin for other devices
     return versions
-
-
-def _find_driver() -> str | None:
-    """The version of NVIDIA's kernel module; None where there is none."""
-    path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)*", path.read_text()) if path.exists() else None
-    return found[0] if found else None
 
 
 def _find_distribution() -> str:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gemma2_jax.mesh as meshes
 from gemma2_jax import dims
+from gemma2_jax.cluster import kernel_records
 from gemma2_jax.config import Config
 from gemma2_jax.data.mixtures import list_sources
 from gemma2_jax.data.sources import SPLITS, Split
@@ -66,7 +67,10 @@ class Program:
         meshes.check_mesh(config, mesh)
         self.config, self.mesh = config, mesh
         self.device = mesh.devices.flat[0]  # what it is compiled for
-        self.attention, self.attention_reason = choose_attention(config.model, config.compute, self.device)
+        parts = kernel_records.INFERENCE if config.sample.tokens else kernel_records.TRAINING
+        self.attention, self.attention_reason = choose_attention(
+            config.model, config.compute, self.device, partial(kernel_records.examine, config.model, mesh, parts)
+        )
         skeleton = nnx.eval_shape(self._create_model)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
         self.letters = gemma2.weight_dims(skeleton)

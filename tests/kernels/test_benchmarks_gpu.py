@@ -21,9 +21,11 @@ import pytest
 from compilers import needs_plugin
 
 from benchmarks import attention, gpu
-from benchmarks.attention import Cached, Check, Layer
 from gemma2_jax.kernels import reference
 from gemma2_jax.kernels.shapes import SHAPES
+from gemma2_jax.model.attention import cases, checking
+from gemma2_jax.model.attention.cases import Cached, Layer
+from gemma2_jax.model.attention.checking import Check
 from gemma2_jax.planning import described_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +63,8 @@ def lower_programs(exhaustive: bool) -> dict[str, list]:
             q, k, v, d = layer.shapes()
             mask = jax.eval_shape(layer.mask)
             for attend in (
-                attention.kernel_attention,
-                attention.xla_attention,
+                checking.kernel_attention,
+                checking.xla_attention,
                 *([] if layer.packed else [attention.cudnn_attention]),
             ):
                 run = attention.compile_passes(attend(layer))
@@ -75,7 +77,7 @@ def lower_programs(exhaustive: bool) -> dict[str, list]:
             q, k, v = case.shapes()
             position = jax.ShapeDtypeStruct((len(case.positions),), jnp.int32)
             kv_caches = [(k, v)] * attention.count_caches(case)
-            for decode in attention.kernel_decode, attention.xla_decode:
+            for decode in checking.kernel_decode, checking.xla_decode:
                 chain = jax.jit(attention.chain_calls(decode(case), case))
                 programs[f"{case} {decode.__name__}"] = [count_kernels(chain, q, kv_caches, position)]
     return programs
@@ -210,7 +212,7 @@ def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, c
     """Nothing is timed then, and the exit status is 1."""
     kernels = {"attention": (fake_attention, break_attention), "decode": (fake_decode, break_decode)}
     for name, (kernel, break_kernel) in kernels.items():
-        monkeypatch.setattr(attention, name, break_kernel(kernel) if break_kernel else kernel)
+        monkeypatch.setattr(checking, name, break_kernel(kernel) if break_kernel else kernel)
     try:
         gpu.main(["--check-only", "--interpret", "--shapes", "27b"])
         status = 0
@@ -229,10 +231,10 @@ def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, c
 def test_one_key_of_a_long_window_is_caught(monkeypatch):
     """Where a key weighs little: scores are far from the cap, and a row sees 512."""
     shape = replace(SHAPES["2b"], heads=1, kv_heads=1)
-    monkeypatch.setattr(attention, "scale_to_cap", lambda q, shape: q)
-    monkeypatch.setattr(attention, "attention", drop_key(fake_attention))
+    monkeypatch.setattr(cases, "scale_to_cap", lambda q, shape: q)
+    monkeypatch.setattr(checking, "attention", drop_key(fake_attention))
     layer = Layer(name="2b", shape=shape, rows=1, length=768, window=512)
-    (check,) = attention.check_case(layer, interpret=True)
+    (check,) = checking.check_case(layer, [checking.INTERPRETED])
     assert any("out is off" in failure for failure in check.failures)
 
 
@@ -260,8 +262,8 @@ def test_errors_are_of_the_worst_head():
     off = {name: x.copy() for name, x in expected.items()}
     off["out"][:, :, 3] *= 1.5
     off["lse"][0, 1, 2] = -0.25
-    assert attention.measure_errors(off, expected) == {"out": 0.5, "lse": 0.25}
-    assert np.isnan(attention.measure_errors({"out": np.full((1, 8, 4, 2), np.nan)}, expected)["out"])
+    assert checking.measure_errors(off, expected) == {"out": 0.5, "lse": 0.25}
+    assert np.isnan(checking.measure_errors({"out": np.full((1, 8, 4, 2), np.nan)}, expected)["out"])
 
 
 def test_measured_time_is_that_of_a_call():
@@ -293,8 +295,8 @@ def test_rounds_are_as_long_as_asked():
 def test_timing_loop(monkeypatch, capsys, tmp_path):
     """All of the command, with stand-ins for the kernels and tiny cases: cuDNN is not there, and a note says so."""
     shape = replace(SHAPES["27b"], heads=2, kv_heads=1, window=32)
-    monkeypatch.setattr(attention, "attention", fake_attention)
-    monkeypatch.setattr(attention, "decode", fake_decode)
+    monkeypatch.setattr(checking, "attention", fake_attention)
+    monkeypatch.setattr(checking, "decode", fake_decode)
     monkeypatch.setattr(attention, "L2_BYTES", 2**12)
     monkeypatch.setattr(attention, "measure_seconds", partial(attention.measure_seconds, least=0.001, rounds=1))
     layer, cached = partial(Layer, name="27b", shape=shape), partial(Cached, name="27b", shape=shape)

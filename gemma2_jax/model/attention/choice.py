@@ -33,6 +33,37 @@ class Implementation:
     limits: Limits = field(default_factory=Limits)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What is known of the kernels from running them on the devices at hand: see `cluster.kernel_records`.
+
+    Attributes:
+      was_run: whether they were; on devices that are only described they cannot be.
+      fault: why they must not be used, as a verb and its object; empty where they agree with their meaning.
+      time_ratio: the time that they take over that of XLA's attention; None where they were not timed.
+    """
+
+    was_run: bool = False
+    fault: str = ""
+    time_ratio: float | None = None
+
+    @property
+    def slowness(self) -> str:
+        """Why they are not the fastest; empty where they are, or nobody knows."""
+        if self.time_ratio is None or self.time_ratio <= 1:
+            return ""
+        return f"was timed on this device and takes {self.time_ratio:.2f} of xla's time"
+
+    @property
+    def speed(self) -> str:
+        """How fast they are, to follow "the fastest here"."""
+        if not self.was_run:
+            return ""
+        if self.time_ratio is None:
+            return ", by design: not yet timed on this device, which python -m gemma2_jax.check does"
+        return f", in {self.time_ratio:.2f} of xla's time"
+
+
 # In the order of their speed, the fastest at the top.
 IMPLEMENTATIONS = {
     "mosaic": Implementation(
@@ -42,10 +73,15 @@ IMPLEMENTATIONS = {
 }
 
 
-def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tuple[Implementation, str]:
+def choose_attention(
+    model: ModelConfig, compute: ComputeConfig, device, examine: Callable[[], Experience] = Experience
+) -> tuple[Implementation, str]:
     """The implementation for a model on devices like this one, and a description: "xla (as asked)".
 
-    Raises ValueError where `compute.attention` names one that lacks what the model or the device needs.
+    `examine` says what is known of the kernels there, and is asked only where they would be used.
+
+    Raises ValueError where `compute.attention` names one that lacks what the model or the device needs, or is known to
+    fail there.
     """
     lacking: dict[str, str] = {}
     for name, implementation in IMPLEMENTATIONS.items():
@@ -57,10 +93,15 @@ def choose_attention(model: ModelConfig, compute: ComputeConfig, device) -> tupl
         )
         if lack:
             lacking[name] = lack
-    name = compute.attention
+    name, experience = compute.attention, Experience()
+    if "mosaic" not in lacking and name in ("auto", "mosaic"):
+        experience = examine()
+        if fault := experience.fault or (experience.slowness if name == "auto" else ""):
+            lacking["mosaic"] = fault
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
-        reason = "; ".join(["the fastest here", *(f"{name} {lack}" for name, lack in lacking.items())])
+        speed = experience.speed if name == "mosaic" else ""
+        reason = "; ".join([f"the fastest here{speed}", *(f"{name} {lack}" for name, lack in lacking.items())])
     elif name in lacking:
         able = " or ".join(choice for choice in ("auto", *IMPLEMENTATIONS) if choice not in lacking)
         raise ValueError(f"compute.attention {name} {lacking[name]}; use {able}")

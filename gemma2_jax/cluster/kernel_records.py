@@ -1,0 +1,216 @@
+"""What is known of the attention kernels on the devices at hand: a file for each kind of device and all that compiles.
+
+A kernel that was never run on a GPU, with this driver and these packages, is not trusted: `examine` has it run once
+(`kernel_check`), before the first step, and keeps what was found as kernels/KEY.json in the package's cache folder,
+which hosts may share. The key is of the device's kind, its driver, the versions of what compiles, the kernels' own
+source and the shape of attention: where one of them changes, the kernels are run again. Processes of one run agree by
+the worst of what they found.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gemma2_jax import command_line, kernels
+from gemma2_jax.cluster import hosts, platforms
+from gemma2_jax.cluster.kernel_check import PARTS, Finding, Part, Spec, check_kernels, local_shape
+from gemma2_jax.model import attention
+from gemma2_jax.model.attention.choice import Experience
+from gemma2_jax.model_config import ModelConfig
+
+TRAINING: tuple[Part, ...] = ("attention",)
+INFERENCE: tuple[Part, ...] = PARTS
+# Packages that make machine code of a kernel, or run it.
+_COMPILERS = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime"),
+)
+CHECK = "python -m gemma2_jax.check"
+_known: dict[tuple, Experience] = {}  # of this process, which asks for each model it makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What was found on one kind of device.
+
+    Attributes:
+      environment: what the key is of, in words.
+      time: when it was found.
+      findings: of each case.
+    """
+
+    environment: dict[str, Any]
+    time: str
+    findings: tuple[Finding, ...]
+
+    def describe_fault(self, parts: Sequence[Part]) -> str:
+        """Why the kernels must not be used for these parts, as a verb and its object; empty where they may be."""
+        faults = [finding for finding in self.findings if finding.part in parts and finding.is_fault]
+        if not faults:
+            return ""
+        more = f" and in {len(faults) - 1} more" if len(faults) > 1 else ""
+        return f"failed on this device on {self.time[:10]} ({faults[0]}{more}; {CHECK} runs it again)"
+
+    def describe_gap(self, parts: Sequence[Part]) -> str | None:
+        """Why some of these parts were not checked, for a reason that is not the kernels'; None where all were."""
+        reasons = [finding for finding in self.findings if finding.verdict == "not checked"]
+        checked = {finding.part for finding in self.findings} - {finding.part for finding in reasons}
+        if {*parts} <= checked:
+            return None
+        return reasons[0].detail if reasons else "the check ended early"
+
+    def time_ratio(self, parts: Sequence[Part]) -> float | None:
+        """The kernels' time over that of XLA's attention, in all that was timed; None where nothing was."""
+        timed = [finding for finding in self.findings if finding.part in parts and finding.verdict == "was timed"]
+        kernel, xla = (sum(getattr(finding, name) for finding in timed) for name in ("kernel_seconds", "xla_seconds"))
+        return kernel / xla if timed else None
+
+
+def describe_environment(spec: Spec, device: Any) -> dict[str, Any]:
+    """All that a record depends on."""
+    shape = asdict(spec.shape)
+    return {
+        "device": device.device_kind,
+        "driver": platforms.find_driver() or "none",
+        "versions": {name: version for name in _COMPILERS if (version := _find_version(name))},
+        "sources": _digest_sources(),
+        "shape": shape | {"groups": spec.shape.heads // spec.shape.kv_heads},
+        "interpreted": spec.interpret,
+    }
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _digest_sources() -> str:
+    """A digest of the kernels' source, and of what holds them against their meaning."""
+    folders = [Path(package.__file__ or "").parent for package in (kernels, attention)]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def record_path(environment: dict[str, Any]) -> Path:
+    """Where the record of such an environment is kept."""
+    key = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
+    kind = re.sub(r"\W+", "-", environment["device"]).strip("-")
+    return platforms.cache_root() / "kernels" / f"{kind}-{key[:16]}.json"
+
+
+def read_record(environment: dict[str, Any]) -> Record | None:
+    """The record of an environment; None where there is none that can be read."""
+    try:
+        content = json.loads(record_path(environment).read_text())
+        names = {field.name for field in fields(Finding)}
+        findings = tuple(
+            Finding(**{name: value for name, value in finding.items() if name in names})
+            for finding in content["findings"]
+        )
+        return Record(environment=content["environment"], time=content["time"], findings=findings)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_record(record: Record) -> None:
+    """Keeps a record, which appears whole. Where there is no room for it, the next run checks again."""
+    path = record_path(record.environment)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(asdict(record), file, indent=1)
+        Path(file.name).replace(path)
+    except OSError as error:
+        command_line.notify(f"what was found of the kernels is not kept: {command_line.describe_error(error)}")
+
+
+def run_check(spec: Spec, device: Any, **options: Any) -> Record:
+    """Checks the kernels on a device and keeps what was found, unless something else stood in the way of it.
+
+    Times that are known are kept where the kernels are not timed now. `options` are those of `check_kernels`.
+    """
+    environment = describe_environment(spec, device)
+    findings = check_kernels(spec, **options)
+    before = read_record(environment)
+    if before and not spec.timed:
+        findings += [finding for finding in before.findings if "timed" in finding.verdict]
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    record = Record(environment=environment, time=time, findings=tuple(findings))
+    if record.describe_gap(PARTS) is None:
+        write_record(record)
+    return record
+
+
+def examine(model: ModelConfig, mesh: Mesh, parts: tuple[Part, ...], **options: Any) -> Experience:
+    """What is known of the kernels on the devices of a mesh. They are run where nothing is.
+
+    Every process of the mesh calls it, as they agree by the worst of what they know; the first call may take minutes.
+    Of devices that are only described nothing is known. `options` are those of `check_kernels`.
+    """
+    if mesh.devices.flat[0] not in jax.devices():
+        return Experience()
+    device = _local_device(mesh)
+    spec = Spec(shape=local_shape(model, mesh.shape["tensor"]), device=_name_device(device))
+    spec_key = (spec.shape, parts, device.process_index, mesh.devices.size)
+    if spec_key not in _known:
+        _known[spec_key] = _examine_together(spec, mesh, parts, options)
+    return _known[spec_key]
+
+
+def _examine_together(spec: Spec, mesh: Mesh, parts: tuple[Part, ...], options: dict[str, Any]) -> Experience:
+    device = _local_device(mesh)
+    record = read_record(describe_environment(spec, device))
+    if record is None:
+        if jax.process_index() == 0:
+            command_line.notify(
+                f"the attention kernels were never run on {device.device_kind} with this driver and these versions: "
+                "they are checked first, which takes about a minute"
+            )
+        record = run_check(spec, device, **options)
+    own = _judge(record, parts)
+    answers = [json.dumps(asdict(own))]
+    if len({each.process_index for each in mesh.devices.flat}) > 1:
+        answers = hosts.gather_answers(f"attention_kernels/{len(_known)}", answers[0])
+    return _find_worst(Experience(**json.loads(answer)) for answer in answers)
+
+
+def _local_device(mesh: Mesh) -> Any:
+    """The first device of this process, of those of the mesh if it has one there."""
+    return (mesh.local_devices or jax.local_devices())[0]
+
+
+def _judge(record: Record, parts: tuple[Part, ...]) -> Experience:
+    """What a record says of these parts."""
+    fault = record.describe_fault(parts)
+    if not fault and (gap := record.describe_gap(parts)) is not None:
+        fault = f"could not be checked on this device ({gap}; run {CHECK} while nothing else uses the device)"
+    return Experience(was_run=True, fault=fault, time_ratio=record.time_ratio(parts))
+
+
+def _find_worst(experiences: Iterable[Experience]) -> Experience:
+    """That of the process with a fault; else of the one where the kernels are slowest, or were not timed."""
+
+    def badness(experience: Experience) -> tuple[bool, bool, float]:
+        ratio = experience.time_ratio
+        return bool(experience.fault), ratio is None, ratio or 0.0
+
+    return max(experiences, key=badness)
+
+
+def _name_device(device: Any) -> str:
+    """A device of this process as CUDA_VISIBLE_DEVICES names it; empty on platforms that do not know it."""
+    return platforms.name_gpu(device.local_hardware_id) if device.platform == "gpu" else ""
