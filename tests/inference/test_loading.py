@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_serve import ASSETS, CONTEXT, KEY, PROMPTS, SLOTS, TEXT, Served, start_server, wait_until
+from test_serve import ASSETS, CONTEXT, KEY, SLOTS, TEXT, Served, start_server, wait_until
 from test_serve_command import write_adapter
 
 from gemma2_jax.convert.opening import open_checkpoint
@@ -24,6 +24,7 @@ from gemma2_jax.model_config import AdapterConfig
 
 BASE = open_checkpoint(str(ASSETS))
 LONG = 100
+PROMPTS = ["def main(", "import os\n" * 15]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,20 @@ def test_a_name_stands_for_other_weights_while_the_first_ones_go_on(served, fold
     assert "".join(stream) == expected
     unload(served, "name")
     wait_until(lambda: served.service.is_idle)
+
+
+def test_no_row_of_the_cache_serves_another_adapter_of_the_name(served, merged_texts):
+    texts, cached = [], []
+    for path in ("one", "one", "two"):
+        if path == "two" or not texts:
+            unload(served, *["name"] * bool(texts))
+            load(served, "name", path)
+        reply = served.complete(PROMPTS[1], model="name")
+        texts.append(reply.choices[0].text)
+        cached.append(reply.usage.prompt_tokens_details.cached_tokens)
+    assert texts == [merged_texts[name][1] for name in ("one", "one", "two")]
+    assert cached[0] == cached[2] == 0 < cached[1]
+    unload(served, "name")
 
 
 def test_a_place_is_free_when_its_last_text_has_ended(served, slow_engine):
