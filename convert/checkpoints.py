@@ -73,6 +73,12 @@ def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Arra
 
     Raises ValueError naming an array that the checkpoint lacks, or has in another shape.
     """
+    check_wanted(checkpoint, wanted)
+    return {path: load_array(checkpoint.find_source(path), path, want) for path, want in wanted.items()}
+
+
+def check_wanted(checkpoint: Checkpoint, wanted: Abstract) -> None:
+    """Raises ValueError naming an array that the checkpoint lacks, or has in another shape; see `load_weights`."""
     shapes = checkpoint.shapes
     for path, want in wanted.items():
         if path not in shapes:
@@ -85,7 +91,6 @@ def load_weights(checkpoint: Checkpoint, wanted: Abstract) -> dict[str, jax.Arra
                 f"{checkpoint.path} is a checkpoint of another config: it has {path} with shape {stored}, and "
                 f"{want.shape} is wanted"
             )
-    return {path: load_array(checkpoint.find_source(path), path, want) for path, want in wanted.items()}
 
 
 def read_array(checkpoint: Checkpoint, path: str, index: Index) -> np.ndarray:

@@ -52,9 +52,9 @@ ORDER_WITHIN = {
         ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (
-        ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters"), ("engine",),
-        ("completion", "scoring"), ("loaded",), ("harness", "source", "prompts", "conversation", "metrics"),
-        ("batch", "service"), ("http",),
+        ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters", "weights"),
+        ("engine",), ("completion", "scoring"), ("loaded",),
+        ("harness", "source", "prompts", "conversation", "metrics"), ("batch", "service"), ("http",),
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (

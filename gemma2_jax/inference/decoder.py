@@ -6,13 +6,15 @@ context shards of a training mesh keep apart is split over tensor shards, as far
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import describe_mesh, make_mesh, stored_sharding
@@ -32,35 +34,53 @@ from gemma2_jax.model.gemma2 import (
     unstack_layers,
     weight_dims,
 )
-from gemma2_jax.model.int8 import quantize_model
+from gemma2_jax.model.int8 import quantize, quantize_model, summed_dims
 from gemma2_jax.model.lora import projections
 from gemma2_jax.model_config import ModelConfig, is_adapter_path
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight that is read when a decoder takes it, and a stack layer by layer."""
+
+    want: jax.ShapeDtypeStruct  # of the whole stack
+    read: Callable[[int | None, NamedSharding], jax.Array]  # of a layer, or of what is no stack: None
 
 
 class Decoder:
     """The model and its weights; the mesh has data and tensor shards alone.
 
-    The constructor empties `weights`, so that at most one stacked array at a time is in memory twice. Adapters are not
-    merged; a step is faster if the caller merges them (`lora.merge_adapters`).
+    The constructor empties `weights`. Of those in memory, at most one stacked array at a time is there twice; of those
+    that are stored, at most one layer of one is there before it is cast or rounded. Adapters are not merged; a step is
+    faster if the caller merges them (`lora.merge_adapters`).
     """
 
-    def __init__(self, graph: nnx.GraphDef, weights: Weights, mesh: Mesh | None = None, *, int8: bool = False):
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        weights: Weights | dict[str, StoredWeight],
+        mesh: Mesh | None = None,
+        *,
+        int8: bool = False,
+    ):
         """`mesh` is that of the weights, by default one device's; they are moved to `decoding_mesh`.
 
         With `int8`, projections and the embedding are rounded to it (`model.int8`). Raises ValueError if a projection
         still has an adapter, which works on the weight as it was.
         """
-        model = nnx.eval_shape(lambda weights: rebuild_model(graph, weights), dict(weights))
+        shapes = {path: w.want if isinstance(w, StoredWeight) else w for path, w in weights.items()}
+        model = nnx.eval_shape(lambda weights: rebuild_model(graph, weights), shapes)
         self.config: ModelConfig = model.config
         self.mesh = decoding_mesh(mesh or one_device_mesh(), self.config)
         letters = weight_dims(model)
         if int8 and any(map(is_adapter_path, weights)):
             raise ValueError("an adapter beside the weights works on them as they are, and not in int8; leave out int8")
-        self.graph = nnx.graphdef(nnx.eval_shape(unstack_layers, model))
+        summed = {f"blocks/{name}/w": summed_dims(part.equation) for name, part in projections(model).items()}
+        rounded = summed | {"embedding": (1,)} if int8 else {}
+        unstacked = nnx.eval_shape(unstack_layers, model)
+        self.graph = nnx.graphdef(nnx.eval_shape(quantize_model, unstacked) if int8 else unstacked)
         with jax.set_mesh(self.mesh):
-            self.weights = _unstack_weights(weights, letters, self.mesh, model.dtype)
-            if int8:
-                self._change_model(quantize_model)
+            self.weights = _unstack_weights(weights, _Layout(letters, rounded, self.mesh, model.dtype))
             if self.mesh.devices.flat[0].platform == "cpu":
                 self._change_model(transpose_embedding)
         self.adapters: dict[str, int] = {}  # names, and their places in the banks
@@ -173,19 +193,49 @@ def keeps_dtype(path: str) -> bool:
     return "norm/" in path or is_adapter_path(path)
 
 
-def _unstack_weights(weights: Weights, letters: dict[str, str], mesh: Mesh, dtype) -> dict:
+@dataclass(frozen=True)
+class _Layout:
+    """How a decoder has its weights."""
+
+    letters: Mapping[str, str]  # the dims of each, a stack's with L
+    rounded: Mapping[str, tuple[int, ...]]  # those in int8, and the dims that a layer of each is summed over
+    mesh: Mesh
+    dtype: jnp.dtype
+
+
+def _unstack_weights(weights: Weights | dict[str, StoredWeight], layout: _Layout) -> dict:
     """The arrays of a model after `unstack_layers`, nested; `weights` is emptied."""
-    unstacked = {}
+    unstacked: dict[tuple[str | int, ...], jax.Array] = {}
     for path in list(weights):
-        w = weights.pop(path)
-        place = stored_sharding(mesh, letters[path], w.shape)
-        w = jax.device_put(w, place).astype(w.dtype if keeps_dtype(path) else dtype)
         names = path.split("/")
-        if names[0] == "blocks":
-            unstacked |= {("blocks", number, *names[1:]): layer for number, layer in enumerate(_cut_layers(w))}
-        else:
-            unstacked[tuple(names)] = w
+        is_stack = names[0] == "blocks"
+        for number, w in enumerate(_take_layers(weights, path, layout)):
+            place = ("blocks", number, *names[1:]) if is_stack else tuple(names)
+            if path in layout.rounded:
+                unstacked[place], scale = quantize(w, layout.rounded[path])
+                unstacked[(*place[:-1], "scale" if is_stack else "row_scale")] = scale
+            else:
+                unstacked[place] = w if keeps_dtype(path) else w.astype(layout.dtype)
+            del w  # before the next one is read
     return unflatten_dict(unstacked)
+
+
+def _take_layers(weights: Weights | dict[str, StoredWeight], path: str, layout: _Layout) -> Iterator[jax.Array]:
+    """The layers of a stack, or the one array that is none, on the mesh. Takes it out of `weights`."""
+    w, letters, dtype = weights.pop(path), layout.letters[path], layout.dtype
+    is_stack = letters.startswith("L")
+    if isinstance(w, StoredWeight):
+        shape = w.want.shape[is_stack:]
+        place = stored_sharding(layout.mesh, letters[is_stack:], shape)
+        for layer in range(w.want.shape[0]) if is_stack else [None]:
+            yield w.read(layer, place)
+        return
+    w = jax.device_put(w, stored_sharding(layout.mesh, letters, w.shape))
+    w = w if keeps_dtype(path) else w.astype(dtype)
+    layers = _cut_layers(w) if is_stack else [w]
+    del w
+    while layers:
+        yield layers.pop(0)
 
 
 @jax.jit

@@ -36,6 +36,7 @@ from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.engine import Request, make_engine
 from gemma2_jax.inference.settings import TextSettings
 from gemma2_jax.inference.text import encode_prompt
+from gemma2_jax.inference.weights import find_weights
 from gemma2_jax.mesh import describe_mesh, stored_sharding
 from gemma2_jax.model import lora
 from gemma2_jax.model.attention.choice import Experience, choose_attention
@@ -228,13 +229,19 @@ def load_decoder(
     """The model of a checkpoint, ready to generate, on the mesh, by default the first device.
 
     An adapter of the checkpoint is merged into the weights if that is possible, as it would slow down every step;
-    `adapters.attach_adapters` puts others beside them. `int8` is as in `Decoder`.
+    `adapters.attach_adapters` puts others beside them. `int8` is as in `Decoder`. Beside the decoder's own arrays, no
+    more than a layer of one weight, or the embedding, is in memory.
     """
     mesh, dtype = decoding_mesh(mesh or one_device_mesh(), complete_config(checkpoint)), dtype or default_dtype()
-    model = load_model(replace(checkpoint, tokenizer=None), mesh, dtype)
-    graph, adapter, weights = _plain_graph(model), model.adapter, flatten_state(nnx.state(model))
-    del model  # so that the decoder can free each stacked weight
-    return _make_decoder(graph, weights, adapter, mesh, int8=int8)
+    is_merged = not checkpoint.adapter.unmergeable_targets
+    skeleton = _model_skeleton(replace(checkpoint, adapter=AdapterConfig()) if is_merged else checkpoint, mesh, dtype)
+    shapes = flatten_state(nnx.state(skeleton))
+    stored = checkpoint.shapes
+    wanted = {
+        path: jax.ShapeDtypeStruct(w.shape, stored[path].dtype if keeps_dtype(path) and path in stored else dtype)
+        for path, w in shapes.items()
+    }
+    return Decoder(nnx.graphdef(skeleton), find_weights(checkpoint, wanted), mesh, int8=int8)
 
 
 def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSettings, *, chat: bool) -> list[str]:
@@ -249,7 +256,7 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     state = flatten_state(nnx.state(model))
     with jax.set_mesh(model.mesh):
         weights = {path: w if keeps_dtype(path) else w.astype(model.dtype) for path, w in state.items()}
-        decoder = _make_decoder(_plain_graph(model), weights, model.adapter, model.mesh)
+        decoder = _merge_decoder(_plain_graph(model), weights, model.adapter, model.mesh)
     engine = make_engine(decoder, requests)
     completions = [Completion(request, model.tokenizer, settings.stop) for request in requests]
     for request in requests:
@@ -261,9 +268,7 @@ def generate_texts(model: LoadedModel, prompts: Sequence[str], settings: TextSet
     return [completion.text for completion in completions]
 
 
-def _make_decoder(
-    graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh, *, int8: bool = False
-) -> Decoder:
+def _merge_decoder(graph: nnx.GraphDef, weights: Weights, adapter: AdapterConfig, mesh: Mesh) -> Decoder:
     """A decoder with these weights, and the adapter merged if that is possible. Empties `weights`."""
     if adapter.kind != "none" and not adapter.unmergeable_targets:
         merged = rebuild_model(graph, weights)
@@ -273,7 +278,7 @@ def _make_decoder(
         graph, state = nnx.split(merged)
         weights = flatten_state(state)
         del merged, state
-    return Decoder(graph, weights, mesh, int8=int8)
+    return Decoder(graph, weights, mesh)
 
 
 def _plain_graph(model: LoadedModel) -> nnx.GraphDef:
