@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "write a run, or several, as one HTML page with pictures",
     "profile": "say where the time of traced steps went, by scope and by operation",
     "plan": "say whether a training step fits on so many H100s, without any",
+    "check": "look at a machine before a run is paid for: GPUs, kernels, links",
 }
 MODULES = {
     "convert": "gemma2_jax.convert.__main__",

@@ -34,7 +34,7 @@ def refusal(monkeypatch, capsys):
     ("arguments", "said"),
     [
         ("tran", "there is no command tran; did you mean train? There are train, generate, chat, serve, evaluate, "
-         "convert, data, report, profile, plan."),
+         "convert, data, report, profile, plan, check."),
         ("train --config tiny_lora --nonsense x", "there is no option --nonsense."),
         ("train --config tiny_lora --optim.lrr 3", "there is no option --optim.lrr; did you mean --optim.lr or "
          "--optim.min-lr?"),

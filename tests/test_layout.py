@@ -30,7 +30,7 @@ FLOORS = (
     ("planning", "reporting"),
     ("api",),
     ("megatron_bridge",),
-    ("train", "generate", "chat", "serve", "evaluate", "plan", "profile", "report", "data.__main__"),
+    ("train", "generate", "chat", "serve", "evaluate", "plan", "profile", "report", "check", "data.__main__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -49,7 +49,7 @@ ORDER_WITHIN = {
          "profile_tables"),
         ("pipeline",),
         ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
-        ("startup", "resume", "export"), ("loop",),
+        ("startup", "resume", "export"), ("loop",), ("checkup",),
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters", "weights"),
@@ -63,7 +63,7 @@ ORDER_WITHIN = {
     ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.
-COMMANDS_SHARED = {("plan", "train")}
+COMMANDS_SHARED = {("plan", "train"), ("check", "train")}
 FILES = sorted(
     [*(ROOT / "gemma2_jax").rglob("*.py"), *(ROOT / "convert").rglob("*.py"), *(ROOT / "configs").glob("*.py")]
 )

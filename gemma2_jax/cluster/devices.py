@@ -15,34 +15,42 @@ class Peak:
     device_kind: str  # a regular expression that is found in `jax.Device.device_kind`, the name its driver gives it
     tflops: float  # TFLOP/s of dense bfloat16 products that accumulate in float32
     source: str  # whose data sheet; where that states 2:4 sparsity, which training has not, here is half of it
+    memory_bandwidth: float | None = None  # bytes/s, by the same sheet; None where kinds of one name differ in it
+    link_bandwidth: float | None = None  # bytes/s by NVLink in one direction, half of what the sheet states; None: none
 
 
 # The first that fits counts.
 PEAKS = (
-    Peak(r"\bGB200\b", 2500.0, f"{_NVIDIA}/gb200-nvl72: 5 PFLOPS with sparsity a GPU"),
-    Peak(r"\bB200\b", 2250.0, f"{_NVIDIA}/hgx: 4.5 PFLOPS with sparsity a GPU"),
+    Peak(r"\bGB200\b", 2500.0, f"{_NVIDIA}/gb200-nvl72: 5 PFLOPS with sparsity a GPU", 8e12, 900e9),
+    Peak(r"\bB200\b", 2250.0, f"{_NVIDIA}/hgx: 4.5 PFLOPS with sparsity a GPU", 8e12, 900e9),
     Peak(r"\bGH200\b", 989.5, f"{_NVIDIA}/grace-hopper-superchip: 1,979 with sparsity"),
-    Peak(r"\bH200 NVL\b", 835.5, f"{_NVIDIA}/h200: 1,671 with sparsity"),
-    Peak(r"\bH200\b", 989.5, f"{_NVIDIA}/h200: 1,979 with sparsity"),
-    Peak(r"\bH100 NVL\b", 835.5, f"{_NVIDIA}/h100: 1,671 with sparsity"),
-    Peak(r"\bH100 PCIe\b", 756.5, "NVIDIA H100 PCIe product brief: 1,513 with sparsity"),
-    Peak(r"\bH100\b", 989.5, f"{_NVIDIA}/h100: 1,979 with sparsity, of SXM"),
-    Peak(r"\bH20\b", 148.0, "NVIDIA H20 data sheet: 148"),
+    Peak(r"\bH200 NVL\b", 835.5, f"{_NVIDIA}/h200: 1,671 with sparsity", 4.8e12),
+    Peak(r"\bH200\b", 989.5, f"{_NVIDIA}/h200: 1,979 with sparsity", 4.8e12, 450e9),
+    Peak(r"\bH100 NVL\b", 835.5, f"{_NVIDIA}/h100: 1,671 with sparsity", 3.9e12),
+    Peak(r"\bH100 PCIe\b", 756.5, "NVIDIA H100 PCIe product brief: 1,513 with sparsity", 2e12),
+    Peak(r"\bH100\b", 989.5, f"{_NVIDIA}/h100: 1,979 with sparsity, of SXM", 3.35e12, 450e9),
+    Peak(r"\bH20\b", 148.0, "NVIDIA H20 data sheet: 148", 4e12, 450e9),
     Peak(r"\bA[18]00\b", 312.0, f"{_NVIDIA}/a100: 312, of SXM and PCIe; A800 is its chip"),
-    Peak(r"\bA40\b", 149.7, f"{_NVIDIA}/a40: 149.7"),
-    Peak(r"\bA30\b", 165.0, f"{_NVIDIA}/products/a30-gpu: 165"),
-    Peak(r"\bA10\b", 125.0, f"{_NVIDIA}/products/a10-gpu: 125"),
-    Peak(r"\bL40S\b", 362.05, f"{_NVIDIA}/l40s: 362.05"),
-    Peak(r"\bL40\b", 181.05, f"{_NVIDIA}/l40: 181.05"),
-    Peak(r"\bL4\b", 121.0, f"{_NVIDIA}/l4: 242 with sparsity"),
+    Peak(r"\bA40\b", 149.7, f"{_NVIDIA}/a40: 149.7", 696e9),
+    Peak(r"\bA30\b", 165.0, f"{_NVIDIA}/products/a30-gpu: 165", 933e9),
+    Peak(r"\bA10\b", 125.0, f"{_NVIDIA}/products/a10-gpu: 125", 600e9),
+    Peak(r"\bL40S\b", 362.05, f"{_NVIDIA}/l40s: 362.05", 864e9),
+    Peak(r"\bL40\b", 181.05, f"{_NVIDIA}/l40: 181.05", 864e9),
+    Peak(r"\bL4\b", 121.0, f"{_NVIDIA}/l4: 242 with sparsity", 300e9),
 )
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device at most; None where the kind is not in `PEAKS`, or is a slice of one (MIG)."""
+def find_peak(device_kind: str) -> Peak | None:
+    """What a device can do at most; None where the kind is not in `PEAKS`, or is a slice of one (MIG)."""
     if re.search(r"\bMIG\b", device_kind):
         return None
-    return next((peak.tflops * 1e12 for peak in PEAKS if re.search(peak.device_kind, device_kind)), None)
+    return next((peak for peak in PEAKS if re.search(peak.device_kind, device_kind)), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device at most; None where `find_peak` finds none."""
+    peak = find_peak(device_kind)
+    return peak.tflops * 1e12 if peak else None
 
 
 def measure_memory() -> dict[str, int]:

@@ -164,7 +164,7 @@ def examine(model: ModelConfig, mesh: Mesh, parts: tuple[Part, ...], **options: 
     if mesh.devices.flat[0] not in jax.devices():
         return Experience()
     device = _local_device(mesh)
-    spec = Spec(shape=local_shape(model, mesh.shape["tensor"]), device=_name_device(device))
+    spec = Spec(shape=local_shape(model, mesh.shape["tensor"]), device=name_device(device))
     spec_key = (spec.shape, parts, device.process_index, mesh.devices.size)
     if spec_key not in _known:
         _known[spec_key] = _examine_together(spec, mesh, parts, options)
@@ -211,6 +211,6 @@ def _find_worst(experiences: Iterable[Experience]) -> Experience:
     return max(experiences, key=badness)
 
 
-def _name_device(device: Any) -> str:
+def name_device(device: Any) -> str:
     """A device of this process as CUDA_VISIBLE_DEVICES names it; empty on platforms that do not know it."""
     return platforms.name_gpu(device.local_hardware_id) if device.platform == "gpu" else ""
