@@ -18,7 +18,7 @@ import pytest
 from jax import lax
 
 from gemma2_jax import recipes
-from gemma2_jax.cluster import kernel_check, kernel_records, platforms
+from gemma2_jax.cluster import hosts, kernel_check, kernel_records, platforms
 from gemma2_jax.cluster.kernel_check import Finding, Spec, check_kernels, find_reason, local_shape
 from gemma2_jax.config import ComputeConfig, MeshConfig
 from gemma2_jax.kernels.limits import MOSAIC
@@ -276,6 +276,22 @@ def test_broken_kernels_are_not_trained_with(gpu, broken, monkeypatch):
             ValueError, match=r"^compute.attention mosaic failed on this device on .*; use auto or xla$"
         ):
             Program(named, mesh)
+
+
+def test_processes_of_one_mesh_agree(gpu, monkeypatch):
+    """Each gives what it knows, and all go by the process with a fault."""
+    questions = []
+
+    def gather(question: str, answer: str) -> list[str]:
+        questions.append(question)
+        return [answer, json.dumps(asdict(choice.Experience(was_run=True, fault="fails there")))]
+
+    monkeypatch.setattr(hosts, "gather_answers", gather)
+    assert not gpu.examine(AGREES).fault and not questions, "nobody is asked of a mesh of one process"
+    other = SimpleNamespace(**vars(HOPPER) | {"process_index": 1})
+    gpu.mesh.devices = np.array([HOPPER, other])
+    assert gpu.examine(AGREES).fault == "fails there"
+    assert gpu.examine(AGREES, again=True).fault == "fails there" and len(questions) == 1, "it is asked once"
 
 
 def test_the_worst_of_all_processes_counts():

@@ -26,10 +26,15 @@ DIFFERS = Finding(part="decode", case="d", verdict="differs", detail="out is off
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """The command on a small run, with kernels of which a check finds that; its status, output and JSON."""
+    """The command on a small run, with kernels of which a check finds that; its status, output and JSON.
+
+    A run whose kernels are wrong asks for them by name.
+    """
 
     def run(*findings: Finding) -> tuple[int, str, list[dict]]:
         config = small("tiny_lora", tmp_path / "run")
+        if any(finding.is_fault for finding in findings):
+            config = replace(config, compute=replace(config.compute, attention="mosaic"))
         monkeypatch.setattr(check, "parse", lambda arguments, command, program: command(
             config="tiny_lora", run=config, json=tmp_path / "table.json"
         ))  # fmt: skip
