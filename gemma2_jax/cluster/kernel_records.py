@@ -178,7 +178,7 @@ def _examine_together(spec: Spec, mesh: Mesh, parts: tuple[Part, ...], options: 
         if jax.process_index() == 0:
             command_line.notify(
                 f"the attention kernels were never run on {device.device_kind} with this driver and these versions: "
-                "they are checked first, which takes about a minute"
+                "they are checked first, which takes a minute or more"
             )
         record = run_check(spec, device, **options)
     own = _judge(record, parts)
