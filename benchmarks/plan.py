@@ -20,7 +20,7 @@ from gemma2_jax import recipes
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step, make_program
-from gemma2_jax.planning.described_cluster import USABLE_BYTES
+from gemma2_jax.planning.gpus import H100
 from gemma2_jax.planning.report import describe_fit
 from gemma2_jax.planning.traffic import sum_traffic
 
@@ -55,10 +55,10 @@ def fewest(config: Config) -> CompiledStep | None:
                 program = make_program(replace(config, mesh=mesh), gpus)
             except ValueError:  # this mesh does not divide the model
                 continue
-            if sum(argument_bytes(program).values()) > USABLE_BYTES:
+            if sum(argument_bytes(program).values()) > H100.usable_bytes:
                 continue
             found = compiled(config, mesh)
-            if found.total <= USABLE_BYTES:
+            if found.total <= H100.usable_bytes:
                 return found
     return None
 

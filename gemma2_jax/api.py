@@ -408,10 +408,11 @@ def convert(
     return target
 
 
-def plan(config: Config, *, gpus: int = 8) -> "Plan":
-    """What a training step of the config holds and sends on so many H100s, without having any.
+def plan(config: Config, *, gpus: int = 8, device: str = "h100") -> "Plan":
+    """What a training step of the config holds, does and sends on so many GPUs, without having any.
 
-    The real step is compiled for described GPUs, in a process of its own, which takes up to a minute.
+    The real step is compiled for described GPUs, in a process of its own, which takes up to a minute. `device` is a
+    name of `planning.gpus.GPUS`, or a TOML file of a GPU.
 
     Raises ValueError where the run does not divide over the GPUs, and ImportError without the extra `plan`.
 
@@ -419,7 +420,8 @@ def plan(config: Config, *, gpus: int = 8) -> "Plan":
     >>> found.fits, found.mesh
     (True, 'tensor 2')
     """
+    from gemma2_jax.planning.gpus import find_gpu
     from gemma2_jax.planning.report import plan_in_subprocess
 
     _check_config(config)
-    return plan_in_subprocess(config, gpus)
+    return plan_in_subprocess(config, gpus, find_gpu(device))

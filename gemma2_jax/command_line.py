@@ -18,6 +18,7 @@ import threading
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
@@ -181,6 +182,18 @@ def check_paths(command: Any, *names: str) -> None:
     for name in names:
         if getattr(command, name) == "":
             raise ValueError(f"{name} is empty; name a folder ('.' is the current one)")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, which appears whole or not at all. Raises OSError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # JSON may have half a pair of surrogates, which is no text.
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def escape(text: str, kept: str = "") -> str:

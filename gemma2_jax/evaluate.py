@@ -105,10 +105,8 @@ def _print_tables(results: dict[str, Any]) -> None:
 def _write_results(results: dict[str, Any], path: Path) -> None:
     from lm_eval.utils import handle_non_serializable
 
-    partial = path.with_name(f".{path.name}.partial")
     text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    command_line.write_whole(path, text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,50 @@
-"""`python -m gemma2_jax.plan --config NAME --gpus N`: what a training step would hold and send on H100s not at hand.
+"""`python -m gemma2_jax.plan --config NAME --gpus N`: what a training step would hold, do and send on absent GPUs.
 
 The command line only: `planning` compiles the real step at its real size for GPUs that are only described, and reads
-memory and collectives off the result. Nothing here imports JAX before the arguments are understood.
+memory, FLOPs and collectives off the result. Nothing here imports JAX before the arguments are understood.
 """
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
-from gemma2_jax.planning.described_cluster import DEVICE_BYTES, GPUS_PER_HOST, USABLE_BYTES
+from gemma2_jax.planning.gpus import H100, find_gpu
 from gemma2_jax.planning.report import Plan, describe_fit, format_gib, summarize_step
+from gemma2_jax.planning.schedule import PASSES
+from gemma2_jax.planning.speed import FACTORS, StepTime
 from gemma2_jax.planning.traffic import SENT
 from gemma2_jax.train import Recipe, parse
+
+_LEAST_SHARE = 0.02  # of a step's time; parts that take less are one row of the table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Recipe):
-    """Says whether a training step fits on so many H100s, without having any.
+    """Says whether a training step fits on so many GPUs, and how fast it can be, without having any.
 
     The defaults shown are those of the recipe that --config names.
 
     Fields may also be given as group.field=value.
     """
 
-    gpus: int = GPUS_PER_HOST  # H100s, 8 a host
+    gpus: int = H100.gpus_per_host  # GPUs, 8 a host
+    # h100, h100-pcie, h100-nvl, h200, a100-40, a100-80, l40s, b200, or a TOML file with a base and what differs
+    device: str = "h100"
+    price: float | None = None  # dollars for an hour of one GPU
+    json: Path | None = None  # file for all of it as JSON
+
+    def __post_init__(self) -> None:
+        find_gpu(self.device)
+        if self.price is not None and not 0 <= self.price < float("inf"):
+            raise ValueError(f"price is {self.price}; give dollars for an hour of one GPU")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"json is the folder {self.json}; give a file")
 
 
 def main(program: str = "python -m gemma2_jax.plan") -> None:
@@ -40,30 +57,95 @@ def main(program: str = "python -m gemma2_jax.plan") -> None:
     if not console.is_terminal:
         console.width = 120
     try:
-        print_plan(console, summarize_step(compile_step(command.run, command.gpus)))
-    except (ValueError, ImportError) as error:
+        plan = summarize_step(compile_step(command.run, command.gpus, find_gpu(command.device)))
+        print_plan(console, plan, command.price)
+        if command.json is not None:
+            command_line.write_whole(command.json, json.dumps(plan.as_json(), indent=1) + "\n")
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(command_line.fold(f"error: {error}"))
 
 
-def print_plan(console: Console, plan: Plan) -> None:
-    """Prints memory, whether it fits, and traffic."""
+def print_plan(console: Console, plan: Plan, price: float | None = None) -> None:
+    """Prints memory, whether it fits, work, traffic, and how fast a step can be."""
     train = plan.config.train
     owners = " + ".join(f"{name} {format_gib(size)}" for name, size in plan.memory.items())
-    usable = f"{format_gib(USABLE_BYTES)} ({DEVICE_BYTES:,} bytes less 5% for CUDA and NCCL)"
+    usable = f"{format_gib(plan.device.usable_bytes)} ({plan.device.memory_bytes:,} bytes less 5% for CUDA and NCCL)"
     lines = {
-        "devices": f"{plan.gpus} x H100 80GB, compiled for and not run; mesh {plan.mesh}",
+        "devices": f"{plan.gpus} x {plan.device.title}, compiled for and not run; mesh {plan.mesh}",
         "step": f"{train.global_batch_size} rows x {train.sequence_length} tokens, micro batches of "
         f"{train.micro_batch_size} row(s)",
         "one GPU": f"{owners} = {format_gib(plan.total)} GiB",
-        "": f"of {usable}: {describe_fit(plan.total)}",
+        "": f"of {usable}: {describe_fit(plan.total, plan.device)}",
         "compiled": f"lowered in {plan.lower_seconds:.1f} s, compiled in {plan.compile_seconds:.1f} s",
     }
+    _print_lines(console, lines)
+    _print_work(console, plan)
+    if plan.collectives:
+        _print_traffic(console, plan)
+    _print_times(console, plan, price)
+
+
+def _print_lines(console: Console, lines: dict[str, str]) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         grid.add_row(f"[bold]{name}[/bold]", text)
     console.print(grid, highlight=False)
-    if plan.collectives:
-        _print_traffic(console, plan)
+
+
+def _print_work(console: Console, plan: Plan) -> None:
+    """A table of the parts of a step: FLOPs by pass, and seconds by the bound and the estimate."""
+    table = Table("one GPU, a step")
+    passes = [name for name in PASSES if any(name in flops for flops in plan.flops.values())]
+    for column in (*(f"TFLOP {name}" for name in passes), "bound, ms", "estimate, ms"):
+        table.add_column(column, justify="right")
+    bound, estimate = (_sum_parts(time) for time in (plan.bound, plan.estimate))
+    small = [part for part, seconds in estimate.items() if seconds < _LEAST_SHARE * plan.estimate.computing]
+    shown = [part for part in sorted(estimate, key=lambda part: -estimate[part]) if part not in small]
+    rows = {part: [part] for part in shown} | ({"the rest": small} if small else {})
+    for name, parts in (rows | {"all": [*estimate]}).items():
+        flops = [sum(plan.flops.get(part, {}).get(one, 0) for part in parts) for one in passes]
+        seconds = [sum(times[part] for part in parts) for times in (bound, estimate)]
+        if name == "all":
+            table.add_section()
+        cells = [f"{count / 1e12:,.2f}" if count else "" for count in flops]
+        table.add_row(name, *cells, *(f"{time * 1e3:,.1f}" for time in seconds))
+    console.print(table, highlight=False)
+
+
+def _sum_parts(time: StepTime) -> dict[str, float]:
+    """Seconds of work by part, whatever the pass."""
+    total: dict[str, float] = {}
+    for name, seconds in time.work.items():
+        part = name.rpartition(", ")[0]
+        total[part] = total.get(part, 0.0) + seconds
+    return total
+
+
+def _print_times(console: Console, plan: Plan, price: float | None) -> None:
+    exposed = {axes: seconds for axes, seconds in plan.estimate.exposed.items() if seconds}
+    waits = [f"waiting for {axes} {_describe_seconds(seconds)}" for axes, seconds in exposed.items()]
+    shares = ", ".join(f"{name} {factor.share:g}" for name, factor in FACTORS.items())
+    lines = {
+        "no faster than": _describe_time(plan, plan.bound, price),
+        "estimate": _describe_time(plan, plan.estimate, price),
+        "": "; ".join([f"computing {_describe_seconds(plan.estimate.computing)}", *waits]),
+        "neither": f"was measured: the bound has the rates of data sheets, the estimate these shares of them: {shares}",
+    }
+    _print_lines(console, lines)
+
+
+def _describe_time(plan: Plan, time: StepTime, price: float | None) -> str:
+    hours = plan.gpu_hours(time)
+    cost = "" if price is None else f", ${hours * price:,.2f}"
+    return (
+        f"{_describe_seconds(time.total)} a step: {plan.token_rate(time):,.0f} tokens/s a GPU, MFU "
+        f"{plan.flops_utilization(time):.1%}; {plan.config.steps:,} steps take {hours / plan.gpus:,.2f} h, "
+        f"{hours:,.2f} GPU-hours{cost}"
+    )
+
+
+def _describe_seconds(seconds: float) -> str:
+    return f"{seconds:,.3f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
 
 
 def _print_traffic(console: Console, plan: Plan) -> None:

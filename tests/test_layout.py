@@ -58,7 +58,7 @@ ORDER_WITHIN = {
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (
-        ("described_cluster", "hlo"), ("traffic", "memory_traffic"), ("schedule",), ("dense_step",),
+        ("gpus", "hlo"), ("described_cluster", "traffic", "memory_traffic"), ("schedule",), ("dense_step", "speed"),
         ("compiled_step", "compiled_decoding"), ("report",),
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from gemma2_jax.planning.described_cluster import describe_cluster
+from gemma2_jax.planning.gpus import H100
 from gemma2_jax.planning.memory_traffic import read_memory_traffic
 from gemma2_jax.planning.traffic import Collective, read_traffic
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gemma2_jax.model_config import ModelConfig
 
 LOOP = "jit(add_tokens_program)/while"
-MEMORY_BANDWIDTH = 3.35e12  # bytes/s of an H100 SXM (NVIDIA H100 data sheet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class CompiledDecoding:
     @property
     def most_tokens(self) -> float:
         """Tokens per second of all rows that memory allows at most. It is a bound and not an estimate."""
-        return self.rows * MEMORY_BANDWIDTH / self.memory_traffic.total()
+        return self.rows * H100.memory_bandwidth / self.memory_traffic.total()
 
     @property
     def collectives(self) -> list[Collective]:

@@ -1,6 +1,6 @@
 """Compiles the real training step, at its real size, for a described cluster, and reads memory and traffic off it.
 
-Nothing is run, and no running time is predicted. `described_cluster.prepare_jax` must be called before JAX is used.
+Nothing is run. `described_cluster.prepare_jax` must be called before JAX is used.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from gemma2_jax.config import Config
 from gemma2_jax.planning.described_cluster import describe_cluster
+from gemma2_jax.planning.gpus import H100, Gpu
+from gemma2_jax.planning.schedule import Item, count_attention, read_schedule
 from gemma2_jax.planning.traffic import Collective, read_traffic
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ class CompiledStep:
     """A compiled training step. Bytes are those of one GPU."""
 
     program: Program
+    device: Gpu
     lower_seconds: float
     compile_seconds: float
     arguments: int  # bytes of state and batch; the state's memory becomes the next state's
@@ -48,28 +52,35 @@ class CompiledStep:
         stages = self.program.mesh.shape.get("stage", 1)
         return -(-self.program.config.model.layers // stages) if stages > 1 else None
 
+    @cached_property
+    def schedule(self) -> tuple[Item, ...]:
+        """What each GPU does, in its order."""
+        config = self.program.config
+        attention = count_attention(config.model, config.train.sequence_length)
+        return read_schedule(self.text, self.program.mesh.shape, attention, self.layers_per_stage)
+
     @property
     def traffic(self) -> list[Collective]:
         """Every collective of the step."""
         return read_traffic(self.text, self.program.mesh.shape, self.layers_per_stage)
 
 
-def make_program(config: Config, gpus: int) -> Program:
-    """The run of `config` on `gpus` described H100s, before anything is compiled."""
+def make_program(config: Config, gpus: int, device: Gpu = H100) -> Program:
+    """The run of `config` on so many described GPUs, before anything is compiled."""
     from gemma2_jax.mesh import make_mesh
     from gemma2_jax.training.step import Program
 
-    return Program(config, make_mesh(config.mesh, describe_cluster(gpus)))
+    return Program(config, make_mesh(config.mesh, describe_cluster(gpus, device)))
 
 
-def compile_step(config: Config, gpus: int) -> CompiledStep:
-    """The training step of `config`, compiled as the training loop compiles it, for `gpus` described H100s.
+def compile_step(config: Config, gpus: int, device: Gpu = H100) -> CompiledStep:
+    """The training step of `config`, compiled as the training loop compiles it, for so many described GPUs.
 
     Raises ValueError if the run does not divide over the mesh, and ImportError without the extra `plan`.
     """
     import jax
 
-    program = make_program(config, gpus)
+    program = make_program(config, gpus, device)
     state, batch = program.state, program.batch  # before the mesh is set, as optax runs small operations to make these
     with jax.set_mesh(program.mesh):
         start = time.perf_counter()
@@ -83,6 +94,7 @@ def compile_step(config: Config, gpus: int) -> CompiledStep:
     assert memory is not None and text is not None
     return CompiledStep(
         program=program,
+        device=device,
         lower_seconds=lowering_end - start,
         compile_seconds=compiling_end - lowering_end,
         arguments=memory.argument_size_in_bytes,

@@ -1,8 +1,8 @@
-"""A plan as plain numbers: memory of one GPU by owner, traffic by mesh axis, and whether the step fits.
+"""A plan as plain numbers: memory, FLOPs, traffic, whether the step fits, and how fast it can be at best.
 
 A step is compiled for described GPUs in a process of its own (`plan_in_subprocess`), because JAX must be prepared for
-them before it is first used, and the caller may already have used it. `python -m gemma2_jax.planning.report GPUS` is
-that process: it reads a config as text and writes a plan as JSON.
+them before it is first used, and the caller may already have used it. That process is `python -m
+gemma2_jax.planning.report GPUS DEVICE`: it reads a config as text and writes a plan as JSON.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import Config
 from gemma2_jax.planning import described_cluster
-from gemma2_jax.planning.described_cluster import USABLE_BYTES
+from gemma2_jax.planning.gpus import H100, Gpu
+from gemma2_jax.planning.schedule import list_work, sum_flops
+from gemma2_jax.planning.speed import FACTORS, StepTime, time_step
 from gemma2_jax.planning.traffic import Collective, sum_traffic
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ _ERRORS = {kind.__name__: kind for kind in (ValueError, ImportError)}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one training step holds on each of its H100s, and what it sends between them."""
+    """What one training step holds on each of its GPUs, does there, and sends between them."""
 
     config: Config
+    device: Gpu
     gpus: int
     mesh: str  # the mesh in words, such as "data 2 x tensor 4"
     memory: dict[str, int]  # bytes of one GPU by owner: trained weights, optimizer, ..., temporaries, results
@@ -40,11 +43,32 @@ class Plan:
     compile_seconds: float
     layers_per_stage: int | None  # the trip count assumed for loops whose count the compiler does not know
     collectives: tuple[Collective, ...]
+    flops: dict[str, dict[str, int]]  # of one GPU in a step: by part of the model, then by pass
+    memory_traffic: int  # bytes that one GPU reads from its memory and writes to it in a step, caches aside
+    bound: StepTime  # what no run beats, by the rates of data sheets
+    estimate: StepTime  # what may be expected, by `speed.FACTORS`; nobody has measured it
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits in the part of an H100's 80 GB that XLA may allocate."""
-        return self.total <= USABLE_BYTES
+        """Whether the step fits in the part of a GPU's memory that XLA may allocate."""
+        return self.total <= self.device.usable_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.train.global_batch_size * self.config.train.sequence_length
+
+    def token_rate(self, time: StepTime) -> float:
+        """Tokens per second and GPU, where a step takes this time."""
+        return self.tokens / time.total / self.gpus
+
+    def flops_utilization(self, time: StepTime) -> float:
+        """MFU where a step takes this time: `Config.training_flops` over what the GPUs can do at best."""
+        return self.config.training_flops * self.token_rate(time) / (self.device.tflops * 1e12)
+
+    def gpu_hours(self, time: StepTime) -> float:
+        """Hours of all GPUs together for the recipe's steps, where each takes this time."""
+        return time.total * self.config.steps * self.gpus / 3600
 
     @property
     def traffic(self) -> dict[str, Counter]:
@@ -54,14 +78,36 @@ class Plan:
     def __str__(self) -> str:
         owners = " + ".join(f"{name} {format_gib(size)}" for name, size in self.memory.items())
         return (
-            f"{self.gpus} x H100 80GB, mesh {self.mesh}: {owners} = {format_gib(self.total)} GiB a GPU; "
-            f"{describe_fit(self.total)}"
+            f"{self.gpus} x {self.device.title}, mesh {self.mesh}: {owners} = {format_gib(self.total)} GiB a GPU; "
+            f"{describe_fit(self.total, self.device)}"
         )
 
+    def as_json(self) -> dict:
+        """All of it as JSON, with what follows from it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        times = {
+            name: dataclasses.asdict(time)
+            | {
+                "tokens_per_second_and_gpu": self.token_rate(time),
+                "mfu": self.flops_utilization(time),
+                "gpu_hours": self.gpu_hours(time),
+            }
+            for name, time in (("bound", self.bound), ("estimate", self.estimate))
+        }
+        return fields | {
+            "config": config_text.to_text(self.config),
+            "device": dataclasses.asdict(self.device),
+            "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
+            "fits": self.fits,
+            "usable_bytes": self.device.usable_bytes,
+            "factors": {name: dataclasses.asdict(factor) for name, factor in FACTORS.items()},
+            **times,
+        }
 
-def describe_fit(total: int) -> str:
-    """Says whether `total` bytes fit on an H100, and by how much."""
-    spare = USABLE_BYTES - total
+
+def describe_fit(total: int, device: Gpu = H100) -> str:
+    """Says whether `total` bytes fit on such a GPU, and by how much."""
+    spare = device.usable_bytes - total
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
 
 
@@ -74,9 +120,14 @@ def summarize_step(step: "CompiledStep") -> Plan:
     """The plan of a compiled step."""
     from gemma2_jax.planning.compiled_step import argument_bytes
 
+    flops: dict[str, dict[str, int]] = {}
+    for (part, pass_name), count in sum_flops(step.schedule).items():
+        flops.setdefault(part, {})[pass_name] = count
+    bound, estimate = time_step(step.schedule, step.device, step.program.mesh.shape)
     owners = argument_bytes(step.program) | {"temporaries": step.temporaries, "results": step.outputs}
     return Plan(
         config=step.program.config,
+        device=step.device,
         gpus=step.program.mesh.size,
         mesh=step.layout,
         memory=owners,
@@ -85,18 +136,22 @@ def summarize_step(step: "CompiledStep") -> Plan:
         compile_seconds=step.compile_seconds,
         layers_per_stage=step.layers_per_stage,
         collectives=tuple(step.traffic),
+        flops=flops,
+        memory_traffic=round(sum(work.memory * times for work, times in list_work(step.schedule))),
+        bound=bound,
+        estimate=estimate,
     )
 
 
-def plan_in_subprocess(config: Config, gpus: int) -> Plan:
-    """Compiles the training step of `config` for `gpus` H100s in a new process; this one may have used JAX.
+def plan_in_subprocess(config: Config, gpus: int, device: Gpu = H100) -> Plan:
+    """Compiles the training step of `config` for so many GPUs in a new process; this one may have used JAX.
 
     Raises ValueError if the run does not divide over the GPUs, and ImportError without the extra `plan`.
     """
     package = str(Path(configs.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.run(
-        [sys.executable, "-m", "gemma2_jax.planning.report", str(gpus)],
+        [sys.executable, "-m", "gemma2_jax.planning.report", str(gpus), json.dumps(dataclasses.asdict(device))],
         input=config_text.to_text(config),
         capture_output=True,
         text=True,
@@ -108,28 +163,30 @@ def plan_in_subprocess(config: Config, gpus: int) -> Plan:
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
     collectives = tuple(Collective(**fields) for fields in answer.pop("collectives"))
-    return Plan(config=config, collectives=collectives, **answer)
+    times = {name: StepTime(**answer.pop(name)) for name in ("bound", "estimate")}
+    return Plan(config=config, device=device, collectives=collectives, **times, **answer)
 
 
-def _answer(config: Config, gpus: int) -> dict:
+def _answer(config: Config, gpus: int, device: Gpu) -> dict:
     """The fields of a plan without its config, or the error that planning ended with."""
     from gemma2_jax.planning.compiled_step import compile_step
 
     try:
-        plan = summarize_step(compile_step(config, gpus))
+        plan = summarize_step(compile_step(config, gpus, device))
     except (ValueError, ImportError) as error:
         kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
         return {"error": kind, "message": str(error)}
-    names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("config", "collectives")]
-    fields = {name: getattr(plan, name) for name in names}
-    return fields | {"collectives": [dataclasses.asdict(collective) for collective in plan.collectives]}
+    fields = dataclasses.asdict(plan)
+    return {name: value for name, value in fields.items() if name not in ("config", "device")}
 
 
 def main() -> None:
     """Reads a config from standard input, and writes its plan to standard output as JSON."""
     config = config_text.from_text(sys.stdin.read(), "the config of the plan")
     described_cluster.prepare_jax()
-    print(json.dumps(_answer(config, int(sys.argv[1]))))
+    fields = json.loads(sys.argv[2])
+    device = Gpu(**fields | {"capability": tuple(fields["capability"])})
+    print(json.dumps(_answer(config, int(sys.argv[1]), device)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gemma2_jax import config_text
+from gemma2_jax import command_line, config_text
 from gemma2_jax.reporting.figures import Picture, draw_report
 from gemma2_jax.reporting.runs import Run, describe_seconds
 
@@ -22,11 +22,7 @@ class Tile:
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
     """Writes the page, which appears whole. Raises OSError where it cannot be written."""
-    complete = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # JSON may have half a pair of surrogates, which is no text.
-    complete.write_text(render_report(runs), encoding="utf-8", errors="replace")
-    complete.replace(path)
+    command_line.write_whole(path, render_report(runs))
 
 
 def render_report(runs: Sequence[Run]) -> str:

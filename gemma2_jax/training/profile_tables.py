@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax.profiler import ProfileData
 from rich.console import Console
 from rich.table import Table
 
@@ -164,6 +163,8 @@ def read_profile(folder: Path) -> Profile:
         module, first_step, steps = str(fields["module"]), int(fields["first_step"]), int(fields["steps"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / SCOPES_FILE} is not as it was written; trace the run again") from error
+    from jax.profiler import ProfileData  # here, as a planner reads scopes before JAX may be imported
+
     try:
         data = ProfileData.from_file(str(file))
     except RuntimeError as error:
