@@ -22,6 +22,7 @@ COMMANDS = [
     "kills_training",
     "loop",
     "plan",
+    "published_steps",
     "serving",
     "tokenizing",
 ]

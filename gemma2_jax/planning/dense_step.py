@@ -3,12 +3,13 @@
 It is for models that this package does not have, whose published times say how good the estimates of `speed` are, and
 to check that a compiled step does the FLOPs that it should. The kernels are those that a good program would launch: one
 for each product, with its inputs and outputs read and written once, and one for each chain of elementwise operations.
-The mesh is one of `fsdp` shards, each of which gathers a layer's weights while it computes the layer before.
+The mesh has `fsdp` shards, each of which gathers a layer's weights while it computes the layer before, and `tensor`
+shards, which sum their parts of the output of each half of a layer and wait for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +70,7 @@ class DenseStep:
     length: int
     passes: int = 1
     fsdp: int = 1
+    tensor: int = 1
     rank: int = 0  # of LoRA adapters on the projections; 0 trains all weights
     adapted: tuple[str, ...] = ()  # projections with adapters
     remat: Literal["none", "block"] = "block"
@@ -85,24 +87,32 @@ class DenseStep:
         return (Loop(self.passes, one_pass), self._update())
 
     @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of the mesh's axes."""
+        return {"fsdp": self.fsdp, "tensor": self.tensor}
+
+    @property
     def tokens(self) -> int:
         """Tokens of a pass on one GPU."""
         return self.rows * self.length
 
-    def _layer(self, pass_name: Pass) -> Iterator[Work]:
+    def _layer(self, pass_name: Pass) -> Iterator[Item]:
         for part, (inputs, outputs) in self.model.projections.items():
             yield from self._product(part, inputs, outputs, pass_name)
             if part == "attention/qkv":
                 yield self._attend(pass_name)
+            elif part in ("attention/o", "mlp/down") and self.tensor > 1:
+                sent = self.tokens * self.model.width * _BYTES * SENT["all-reduce"](self.tensor)
+                yield Send(name=part, kind="all-reduce", axes="tensor", sent=sent, is_async=False)
         moved = self.model.norms * 2 * self.tokens * self.model.width * _BYTES
-        gated = 3 * self.tokens * self.model.mlp_width * _BYTES
+        gated = 3 * self.tokens * self.model.mlp_width * _BYTES / self.tensor
         yield Work(part="norm", pass_name=pass_name, memory=moved)
         yield Work(part="mlp", pass_name=pass_name, memory=gated)
 
     def _product(self, part: str, inputs: int, outputs: int, pass_name: Pass) -> Iterator[Work]:
         """A product with weights: forward, or by its inputs, and by its weights where they are trained."""
-        flops = 2 * self.tokens * inputs * outputs
-        memory = _BYTES * (self.tokens * (inputs + outputs) + inputs * outputs)
+        flops = 2 * self.tokens * inputs * outputs / self.tensor
+        memory = _BYTES * (self.tokens * (inputs + outputs) + inputs * outputs) / self.tensor
         products = 1 if pass_name != "backward" or self.rank else 2
         for _ in range(products):
             yield Work(part=part, pass_name=pass_name, products=flops, memory=memory)
@@ -112,28 +122,30 @@ class DenseStep:
                     yield Work(
                         part=part,
                         pass_name=pass_name,
-                        products=2 * self.tokens * down * up,
-                        memory=_BYTES * self.tokens * (down + up),
+                        products=2 * self.tokens * down * up / self.tensor,
+                        memory=_BYTES * self.tokens * (down + up) / self.tensor,
                     )
 
     def _attend(self, pass_name: Pass) -> Work:
         model = self.model
         product = 2 * self.rows * model.count_pairs(self.length) * model.heads * model.head_width
-        products = self.attention_products if pass_name == "backward" else 2
+        products = (self.attention_products if pass_name == "backward" else 2) / self.tensor
         moved = self.tokens * (2 * model.heads + 2 * model.kv_heads) * model.head_width * _BYTES
-        memory = moved * (2 if pass_name == "backward" else 1)
+        memory = moved * (2 if pass_name == "backward" else 1) / self.tensor
         return Work(part="attention/attend", pass_name=pass_name, attention=products * product, memory=memory)
 
     def _logits(self) -> Iterator[Work]:
         for pass_name in ("forward", "backward"):
             yield from self._product("loss", self.model.width, self.model.vocab_size, pass_name)
 
-    def _gather(self, name: str | None, work: tuple[Work, ...] | Iterator[Work]) -> Iterator[Item]:
+    def _gather(self, name: str | None, work: Iterable[Item]) -> Iterator[Item]:
         """The work of a layer, beside which the next layer's weights come, and in the backward pass gradients go."""
         weights = sum(inputs * outputs for inputs, outputs in self.model.projections.values())
-        kinds: dict[str, float] = {} if self.fsdp == 1 or name is None else {"all-gather": weights * _BYTES}
+        kinds: dict[str, float] = (
+            {} if self.fsdp == 1 or name is None else {"all-gather": weights * _BYTES / self.tensor}
+        )
         if name == "backward" and self.fsdp > 1 and not self.rank:
-            kinds["reduce-scatter"] = weights * _BYTES / self.fsdp
+            kinds["reduce-scatter"] = weights * _BYTES / self.fsdp / self.tensor
         for kind, size in kinds.items():
             sent = size * SENT[kind](self.fsdp)
             yield Send(name=f"{name} {kind}", kind=kind, axes="fsdp", sent=sent, is_async=True)
@@ -147,4 +159,4 @@ class DenseStep:
         if self.rank:
             sizes = (self.model.projections[part] for part in self.adapted)
             trained = self.model.layers * self.rank * sum(map(sum, sizes))
-        return Work(part="optimizer", pass_name="update", memory=trained * _STATE_BYTES / self.fsdp)
+        return Work(part="optimizer", pass_name="update", memory=trained * _STATE_BYTES / self.fsdp / self.tensor)

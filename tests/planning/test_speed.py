@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.published_steps import BAND, PUBLISHED
 from gemma2_jax.planning.gpus import H100
-from gemma2_jax.planning.schedule import Loop, Send, Wait, Work
+from gemma2_jax.planning.schedule import Loop, Send, Wait, Work, sum_flops
 from gemma2_jax.planning.speed import FACTORS, Rates, bound_time, estimate_time, find_link, time_step
 
 RATES = Rates(products=10.0, attention=5.0, memory=2.0, links={"fsdp": 4.0, "data": 1.0})
@@ -82,3 +83,14 @@ def test_times_on_a_gpu():
     assert (bound.total, bound.sent) == (1, {"fsdp": pytest.approx(0.1)})
     assert estimate.total == pytest.approx(1 / FACTORS["products"].share + 0.1 / FACTORS["link"].share)
     assert estimate.exposed == {"fsdp": pytest.approx(0.1 / FACTORS["link"].share)}
+
+
+@pytest.mark.parametrize("one", PUBLISHED, ids=lambda one: one.name)
+def test_published_steps(one):
+    """No step that was timed beats the bound, and the estimates are as near as docs/planning.md says."""
+    (bound, estimate), (_, recomputing) = one.time("none"), one.time("block")
+    assert bound.total < one.seconds
+    assert BAND[0] < estimate.total / one.seconds < recomputing.total / one.seconds < BAND[1]
+    split = replace(one.step, tensor=4, fsdp=1)
+    whole, parts = (sum_flops(step.describe()).total() * step.tensor for step in (one.step, split))
+    assert parts == pytest.approx(whole)
