@@ -82,8 +82,8 @@ class Answers:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:
-            saved = json.loads(self._settings_path.read_bytes())
-        except (FileNotFoundError, ValueError) as error:
+            saved = dict(json.loads(self._settings_path.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{self.path} has something in it, and {self._settings_path.name} beside it does not say with which "
                 "settings it was made; name another file (--out)"

@@ -230,6 +230,10 @@ def test_texts_of_something_else_are_left_alone(prompts, tmp_path):
     out.write_bytes(before.replace(b"{", b"", 1))
     with pytest.raises(ValueError, match=r"out.jsonl:1 is no answer; mend the file"):
         answer(batch, out)
+    for settings in ("5", "[]", "[1]", "{"):
+        (tmp_path / "out.jsonl.settings.json").write_text(settings)
+        with pytest.raises(ValueError, match="name another file"):
+            answer(batch, out)
     (tmp_path / "out.jsonl.settings.json").unlink()
     with pytest.raises(ValueError, match="does not say with which settings it was made"):
         answer(batch, out)

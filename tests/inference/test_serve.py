@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from gemma2_jax.inference.text import decode_text, encode_prompt
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-gemma2"
 KEY = "secret"
+HEADER_SECONDS = 0.5
 SLOTS, QUEUE, CONTEXT = 3, 2, 128
 PROMPTS = ["def main(", "import os\n\n"]
 QUESTION = [{"role": "user", "content": "What does json.dumps do?"}]
@@ -72,7 +74,7 @@ class Served:
 @contextlib.contextmanager
 def start_server(service: Service, models: dict[str, ServedModel], **options) -> Iterator[Served]:
     opened = open_socket("127.0.0.1", 0)
-    server = make_server(make_app(service, models, **options))
+    server = make_server(make_app(service, models, **options), header_seconds=HEADER_SECONDS)
     thread = threading.Thread(target=server.run, args=([opened],))
     thread.start()
     wait_until(lambda: server.started)
@@ -322,6 +324,7 @@ BODIES = [
     (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
     (b'{"model": "tiny", "prompt": "a", "n": 1' + b"0" * 5000 + b"}", 400, ""),
     (b'{"model": "other", "prompt": "a"}', 404, "there is no model other; there are tiny"),
+    (b'{"model": "\\ud800", "prompt": "a"}', 404, "there is no model \\ud800; there are tiny"),
     (b'{"prompt": "' + b"a" * 20_000 + b'"}', 413, "the body is too large; it may have 20,000 bytes"),
 ]
 
@@ -347,6 +350,38 @@ def test_a_body_that_does_not_come_is_not_waited_for(served):
             connection.putheader(name, value)
         connection.endheaders(b"{")
         assert connection.getresponse().status == 408
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize("begun", [b"", HEALTH, HEALTH + b"\r\n" + HEALTH], ids=["nothing", "half", "second"])
+def test_headers_that_do_not_come_are_not_waited_for(served, begun):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+        connection.sendall(begun)
+        for _ in range(60):  # bytes, each of which comes well before the limit
+            time.sleep(0.05)
+            try:
+                if begun:
+                    connection.sendall(b"X")
+                connection.setblocking(False)
+                if not connection.recv(4096):
+                    return
+            except BlockingIOError:
+                connection.setblocking(True)
+            except ConnectionError:
+                return
+        pytest.fail("the connection is still open")
+
+
+def test_a_request_that_takes_longer_than_its_headers_may_is_answered(served, held_engine):
+    with contextlib.closing(served.connect()) as connection:
+        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/completions", body, headers)
+        time.sleep(2 * HEADER_SECONDS)
+        held_engine.set()
+        assert connection.getresponse().status == 200
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", f"Basic {KEY}", "Bearer sécret"])

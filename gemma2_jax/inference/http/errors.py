@@ -25,6 +25,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
         outcome: Outcome = "refused",
     ):
+        message = message.encode("utf-8", "backslashreplace").decode()  # a client's words may have half of a character
         super().__init__(message)
         self.status, self.headers = status, headers
         self.outcome: Outcome = outcome

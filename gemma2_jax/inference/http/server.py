@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma2_jax.command_line import EXIT_INTERRUPTED
 from gemma2_jax.inference.service import Service
 
 STALLED_SECONDS = 60  # after which a client that takes nothing of what waits for it is cut off
+HEADER_SECONDS = 30  # that the first line and headers of a request may take to come
 _KEEP_ALIVE_SECONDS = 30
 _READ_SECONDS = 5  # that clients have for the end of their answers when all are written
 _POLL_SECONDS = 0.05
@@ -49,11 +51,16 @@ def serve(app: FastAPI, service: Service, opened: socket.socket, *, grace: float
         raise ValueError("the engine has failed, as said above; start the server again")
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
-    """The HTTP server of an application."""
+def make_server(app: FastAPI, *, header_seconds: float = HEADER_SECONDS) -> uvicorn.Server:
+    """The HTTP server of an application. A connection whose headers take longer than `header_seconds` is closed."""
+
+    class Protocol(_TimedProtocol):
+        seconds = header_seconds
+
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            http=Protocol,
             log_config=None,  # Python prints warnings and errors by itself
             log_level="warning",
             access_log=False,
@@ -64,6 +71,37 @@ def make_server(app: FastAPI) -> uvicorn.Server:
             timeout_graceful_shutdown=_READ_SECONDS,
         )
     )
+
+
+class _TimedProtocol(H11Protocol):
+    """uvicorn's protocol, with a limit on the time that the headers of a request may take."""
+
+    seconds: float
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Begins to wait for headers, unless it does so already; ends where a request is under way."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._limit is None:
+            self._limit = self.loop.call_later(self.seconds, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
 
 
 async def serve_until_told(
