@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
@@ -22,6 +22,8 @@ from gemma2_jax.planning.traffic import SENT
 from gemma2_jax.train import Recipe, parse
 
 _LEAST_SHARE = 0.02  # of a step's time; parts that take less are one row of the table
+_LEAST_SHOWN = 2**30 // 200  # bytes; owners of less are one row
+_BUFFERS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,7 @@ def print_plan(console: Console, plan: Plan, price: float | None = None) -> None
         "compiled": f"lowered in {plan.lower_seconds:.1f} s, compiled in {plan.compile_seconds:.1f} s",
     }
     _print_lines(console, lines)
+    _print_memory(console, plan)
     _print_work(console, plan)
     if plan.collectives:
         _print_traffic(console, plan)
@@ -146,6 +149,25 @@ def _describe_time(plan: Plan, time: StepTime, price: float | None) -> str:
 
 def _describe_seconds(seconds: float) -> str:
     return f"{seconds:,.3f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
+
+
+def _print_memory(console: Console, plan: Plan) -> None:
+    """A table of memory by owner, and the largest temporaries where a step needs most."""
+    if isinstance(plan.peak, str):
+        console.print(f"temporaries are not divided by owner: {plan.peak}", highlight=False, markup=False)
+        return
+    table = Table("memory of one GPU", Column("GiB", justify="right"))
+    for name, size in plan.owners.items():
+        if size >= _LEAST_SHOWN:
+            table.add_row(name, format_gib(size))
+    small = sum(size for size in plan.owners.values() if size < _LEAST_SHOWN)
+    table.add_row("the rest", format_gib(small), end_section=True)
+    table.add_row("all", format_gib(plan.total))
+    console.print(table, highlight=False)
+    console.print(f"A step needs most in: {plan.peak.where}. Its largest temporaries then:", highlight=False)
+    for buffer in plan.peak.buffers[:_BUFFERS_SHOWN]:
+        text = f"{format_gib(buffer.size)} {buffer.shape} of {buffer.operation}: {buffer.owner}"
+        console.print(text, highlight=False, markup=False)
 
 
 def _print_traffic(console: Console, plan: Plan) -> None:

@@ -58,7 +58,8 @@ ORDER_WITHIN = {
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (
-        ("gpus", "hlo"), ("described_cluster", "traffic", "memory_traffic"), ("schedule",), ("dense_step", "speed"),
+        ("gpus", "hlo"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
+        ("dense_step", "speed"),
         ("compiled_step", "compiled_decoding"), ("report",),
     ),
 }  # fmt: skip

@@ -6,14 +6,17 @@ Nothing is run. `described_cluster.prepare_jax` must be called before JAX is use
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2_jax.config import Config
 from gemma2_jax.planning.described_cluster import describe_cluster
 from gemma2_jax.planning.gpus import H100, Gpu
+from gemma2_jax.planning.memory import Dump, Peak, find_peak, read_dump, squeeze_type
 from gemma2_jax.planning.schedule import Item, count_attention, read_schedule
 from gemma2_jax.planning.traffic import Collective, read_traffic
 
@@ -33,6 +36,7 @@ class CompiledStep:
     temporaries: int  # bytes
     outputs: int  # bytes of results that do not reuse an argument's memory
     text: str  # the compiled HLO
+    dump: Dump | str  # what XLA wrote about memory, or why it cannot be read
 
     @property
     def total(self) -> int:
@@ -58,6 +62,18 @@ class CompiledStep:
         config = self.program.config
         attention = count_attention(config.model, config.train.sequence_length)
         return read_schedule(self.text, self.program.mesh.shape, attention, self.layers_per_stage)
+
+    @property
+    def peak(self) -> Peak | str:
+        """The owners of temporaries where the step needs most memory, or why they are not known."""
+        if isinstance(self.dump, str):
+            return self.dump
+        gradients = _gradient_types(self.program)
+        layers = self.layers_per_stage or self.program.config.model.layers
+        try:
+            return find_peak(self.dump, self.text, self.temporaries, gradients, layers)
+        except ValueError as error:
+            return str(error)
 
     @property
     def traffic(self) -> list[Collective]:
@@ -87,8 +103,11 @@ def compile_step(config: Config, gpus: int, device: Gpu = H100) -> CompiledStep:
         traced = jax.jit(program.train_step, donate_argnums=0).trace(state, batch)
         lowered = traced.lower(lowering_platforms=("cuda",))
         lowering_end = time.perf_counter()
-        compiled = lowered.compile(program.compiler_options)
-        compiling_end = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            dumping = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = lowered.compile(program.compiler_options | dumping)
+            compiling_end = time.perf_counter()
+            dump = _read_dump(Path(folder))
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     assert memory is not None and text is not None
@@ -101,6 +120,7 @@ def compile_step(config: Config, gpus: int, device: Gpu = H100) -> CompiledStep:
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         text=text,
+        dump=dump,
     )
 
 
@@ -114,6 +134,22 @@ def argument_bytes(program: Program) -> dict[str, int]:
         "batch": program.batch,
     }
     return {name: size for name, tree in kinds.items() if (size := _shard_bytes(tree))}
+
+
+def _read_dump(folder: Path) -> Dump | str:
+    try:
+        return read_dump(folder)
+    except ValueError as error:
+        return str(error)
+
+
+def _gradient_types(program: Program) -> set[str]:
+    """The types that gradients of the trained weights have on one GPU, in float32."""
+    import jax
+
+    leaves = jax.tree.leaves(program.state.params)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    return {squeeze_type(f"f32[{','.join(map(str, shape))}]") for shape in shapes}
 
 
 def _shard_bytes(tree) -> int:

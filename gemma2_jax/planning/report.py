@@ -19,6 +19,7 @@ from gemma2_jax import config as configs, config_text
 from gemma2_jax.config import Config
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.gpus import H100, Gpu
+from gemma2_jax.planning.memory import Buffer, Peak
 from gemma2_jax.planning.schedule import list_work, sum_flops
 from gemma2_jax.planning.speed import FACTORS, StepTime, time_step
 from gemma2_jax.planning.traffic import Collective, sum_traffic
@@ -39,6 +40,7 @@ class Plan:
     mesh: str  # the mesh in words, such as "data 2 x tensor 4"
     memory: dict[str, int]  # bytes of one GPU by owner: trained weights, optimizer, ..., temporaries, results
     total: int  # bytes that one GPU needs at once
+    peak: Peak | str  # temporaries by owner where a step needs most memory, or why they are not known
     lower_seconds: float
     compile_seconds: float
     layers_per_stage: int | None  # the trip count assumed for loops whose count the compiler does not know
@@ -71,6 +73,16 @@ class Plan:
         return time.total * self.config.steps * self.gpus / 3600
 
     @property
+    def owners(self) -> dict[str, int]:
+        """Bytes of one GPU by owner, largest first, with temporaries divided where that is known; their sum is all."""
+        owners = {name: size for name, size in self.memory.items() if size}
+        if isinstance(self.peak, Peak):
+            del owners["temporaries"]
+            owners |= self.peak.owners
+        owners["other state"] = self.total - sum(owners.values())
+        return dict(sorted(owners.items(), key=lambda item: -item[1]))
+
+    @property
     def traffic(self) -> dict[str, Counter]:
         """Bytes that one GPU sends in a step: by mesh axis, then by kind of collective."""
         return sum_traffic(self.collectives)
@@ -98,6 +110,8 @@ class Plan:
             "config": config_text.to_text(self.config),
             "device": dataclasses.asdict(self.device),
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
+            "peak": dataclasses.asdict(self.peak) if isinstance(self.peak, Peak) else self.peak,
+            "owners": self.owners,
             "fits": self.fits,
             "usable_bytes": self.device.usable_bytes,
             "factors": {name: dataclasses.asdict(factor) for name, factor in FACTORS.items()},
@@ -132,6 +146,7 @@ def summarize_step(step: "CompiledStep") -> Plan:
         mesh=step.layout,
         memory=owners,
         total=step.total,
+        peak=step.peak,
         lower_seconds=step.lower_seconds,
         compile_seconds=step.compile_seconds,
         layers_per_stage=step.layers_per_stage,
@@ -164,7 +179,10 @@ def plan_in_subprocess(config: Config, gpus: int, device: Gpu = H100) -> Plan:
         raise _ERRORS[answer["error"]](answer["message"])
     collectives = tuple(Collective(**fields) for fields in answer.pop("collectives"))
     times = {name: StepTime(**answer.pop(name)) for name in ("bound", "estimate")}
-    return Plan(config=config, device=device, collectives=collectives, **times, **answer)
+    if isinstance(peak := answer.pop("peak"), dict):
+        buffers = tuple(Buffer(**fields) for fields in peak["buffers"])
+        peak = Peak(where=peak["where"], owners=peak["owners"], buffers=buffers)
+    return Plan(config=config, device=device, collectives=collectives, peak=peak, **times, **answer)
 
 
 def _answer(config: Config, gpus: int, device: Gpu) -> dict:

@@ -22,6 +22,7 @@ from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, comp
 from gemma2_jax.planning.dense_step import DenseStep, describe_gemma
 from gemma2_jax.planning.described_cluster import describe_cluster
 from gemma2_jax.planning.gpus import H100
+from gemma2_jax.planning.memory import Peak
 from gemma2_jax.planning.report import describe_fit, plan_in_subprocess, summarize_step
 from gemma2_jax.planning.schedule import sum_flops
 from gemma2_jax.planning.traffic import read_traffic, sum_traffic
@@ -217,6 +218,11 @@ def test_subprocess_gives_the_same_plan():
     seconds = dict(lower_seconds=0.0, compile_seconds=0.0)
     assert replace(found, **seconds) == replace(expected, **seconds)
     assert found.memory.keys() == {"trained weights", "optimizer", "batch", "temporaries", "results"}
+    assert isinstance(found.peak, Peak), found.peak
+    assert sum(found.owners.values()) == found.total == step.total
+    assert 0 <= found.owners["other state"] < 4096, "the step's number and the history of norms"
+    assert sum(found.peak.owners.values()) == step.temporaries
+    assert found.peak.owners["gradients"] > 0.9 * found.memory["trained weights"], "alive in the backward pass"
     assert found.fits and found.total >= sum(found.memory.values()) - found.memory["batch"]
     assert str(found).startswith("8 x H100 80GB, mesh fsdp 8: trained weights ")
 
