@@ -19,7 +19,7 @@ COMMANDS = {
     "data": "print what a data set is; write one as Megatron's .bin and .idx",
     "report": "write a run, or several, as one HTML page with pictures",
     "profile": "say where the time of traced steps went, by scope and by operation",
-    "plan": "say whether a training step fits on so many H100s, without any",
+    "plan": "say whether a step fits on absent GPUs, and how fast it can be",
     "check": "look at a machine before a run is paid for: GPUs, kernels, links",
 }
 MODULES = {

@@ -28,7 +28,7 @@ _BUFFERS_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Recipe):
-    """Says whether a training step fits on so many GPUs, and how fast it can be, without having any.
+    """Says whether a step fits on GPUs that are not there, and how fast it can be.
 
     The defaults shown are those of the recipe that --config names.
 

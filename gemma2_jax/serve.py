@@ -37,8 +37,10 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 class Command:
     """Serves a Gemma 2 checkpoint of any format by OpenAI's HTTP API.
 
-    It has /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; with --adapter_folder also
-    /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them.
+    It has /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+
+    With --adapter_folder, it has vLLM's /v1/load_lora_adapter and
+    /v1/unload_lora_adapter too.
 
     SIGTERM or Ctrl-C ends it once the requests under way are answered.
     """

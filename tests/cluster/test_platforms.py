@@ -20,8 +20,8 @@ VARIABLES = (
 IMPORTS_ALONE = """
 import importlib, logging, os, pkgutil, sys
 # Other people's packages set what they like.
-import absl.logging, einops, flax.nnx, grain, jax, jax.experimental.pallas, optax, orbax.checkpoint, rich.progress
-import safetensors, transformers, tyro, yaml
+import absl.logging, einops, flax.nnx, grain, jax, jax.experimental.pallas, lm_eval.api.model, optax, orbax.checkpoint
+import rich.progress, safetensors, transformers, tyro, yaml
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu, triton
 
