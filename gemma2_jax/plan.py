@@ -5,11 +5,13 @@ memory, FLOPs and collectives off the result. Nothing here imports JAX before th
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from gemma2_jax import command_line
@@ -164,10 +166,12 @@ def _print_memory(console: Console, plan: Plan) -> None:
     table.add_row("the rest", format_gib(small), end_section=True)
     table.add_row("all", format_gib(plan.total))
     console.print(table, highlight=False)
-    console.print(f"A step needs most in: {plan.peak.where}. Its largest temporaries then:", highlight=False)
+    grid = Table.grid(padding=(0, 2))
     for buffer in plan.peak.buffers[:_BUFFERS_SHOWN]:
-        text = f"{format_gib(buffer.size)} {buffer.shape} of {buffer.operation}: {buffer.owner}"
-        console.print(text, highlight=False, markup=False)
+        operation = re.sub(r"^jit\(\w+\)/|while/body/|eval_jaxpr/", "", buffer.operation)
+        grid.add_row(format_gib(buffer.size), *(escape(text) for text in (buffer.owner, buffer.shape, operation)))
+    console.print(f"The most is needed in: {plan.peak.where}. The largest temporaries there, in GiB:", highlight=False)
+    console.print(grid, highlight=False)
 
 
 def _print_traffic(console: Console, plan: Plan) -> None:
