@@ -15,6 +15,10 @@ from typing import Literal
 
 from gemma2_jax.model_config import AdapterConfig, DType, ModelConfig
 
+# What a block computes that takes matrix products, by the names that `checkpoint_name` gives it in the model. That of
+# attention is its output and log-sum-exp, which its backward pass takes.
+KeptOutput = Literal["q", "k", "v", "attention", "o", "gate", "up", "down"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -199,6 +203,8 @@ class ComputeConfig:
     attention: Literal["auto", "mosaic", "xla"] = "auto"
     # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
     remat: Literal["none", "dots", "block", "offload"] = "block"
+    # Of a block, kept beside its input: outputs of these products, and attention's; the others are recomputed.
+    kept_outputs: tuple[KeptOutput, ...] = ()
     # XLA's on GPU: its defaults, or more communication beside compute.
     gpu_flags: Literal["none", "overlap"] = "overlap"
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
@@ -206,6 +212,11 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         if self.loss_chunk < 1:
             raise ValueError(f"compute.loss_chunk is {self.loss_chunk}; it must be at least 1")
+        if self.kept_outputs and self.remat in ("none", "dots"):
+            raise ValueError(
+                f"compute.kept_outputs names {' and '.join(self.kept_outputs)}, and compute.remat is {self.remat}, "
+                "which keeps the outputs of all products; use compute.remat block, or leave out compute.kept_outputs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ ORDER_WITHIN = {
     ),
     "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
     "planning": (
-        ("gpus", "hlo"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
+        ("gpus", "hlo", "kept_outputs"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
         ("dense_step", "speed"),
         ("compiled_step", "compiled_decoding"), ("report",),
     ),

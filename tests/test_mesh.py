@@ -389,3 +389,26 @@ def test_remat_policies_agree(policies):
     np.testing.assert_allclose(list(norms.values()), norms["block"], rtol=1e-5)
     least_first = [memory[policy] for policy in policies if policy != "offload"]
     assert least_first == sorted(set(least_first))
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("lora", marks=pytest.mark.exhaustive)])
+def test_kept_outputs_change_no_gradient(kind):
+    """What is kept of a block is what would be computed again, bit by bit; it takes memory."""
+    gradients, memory = [], []
+    for kept in ((), ("attention", "o", "down")):
+        compute = ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8, kept_outputs=kept)
+        run = program(kind, MeshConfig(data=1), devices=1, model=biting("2b"), compute=compute)
+        step = compile_step(run)
+        with jax.set_mesh(run.mesh):
+            state, _ = step(run.initial_state(weights(run)), place_batch(run, batches(True)[0]))
+        gradients.append(jax.device_get(optax.tree.get(state.optimizer, "mu")))
+        memory.append(step.memory_analysis().temp_size_in_bytes)
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+    assert memory[0] < memory[1]
+
+
+def test_outputs_of_all_products_are_kept_already():
+    with pytest.raises(
+        ValueError, match=r"compute.kept_outputs names o, and compute.remat is none.* use compute.remat"
+    ):
+        ComputeConfig(remat="none", kept_outputs=("o",))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax.kernels.backward import Cotangents, run_dkv, run_dq
 from gemma2_jax.kernels.forward import run_forward
@@ -97,8 +98,9 @@ def _attend_forward(settings: Settings, inputs: Inputs) -> tuple[jax.Array, jax.
 
 
 def _attend_saving(settings: Settings, inputs: Inputs):
-    """Returns the results, and what the backward pass needs of them."""
-    results = _attend_forward(settings, inputs)
+    """Returns the results, and what the backward pass needs of them; `jax.checkpoint` may keep them by name."""
+    out_BTNH, lse_BNT = _attend_forward(settings, inputs)
+    results = checkpoint_name(out_BTNH, "attention"), checkpoint_name(lse_BNT, "attention")
     return results, (inputs, *results)
 
 

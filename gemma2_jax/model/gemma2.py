@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma2_jax import dims
 from gemma2_jax.mesh import constrain, constrain_stored, replicate
@@ -211,9 +212,14 @@ def _gather_positions(x_BTD: jax.Array) -> jax.Array:
     return constrain(constrain(x_BTD, "BTD", "between_blocks"), "BTD")
 
 
-def _project_to_stream(projection: Einsum, post_norm: RMSNorm, x: jax.Array, inputs: AdapterInputs) -> jax.Array:
+# The names of `checkpoint_name` below are those of `compute.kept_outputs`. They change nothing that is computed.
+
+
+def _project_to_stream(
+    name: str, projection: Einsum, post_norm: RMSNorm, x: jax.Array, inputs: AdapterInputs
+) -> jax.Array:
     """What a block adds to its residual stream, [B, T, D]: the projection of x, adapted before or after the norm."""
-    y_BTD = projection(x)
+    y_BTD = checkpoint_name(projection(x), name)
     if projection.adapter is not None and projection.adapter.after_norm:
         return projection.adapt(post_norm(y_BTD), x, inputs)
     return post_norm(projection.adapt(y_BTD, x, inputs))
@@ -233,14 +239,14 @@ class Attention(nnx.Module):
         inputs_q, inputs_k, inputs_v, inputs_o = inputs.split(4)
         with jax.named_scope("qkv"):
             gathered_BTD = _gather_positions(x_BTD)
-            q_BTNH = apply_rope(self.q.adapt(self.q(gathered_BTD), x_BTD, inputs_q), rope)
-            k_BTKH = apply_rope(self.k.adapt(self.k(gathered_BTD), x_BTD, inputs_k), rope)
-            v_BTKH = self.v.adapt(self.v(gathered_BTD), x_BTD, inputs_v)
+            q_BTNH = apply_rope(self.q.adapt(checkpoint_name(self.q(gathered_BTD), "q"), x_BTD, inputs_q), rope)
+            k_BTKH = apply_rope(self.k.adapt(checkpoint_name(self.k(gathered_BTD), "k"), x_BTD, inputs_k), rope)
+            v_BTKH = self.v.adapt(checkpoint_name(self.v(gathered_BTD), "v"), x_BTD, inputs_v)
         with jax.named_scope("attend"):
             out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
             out_BTNH = constrain(out_BTNH, "BTNH")  # this also constrains its gradient
         with jax.named_scope("o"):
-            return _project_to_stream(self.o, post_norm, out_BTNH, inputs_o), cache
+            return _project_to_stream("o", self.o, post_norm, out_BTNH, inputs_o), cache
 
 
 class MLP(nnx.Module):
@@ -256,10 +262,12 @@ class MLP(nnx.Module):
         inputs_gate, inputs_up, inputs_down = inputs.split(3)
         with jax.named_scope("gate_up"):
             gathered_BTD = _gather_positions(x_BTD)
-            gate_BTF = jax.nn.gelu(self.gate.adapt(self.gate(gathered_BTD), x_BTD, inputs_gate), approximate=True)
-            inner_BTF = gate_BTF * self.up.adapt(self.up(gathered_BTD), x_BTD, inputs_up)
+            gate_BTF = jax.nn.gelu(
+                self.gate.adapt(checkpoint_name(self.gate(gathered_BTD), "gate"), x_BTD, inputs_gate), approximate=True
+            )
+            inner_BTF = gate_BTF * self.up.adapt(checkpoint_name(self.up(gathered_BTD), "up"), x_BTD, inputs_up)
         with jax.named_scope("down"):
-            return _project_to_stream(self.down, post_norm, inner_BTF, inputs_down)
+            return _project_to_stream("down", self.down, post_norm, inner_BTF, inputs_down)
 
 
 class Block(nnx.Module):

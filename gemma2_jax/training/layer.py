@@ -11,9 +11,10 @@ from functools import partial
 import jax
 from flax import nnx
 
+from gemma2_jax.config import ComputeConfig
 from gemma2_jax.model.gemma2 import AdapterInputs, Block, Gemma2, Rope, Weights, rebuild_model
 
-# The input [B, T, D] of the layer, and two pytrees in which `jax.vjp` keeps what `compute.remat` keeps beside it.
+# The input [B, T, D] of the layer, and two pytrees in which `jax.vjp` keeps what `compute` says is kept beside it.
 Residuals = tuple
 
 
@@ -31,22 +32,23 @@ class LayerInputs:
 class Layer:
     """A block of `skeleton`: its output, and the gradients with respect to its weights and its input.
 
-    `remat` is `compute.remat`. The backward pass goes through `jax.vjp`'s gradient function, which holds three things:
-    the arguments of the forward pass, what it computed and kept (its residuals), and the program of the backward pass.
-    The program is no array, so a buffer cannot keep it from one tick to the next; and the weights should not be kept,
-    as every live pass and layer would have its own copy. Therefore
+    `compute` says what is kept: its `remat` and `kept_outputs`. The backward pass goes through `jax.vjp`'s gradient
+    function, which holds three things: the arguments of the forward pass, what it computed and kept (its residuals),
+    and the program of the backward pass. The program is no array, so a buffer cannot keep it from one tick to the next;
+    and the weights should not be kept, as every live pass and layer would have its own copy. Therefore
 
       - `run` makes a gradient function that saves no weights and no `LayerInputs` (`saveable_args`), as the backward
         pass is given both again;
-      - `residuals` takes the other arrays out of it: the layer's input, and what `remat` keeps;
+      - `residuals` takes the other arrays out of it: the layer's input, and what is kept beside it;
       - `gradients` traces the layer again for shapes only, which gives a gradient function with the same program and
-        no arrays, and puts weights, inputs and residuals in. Of the forward pass, only what `remat` did not keep is
-        computed again.
+        no arrays, and puts weights, inputs and residuals in. Of the forward pass, only what was not kept is computed
+        again.
     """
 
-    def __init__(self, skeleton: Gemma2, remat: str):
+    def __init__(self, skeleton: Gemma2, compute: ComputeConfig):
         assert isinstance(skeleton.blocks, Block)
-        self.graph, self.attend_sequence, self.remat = nnx.graphdef(skeleton.blocks), skeleton.attend_sequence, remat
+        self.graph, self.attend_sequence = nnx.graphdef(skeleton.blocks), skeleton.attend_sequence
+        self.remat, self.kept_outputs = compute.remat, compute.kept_outputs
 
     def run(self, trained: Weights, frozen: Weights, x_BTD, inputs: LayerInputs) -> tuple:
         """The layer's output [B, T, D], and its gradient function for `residuals`."""
@@ -56,7 +58,8 @@ class Layer:
                 policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
                 apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
             case "block" | "offload":
-                apply = jax.checkpoint(apply, prevent_cse=False)
+                policy = jax.checkpoint_policies.save_only_these_names(*self.kept_outputs)
+                apply = jax.checkpoint(apply, policy=policy if self.kept_outputs else None, prevent_cse=False)
         arguments = trained, frozen, x_BTD, inputs
         # `in_nzs` says which arguments a gradient is asked for.
         return jax.vjp(apply, *arguments, saveable_args=(False, False, True, False), in_nzs=(True, False, True, False))

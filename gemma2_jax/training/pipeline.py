@@ -87,7 +87,7 @@ class Pipeline:
         self.config, self.mesh = config, mesh
         self.source_count = source_count  # sources whose losses are summed for themselves, where a batch names them
         self.graph = nnx.graphdef(skeleton)
-        self.layer = Layer(skeleton, config.compute.remat)
+        self.layer = Layer(skeleton, config.compute)
         # The dims of each weight as a layer has it, by its path in a block, and of each weight outside of blocks.
         self.letters = {
             path.removeprefix(_BLOCKS): letters.removeprefix("L") for path, letters in weight_dims(skeleton).items()

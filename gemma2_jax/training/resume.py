@@ -28,7 +28,8 @@ FREE_FIELDS = ("train.log_every", "train.eval_every", "train.eval_batches", "tra
 FREE_FIELDS += ("train.keep_", "train.micro_batch_size", "train.export_adapter", "mesh.")
 FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow", "guard.", "sample.", "train.save_deadline")
 FREE_FIELDS += ("train.patience", "train.export_best", "train.stop_after", "train.upload")
-FREE_FIELDS += ("compute.attention", "compute.remat", "compute.loss_chunk", "compute.gpu_flags", "steps", "workdir")
+FREE_FIELDS += ("compute.attention", "compute.remat", "compute.kept_outputs", "compute.loss_chunk", "compute.gpu_flags")
+FREE_FIELDS += ("steps", "workdir")
 
 
 def open_source(config: Config) -> Checkpoint | None:

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from gemma2_jax.mesh import axis_size
@@ -109,7 +110,8 @@ def _blocked_attention_forward(settings, q_BTNH, k_BTKH, v_BTKH, q_segments_BT, 
         return (out / total[..., None]).astype(v_BTKH.dtype), top + jnp.log(total)
 
     out, log_z = jax.lax.map(query_block, (jnp.arange(len(order)), order))
-    out_BTNH = _ungroup_heads(jnp.einsum("IBKGTH->BITKGH", out))
+    out_BTNH = checkpoint_name(_ungroup_heads(jnp.einsum("IBKGTH->BITKGH", out)), "attention")
+    log_z = checkpoint_name(log_z, "attention")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, q_segments_BT, k_segments_BT, order, window, out_BTNH, log_z)
 
 
