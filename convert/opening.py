@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_jax import config as configs, config_text
+from gemma2_jax.command_line import suggest
 from gemma2_jax.convert import recognition
 from gemma2_jax.convert.checkpoints import Checkpoint, attach_base, inherit_files, refuse_base
 from gemma2_jax.convert.files import hub, memory, orbax, safetensors
@@ -525,5 +526,18 @@ def locate_folder(path: str | Path, *, weights: bool = True) -> Path:
         recognition.refuse_foreign(folder)
         raise ValueError(f"{path} is a file; name the folder that holds it, {folder.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise ValueError(f"there is no folder {path}")
-    return hub.download(str(path), weights=weights)
+        raise ValueError(f"there is no folder {path}{_suggest_folder(path)}")
+    try:
+        return hub.download(str(path), weights=weights)
+    except ValueError as error:
+        raise ValueError(f"{error}{_suggest_folder(path)}") from error
+
+
+def _suggest_folder(path: str | Path) -> str:
+    """ "; did you mean FOLDER?" with the folder beside it that is spelled most like it; empty where none is."""
+    place = Path(path)
+    try:
+        names = [entry.name for entry in expand_path(path).parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    return suggest(str(place), [str(place.parent / name) for name in names], cutoff=0.8)

@@ -216,7 +216,7 @@ class Chat:
 
     def show(self, rest: str) -> None:
         talk = self.conversation
-        seen = f", of which the first {talk.left_out} are left out" if talk.left_out else ""
+        seen = f", {talk.left_out} of them left out" if talk.left_out else ""
         self.say(f"settings  {self.describe_settings()}")
         self.say(f"system    {talk.system or 'none'}")
         self.say(f"exchanges {len(talk.turns) // 2}{seen}; {talk.count_tokens():,} of {talk.context:,} tokens")
@@ -241,6 +241,8 @@ class Chat:
         if not rest:
             raise ValueError("name a file, as in /save chats.jsonl")
         path = Path(rest).expanduser()
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent}; make it, or name another file")
         self.conversation.save(path)
         self.say(f"(the conversation is a line of {path} now; python -m gemma2_jax.train --data.train reads it)")
 

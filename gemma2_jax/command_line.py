@@ -32,6 +32,7 @@ EXIT_NOT_FINITE = 77
 EXIT_INTERRUPTED = 130  # as of SIGINT
 EXIT_CLOSED_PIPE = 141  # as of SIGPIPE
 _MOST_CHARACTERS = 10_000  # of a message
+_SHORTEST = 5  # characters of an option that is taken for the beginning of another: --max
 
 
 class _ParseFailure(Exception):
@@ -273,7 +274,26 @@ def _explain_failure(event: Any, arguments: list[str], options: list[str]) -> st
         return f"{_describe_argument(event.argument)} lacks its value"
     if event.argument is None:
         return event.message
-    return f"{_describe_argument(event.argument)} is not understood: {event.message}"
+    return _explain_value(event.argument, event.message)
+
+
+_VALUES = re.compile(  # as tyro and Python write those that are no value of the option's type
+    r"(?:invalid literal for int\(\) with base 10: |could not convert string to float: |"
+    r"Could not find valid parse for arguments: \[|no type matching .* could be instantiated from \[)('.*?')\]?\.?$",
+    re.MULTILINE,
+)
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def _explain_value(argument: Any, message: str) -> str:
+    """What is wrong with the value of an option, and what it takes."""
+    found = _VALUES.search(message)
+    if not found:
+        return f"{_describe_argument(argument)} is not understood: {message}"
+    kinds = typing.get_args(argument.field.type) or (argument.field.type,)
+    numbers = [_NUMBERS[kind] for kind in kinds if kind in _NUMBERS]
+    needed = " or ".join(numbers) if numbers else str(argument.lowered.metavar)
+    return f"{argument.lowered.name_or_flags[-1]} is {found[1]}; it must be {needed}"
 
 
 def _describe_argument(argument: Any) -> str:
@@ -283,7 +303,10 @@ def _describe_argument(argument: Any) -> str:
 
 
 def _suggest_options(name: str, options: list[str]) -> str:
-    """The options that are most like this one: of the same last part, else spelled alike, else of a last part alike."""
+    """The options that are most like this one.
+
+    Those of the same last part, else spelled alike, else longer ones, else of a last part alike.
+    """
 
     def last_part(option: str) -> str:
         return option.lstrip("-").rpartition(".")[2]
@@ -294,6 +317,7 @@ def _suggest_options(name: str, options: list[str]) -> str:
     near = (
         [option for option in options if last_part(option) == last_part(name)]
         or difflib.get_close_matches(name, options, n=2, cutoff=0.8)
+        or [option for option in options if len(name) >= _SHORTEST and option.startswith(name)]
         or [
             o
             for part in difflib.get_close_matches(last_part(name), parts, n=2)

@@ -71,7 +71,10 @@ def _evaluate(command: Command) -> dict[str, Any]:
     from gemma2_jax.inference.harness import HarnessModel
 
     config = EvaluatorConfig(tasks=[*command.tasks])
-    manager = config.process_tasks()  # before the work that takes long
+    try:
+        manager = config.process_tasks()  # before the work that takes long
+    except ValueError as error:
+        raise ValueError(f"{error}; `lm-eval ls tasks` lists the names, and files end with .yaml") from error
     model = HarnessModel(
         load_source(command.source, checkpoint),
         tokenizer,

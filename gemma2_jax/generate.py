@@ -143,9 +143,10 @@ def _answer_file(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrai
     from rich.text import Text
 
     from gemma2_jax.inference.batch import Answers, Batch, describe_settings
-    from gemma2_jax.inference.prompts import Encoder
+    from gemma2_jax.inference.prompts import Encoder, find_prompts
 
     assert command.prompts and command.out  # Command made sure
+    find_prompts(command.prompts)  # before a file of answers is made
     encoder = Encoder(checkpoint, tokenizer, command.chat, command.make_settings())
     batch = Batch(path=command.prompts, encoder=encoder)
     settings = describe_settings(batch, command.source)

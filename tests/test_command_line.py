@@ -49,8 +49,11 @@ def refusal(monkeypatch, capsys):
          "instructions? It may be text or instructions."),
         ("train --config tiny_lora --data.eval-fraction 2", "data.eval_fraction is 2.0; it must be at least 0 and "
          "below 1."),
-        ("train --config tiny_lora --optim.lr three", "--optim.lr FLOAT is not understood: could not convert string "
-         "to float: 'three'."),
+        ("train --config tiny_lora --optim.lr three", "--optim.lr is 'three'; it must be a number."),
+        ("generate --checkpoint a --max-new-tokens 1.5", "--max-new-tokens is '1.5'; it must be a whole number."),
+        ("generate --checkpoint a --top-k five", "--top-k is 'five'; it must be a whole number."),
+        ("generate --checkpoint a --logit-bias 42", "--logit-bias is '42'; it must be [INT FLOAT [INT FLOAT ...]]."),
+        ("generate --checkpoint a --temp 1", "there is no option --temp; did you mean --temperature?"),
         ("train --config tiny_lora --steps", "--steps INT lacks its value."),
         ("train --config tiny_lora --steps 0", "steps is 0; it must be at least 1 and below 2**31."),
         ("train --config tiny_lora wrong", "wrong is not an option, nor the value of one."),

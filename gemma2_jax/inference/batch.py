@@ -42,11 +42,11 @@ class Answers:
         Raises ValueError where another process writes to it, or what it has came of other settings.
         """
         self.path = path
-        self._settings_path = path.with_name(f"{path.name}.settings.json")
         if os.path.lexists(path) and not path.is_file():
             raise ValueError(f"{path} is not a file; name another (--out)")
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent}; make it, or name another file (--out)")
+        self._settings_path = path.with_name(f"{path.name}.settings.json")
         self._end = 0  # of the last whole line
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         with contextlib.ExitStack() as stack:

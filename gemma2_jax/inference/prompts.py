@@ -42,16 +42,20 @@ class Line:
         return int(self.where.rpartition(":")[2])
 
 
-def read_lines(path: str) -> Iterator[Line]:
-    """The lines of a file, in bounded memory. Raises ValueError where there is no such file, or it cannot be read."""
+def find_prompts(path: str) -> Part:
+    """A file of prompts, unread. Raises ValueError where there is none."""
     ending, _ = places.split_ending(path)
     if ending not in _ENDINGS:
         raise ValueError(f"{path} is no file of prompts by its name; they end with {', '.join(_ENDINGS)}, or .gz")
     found = files.list_files(path).files
     if len(found) != 1 or found[0].below:
         raise ValueError(f"{path} is {'a folder' if found else 'not there'}; name a file of prompts")
-    part = Part(path=found[0].path, size=found[0].size, mark=found[0].mark, label=path)
-    for where, record, _ in places.read_piece(Piece(parts=(part,))):
+    return Part(path=found[0].path, size=found[0].size, mark=found[0].mark, label=path)
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """The lines of a file, in bounded memory. Raises ValueError where there is no such file, or it cannot be read."""
+    for where, record, _ in places.read_piece(Piece(parts=(find_prompts(path),))):
         if isinstance(record, BadRecord):
             yield Line(where=where, record={}, error=str(record))
         elif isinstance(record, dict):

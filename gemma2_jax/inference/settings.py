@@ -56,6 +56,11 @@ class Sampling:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**31")
 
+    def list_idle(self) -> list[str]:
+        """Settings of draws, where at temperature 0 none is made."""
+        names = ("top_k", "top_p", "min_p", "seed") if self.temperature == 0 else ()
+        return [name for name in names if getattr(self, name) not in (None, 0)]
+
 
 GREEDY = Sampling()
 

@@ -96,10 +96,13 @@ def print_defaults(
     sampling: Sampling,
     max_new_tokens: int,
 ) -> None:
-    """Says on standard error what ends a text, and what the checkpoint suggests in place of the most likely tokens."""
+    """Says on standard error what ends a text, which settings are in vain, and what the checkpoint suggests."""
     from gemma2_jax.inference.defaults import describe_stop, describe_suggestion
 
     print(command_line.escape(describe_stop(set(stop), tokenizer, max_new_tokens)), file=sys.stderr)
+    if idle := sampling.list_idle():
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        print(f"note: {names} without --temperature: of no effect, as the most likely token is taken", file=sys.stderr)
     if settings := find_suggestion(checkpoint, sampling):
         print(describe_suggestion(settings), file=sys.stderr)
 

@@ -269,7 +269,7 @@ def test_load_names_another_config(hf):
         load_weights(source, {"blocks/attn/q/adapter/a": jax.ShapeDtypeStruct((3, 36, 2), jnp.float32)})
 
 
-def test_unknown_folders_say_what_was_found(tmp_path):
+def test_unknown_folders_say_what_was_found(tmp_path, monkeypatch):
     (tmp_path / "weights.npz").touch()
     with pytest.raises(ValueError, match=r"it holds weights\.npz\. Known are Hugging Face folders"):
         open_checkpoint(tmp_path)
@@ -277,6 +277,12 @@ def test_unknown_folders_say_what_was_found(tmp_path):
         open_checkpoint(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match="there is no folder /no/such/folder"):
         open_checkpoint("/no/such/folder")
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"there is no folder .*/one/twoo; did you mean .*/one/two\?"):
+        open_checkpoint(tmp_path / "one" / "twoo")
+    monkeypatch.chdir(tmp_path)  # where a misspelled folder looks like a Hub id
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*; did you mean one/two\?"):
+        open_checkpoint("one/twoo")
     with pytest.raises(ValueError, match=r"google/gemma-2-2b, it is not in the cache at .* HF_HUB_OFFLINE is set"):
         open_checkpoint("google/gemma-2-2b")  # the suite is offline
 

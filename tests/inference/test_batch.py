@@ -239,6 +239,8 @@ def test_texts_of_something_else_are_left_alone(prompts, tmp_path):
         answer(batch, out)
     with pytest.raises(ValueError, match="there is no folder"):
         answer(batch, tmp_path / "none" / "out")
+    with pytest.raises(ValueError, match=r"^\. is not a file; name another"):
+        answer(batch, Path())
 
 
 def test_a_full_disk_leaves_whole_lines(prompts, tmp_path, monkeypatch):
@@ -276,6 +278,13 @@ def answer_file(prompts, tmp_path, monkeypatch, capsys):
         return ended.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_a_misspelled_file_leaves_nothing_behind(answer_file, prompts, tmp_path):
+    prompts.rename(tmp_path / "elsewhere.jsonl")
+    code, _ = answer_file()
+    assert code.endswith("prompts.jsonl is not there; name a file of prompts")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere.jsonl"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

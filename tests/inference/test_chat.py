@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 
@@ -67,7 +68,7 @@ def test_commands(type_keys, tmp_path):
     lines = [
         "/set temperature 0.5", "/set top_k none", "/set max_new_tokens 2", "a", "/set top_p 3", "/set zzz 3",
         "/set seed x", "/set", "/show", "/undo", "/undo", "/system S", "b", "/system", "/sav x", "/save",
-        f"/save {tmp_path}/c.jsonl", "/help", "/reset", "/show", "/quit", "never",
+        f"/save {tmp_path}/c.jsonl", "/save no/c.jsonl", "/help", "/reset", "/show", "/quit", "never",
     ]  # fmt: skip
     chat, engine, out, said = type_keys("".join(f"{line}\r" for line in lines), "one two three", "Yes")
     assert out == "one two\nYes\n"
@@ -86,6 +87,7 @@ def test_commands(type_keys, tmp_path):
         "(no system prompt)",
         "error: there is no command /sav; did you mean /save? /help lists them",
         "error: name a file, as in /save chats.jsonl",
+        "error: there is no folder no; make it, or name another file",
         "c.jsonl now; python -m gemma2_jax.train --data.train reads it)",
         "/undo            take the last question and its answer back",
         "(a new conversation)",
@@ -96,8 +98,11 @@ def test_commands(type_keys, tmp_path):
 
 
 def test_outgrowing_the_context_is_told(type_keys):
-    _, _, _, said = type_keys("".join(f"{letter}\r" for letter in "abcde\x04"), *["word " * 8] * 5, context=64)
+    _, _, _, said = type_keys(
+        "".join(f"{letter}\r" for letter in "abcde") + "/show\r\x04", *["word " * 8] * 5, context=64
+    )
     assert "(the conversation has outgrown the context: its beginning (" in said
+    assert re.search(r"exchanges 5, [1-4] of them left out; ", said)
     _, _, _, said = type_keys("a\r" + "word " * 80 + "\r\x04", "word " * 80, context=64)
     assert "error: the message has" in said and "shorten it" in said
 

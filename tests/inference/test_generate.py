@@ -257,11 +257,13 @@ def transformers_text(folder: Path, text: str, new: int, adapter: Path | None = 
 
 
 def test_command_says_what_transformers_says(checkpoint, command):
-    text, speed = command("--checkpoint", checkpoint, "--prompt", "The", "--max-new-tokens", 40)
+    idle = "--top-k", 3, "--seed", 7
+    text, speed = command("--checkpoint", checkpoint, "--prompt", "The", "--max-new-tokens", 40, *idle)
     assert text == transformers_text(checkpoint, "<bos>The", 40) + "\n"
     assert len(text) > 80
     assert re.fullmatch(
         r"a text ends with <eos> \(1\), or after 40 tokens\n"
+        r"note: --top-k and --seed without --temperature: of no effect, as the most likely token is taken\n"
         r"prefill 2 tokens at [\d,]+ tokens/s; decode 39 tokens at [\d,]+ tokens/s; compiled in [\d.]+ s\n",
         speed,
     )

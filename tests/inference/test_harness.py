@@ -242,7 +242,7 @@ def test_command_prints_the_table(evaluated, evaluate_command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tasks", "no_such_task"], "Tasks not found: no_such_task"),
+        (["--tasks", "no_such_task"], "Tasks not found: no_such_task; `lm-eval ls tasks` lists"),
         (["--tasks", "a", "--out", "no/such/folder/out.json"], "there is no folder no/such/folder; make it"),
         (["--tasks", "a", "--limit", "0"], "limit is 0; it must be above 0"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -155,7 +156,12 @@ class _Routes:
     async def explain_route(self, request: Request, error: Exception) -> Response:
         """An address or a method that there is not; or a body that no JSON parser survives."""
         assert isinstance(error, HTTPException)
-        message = error.detail if error.status_code == 400 else f"{request.method} {request.url.path}: {error.detail}"
+        message, path = error.detail, request.url.path
+        if error.status_code == 404:
+            known = sorted({route.path for route in request.app.routes if isinstance(route, APIRoute)})
+            message = f"there is no address {path}; there are {', '.join(known)}"
+        elif error.status_code == 405:
+            message = f"{path} does not take {request.method}; it takes {(error.headers or {}).get('Allow')}"
         return await self.explain_error(request, ApiError(error.status_code, message, headers=error.headers))
 
     async def explain_failure(self, request: Request, _: Exception) -> Response:

@@ -76,5 +76,7 @@ def _explain(error: Mapping[str, Any], fields: Collection[str]) -> str:
         return f"there is no field {field}{suggest(field, fields)}"
     if kind == "missing":
         return f"{field} must be given"
+    if kind == "too_short":
+        return f"{field} is {reprlib.repr(error['input'])}; give at least {error['ctx']['min_length']}"
     message = error["msg"][:1].lower() + error["msg"][1:]
     return f"{field} is {reprlib.repr(error['input'])}; {message}"
