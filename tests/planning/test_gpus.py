@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from compilers import needs_plugin
 
-from gemma2_jax.cluster.devices import peak_flops
+from gemma2_jax.cluster.devices import find_peak
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.model.attention.choice import choose_attention
 from gemma2_jax.model_config import GEMMA2_9B
@@ -18,7 +18,10 @@ from gemma2_jax.planning.gpus import GPUS, H100, find_gpu
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_peaks_are_those_of_devices(gpu):
-    assert peak_flops(gpu.device_kind) == gpu.tflops * 1e12
+    peak = find_peak(gpu.device_kind)
+    assert peak and peak.tflops == gpu.tflops
+    assert gpu.memory_bandwidth == pytest.approx(peak.memory_bandwidth or gpu.memory_bandwidth, rel=0.05)
+    assert gpu.link_bandwidth == (peak.link_bandwidth or gpu.link_bandwidth)
 
 
 @needs_plugin
