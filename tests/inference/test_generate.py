@@ -298,7 +298,8 @@ def test_command_answers_a_file(checkpoint, command, tmp_path):
 
 
 def test_command_gives_several_samples(checkpoint, command):
-    settings = "--samples", 2, "--temperature", 1, "--max-new-tokens", 10, "--stop", "\0"
+    # As many slots and as long a context as the file of prompts above has, whose compiled programs serve.
+    settings = "--samples", 2, "--temperature", 1, "--max-new-tokens", 50, "--stop", "\0"
     text, _ = command("--checkpoint", checkpoint, "--prompt", "The", *settings)
     first, second = re.fullmatch(r"\[1.1\] The\n(.*)\n\n\[1.2\] The\n(.*)\n\n", text, re.DOTALL).groups()
     assert first != second
