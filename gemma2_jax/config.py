@@ -206,7 +206,7 @@ class ComputeConfig:
     # Of a block, kept beside its input: outputs of these products, and attention's; the others are recomputed.
     kept_outputs: tuple[KeptOutput, ...] = ()
     # XLA's on GPU: its defaults, or more communication beside compute.
-    gpu_flags: Literal["none", "overlap"] = "overlap"
+    gpu_flags: Literal["none", "overlap"] = "none"
     loss_chunk: int = 1024  # positions of a row whose logits exist at one time
 
     def __post_init__(self) -> None:
