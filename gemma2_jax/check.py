@@ -1,6 +1,6 @@
 """`python -m gemma2_jax.check --config NAME`: looks at a machine before a run is paid for.
 
-The command line only: `training.checkup` does the work. Start it as the run will be, one process a host. Nothing here
+The command line only: `planning.checkup` does the work. Start it as the run will be, one process a host. Nothing here
 imports JAX before the arguments are understood.
 """
 
@@ -50,7 +50,7 @@ def main(program: str = "python -m gemma2_jax.check") -> None:
         from gemma2_jax.data import encoding
 
         encoding.hide_torch()
-        from gemma2_jax.training import checkup
+        from gemma2_jax.planning import checkup
 
         with hosts.process_group(command.run.hosts):
             import jax

@@ -49,7 +49,7 @@ ORDER_WITHIN = {
          "profile_tables"),
         ("pipeline",),
         ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
-        ("startup", "resume", "export"), ("loop",), ("checkup",),
+        ("startup", "resume", "export"), ("loop",),
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters", "weights"),
@@ -60,7 +60,7 @@ ORDER_WITHIN = {
     "planning": (
         ("gpus", "hlo", "kept_outputs"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
         ("dense_step", "speed"),
-        ("compiled_step", "compiled_decoding"), ("report",),
+        ("compiled_step", "compiled_decoding"), ("report",), ("checked_attention", "checked_steps"), ("checkup",),
     ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

@@ -186,6 +186,11 @@ GPUS = {
 }
 
 
+def find_kind(device_kind: str) -> Gpu | None:
+    """The GPU that its driver names like this; None where it is not known here."""
+    return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name, or of a TOML file. Raises ValueError where there is neither, or the file is no GPU."""
     if name in GPUS:

@@ -51,6 +51,11 @@ class Instruction:
         return int(found[1]) if found else None
 
     @property
+    def is_library_product(self) -> bool:
+        """Whether it is a matrix product that cuBLAS makes; its result is a tuple with a workspace after it."""
+        return self.opcode == "custom-call" and 'custom_call_target="__cublas' in self.rest
+
+    @property
     def where(self) -> str:
         """The operation of the program that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
@@ -69,6 +74,13 @@ def parse_program(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no line ENTRY %name (...) -> ... {")
     return entry, computations
+
+
+def first_array(type_: str) -> str:
+    """The type of an array, or of the first of a tuple."""
+    found = _ARRAY.search(type_)
+    assert found is not None
+    return found[0]
 
 
 def array_shapes(type_: str) -> list[tuple[int, ...]]:

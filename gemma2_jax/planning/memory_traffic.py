@@ -9,7 +9,7 @@ operand twice reads more.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from gemma2_jax.planning.hlo import Instruction, array_bytes, parse_program
+from gemma2_jax.planning.hlo import Instruction, array_bytes, first_array, parse_program
 
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
 _LOOKUPS = {"dynamic-slice", "gather"}  # read of their first operand what they give
@@ -74,6 +74,9 @@ def count_bytes(instruction: Instruction, types: Mapping[str, str], computations
         yield _count_read(parameters[number], array_bytes(types[operand]), inside)
     if inside == [instruction] and instruction.opcode.endswith("-start"):  # its type has the operands too
         yield array_bytes(types[instruction.operands[0]])
+        return
+    if instruction.is_library_product:
+        yield array_bytes(first_array(instruction.type))
         return
     roots = [part for part in inside if part.is_root] or inside
     if roots[0].opcode == "tuple":

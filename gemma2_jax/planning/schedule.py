@@ -165,8 +165,9 @@ class _Reader:
     def _read_work(self, instruction: Instruction, types: Mapping[str, str]) -> Work:
         inside = list_fused(instruction, self.computations)
         inner_types = {**types, **{part.name: part.type for part in inside}}
-        products = {part.where: count_product(part, inner_types) for part in inside if part.opcode == "dot"}
-        total = sum(count_product(part, inner_types) for part in inside if part.opcode == "dot")
+        dots = [part for part in inside if part.opcode == "dot" or part.is_library_product]
+        products = {part.where: count_product(part, inner_types) for part in dots}
+        total = sum(count_product(part, inner_types) for part in dots)
         attention = 0.0
         for part in inside:
             if kernel := _ATTENTION_KERNEL.search(part.where) if part.opcode == "custom-call" else None:
@@ -187,8 +188,8 @@ class _Reader:
 def count_product(dot: Instruction, types: Mapping[str, str]) -> float:
     """FLOPs of a product: two for each element of the result and each of the contracted dims."""
     left = array_shapes(types[dot.operands[0]])[0]
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
-    contracted = [left[int(dim)] for dim in found[1].split(",") if dim] if found else []
+    found = re.search(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]', dot.rest)
+    contracted = [left[int(dim)] for dim in re.findall(r"\d+", found[1] or found[2] or "")] if found else []
     return 2.0 * math.prod(array_shapes(dot.type)[0]) * math.prod(contracted)
 
 

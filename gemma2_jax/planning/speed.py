@@ -54,6 +54,9 @@ FACTORS = {
     "network": Factor(share=0.82, source="taken to be as that of links"),
 }
 
+# How many times the estimate a step is to be expected to take: see docs/planning.md, "How good are they?".
+EXPECTED_RATIO = (0.9, 1.8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:

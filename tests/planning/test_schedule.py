@@ -70,6 +70,26 @@ def test_a_program_in_its_order():
     assert sum_flops(items) == {("mlp/down", "forward"): 3 * 8192, ("attention/attend", "backward"): 98304}
 
 
+LIBRARY = """
+ENTRY %main (x: bf16[4,8,16], w: bf16[4,16,32]) -> bf16[4,8,32] {
+  %x = bf16[4,8,16]{2,1,0} parameter(0)
+  %w = bf16[4,16,32]{2,1,0} parameter(1)
+  %both = (bf16[4,8,32]{2,1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", \
+metadata={op_name="jit(train_step)/mlp/down/dot_general"}, backend_config={"operation_queue_id":"0",\
+"gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"epilogue":"DEFAULT"}}
+  ROOT %y = bf16[4,8,32]{2,1,0} get-tuple-element(%both), index=0
+}
+"""
+
+
+def test_products_of_cublas_count_without_their_workspace():
+    """XLA takes them where it has timed kernels on a GPU; where it compiles for one that is described, it has none."""
+    (work,) = read_schedule(LIBRARY, {}, lambda *sizes: 0)
+    assert isinstance(work, Work) and (work.part, work.pass_name) == ("mlp/down", "forward")
+    assert work.products == 2 * 4 * 8 * 32 * 16 and work.memory == 2 * (4 * 8 * 16 + 4 * 16 * 32 + 4 * 8 * 32)
+
+
 @pytest.mark.parametrize(
     ("where", "part", "pass_name"),
     [
