@@ -4,6 +4,7 @@ The command line only: `planning` compiles the real step at its real size for GP
 memory, FLOPs and collectives off the result. Nothing here imports JAX before the arguments are understood.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -17,14 +18,11 @@ from rich.table import Column, Table
 from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.gpus import H100, find_gpu
-from gemma2_jax.planning.report import Plan, describe_fit, format_gib, summarize_step
-from gemma2_jax.planning.schedule import PASSES
+from gemma2_jax.planning.report import Part, Plan, describe_fit, describe_link, format_gib, summarize_step
 from gemma2_jax.planning.speed import FACTORS, StepTime
 from gemma2_jax.planning.traffic import SENT
 from gemma2_jax.train import Recipe, parse
 
-_LEAST_SHARE = 0.02  # of a step's time; parts that take less are one row of the table
-_LEAST_SHOWN = 2**30 // 200  # bytes; owners of less are one row
 _BUFFERS_SHOWN = 5
 
 
@@ -100,30 +98,18 @@ def _print_lines(console: Console, lines: dict[str, str]) -> None:
 def _print_work(console: Console, plan: Plan) -> None:
     """A table of the parts of a step: FLOPs by pass, and seconds by the bound and the estimate."""
     table = Table("one GPU, a step")
-    passes = [name for name in PASSES if any(name in flops for flops in plan.flops.values())]
+    passes = plan.passes
     for column in (*(f"TFLOP {name}" for name in passes), "bound, ms", "estimate, ms"):
         table.add_column(column, justify="right")
-    bound, estimate = (_sum_parts(time) for time in (plan.bound, plan.estimate))
-    small = [part for part, seconds in estimate.items() if seconds < _LEAST_SHARE * plan.estimate.computing]
-    shown = [part for part in sorted(estimate, key=lambda part: -estimate[part]) if part not in small]
-    rows = {part: [part] for part in shown} | ({"the rest": small} if small else {})
-    for name, parts in (rows | {"all": [*estimate]}).items():
-        flops = [sum(plan.flops.get(part, {}).get(one, 0) for part in parts) for one in passes]
-        seconds = [sum(times[part] for part in parts) for times in (bound, estimate)]
-        if name == "all":
+    parts = plan.list_parts()
+    flops = {name: sum(part.flops[name] for part in parts) for name in passes}
+    bound, estimate = (sum(getattr(part, name) for part in parts) for name in ("bound", "estimate"))
+    for part in (*parts, Part(name="all", flops=flops, bound=bound, estimate=estimate)):
+        if part.name == "all":
             table.add_section()
-        cells = [f"{count / 1e12:,.2f}" if count else "" for count in flops]
-        table.add_row(name, *cells, *(f"{time * 1e3:,.1f}" for time in seconds))
+        cells = [f"{part.flops[name] / 1e12:,.2f}" if part.flops[name] else "" for name in passes]
+        table.add_row(part.name, *cells, *(f"{time * 1e3:,.1f}" for time in (part.bound, part.estimate)))
     console.print(table, highlight=False)
-
-
-def _sum_parts(time: StepTime) -> dict[str, float]:
-    """Seconds of work by part, whatever the pass."""
-    total: dict[str, float] = {}
-    for name, seconds in time.work.items():
-        part = name.rpartition(", ")[0]
-        total[part] = total.get(part, 0.0) + seconds
-    return total
 
 
 def _print_times(console: Console, plan: Plan, price: float | None) -> None:
@@ -159,11 +145,9 @@ def _print_memory(console: Console, plan: Plan) -> None:
         console.print(f"temporaries are not divided by owner: {plan.peak}", highlight=False, markup=False)
         return
     table = Table("memory of one GPU", Column("GiB", justify="right"))
-    for name, size in plan.owners.items():
-        if size >= _LEAST_SHOWN:
-            table.add_row(name, format_gib(size))
-    small = sum(size for size in plan.owners.values() if size < _LEAST_SHOWN)
-    table.add_row("the rest", format_gib(small), end_section=True)
+    for name, size in plan.list_owners().items():
+        table.add_row(name, format_gib(size))
+    table.add_section()
     table.add_row("all", format_gib(plan.total))
     console.print(table, highlight=False)
     grid = Table.grid(padding=(0, 2))
@@ -176,11 +160,16 @@ def _print_memory(console: Console, plan: Plan) -> None:
 
 def _print_traffic(console: Console, plan: Plan) -> None:
     kinds = [kind for kind in SENT if any(collective.kind == kind for collective in plan.collectives)]
-    table = Table("GB a GPU sends a step, over")
-    for column in (*kinds, "all"):
+    table = Table("GB a GPU sends a step along", "over")
+    for column in (*kinds, "all", "bound, ms", "estimate, ms"):
         table.add_column(column, justify="right")
-    for axes, sent in sorted(plan.traffic.items()):
-        table.add_row(axes, *(f"{sent[kind] / 1e9:,.3f}" for kind in kinds), f"{sent.total() / 1e9:,.3f}")
+    rows = itertools.groupby(plan.list_traffic(), key=lambda row: (row.axes, describe_link(row, plan.device)))
+    for (axes, link), parts in rows:
+        by_kind = {row.kind: row for row in parts}
+        sent = [by_kind[kind].sent if kind in by_kind else 0 for kind in kinds]
+        seconds = [sum(getattr(row, name) for row in by_kind.values()) for name in ("bound", "estimate")]
+        gigabytes = (f"{size / 1e9:,.3f}" for size in (*sent, sum(sent)))
+        table.add_row(axes, link, *gigabytes, *(f"{time * 1e3:,.1f}" for time in seconds))
     console.print(table, highlight=False)
     for loop in sorted({c.loop for c in plan.collectives if c.loop and c.times is not None}):
         console.print(f"assumed: {plan.layers_per_stage} trips of {loop}", highlight=False, markup=False)

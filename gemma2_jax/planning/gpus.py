@@ -34,6 +34,7 @@ class Gpu:
     memory_bandwidth: float  # bytes/s
     tflops: float  # TFLOP/s of dense bfloat16 products, as `cluster.devices.PEAKS` has it
     link_bandwidth: float  # bytes/s that a GPU can send to others of its host
+    link_name: str = "NVLink"  # by which they are linked
     network_bandwidth: float = 50e9  # bytes/s that a GPU can send to other hosts: one 400 Gbit/s adapter each, assumed
     gpus_per_host: int = 8
 
@@ -110,6 +111,7 @@ GPUS = {
             memory_bandwidth=2.03904e12,
             tflops=756.5,
             link_bandwidth=64e9,  # PCIe 5 x16 (data sheet: 128 GB/s both ways); the bridges of pairs are not counted
+            link_name="PCIe",
             **_HOPPER,
         ),
         Gpu(
@@ -122,6 +124,7 @@ GPUS = {
             memory_bandwidth=3.9e12,  # NVIDIA H100 data sheet
             tflops=835.5,
             link_bandwidth=64e9,  # as of h100-pcie
+            link_name="PCIe",
             **_HOPPER,
         ),
         Gpu(
@@ -166,6 +169,7 @@ GPUS = {
             memory_bandwidth=864e9,  # NVIDIA L40S data sheet
             tflops=362.05,
             link_bandwidth=32e9,  # PCIe 4 x16 (data sheet: 64 GB/s both ways)
+            link_name="PCIe",
         ),
         Gpu(
             name="b200",

@@ -20,14 +20,40 @@ from gemma2_jax.config import Config
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.gpus import H100, Gpu
 from gemma2_jax.planning.memory import Buffer, Peak
-from gemma2_jax.planning.schedule import list_work, sum_flops
-from gemma2_jax.planning.speed import FACTORS, StepTime, time_step
+from gemma2_jax.planning.schedule import PASSES, list_work, sum_flops
+from gemma2_jax.planning.speed import FACTORS, StepTime, find_link, time_step
 from gemma2_jax.planning.traffic import Collective, sum_traffic
 
 if TYPE_CHECKING:
     from gemma2_jax.planning.compiled_step import CompiledStep
 
+_LEAST_SHARE = 0.02  # of a step's time; parts that take less are listed as one
+_LEAST_SHOWN = 2**30 // 200  # bytes; owners of less are listed as one
+_REST = "the rest"
 _ERRORS = {kind.__name__: kind for kind in (ValueError, ImportError)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one GPU does in a step for a part of the model."""
+
+    name: str
+    flops: dict[str, int]  # by pass
+    bound: float  # seconds
+    estimate: float  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What one GPU sends in a step along some axes of the mesh by one kind of collective, and what that takes."""
+
+    axes: str
+    kind: str
+    link: str  # that the groups along these axes use: "link" inside a host, "network" between hosts
+    bandwidth: float  # bytes/s of it, by the data sheet
+    sent: int  # bytes
+    bound: float  # seconds by the data sheet
+    estimate: float  # seconds by `speed.FACTORS`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +64,7 @@ class Plan:
     device: Gpu
     gpus: int
     mesh: str  # the mesh in words, such as "data 2 x tensor 4"
+    mesh_sizes: dict[str, int]  # of all axes, in their order
     memory: dict[str, int]  # bytes of one GPU by owner: trained weights, optimizer, ..., temporaries, results
     total: int  # bytes that one GPU needs at once
     peak: Peak | str  # temporaries by owner where a step needs most memory, or why they are not known
@@ -83,9 +110,51 @@ class Plan:
         return dict(sorted(owners.items(), key=lambda item: -item[1]))
 
     @property
+    def passes(self) -> list[str]:
+        """The passes in which a step computes products."""
+        return [name for name in PASSES if any(name in flops for flops in self.flops.values())]
+
+    def list_owners(self) -> dict[str, int]:
+        """`owners`, with small ones as one, which is last."""
+        shown = {name: size for name, size in self.owners.items() if size >= _LEAST_SHOWN}
+        return shown | {_REST: self.total - sum(shown.values())}
+
+    def list_parts(self) -> list[Part]:
+        """The parts of a step, those that are expected to take longest first, with short ones as one, which is last."""
+        bound, estimate = (_sum_parts(time) for time in (self.bound, self.estimate))
+        small = [part for part, seconds in estimate.items() if seconds < _LEAST_SHARE * self.estimate.computing]
+        shown = [part for part in sorted(estimate, key=lambda part: -estimate[part]) if part not in small]
+        found = []
+        for name, parts in ({part: [part] for part in shown} | ({_REST: small} if small else {})).items():
+            flops = {one: sum(self.flops.get(part, {}).get(one, 0) for part in parts) for one in PASSES}
+            seconds = [sum(times[part] for part in parts) for times in (bound, estimate)]
+            found.append(Part(name=name, flops=flops, bound=seconds[0], estimate=seconds[1]))
+        return found
+
+    @property
     def traffic(self) -> dict[str, Counter]:
         """Bytes that one GPU sends in a step: by mesh axis, then by kind of collective."""
         return sum_traffic(self.collectives)
+
+    def list_traffic(self) -> list[Traffic]:
+        """What `traffic` has, with the link that it goes over, and how long it takes there."""
+        rows = []
+        for axes, kinds in sorted(self.traffic.items()):
+            link, bandwidth = find_link(self.device, self.mesh_sizes, axes)
+            for kind, sent in kinds.items():
+                seconds = sent / bandwidth
+                rows.append(
+                    Traffic(
+                        axes=axes,
+                        kind=kind,
+                        link=link,
+                        bandwidth=bandwidth,
+                        sent=sent,
+                        bound=seconds,
+                        estimate=seconds / FACTORS[link].share,
+                    )
+                )
+        return rows
 
     def __str__(self) -> str:
         owners = " + ".join(f"{name} {format_gib(size)}" for name, size in self.memory.items())
@@ -112,6 +181,7 @@ class Plan:
             "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
             "peak": dataclasses.asdict(self.peak) if isinstance(self.peak, Peak) else self.peak,
             "owners": self.owners,
+            "traffic": [dataclasses.asdict(traffic) for traffic in self.list_traffic()],
             "fits": self.fits,
             "usable_bytes": self.device.usable_bytes,
             "factors": {name: dataclasses.asdict(factor) for name, factor in FACTORS.items()},
@@ -119,10 +189,25 @@ class Plan:
         }
 
 
+def _sum_parts(time: StepTime) -> dict[str, float]:
+    """Seconds of work by part, whatever the pass."""
+    total: dict[str, float] = {}
+    for name, seconds in time.work.items():
+        part = name.rpartition(", ")[0]
+        total[part] = total.get(part, 0.0) + seconds
+    return total
+
+
 def describe_fit(total: int, device: Gpu = H100) -> str:
     """Says whether `total` bytes fit on such a GPU, and by how much."""
     spare = device.usable_bytes - total
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
+
+
+def describe_link(traffic: Traffic, device: Gpu = H100) -> str:
+    """The link that bytes go over, and its rate by the data sheet."""
+    name = device.link_name if traffic.link == "link" else "network"
+    return f"{name}, {traffic.bandwidth / 1e9:g} GB/s"
 
 
 def format_gib(size: int) -> str:
@@ -144,6 +229,7 @@ def summarize_step(step: "CompiledStep") -> Plan:
         device=step.device,
         gpus=step.program.mesh.size,
         mesh=step.layout,
+        mesh_sizes=dict(step.program.mesh.shape),
         memory=owners,
         total=step.total,
         peak=step.peak,

@@ -154,7 +154,7 @@ def small(kind: str = "sft", **mesh: int) -> CompiledStep:
         compute=ComputeConfig(loss_chunk=64, gpu_flags="none"),  # one layer a trip
         mesh=MeshConfig(**{"data": 1, **mesh}),
     )
-    return compile_step(config, shards * mesh.get("tensor", 1))
+    return compile_step(config, math.prod(mesh.values()))
 
 
 def per_layer(found: CompiledStep, kind: str) -> list:
@@ -179,6 +179,84 @@ def test_fsdp_gathers_one_layer_at_a_time():
     vectors = (4 * LAYERS + 1) * SMALL.width
     assert argument_bytes(found.program)["trained weights"] == 4 * ((SMALL.parameter_count() - vectors) / 8 + vectors)
     assert found.arguments >= sum(argument_bytes(found.program).values())
+
+
+LENGTH, ROWS, CHUNK = 128, 2, 64  # tokens of a row, rows of a pass on a GPU, and tokens of it in a chunk of the loss
+BF16, F32, INT32 = 2, 4, 4  # bytes
+# Of one layer: the matrices, the keys and values, and the four norms.
+MATRICES = 2 * 192 * 16 * 16 + 2 * 192 * 8 * 16 + 3 * 192 * 512
+KEYS_AND_VALUES = 2 * ROWS * LENGTH * 8 * 16
+NORMS = 4 * 192
+
+
+def sent_by_fsdp(n: int) -> dict[str, float]:
+    """Weights come and gradients go layer by layer; the loss and the embedding take all shards' tokens."""
+    share, rows = (n - 1) / n, n * ROWS
+    gathered = 2 * LAYERS * MATRICES * BF16  # of a pass: forward, and for the backward pass
+    gathered += 2048 * 192 * BF16  # the embedding
+    loss_inputs = LENGTH * (192 * BF16 + INT32 + 2 * F32)  # activations, targets, maxima and sums of the softmax
+    gathered += rows * (loss_inputs + LENGTH * (192 * BF16 + INT32))  # and gradients with tokens, for the embedding's
+    scattered = LAYERS * MATRICES * F32 + rows * LENGTH * (192 * BF16 + 2 * F32)
+    reduced = PASSES * (LAYERS * NORMS + 1) * F32 + 192 * F32  # norms and the loss; the last norm once a step
+    return {
+        "all-gather": PASSES * gathered * share,
+        "reduce-scatter": PASSES * scattered * share,
+        "all-reduce": 2 * reduced * share,
+    }
+
+
+def sent_by_tensor(n: int) -> dict[str, float]:
+    """Positions are gathered before each half of a layer and scattered after it: forward, recomputed, and backward."""
+    share, positions = (n - 1) / n, ROWS * LENGTH * 192 * BF16
+    layers = 6 * LAYERS * positions
+    reduced = PASSES * (LAYERS * NORMS * F32 + 2 * ROWS * LENGTH * F32) + 192 * F32
+    return {
+        "all-gather": PASSES * (layers + 2 * positions + ROWS * LENGTH * INT32) * share,
+        "reduce-scatter": PASSES * (layers + 2 * positions) * share,
+        "all-reduce": 2 * reduced * share,
+    }
+
+
+def sent_by_stage(n: int) -> dict[str, float]:
+    """Activations go on to the next stage and gradients back; all stages share the embedding and the logits."""
+    positions, ticks = ROWS * LENGTH * 192 * BF16, PASSES + n - 1
+    reduced = (2 * ticks + 2 * PASSES) * positions  # looked up, given back to the embedding; into the loss, out of it
+    reduced += PASSES * 2 * ROWS * LENGTH * F32  # maxima and sums of the softmax
+    sent = (2 * ticks - 1) * positions  # nobody takes what the last tick returns
+    return {"all-reduce": 2 * (n - 1) / n * reduced, "collective-permute": sent}
+
+
+def sent_by_context(n: int) -> dict[str, float]:
+    """Weights are sharded as by fsdp; beside them go keys and values, the gradients of these, and segments."""
+    share = (n - 1) / n
+    tokens, positions = ROWS * LENGTH * INT32, ROWS * LENGTH * 192 * BF16
+    gathered = 2 * LAYERS * (MATRICES * BF16 + KEYS_AND_VALUES * BF16 + tokens)
+    gathered += 2 * tokens + positions + tokens + 2 * ROWS * LENGTH * F32 + positions
+    scattered = LAYERS * (MATRICES * F32 + KEYS_AND_VALUES * BF16) + 2 * positions + 2 * ROWS * LENGTH * F32
+    reduced = PASSES * (LAYERS * NORMS + 1) * F32 + 192 * F32
+    return {
+        "all-gather": PASSES * gathered * share,
+        "reduce-scatter": PASSES * scattered * share,
+        "all-reduce": 2 * reduced * share,
+    }
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("axis", "size", "expected"),
+    [
+        ("fsdp", 8, sent_by_fsdp),
+        pytest.param("tensor", 8, sent_by_tensor, marks=pytest.mark.exhaustive),
+        pytest.param("stage", 2, sent_by_stage, marks=pytest.mark.exhaustive),
+        pytest.param("context", 2, sent_by_context, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_bytes_along_one_axis(axis, size, expected):
+    """All that a step sends, but for single numbers: norms, and those that are logged."""
+    (found,) = sum_traffic(small(**{axis: size}).traffic).values()
+    by_hand = expected(size)
+    numbers = {kind: found[kind] - by_hand.get(kind, 0) for kind in found}
+    assert all(0 <= count < 256 for count in numbers.values()), numbers
 
 
 def count_flops(step: CompiledStep) -> Counter:
