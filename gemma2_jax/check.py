@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gemma2_jax import command_line
 from gemma2_jax.cluster import platforms
-from gemma2_jax.train import HELP_RECIPE, Recipe, parse
+from gemma2_jax.train import HELP_RECIPE, Recipe, lay_out, parse
 
 if TYPE_CHECKING:
     from gemma2_jax.cluster.findings import Row
@@ -55,7 +55,7 @@ def main(program: str = "python -m gemma2_jax.check") -> None:
         with hosts.process_group(command.run.hosts):
             import jax
 
-            rows = checkup.run_checks(command.run)
+            rows = checkup.run_checks(lay_out(command.run) if command.mesh == "auto" else command.run)
             if jax.process_index() == 0:
                 print_rows(rows)
                 if command.json:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma2_jax import dims
 from gemma2_jax.config import Config, MeshConfig
@@ -50,7 +50,7 @@ def describe_mesh(mesh: Mesh) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError where the mesh does not divide what it splits, naming both and a fix."""
     model, train = config.model, config.train
     _check_weights(model, mesh)
@@ -76,7 +76,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
+def _check_weights(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     if mesh.shape["stage"] > model.layers:
         raise ValueError(f"mesh.stage {mesh.shape['stage']} is more than the {model.layers} layers; use fewer stages")
     sizes = dims.dim_sizes(model)
@@ -98,7 +98,7 @@ def _check_weights(model: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def _check_samples(config: Config, mesh: Mesh) -> None:
+def _check_samples(config: Config, mesh: Mesh | AbstractMesh) -> None:
     for axis in ("stage", "context"):
         if config.sample.tokens and mesh.shape[axis] > 1:
             reason = "keeps layers on devices of their own" if axis == "stage" else "splits the positions of a row"

@@ -40,11 +40,16 @@ class Command(Recipe):
     device: str = "h100"
     price: float | None = None  # dollars for an hour of one GPU
     json: Path | None = None  # file for all of it as JSON
+    search: int = 0  # layouts of the run that are compiled to find the fastest, the likeliest first; 0: the given one
 
     def __post_init__(self) -> None:
         find_gpu(self.device)
         if self.price is not None and not 0 <= self.price < float("inf"):
             raise ValueError(f"price is {self.price}; give dollars for an hour of one GPU")
+        if self.search and self.mesh == "auto":
+            raise ValueError("search and mesh auto are both given; a search finds the mesh, so leave out --mesh auto")
+        if self.search < 0:
+            raise ValueError(f"search is {self.search}; give how many layouts may be compiled, such as 12")
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json is the folder {self.json}; give a file")
 
@@ -53,18 +58,42 @@ def main(program: str = "python -m gemma2_jax.plan") -> None:
     """Parses, compiles and prints; exits with a sentence where that cannot be done."""
     command = parse(sys.argv[1:], Command, program)
     described_cluster.prepare_jax()
-    from gemma2_jax.planning.compiled_step import compile_step
 
     console = Console()
     if not console.is_terminal:
         console.width = 120
     try:
-        plan = summarize_step(compile_step(command.run, command.gpus, find_gpu(command.device)))
+        plan = _search(console, command) if command.search else _compile(console, command)
         print_plan(console, plan, command.price)
         if command.json is not None:
             command_line.write_whole(command.json, json.dumps(plan.as_json(), indent=1) + "\n")
     except (ValueError, ImportError, OSError) as error:
         sys.exit(command_line.fold(f"error: {error}"))
+
+
+def _compile(console: Console, command: Command) -> Plan:
+    from gemma2_jax.planning.compiled_step import compile_step
+
+    device, run = find_gpu(command.device), command.run
+    if command.mesh == "auto":
+        from gemma2_jax.planning import known_layouts
+
+        layout, reason = known_layouts.choose_layout(run, command.gpus, device)
+        console.print(f"mesh auto: {layout}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        run = layout.apply(run)
+    return summarize_step(compile_step(run, command.gpus, device))
+
+
+def _search(console: Console, command: Command) -> Plan:
+    """The plan of the best layout that is found. Raises ValueError where none fits."""
+    from gemma2_jax.planning import layouts, search_table
+
+    device = find_gpu(command.device)
+    own = layouts.find_own(command.run, command.gpus)
+    search = search_table.search_and_print(console, command.run, command.gpus, device, command.search, own)
+    if not search.ranked:
+        raise ValueError(f"none of the {len(search.tried)} layouts that were compiled fits; use more GPUs")
+    return search.ranked[0].plan
 
 
 def print_plan(console: Console, plan: Plan, price: float | None = None) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -30,6 +30,8 @@ class Recipe:
     """A recipe, and the run that it becomes."""
 
     config: str  # recipe: a name in configs/, or a Python file
+    # auto: the mesh, the rows of a pass and what is kept of a block, as a search found or predicts them to be fastest
+    mesh: Literal["given", "auto"] = "given"
     run: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
@@ -85,14 +87,15 @@ def main(program: str = PROGRAM) -> None:
 
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace
     with hosts.end_when_told():
-        _train(command.run)
+        _train(command)
 
 
-def _train(config: Config) -> None:
+def _train(command: Command) -> None:
     """Trains. Ends the process with a status and a sentence where that is not carried out to its end."""
     from gemma2_jax.cluster import hosts
 
-    workdir, stopped = config.output, ""
+    config, stopped = command.run, ""
+    workdir = config.output
     try:
         platforms.prepare_process()
         from gemma2_jax.data import encoding
@@ -101,7 +104,7 @@ def _train(config: Config) -> None:
         from gemma2_jax.training import loop
 
         with hosts.process_group(config.hosts):
-            stopped = loop.train(config).stopped
+            stopped = loop.train(lay_out(config) if command.mesh == "auto" else config).stopped
     except ImportError:
         if not (stopped := hosts.ignored_signal()):  # else it came while a module in C was imported, which says this
             raise
@@ -115,6 +118,21 @@ def _train(config: Config) -> None:
         is_interrupt = stopped == hosts.INTERRUPT
         status = command_line.EXIT_INTERRUPTED if is_interrupt else command_line.EXIT_STOPPED
         _end_process(status, describe_interruption(workdir, stopped))
+
+
+def lay_out(config: Config) -> Config:
+    """The run with the layout that the planner chooses for the devices there are; says which, and why.
+
+    Raises ValueError where it knows none.
+    """
+    import jax
+
+    from gemma2_jax.planning import known_layouts
+
+    config, reason = known_layouts.lay_out(config, jax.device_count(), jax.devices()[0].device_kind)
+    if jax.process_index() == 0:
+        command_line.notify(f"mesh auto: {reason}")
+    return config
 
 
 def describe_interruption(workdir: Path, reason: str = "") -> str:

@@ -60,7 +60,8 @@ ORDER_WITHIN = {
     "planning": (
         ("gpus", "hlo", "kept_outputs"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
         ("dense_step", "speed"),
-        ("compiled_step", "compiled_decoding"), ("report",), ("checked_attention", "checked_steps"), ("checkup",),
+        ("compiled_step", "compiled_decoding", "layouts"), ("report", "known_layouts"), ("search",), ("search_table",),
+        ("checked_attention", "checked_steps"), ("checkup",),
     ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

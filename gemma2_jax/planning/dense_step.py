@@ -3,14 +3,15 @@
 It is for models that this package does not have, whose published times say how good the estimates of `speed` are, and
 to check that a compiled step does the FLOPs that it should. The kernels are those that a good program would launch: one
 for each product, with its inputs and outputs read and written once, and one for each chain of elementwise operations.
-The mesh has `fsdp` shards, each of which gathers a layer's weights while it computes the layer before, and `tensor`
-shards, which sum their parts of the output of each half of a layer and wait for that.
+The mesh is as `mesh` has it. Shards of fsdp and context gather a layer's weights while they compute the layer before;
+tensor shards sum their parts of the output of each half of a layer, stages hand activations to each other, context
+shards exchange keys and values, and copies of the model sum their gradients once a step: all of these wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_jax.planning.schedule import Item, Loop, Pass, Send, Wait, Work
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gemma2_jax.model_config import ModelConfig
 
 _BYTES = 2  # bfloat16
+_ADDED_BYTES = 10  # read and written for each trained weight, in float32, where a pass adds its gradient
 _STATE_BYTES = 28  # read and written by AdamW for each trained weight: weight, two moments and gradient in float32
 
 
@@ -69,41 +71,65 @@ class DenseStep:
     rows: int  # of a pass, on one GPU
     length: int
     passes: int = 1
+    data: int = 1
+    stage: int = 1
     fsdp: int = 1
+    context: int = 1
     tensor: int = 1
     rank: int = 0  # of LoRA adapters on the projections; 0 trains all weights
     adapted: tuple[str, ...] = ()  # projections with adapters
     remat: Literal["none", "block"] = "block"
+    gradient_bytes: int = _BYTES  # of each element of the gradients that shards sum
     gathers: int = 2  # times in a pass that a layer's weights are gathered
     attention_products: int = 7  # of the attention kernels' backward pass: 5 in one kernel, 7 in two
 
     def describe(self) -> tuple[Item, ...]:
-        """The step as a schedule."""
-        forward = Loop(self.model.layers, tuple(self._gather("forward", self._layer("forward"))))
+        """The step as a schedule: of a pipeline, that of a stage, which computes in idle ticks too."""
+        layers = -(-self.model.layers // self.stage)
+        forward = Loop(layers, tuple(self._gather("forward", self._layer("forward"))))
         again = () if self.remat == "none" else tuple(self._layer("recomputed"))
         gathered = "backward" if self.gathers > 1 else None
-        backward = Loop(self.model.layers, tuple(self._gather(gathered, (*again, *self._layer("backward")))))
-        one_pass = (forward, *self._logits(), backward)
-        return (Loop(self.passes, one_pass), self._update())
+        backward = Loop(layers, tuple(self._gather(gathered, (*again, *self._layer("backward")))))
+        one_pass = (*self._hand_on(), forward, *self._logits(), *self._hand_on(), backward)
+        return (Loop(self.passes + self.stage - 1, one_pass), *self._sum_gradients(), self._update())
 
     @property
     def mesh(self) -> dict[str, int]:
         """Sizes of the mesh's axes."""
-        return {"fsdp": self.fsdp, "tensor": self.tensor}
+        return {name: getattr(self, name) for name in ("data", "stage", "fsdp", "context", "tensor")}
 
     @property
     def tokens(self) -> int:
         """Tokens of a pass on one GPU."""
-        return self.rows * self.length
+        return self.rows * self.length // self.context
+
+    @property
+    def weights(self) -> int:
+        """Weights of the products of a layer."""
+        return sum(inputs * outputs for inputs, outputs in self.model.projections.values())
+
+    @property
+    def trained(self) -> float:
+        """Trained weights of one GPU."""
+        trained = self.weights * self.model.layers + self.model.vocab_size * self.model.width
+        if self.rank:
+            sizes = (self.model.projections[part] for part in self.adapted)
+            trained = self.model.layers * self.rank * sum(map(sum, sizes))
+        return trained / self.weight_shards / self.tensor / self.stage
+
+    @property
+    def weight_shards(self) -> int:
+        """Shards that a layer's weights are gathered from."""
+        return self.fsdp * self.context
 
     def _layer(self, pass_name: Pass) -> Iterator[Item]:
         for part, (inputs, outputs) in self.model.projections.items():
             yield from self._product(part, inputs, outputs, pass_name)
             if part == "attention/qkv":
-                yield self._attend(pass_name)
+                yield from self._attend(pass_name)
             elif part in ("attention/o", "mlp/down") and self.tensor > 1:
                 sent = self.tokens * self.model.width * _BYTES * SENT["all-reduce"](self.tensor)
-                yield Send(name=part, kind="all-reduce", axes="tensor", sent=sent, is_async=False)
+                yield self._wait_for("all-reduce", "tensor", sent)
         moved = self.model.norms * 2 * self.tokens * self.model.width * _BYTES
         gated = 3 * self.tokens * self.model.mlp_width * _BYTES / self.tensor
         yield Work(part="norm", pass_name=pass_name, memory=moved)
@@ -126,37 +152,49 @@ class DenseStep:
                         memory=_BYTES * self.tokens * (down + up) / self.tensor,
                     )
 
-    def _attend(self, pass_name: Pass) -> Work:
+    def _attend(self, pass_name: Pass) -> Iterator[Item]:
         model = self.model
-        product = 2 * self.rows * model.count_pairs(self.length) * model.heads * model.head_width
+        product = 2 * self.rows * model.count_pairs(self.length) * model.heads * model.head_width / self.context
         products = (self.attention_products if pass_name == "backward" else 2) / self.tensor
         moved = self.tokens * (2 * model.heads + 2 * model.kv_heads) * model.head_width * _BYTES
-        memory = moved * (2 if pass_name == "backward" else 1) / self.tensor
-        return Work(part="attention/attend", pass_name=pass_name, attention=products * product, memory=memory)
+        times = 2 if pass_name == "backward" else 1  # gradients of what is exchanged come back
+        if self.context > 1:
+            exchanged = times * self.tokens * 2 * model.kv_heads * model.head_width * _BYTES * (self.context - 1)
+            yield self._wait_for("collective-permute", "context", exchanged / self.tensor)
+        memory = moved * times / self.tensor
+        yield Work(part="attention/attend", pass_name=pass_name, attention=products * product, memory=memory)
 
     def _logits(self) -> Iterator[Work]:
         for pass_name in ("forward", "backward"):
-            yield from self._product("loss", self.model.width, self.model.vocab_size, pass_name)
+            for work in self._product("loss", self.model.width, self.model.vocab_size, pass_name):
+                yield replace(work, products=work.products / self.stage, memory=work.memory / self.stage)
 
     def _gather(self, name: str | None, work: Iterable[Item]) -> Iterator[Item]:
         """The work of a layer, beside which the next layer's weights come, and in the backward pass gradients go."""
-        weights = sum(inputs * outputs for inputs, outputs in self.model.projections.values())
-        kinds: dict[str, float] = (
-            {} if self.fsdp == 1 or name is None else {"all-gather": weights * _BYTES / self.tensor}
-        )
-        if name == "backward" and self.fsdp > 1 and not self.rank:
-            kinds["reduce-scatter"] = weights * _BYTES / self.fsdp / self.tensor
+        shards, weights = self.weight_shards, self.weights * _BYTES / self.tensor
+        kinds: dict[str, float] = {} if shards == 1 or name is None else {"all-gather": weights}
+        if name == "backward" and shards > 1 and not self.rank:
+            kinds["reduce-scatter"] = weights / shards / _BYTES * self.gradient_bytes
+        axes = "+".join(axis for axis in ("fsdp", "context") if getattr(self, axis) > 1)
         for kind, size in kinds.items():
-            sent = size * SENT[kind](self.fsdp)
-            yield Send(name=f"{name} {kind}", kind=kind, axes="fsdp", sent=sent, is_async=True)
+            yield Send(name=f"{name} {kind}", kind=kind, axes=axes, sent=size * SENT[kind](shards), is_async=True)
         yield from work
+        if name == "backward" and self.passes > 1 and not self.rank:
+            yield Work(part="gradients", pass_name="backward", memory=weights / shards / _BYTES * _ADDED_BYTES)
         for kind in kinds:
             yield Wait(f"{name} {kind}")
 
+    def _hand_on(self) -> Iterator[Item]:
+        if self.stage > 1:
+            yield self._wait_for("collective-permute", "stage", self.tokens * self.model.width * _BYTES / self.tensor)
+
+    def _sum_gradients(self) -> Iterator[Item]:
+        if self.data > 1:
+            yield self._wait_for("all-reduce", "data", self.trained * 4 * SENT["all-reduce"](self.data))
+
+    @staticmethod
+    def _wait_for(kind: str, axes: str, sent: float) -> Send:
+        return Send(name=f"{kind} over {axes}", kind=kind, axes=axes, sent=sent, is_async=False)
+
     def _update(self) -> Work:
-        weights = sum(inputs * outputs for inputs, outputs in self.model.projections.values())
-        trained = weights * self.model.layers + self.model.vocab_size * self.model.width
-        if self.rank:
-            sizes = (self.model.projections[part] for part in self.adapted)
-            trained = self.model.layers * self.rank * sum(map(sum, sizes))
-        return Work(part="optimizer", pass_name="update", memory=trained * _STATE_BYTES / self.fsdp / self.tensor)
+        return Work(part="optimizer", pass_name="update", memory=self.trained * _STATE_BYTES)

@@ -244,31 +244,53 @@ def summarize_step(step: "CompiledStep") -> Plan:
     )
 
 
+class PlanProcess:
+    """A process that compiles the training step of `config` for so many GPUs."""
+
+    def __init__(self, config: Config, gpus: int, device: Gpu) -> None:
+        package = str(Path(configs.__file__).parents[1])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._config = config_text.to_text(config)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gemma2_jax.planning.report", str(gpus), json.dumps(dataclasses.asdict(device))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def finish(self) -> dict:
+        """What `read_plan` reads, when the process has ended. Raises RuntimeError where it has failed."""
+        answer, errors = self._process.communicate(self._config)
+        if self._process.returncode:
+            raise RuntimeError(f"the process that compiles the step failed: {errors.strip()}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        """Ends the process before it has finished."""
+        self._process.kill()
+
+
 def plan_in_subprocess(config: Config, gpus: int, device: Gpu = H100) -> Plan:
     """Compiles the training step of `config` for so many GPUs in a new process; this one may have used JAX.
 
     Raises ValueError if the run does not divide over the GPUs, and ImportError without the extra `plan`.
     """
-    package = str(Path(configs.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.run(
-        [sys.executable, "-m", "gemma2_jax.planning.report", str(gpus), json.dumps(dataclasses.asdict(device))],
-        input=config_text.to_text(config),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
-    if process.returncode:
-        raise RuntimeError(f"the process that compiles the step failed: {process.stderr.strip()}")
-    answer = json.loads(process.stdout)
+    return read_plan(PlanProcess(config, gpus, device).finish(), config, device)
+
+
+def read_plan(answer: dict, config: Config, device: Gpu) -> Plan:
+    """The plan that a process has written. Raises the error that it ended with instead."""
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
-    collectives = tuple(Collective(**fields) for fields in answer.pop("collectives"))
-    times = {name: StepTime(**answer.pop(name)) for name in ("bound", "estimate")}
-    if isinstance(peak := answer.pop("peak"), dict):
-        buffers = tuple(Buffer(**fields) for fields in peak["buffers"])
+    fields = dict(answer)
+    collectives = tuple(Collective(**one) for one in fields.pop("collectives"))
+    times = {name: StepTime(**fields.pop(name)) for name in ("bound", "estimate")}
+    if isinstance(peak := fields.pop("peak"), dict):
+        buffers = tuple(Buffer(**one) for one in peak["buffers"])
         peak = Peak(where=peak["where"], owners=peak["owners"], buffers=buffers)
-    return Plan(config=config, device=device, collectives=collectives, peak=peak, **times, **answer)
+    return Plan(config=config, device=device, collectives=collectives, peak=peak, **times, **fields)
 
 
 def _answer(config: Config, gpus: int, device: Gpu) -> dict:

@@ -1,0 +1,83 @@
+"""The layouts that searches found for the recipes on H100s, and the choice of one for a run: `--mesh auto`.
+
+The table is what `python -m gemma2_jax.plan --config NAME --gpus N --search 12` printed first. A run that is not in it,
+or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is compiled for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gemma2_jax import recipes
+from gemma2_jax.config import Config, KeptOutput, MeshConfig
+from gemma2_jax.planning.gpus import GPUS, Gpu
+from gemma2_jax.planning.layouts import Layout, list_predictions
+
+_DEVICES = ("h100",)
+
+
+def _known(axes: dict[str, int], micro_batch_size: int, *kept: KeptOutput) -> Layout:
+    mesh = MeshConfig(**{"data": 1, **axes})
+    return Layout(mesh=mesh, micro_batch_size=micro_batch_size, remat="block", kept_outputs=kept)
+
+
+# By recipe and number of GPUs.
+KNOWN: dict[tuple[str, int], Layout] = {}
+
+
+def lay_out(config: Config, gpus: int, device_kind: str) -> tuple[Config, str]:
+    """A run with the layout that is chosen for so many devices of a kind, as JAX names it, and why it is that.
+
+    Raises ValueError where none is known and none can be predicted.
+    """
+    device = next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
+    if device is not None:
+        layout, reason = choose_layout(config, gpus, device)
+        return layout.apply(config), f"{layout}: {reason}"
+    if gpus == 1:
+        return replace(config, mesh=MeshConfig(data=1)), f"one {device_kind}, of which the planner knows nothing more"
+    raise ValueError(
+        f"mesh is auto, and the planner knows no {device_kind}, only {', '.join(GPUS)}; give the axes of the mesh, "
+        f"such as --mesh.fsdp {gpus}"
+    )
+
+
+def choose_layout(config: Config, gpus: int, device: Gpu) -> tuple[Layout, str]:
+    """The layout for a run on so many GPUs, from the table or predicted, and why it is that.
+
+    Raises ValueError where none can fit.
+    """
+    if device in (GPUS[name] for name in _DEVICES):
+        for (recipe, count), layout in KNOWN.items():
+            if count == gpus and is_same_work(config, recipes.load_recipe(recipe)):
+                return layout, f"a search found it for {recipe} on {gpus} x {device.title}"
+    return predict_layout(config, gpus, device)
+
+
+def predict_layout(config: Config, gpus: int, device: Gpu) -> tuple[Layout, str]:
+    """The layout that is predicted to be the fastest. Raises ValueError where none can fit."""
+    predictions = list_predictions(config, gpus, device)
+    if not predictions:
+        raise ValueError(
+            f"mesh is auto, and no layout of this run over {gpus} x {device.title} can fit, or its rows do not divide "
+            "over them; use more GPUs, or another train.global_batch_size"
+        )
+    return predictions[0].layout, (
+        f"predicted to be the fastest of {len(predictions)} on {gpus} x {device.title}, and not compiled; "
+        "python -m gemma2_jax.plan --search 12 compiles"
+    )
+
+
+def is_same_work(config: Config, other: Config) -> bool:
+    """Whether two runs differ at most in their layout, data, optimizer and what is kept of them."""
+
+    def work(one: Config) -> tuple:
+        train, compute, adapter = one.train, one.compute, one.adapter
+        return (
+            one.model,
+            replace(adapter, alpha=1.0),
+            (train.sequence_length, train.global_batch_size),
+            tuple(getattr(compute, name) for name in ("dtype", "trained_dtype", "frozen_dtype", "loss_chunk")),
+        )
+
+    return work(config) == work(other)
