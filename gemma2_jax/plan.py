@@ -6,7 +6,7 @@ memory, FLOPs and collectives off the result. Nothing here imports JAX before th
 
 import itertools
 import json
-import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,19 @@ from rich.table import Column, Table
 from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
 from gemma2_jax.planning.gpus import H100, find_gpu
-from gemma2_jax.planning.report import Part, Plan, describe_fit, describe_link, format_gib, summarize_step
+from gemma2_jax.planning.report import (
+    Part,
+    Plan,
+    describe_fit,
+    describe_seconds,
+    format_gib,
+    shorten_operation,
+    summarize_step,
+)
 from gemma2_jax.planning.speed import FACTORS, StepTime
 from gemma2_jax.planning.traffic import SENT
+from gemma2_jax.reporting import figures
+from gemma2_jax.reporting.plan_page import PlanRequest, write_plan
 from gemma2_jax.train import Recipe, parse
 
 _BUFFERS_SHOWN = 5
@@ -40,6 +50,7 @@ class Command(Recipe):
     device: str = "h100"
     price: float | None = None  # dollars for an hour of one GPU
     json: Path | None = None  # file for all of it as JSON
+    html: Path | None = None  # file for a page that shows it, which opens in any browser
     search: int = 0  # layouts of the run that are compiled to find the fastest, the likeliest first; 0: the given one
 
     def __post_init__(self) -> None:
@@ -50,8 +61,12 @@ class Command(Recipe):
             raise ValueError("search and mesh auto are both given; a search finds the mesh, so leave out --mesh auto")
         if self.search < 0:
             raise ValueError(f"search is {self.search}; give how many layouts may be compiled, such as 12")
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"json is the folder {self.json}; give a file")
+        for name in ("json", "html"):
+            path = getattr(self, name)
+            if path is not None and path.is_dir():
+                raise ValueError(f"{name} is the folder {path}; give a file")
+        if self.html is not None:
+            figures.check_plotly()
 
 
 def main(program: str = "python -m gemma2_jax.plan") -> None:
@@ -67,6 +82,10 @@ def main(program: str = "python -m gemma2_jax.plan") -> None:
         print_plan(console, plan, command.price)
         if command.json is not None:
             command_line.write_whole(command.json, json.dumps(plan.as_json(), indent=1) + "\n")
+        if command.html is not None:
+            made_by = shlex.join([*program.split(), *sys.argv[1:]])
+            request = PlanRequest(recipe=command.config, command=made_by, price=command.price)
+            write_plan(plan, command.html, request)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(command_line.fold(f"error: {error}"))
 
@@ -143,12 +162,12 @@ def _print_work(console: Console, plan: Plan) -> None:
 
 def _print_times(console: Console, plan: Plan, price: float | None) -> None:
     exposed = {axes: seconds for axes, seconds in plan.estimate.exposed.items() if seconds}
-    waits = [f"waiting for {axes} {_describe_seconds(seconds)}" for axes, seconds in exposed.items()]
+    waits = [f"waiting for {axes} {describe_seconds(seconds)}" for axes, seconds in exposed.items()]
     shares = ", ".join(f"{name} {factor.share:g}" for name, factor in FACTORS.items())
     lines = {
         "no faster than": _describe_time(plan, plan.bound, price),
         "estimate": _describe_time(plan, plan.estimate, price),
-        "": "; ".join([f"computing {_describe_seconds(plan.estimate.computing)}", *waits]),
+        "": "; ".join([f"computing {describe_seconds(plan.estimate.computing)}", *waits]),
         "neither": f"was measured: the bound has the rates of data sheets, the estimate these shares of them: {shares}",
     }
     _print_lines(console, lines)
@@ -158,14 +177,10 @@ def _describe_time(plan: Plan, time: StepTime, price: float | None) -> str:
     hours = plan.gpu_hours(time)
     cost = "" if price is None else f", ${hours * price:,.2f}"
     return (
-        f"{_describe_seconds(time.total)} a step: {plan.token_rate(time):,.0f} tokens/s a GPU, MFU "
+        f"{describe_seconds(time.total)} a step: {plan.token_rate(time):,.0f} tokens/s a GPU, MFU "
         f"{plan.flops_utilization(time):.1%}; {plan.config.steps:,} steps take {hours / plan.gpus:,.2f} h, "
         f"{hours:,.2f} GPU-hours{cost}"
     )
-
-
-def _describe_seconds(seconds: float) -> str:
-    return f"{seconds:,.3f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
 
 
 def _print_memory(console: Console, plan: Plan) -> None:
@@ -181,7 +196,7 @@ def _print_memory(console: Console, plan: Plan) -> None:
     console.print(table, highlight=False)
     grid = Table.grid(padding=(0, 2))
     for buffer in plan.peak.buffers[:_BUFFERS_SHOWN]:
-        operation = re.sub(r"^jit\(\w+\)/|while/body/|eval_jaxpr/", "", buffer.operation)
+        operation = shorten_operation(buffer.operation)
         grid.add_row(format_gib(buffer.size), *(escape(text) for text in (buffer.owner, buffer.shape, operation)))
     console.print(f"The most is needed in: {plan.peak.where}. The largest temporaries there, in GiB:", highlight=False)
     console.print(grid, highlight=False)
@@ -192,20 +207,15 @@ def _print_traffic(console: Console, plan: Plan) -> None:
     table = Table("GB a GPU sends a step along", "over")
     for column in (*kinds, "all", "bound, ms", "estimate, ms"):
         table.add_column(column, justify="right")
-    rows = itertools.groupby(plan.list_traffic(), key=lambda row: (row.axes, describe_link(row, plan.device)))
-    for (axes, link), parts in rows:
+    for axes, parts in itertools.groupby(plan.list_traffic(), key=lambda row: row.axes):
         by_kind = {row.kind: row for row in parts}
         sent = [by_kind[kind].sent if kind in by_kind else 0 for kind in kinds]
         seconds = [sum(getattr(row, name) for row in by_kind.values()) for name in ("bound", "estimate")]
         gigabytes = (f"{size / 1e9:,.3f}" for size in (*sent, sum(sent)))
-        table.add_row(axes, link, *gigabytes, *(f"{time * 1e3:,.1f}" for time in seconds))
+        table.add_row(axes, plan.describe_link(axes), *gigabytes, *(f"{time * 1e3:,.1f}" for time in seconds))
     console.print(table, highlight=False)
-    for loop in sorted({c.loop for c in plan.collectives if c.loop and c.times is not None}):
-        console.print(f"assumed: {plan.layers_per_stage} trips of {loop}", highlight=False, markup=False)
-    for c in plan.collectives:
-        if c.times is None:
-            text = f"not counted: {c.kind} over {c.axes} of {c.where}, {c.sent / 1e6:,.1f} MB a trip of {c.loop}"
-            console.print(text, highlight=False, markup=False)
+    for note in plan.list_notes():
+        console.print(note, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The command line only: `reporting` reads, draws and writes. It works while a run is under way, and needs no JAX.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,9 @@ def main(program: str = PROGRAM) -> None:
     """Parses, reads the runs, and writes the page; exits with a sentence where that cannot be done."""
     command = command_line.parse(Command, sys.argv[1:], program)
     with command_line.exit_with_sentence():
-        if importlib.util.find_spec("plotly") is None:
-            raise ValueError("pictures need plotly, which is not installed: pip install 'gemma2-jax[report]'")
-        from gemma2_jax.reporting import page, runs
+        from gemma2_jax.reporting import figures, page, runs
+
+        figures.check_plotly()
 
         folders = [Path(folder) for folder in dict.fromkeys(command.runs)]
         output = Path(command.output) if command.output else folders[0] / "report.html"

@@ -27,7 +27,8 @@ FLOORS = (
     ("convert",),
     ("inference",),
     ("training",),
-    ("planning", "reporting"),
+    ("planning",),
+    ("reporting",),
     ("api",),
     ("megatron_bridge",),
     ("train", "generate", "chat", "serve", "evaluate", "plan", "profile", "report", "check", "data.__main__"),
@@ -56,7 +57,7 @@ ORDER_WITHIN = {
         ("engine",), ("completion", "scoring"), ("loaded",),
         ("harness", "source", "prompts", "conversation", "metrics"), ("batch", "service"), ("http",),
     ),
-    "reporting": (("curves",), ("runs",), ("figures",), ("page",)),
+    "reporting": (("curves",), ("runs",), ("figures",), ("page", "plan_figures"), ("plan_page",)),
     "planning": (
         ("gpus", "hlo", "kept_outputs"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
         ("dense_step", "speed"),

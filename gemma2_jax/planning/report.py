@@ -8,6 +8,7 @@ gemma2_jax.planning.report GPUS DEVICE`: it reads a config as text and writes a 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _LEAST_SHARE = 0.02  # of a step's time; parts that take less are listed as one
 _LEAST_SHOWN = 2**30 // 200  # bytes; owners of less are listed as one
-_REST = "the rest"
+REST = "the rest"
 _ERRORS = {kind.__name__: kind for kind in (ValueError, ImportError)}
 
 
@@ -117,7 +118,7 @@ class Plan:
     def list_owners(self) -> dict[str, int]:
         """`owners`, with small ones as one, which is last."""
         shown = {name: size for name, size in self.owners.items() if size >= _LEAST_SHOWN}
-        return shown | {_REST: self.total - sum(shown.values())}
+        return shown | {REST: self.total - sum(shown.values())}
 
     def list_parts(self) -> list[Part]:
         """The parts of a step, those that are expected to take longest first, with short ones as one, which is last."""
@@ -125,7 +126,7 @@ class Plan:
         small = [part for part, seconds in estimate.items() if seconds < _LEAST_SHARE * self.estimate.computing]
         shown = [part for part in sorted(estimate, key=lambda part: -estimate[part]) if part not in small]
         found = []
-        for name, parts in ({part: [part] for part in shown} | ({_REST: small} if small else {})).items():
+        for name, parts in ({part: [part] for part in shown} | ({REST: small} if small else {})).items():
             flops = {one: sum(self.flops.get(part, {}).get(one, 0) for part in parts) for one in PASSES}
             seconds = [sum(times[part] for part in parts) for times in (bound, estimate)]
             found.append(Part(name=name, flops=flops, bound=seconds[0], estimate=seconds[1]))
@@ -135,6 +136,21 @@ class Plan:
     def traffic(self) -> dict[str, Counter]:
         """Bytes that one GPU sends in a step: by mesh axis, then by kind of collective."""
         return sum_traffic(self.collectives)
+
+    def list_notes(self) -> list[str]:
+        """What was assumed to count the traffic, and what could not be counted."""
+        assumed = sorted({c.loop for c in self.collectives if c.loop and c.times is not None})
+        notes = [f"assumed: {self.layers_per_stage} trips of {loop}" for loop in assumed]
+        return notes + [
+            f"not counted: {c.kind} over {c.axes} of {c.where}, {c.sent / 1e6:,.1f} MB a trip of {c.loop}"
+            for c in self.collectives
+            if c.times is None
+        ]
+
+    def describe_link(self, axes: str) -> str:
+        """The link that groups along these axes use, and its rate by the data sheet."""
+        link, bandwidth = find_link(self.device, self.mesh_sizes, axes)
+        return f"{self.device.link_name if link == 'link' else link}, {bandwidth / 1e9:g} GB/s"
 
     def list_traffic(self) -> list[Traffic]:
         """What `traffic` has, with the link that it goes over, and how long it takes there."""
@@ -204,10 +220,14 @@ def describe_fit(total: int, device: Gpu = H100) -> str:
     return f"fits, {spare / 2**30:.1f} GiB to spare" if spare >= 0 else f"does not fit, by {-spare / 2**30:.1f} GiB"
 
 
-def describe_link(traffic: Traffic, device: Gpu = H100) -> str:
-    """The link that bytes go over, and its rate by the data sheet."""
-    name = device.link_name if traffic.link == "link" else "network"
-    return f"{name}, {traffic.bandwidth / 1e9:g} GB/s"
+def describe_seconds(seconds: float) -> str:
+    """The time of a step, in the unit that suits it."""
+    return f"{seconds:,.3f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
+
+
+def shorten_operation(name: str) -> str:
+    """The name of a program's operation without what all have."""
+    return re.sub(r"^jit\(\w+\)/|while/body/|eval_jaxpr/", "", name)
 
 
 def format_gib(size: int) -> str:

@@ -3,7 +3,8 @@
 Where there are several runs, a color is a run; where there is one, a color is a metric.
 """
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,12 @@ class Trace:
     dash: str = "solid"
     means: Series | None = None  # of which a long line is drawn smoothed; None: never
     color: int | None = None  # of COLORS; None: the next
+
+
+def check_plotly() -> None:
+    """Raises ValueError where what draws pictures is not installed."""
+    if importlib.util.find_spec("plotly") is None:
+        raise ValueError("pictures need plotly, which is not installed: pip install 'gemma2-jax[report]'")
 
 
 def smooth(series: Series) -> Series:
@@ -77,18 +84,54 @@ def draw_lines(traces: Sequence[Trace], unit: str, *, is_log: bool = False) -> "
     return _finish(figure)
 
 
-def draw_parts(runs: Sequence[Run]) -> "Figure":
-    """Where the time of each run went, as a bar: steps, waiting for data, evaluations, checkpoints."""
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of a bar, in a color, and hatched where it is time in which nothing is done."""
+
+    name: str
+    value: float
+    text: str  # shown where a reader points at it
+    color: str
+    is_hatched: bool = False
+
+
+def draw_bars(bars: Mapping[str, Sequence[Segment]], unit: str, *, has_legend: bool = True) -> "Figure":
+    """Bars from left to right, one below the other, each of its segments. Segments of one name are one color."""
     from plotly.graph_objects import Bar, Figure
 
-    figure, names = Figure(), [run.name for run in runs]
+    figure = Figure()
+    pattern = {"fillmode": "overlay", "fgcolor": "#ffffff", "size": 6}
+    names = dict.fromkeys(segment.name for segments in bars.values() for segment in segments)
+    for name in names:
+        found = {bar: one for bar, segments in bars.items() for one in segments if one.name == name}
+        first = next(iter(found.values()))
+        marker = {"color": first.color, "pattern": pattern | {"shape": "/" if first.is_hatched else ""}}
+        figure.add_trace(
+            Bar(
+                y=[*found],
+                x=[segment.value for segment in found.values()],
+                name=name,
+                orientation="h",
+                marker=marker,
+                hovertext=[segment.text for segment in found.values()],
+                hoverinfo="text",
+            )
+        )
+    order = {"categoryorder": "array", "categoryarray": [*bars], "autorange": "reversed", "automargin": True}
+    figure.update_layout(barmode="stack", xaxis={"title": {"text": unit}}, yaxis=order)
+    figure = _finish(figure, over_steps=False).update_layout(height=(130 if has_legend else 80) + 36 * len(bars))
+    return figure if has_legend else figure.update_layout(showlegend=False)
+
+
+def draw_parts(runs: Sequence[Run]) -> "Figure":
+    """Where the time of each run went, as a bar: steps, waiting for data, evaluations, checkpoints."""
+    bars: dict[str, list[Segment]] = {run.name: [] for run in runs}
     for color, (part, seconds) in zip(COLORS, list_parts(runs).items(), strict=False):
-        if any(seconds):
-            shown = [f"{part}: {describe_seconds(x)}" for x in seconds]
-            bar = Bar(y=names, x=seconds, name=part, orientation="h", marker={"color": color}, hovertext=shown)
-            figure.add_trace(bar.update(hoverinfo="text"))
-    figure.update_layout(barmode="stack", xaxis={"title": {"text": "s"}}, yaxis={"automargin": True})
-    return _finish(figure, over_steps=False).update_layout(height=150 + 40 * len(runs))
+        for run, spent in zip(runs, seconds, strict=True):
+            if any(seconds):
+                text = f"{part}: {describe_seconds(spent)}"
+                bars[run.name].append(Segment(name=part, value=spent, text=text, color=color))
+    return draw_bars(bars, "s")
 
 
 def list_parts(runs: Sequence[Run]) -> dict[str, list[float]]:

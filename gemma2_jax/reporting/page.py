@@ -27,25 +27,34 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 def render_report(runs: Sequence[Run]) -> str:
     """The page as HTML."""
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     pictures = draw_report(runs)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return page.get_template("page.html.jinja").render(
+    return render_page(
+        "page.html.jinja",
+        pictures,
         title=", ".join(run.name for run in runs),
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         runs=[(run, list_tiles(run)) for run in runs],
-        pictures=pictures,
         bucket_width=max(run.bucket_width for run in runs),
-        figures=_write_figures(pictures),
-        plotly=get_plotlyjs(),
         events=[(run, run.metrics.events) for run in runs if run.metrics.events],
         samples=[(run, list_samples(run)) for run in runs if run.samples],
         differences=list_differences(runs),
         configs=[(run, config_text.to_text(run.config)) for run in runs],
         environments=[(run, list_environment(run)) for run in runs if run.starts],
+    )
+
+
+def render_page(template: str, pictures: Sequence[Picture], **fields: Any) -> str:
+    """A template of this folder with these pictures and fields, and Plotly's script."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return page.get_template(template).render(
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        pictures=pictures,
+        figures=_write_figures(pictures),
+        plotly=get_plotlyjs(),
+        **fields,
     )
 
 
