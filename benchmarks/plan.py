@@ -19,10 +19,11 @@ from benchmarks.options import make_parser
 from gemma2_jax import recipes
 from gemma2_jax.config import Config, MeshConfig
 from gemma2_jax.planning import described_cluster
-from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step, make_program
+from gemma2_jax.planning.compiled_step import CompiledStep, compile_step, make_program
 from gemma2_jax.planning.gpus import H100
 from gemma2_jax.planning.report import describe_fit
 from gemma2_jax.planning.traffic import sum_traffic
+from gemma2_jax.training.smaller_steps import argument_bytes
 
 RECIPES = [f"{size}_{kind}" for kind in ("pretrain", "sft", "lora", "dora") for size in ("2b", "9b", "27b")]
 # Recipe, rows of a step for each data x fsdp shard, mesh of one data shard, and its GPUs.

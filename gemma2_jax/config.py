@@ -275,10 +275,11 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """An XLA trace for XProf or TensorBoard, under WORKDIR/profile, and tables of it."""
+    """An XLA trace for XProf or TensorBoard, under WORKDIR/profile, and tables of it; the compiled step."""
 
     start: int = 0  # first step traced, counted from this process's first step
     steps: int = 0  # steps traced; 0: none, and 3 where a trace is asked for (SIGUSR2, WORKDIR/profile.request)
+    keep_program: bool = False  # write the compiled step to WORKDIR/program: its HLO and its executable
 
     def __post_init__(self) -> None:
         if self.start < 0 or self.steps < 0:

@@ -8,6 +8,7 @@ import itertools
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 
 from gemma2_jax import command_line
 from gemma2_jax.planning import described_cluster
+from gemma2_jax.planning.advice import MOST_GPUS, Advice, advise
 from gemma2_jax.planning.gpus import H100, find_gpu
 from gemma2_jax.planning.report import (
     Part,
@@ -51,6 +53,7 @@ class Command(Recipe):
     price: float | None = None  # dollars for an hour of one GPU
     json: Path | None = None  # file for all of it as JSON
     html: Path | None = None  # file for a page that shows it, which opens in any browser
+    hlo: Path | None = None  # file for the compiled program as text
     search: int = 0  # layouts of the run that are compiled to find the fastest, the likeliest first; 0: the given one
 
     def __post_init__(self) -> None:
@@ -61,7 +64,9 @@ class Command(Recipe):
             raise ValueError("search and mesh auto are both given; a search finds the mesh, so leave out --mesh auto")
         if self.search < 0:
             raise ValueError(f"search is {self.search}; give how many layouts may be compiled, such as 12")
-        for name in ("json", "html"):
+        if self.search and self.hlo is not None:
+            raise ValueError("search and hlo are both given; give hlo with the options of what is found")
+        for name in ("json", "html", "hlo"):
             path = getattr(self, name)
             if path is not None and path.is_dir():
                 raise ValueError(f"{name} is the folder {path}; give a file")
@@ -80,8 +85,12 @@ def main(program: str = "python -m gemma2_jax.plan") -> None:
     try:
         plan = _search(console, command) if command.search else _compile(console, command)
         print_plan(console, plan, command.price)
+        advice = advise(plan, command_line.notify)
+        if not plan.fits:
+            print_advice(console, advice, command.price)
         if command.json is not None:
-            command_line.write_whole(command.json, json.dumps(plan.as_json(), indent=1) + "\n")
+            answer = plan.as_json() | {"advice": [one.as_json() for one in advice]}
+            command_line.write_whole(command.json, json.dumps(answer, indent=1) + "\n")
         if command.html is not None:
             made_by = shlex.join([*program.split(), *sys.argv[1:]])
             request = PlanRequest(recipe=command.config, command=made_by, price=command.price)
@@ -100,7 +109,10 @@ def _compile(console: Console, command: Command) -> Plan:
         layout, reason = known_layouts.choose_layout(run, command.gpus, device)
         console.print(f"mesh auto: {layout}: {reason}", highlight=False, markup=False, soft_wrap=True)
         run = layout.apply(run)
-    return summarize_step(compile_step(run, command.gpus, device))
+    step = compile_step(run, command.gpus, device)
+    if command.hlo is not None:
+        command_line.write_whole(command.hlo, step.text)
+    return summarize_step(step)
 
 
 def _search(console: Console, command: Command) -> Plan:
@@ -134,6 +146,25 @@ def print_plan(console: Console, plan: Plan, price: float | None = None) -> None
     if plan.collectives:
         _print_traffic(console, plan)
     _print_times(console, plan, price)
+
+
+def print_advice(console: Console, advice: Sequence[Advice], price: float | None = None) -> None:
+    """Prints with which options a step that does not fit would, or that nothing was found."""
+    fitting = [one for one in advice if one.plan.fits]
+    if not fitting:
+        tried = "; ".join(f"with {' '.join(one.options)} it needs {format_gib(one.plan.total)} GiB" for one in advice)
+        text = f"No change was found with which it fits, on up to {MOST_GPUS} GPUs{f': {tried}' if tried else ''}."
+        console.print(text, highlight=False, markup=False)
+        return
+    table = Table("it fits with these options, each compiled")
+    for column in ("GPUs", "GiB", "estimate", "GPU-hours", *([] if price is None else ["cost"])):
+        table.add_column(column, justify="right")
+    for one in fitting:
+        hours = one.plan.gpu_hours(one.plan.estimate)
+        cells = (str(one.plan.gpus), format_gib(one.plan.total), describe_seconds(one.plan.estimate.total))
+        cost = () if price is None else (f"${hours * price:,.2f}",)
+        table.add_row(" ".join(one.options), *cells, f"{hours:,.2f}", *cost)
+    console.print(table, highlight=False)
 
 
 def _print_lines(console: Console, lines: dict[str, str]) -> None:

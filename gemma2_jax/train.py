@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import tyro
 from gemma2_jax import command_line, config_text, megatron_bridge, recipes
 from gemma2_jax.cluster import platforms
 from gemma2_jax.config import Config
+from gemma2_jax.planning.gpus import find_kind
+from gemma2_jax.training.smaller_steps import LargeStepError
 
 PROGRAM = "python -m gemma2_jax.train"
 _END_BYTES = 1 << 20  # of metrics.jsonl, in which the last step is looked for
@@ -168,6 +171,10 @@ def _describe_error(error: Exception, workdir: Path) -> str:
             f"{error.filename or f'{workdir}, or standard output,'} could not be written: {error.strerror}; make room, "
             "or give another --workdir"
         )
+    if isinstance(error, LargeStepError) and (gpu := find_kind(error.device_kind)):
+        gpus = ["--gpus", str(error.count), "--device", gpu.name]
+        command = shlex.join(["python", "-m", "gemma2_jax.plan", *sys.argv[1:], *gpus])
+        return f"{error}. On how many of these GPUs it fits, this says: {command}"
     return command_line.describe_error(error) if getattr(error, "filename", None) else str(error)
 
 

@@ -49,8 +49,9 @@ ORDER_WITHIN = {
         ("lock", "optim", "layer", "environment", "progress", "speed", "guard", "best", "stopping", "watchdog",
          "profile_tables"),
         ("pipeline",),
-        ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples"), ("profiling",),
-        ("startup", "resume", "export"), ("loop",),
+        ("checkpoint", "step", "trackers", "uploads"), ("metrics", "tokenizer", "samples", "smaller_steps"),
+        ("profiling",),
+        ("startup", "resume", "export", "fit", "kept_program"), ("loop",),
     ),
     "inference": (
         ("settings",), ("sampling", "text", "clock", "defaults", "decoder"), ("steps", "adapters", "weights"),
@@ -62,7 +63,7 @@ ORDER_WITHIN = {
         ("gpus", "hlo", "kept_outputs"), ("described_cluster", "traffic", "memory_traffic"), ("memory",), ("schedule",),
         ("dense_step", "speed"),
         ("compiled_step", "compiled_decoding", "layouts"), ("report", "known_layouts"), ("search",), ("search_table",),
-        ("checked_attention", "checked_steps"), ("checkup",),
+        ("advice", "checked_attention", "checked_steps"), ("checkup",),
     ),
 }  # fmt: skip
 # Commands that take the arguments of another: a recipe and its fields.

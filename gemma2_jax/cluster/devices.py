@@ -1,9 +1,13 @@
 """What is known of the devices: how fast they can be at best, and how much of their memory is taken."""
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+
+from gemma2_jax.cluster import platforms
 
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 
@@ -65,3 +69,50 @@ def measure_memory() -> dict[str, int]:
         for name, key in names.items()
         if all(key in counts for counts in stats)
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLimit:
+    """What a device can give to a program."""
+
+    size: int  # bytes
+    source: str  # whose memory it is, as the beginning of "... 75.15 GiB"
+
+
+def find_memory_limit() -> MemoryLimit | None:
+    """What the fullest of this process's devices can give; None where that is not known.
+
+    Of a GPU it is what XLA may take, less what is in use already. CPU devices share the memory and the swap space of
+    their machine or its container, whatever else runs there: a program that needs more cannot run.
+    """
+    devices = jax.local_devices()
+    device = devices[0]
+    if device.platform == "cpu":
+        return MemoryLimit(size=machine_memory() // len(devices), source=_name_share(len(devices)))
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in counts for counts in stats):
+        return None
+    size = min(counts["bytes_limit"] - counts.get("bytes_in_use", 0) for counts in stats)
+    return MemoryLimit(size=size, source=f"{device.device_kind}, with {platforms.describe_memory_fraction()}, can give")
+
+
+def _name_share(count: int) -> str:
+    return "this machine has" if count == 1 else f"this machine has for each of its {count} CPU devices"
+
+
+def machine_memory() -> int:
+    """Bytes of memory and swap space of this machine, or of the container that this process is in."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"^SwapTotal:\s+(\d+) kB", _read_text("/proc/meminfo"), re.MULTILINE)
+    size += int(found[1]) * 1024 if found else 0
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of version 2, 1
+        if (limit := _read_text(file).strip()).isdigit():
+            size = min(size, int(limit))
+    return size
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""

@@ -19,8 +19,8 @@ from gemma2_jax.config import Config
 from gemma2_jax.planning.gpus import GPUS, Gpu, find_kind
 from gemma2_jax.planning.schedule import count_attention, list_work, read_schedule
 from gemma2_jax.planning.speed import EXPECTED_RATIO, time_step
-from gemma2_jax.training.loop import compile_step, place_batch
-from gemma2_jax.training.step import BATCH_DTYPES, GPU_FLAGS, Program
+from gemma2_jax.training.loop import place_batch
+from gemma2_jax.training.step import BATCH_DTYPES, GPU_FLAGS, Program, compile_step
 from gemma2_jax.training.tokenizer import without_texts
 
 STEPS = 3

@@ -5,7 +5,6 @@ Nothing is run. `described_cluster.prepare_jax` must be called before JAX is use
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -124,18 +123,6 @@ def compile_step(config: Config, gpus: int, device: Gpu = H100) -> CompiledStep:
     )
 
 
-def argument_bytes(program: Program) -> dict[str, int]:
-    """Bytes of each kind of argument on one GPU, by the kind's name; kinds without any are left out."""
-    state = program.state
-    kinds = {
-        "trained weights": state.params,
-        "optimizer": state.optimizer,
-        "frozen weights": state.frozen,
-        "batch": program.batch,
-    }
-    return {name: size for name, tree in kinds.items() if (size := _shard_bytes(tree))}
-
-
 def _read_dump(folder: Path) -> Dump | str:
     try:
         return read_dump(folder)
@@ -150,10 +137,3 @@ def _gradient_types(program: Program) -> set[str]:
     leaves = jax.tree.leaves(program.state.params)
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
     return {squeeze_type(f"f32[{','.join(map(str, shape))}]") for shape in shapes}
-
-
-def _shard_bytes(tree) -> int:
-    import jax
-
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

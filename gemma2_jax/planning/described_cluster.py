@@ -15,7 +15,7 @@ MAX_GPUS = 512
 def prepare_jax() -> None:
     """Imports JAX so that it neither looks for a GPU nor complains that there is none. Call it before using JAX."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of XLA's: the plan itself says what does not fit
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA logs errors too where a step does not fit, as plan says
     platforms.prepare_process(cpu=True, cache=False)
 
 

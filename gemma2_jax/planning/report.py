@@ -237,7 +237,7 @@ def format_gib(size: int) -> str:
 
 def summarize_step(step: "CompiledStep") -> Plan:
     """The plan of a compiled step."""
-    from gemma2_jax.planning.compiled_step import argument_bytes
+    from gemma2_jax.training.smaller_steps import argument_bytes
 
     flops: dict[str, dict[str, int]] = {}
     for (part, pass_name), count in sum_flops(step.schedule).items():

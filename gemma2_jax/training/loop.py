@@ -19,17 +19,18 @@ from gemma2_jax.config import Config
 from gemma2_jax.data.batches import Batches, EvalBatches, Layout, eval_batches, train_batches
 from gemma2_jax.data.inspection import list_documents
 from gemma2_jax.data.store import cache_folder
-from gemma2_jax.dims import Abstract
 from gemma2_jax.mesh import balance_context, make_mesh
 from gemma2_jax.training import environment, metrics, resume, startup, trackers
 from gemma2_jax.training.best import BestLoss, export_step
 from gemma2_jax.training.checkpoint import Checkpoints, make_policies
 from gemma2_jax.training.export import AdapterExports
+from gemma2_jax.training.fit import check_fit
 from gemma2_jax.training.guard import Guard
+from gemma2_jax.training.kept_program import keep_program
 from gemma2_jax.training.lock import lock_workdir
 from gemma2_jax.training.profiling import Trace
 from gemma2_jax.training.samples import Sampler, encode_prompts
-from gemma2_jax.training.step import Batch, Program, State
+from gemma2_jax.training.step import Batch, Program, State, compile_step
 from gemma2_jax.training.stopping import Stop
 from gemma2_jax.training.tokenizer import (
     find_tokens,
@@ -101,6 +102,9 @@ def train(config: Config) -> Result:
         prompts = encode_prompts(config, source, tokenizer, shapes) if config.sample.tokens else None
         compile_started = time.perf_counter()
         train_step = compile_step(program, program.train_step, program.batch, donate_argnums=0)
+        if config.profile.keep_program:
+            keep_program(program, train_step)
+        memory_limit = check_fit(program, train_step)  # before any of the state is made or read
         evaluate = compile_evaluation(program, held_out_batches) if held_out_batches else None
         sample = Sampler(program, prompts, tokenizer) if prompts else None
         compile_seconds = time.perf_counter() - compile_started
@@ -123,6 +127,7 @@ def train(config: Config) -> Result:
                 eval_batches=held_out_batches,
                 prompts=prompts,
                 train_step=train_step,
+                memory_limit=memory_limit,
                 compile_seconds=compile_seconds,
                 start_step=start_step,
                 changes=changes,
@@ -269,11 +274,6 @@ def report_finished(
     startup.print_nothing_to_do(console, config, step, best.describe_end(step) if best.is_out_of_patience else "")
     startup.print_ending(console, config, step, best=export_best(config, checkpoints))
     return Result(step=step, losses={}, eval_losses={}, program=program, state=state)
-
-
-def compile_step(program: Program, step: Callable, batch: Abstract, **options: Any) -> jax.stages.Compiled:
-    """A step of the program, compiled for its state and such a batch."""
-    return jax.jit(step, **options).lower(program.state, batch).compile(program.compiler_options)
 
 
 def compile_evaluation(program: Program, batches: EvalBatches) -> Callable[[State], np.ndarray]:

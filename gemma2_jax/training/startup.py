@@ -37,6 +37,7 @@ class Startup:
     eval_batches: EvalBatches | None  # None: no evaluation
     prompts: Prompts | None  # of samples; None: none are made
     train_step: jax.stages.Compiled
+    memory_limit: devices.MemoryLimit | None  # with which the step was compared; None: it is not known
     compile_seconds: float  # of all steps
     start_step: int  # steps that the run has already taken
     changes: list[str]  # how the config differs from what it was when the run was last started
@@ -144,7 +145,8 @@ def _describe_execution(startup: Startup) -> Iterator[tuple[str, str]]:
     program = startup.program
     config = program.config
     yield "attention", program.attention_reason
-    yield "memory", f"{describe_memory(startup.train_step)}; compiled in {startup.compile_seconds:.1f} s"
+    limit = f", of {startup.memory_limit.size / 2**20:,.0f} MiB" if startup.memory_limit else ""
+    yield "memory", f"{describe_memory(startup.train_step)}{limit}; compiled in {startup.compile_seconds:.1f} s"
     yield "compiled programs", platforms.describe_cache()
     if program.device.platform == "gpu":
         flags = " ".join(f"{name}={value}" for name, value in program.compiler_options.items()) or "XLA's defaults"

@@ -5,7 +5,7 @@ shardings of its arrays (no memory), and the functions to compile. The loop call
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -277,6 +277,11 @@ class Program:
     def _pad_layers(self, path: str, w: jax.Array) -> jax.Array:
         padding = self._stored_layers - w.shape[0] if self._is_stacked(path) else 0
         return jnp.pad(w, ((0, padding), *((0, 0),) * (w.ndim - 1)))
+
+
+def compile_step(program: Program, step: Callable, batch: Abstract, **options: Any) -> jax.stages.Compiled:
+    """A step of the program, compiled for its state and such a batch."""
+    return jax.jit(step, **options).lower(program.state, batch).compile(program.compiler_options)
 
 
 def group_norms(gradients: Weights) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from gemma2_jax import plan, recipes
 from gemma2_jax.config import ComputeConfig, Config, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.model_config import GEMMA2_2B
-from gemma2_jax.planning.compiled_step import CompiledStep, argument_bytes, compile_step
+from gemma2_jax.planning.compiled_step import CompiledStep, compile_step
 from gemma2_jax.planning.dense_step import DenseStep, describe_gemma
 from gemma2_jax.planning.described_cluster import describe_cluster
 from gemma2_jax.planning.gpus import H100
@@ -26,6 +26,7 @@ from gemma2_jax.planning.memory import Peak
 from gemma2_jax.planning.report import describe_fit, plan_in_subprocess, summarize_step
 from gemma2_jax.planning.schedule import sum_flops
 from gemma2_jax.planning.traffic import read_traffic, sum_traffic
+from gemma2_jax.training.smaller_steps import argument_bytes
 from gemma2_jax.training.step import Program
 
 pytestmark = pytest.mark.usefixtures("optimized")
