@@ -214,15 +214,17 @@ def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, c
     for name, (kernel, break_kernel) in kernels.items():
         monkeypatch.setattr(checking, name, break_kernel(kernel) if break_kernel else kernel)
     try:
-        gpu.main(["--check-only", "--interpret", "--shapes", "27b"])
+        gpu.main(["--check-only", "--interpret", "--shapes", "27b, tensor 8"])
         status = 0
     except SystemExit as exit:
         status = exit.code
     output = capsys.readouterr().out
     failed = output.partition("failed:")[2]
-    caught = [f"27b: 1 x 100, window 33, packed, exact tanh: {name}" for name in ("out", "lse", "dq", "dk", "dv")]
+    caught = [
+        f"27b, tensor 8: 1 x 100, window 33, packed, exact tanh: {name}" for name in ("out", "lse", "dq", "dk", "dv")
+    ]
     caught = (caught if break_attention else []) + (
-        ["27b: decode, 2 x 128 slots, ring, exact tanh: out"] if break_decode else []
+        ["27b, tensor 8: decode, 2 x 128 slots, ring, exact tanh: out"] if break_decode else []
     )
     assert status == (1 if caught else 0), output
     assert all(f"{each} is off by" in failed for each in caught) and failed.count("is off by") == len(caught), failed

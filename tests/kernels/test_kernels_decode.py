@@ -73,14 +73,24 @@ def test_dense_cache(window):
 
 
 @pytest.mark.parametrize(
-    ("T", "N", "K", "H"), [(1, 2, 2, 256), (1, 8, 2, 64), (3, 2, 2, 64), (3, 4, 2, 256), (3, 8, 2, 128), (16, 4, 1, 64)]
+    ("T", "N", "K", "H"),
+    [
+        (1, 8, 2, 64),
+        (3, 4, 2, 256),
+        (3, 8, 2, 128),
+        (16, 4, 1, 64),
+        pytest.param(1, 2, 2, 256, marks=pytest.mark.exhaustive),
+        pytest.param(3, 2, 2, 64, marks=pytest.mark.exhaustive),
+    ],
 )
 @pytest.mark.parametrize("window", [TILE + 1, pytest.param(BEYOND, marks=pytest.mark.exhaustive)])
 def test_tokens_groups_and_widths(T, N, K, H, window):
     check(*draw_arrays(B=2, T=T, N=N, K=K, H=H, S=2 * TILE), (T - 1, 2 * TILE - 1), window)
 
 
-@pytest.mark.parametrize(("S", "T"), [(2 * TILE, 3), (2 * TILE + 12, 3), (45, 1)])
+@pytest.mark.parametrize(
+    ("S", "T"), [(2 * TILE + 12, 3), (45, 1), pytest.param(2 * TILE, 3, marks=pytest.mark.exhaustive)]
+)
 def test_ring(S, T):
     """Before the wrap, at the last slot, at the first again, in the middle of a later turn, and at its end."""
     check(*draw_arrays(B=5, T=T, N=4, K=2, H=64, S=S), (S // 2, S - 1, S, 3 * S + 20, 4 * S - 1), S - T + 1, splits=3)
@@ -130,8 +140,9 @@ def test_each_query_sees_its_slots(S, T, window, position):
 @pytest.mark.parametrize(
     ("S", "T", "window", "positions"),
     [
-        (200, 3, 20, (2, 191)),
-        (200, 3, 70, (100, 1023)),
+        (200, 3, 70, (2, 1023)),
+        pytest.param(200, 3, 20, (2, 191), marks=pytest.mark.exhaustive),
+        pytest.param(200, 3, 70, (100, 1023), marks=pytest.mark.exhaustive),
         pytest.param(200, 1, BEYOND, (5, 130), marks=pytest.mark.exhaustive),
         pytest.param(128, 1, 128, (3, 129), marks=pytest.mark.exhaustive),
     ],
@@ -149,9 +160,9 @@ def test_unseen_slots_have_no_effect(S, T, window, positions):
 @pytest.mark.parametrize(
     ("S", "T", "window", "positions", "splits"),
     [
-        (520, 1, BEYOND, (0, 300, 519), 1),
+        (520, 1, BEYOND, (0, 300), 1),
         pytest.param(520, 1, 100, (3, 64, 511), 3, marks=pytest.mark.exhaustive),
-        (520, 3, 2, (64, 65, 519), 8),
+        (520, 3, 2, (65, 519), 8),
         pytest.param(512, 1, 512, (17, 511, 700), 8, marks=pytest.mark.exhaustive),
         (512, 1, 100, (512, 540, 1023), 1),
         (520, 2, 519, (17, 525, 1300), 3),
@@ -170,7 +181,7 @@ def test_tiles_visited(S, T, window, positions, splits, monkeypatch):
     original = gpu_callbacks.copy_gmem_to_smem
     monkeypatch.setattr(gpu_callbacks, "copy_gmem_to_smem", copy)
     kernel.cache_clear()
-    interpret(*draw_arrays(B=3, T=T, N=1, K=1, H=64, S=S), positions, window, races=False, splits=splits)
+    interpret(*draw_arrays(B=len(positions), T=T, N=1, K=1, H=64, S=S), positions, window, races=False, splits=splits)
     for row, position in enumerate(positions):
         slots = set.union(*seen_slots(position, T, S, window))
         tiles = {slot // TILE * TILE for slot in slots}
@@ -228,7 +239,7 @@ for B, T, N, K, H, S in json.loads(sys.argv[1]):
     ))
 print(json.dumps(found))
 """
-COMPILED = [(8, 1, 8, 4, 256, 8192), (8, 1, 8, 4, 256, 4096), (8, 1, 32, 16, 128, 8192), (8, 3, 32, 16, 128, 4096)]
+COMPILED = [(8, 1, 8, 4, 256, 8192), (8, 3, 32, 16, 128, 4096), (8, 1, 8, 4, 256, 4096), (8, 1, 32, 16, 128, 8192)]
 
 
 @pytest.mark.exhaustive
@@ -248,13 +259,12 @@ def test_random_requests(seed):
 
 @needs_plugin
 @pytest.mark.usefixtures("optimized")
-def test_compiles_for_h100():
+@pytest.mark.parametrize("shapes", [COMPILED[:2], pytest.param(COMPILED[2:], marks=pytest.mark.exhaustive)])
+def test_compiles_for_h100(shapes):
     """Of 2B and 27B, the whole row and the ring, and with three tokens: nothing spilled, two blocks on a processor."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(COMPILED)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(shapes)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for shape, kernel in zip(COMPILED, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for shape, kernel in zip(shapes, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert "0 bytes spill stores, 0 bytes spill loads" in kernel["report"] and "C75" not in kernel["report"], shape
         assert kernel["fenced"], (
             "weights written to shared memory are not there yet for wgmma; not seen by the interpreter"
