@@ -156,6 +156,8 @@ def _answer_file(command: Command, checkpoint: "Checkpoint", tokenizer: "PreTrai
     ):
         with Console(stderr=True).status(Text(f"reading {command.prompts}")):
             survey = batch.survey(answers, is_stopped=lambda: bool(caught))
+        for doubt in survey.doubts.values():
+            command_line.notify(f"note: {command_line.escape(doubt)}")
         if command.strict and survey.errors:
             raise ValueError(f"{survey.describe_errors()}; nothing was generated, as --strict asks")
         done = survey.done if caught else _write_answers(command, batch, answers, survey, lambda: bool(caught))

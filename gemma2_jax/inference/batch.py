@@ -16,7 +16,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.inference.completion import Completion
 from gemma2_jax.inference.engine import Engine
 from gemma2_jax.inference.loaded import default_dtype
-from gemma2_jax.inference.prompts import Encoder, Line, copy_keys, read_lines
+from gemma2_jax.inference.prompts import Encoder, Line, copy_keys, list_doubtful_keys, read_lines
 from gemma2_jax.inference.source import Source
 
 _WINDOW = 4  # prompts in memory for each slot: those after a long one are finished before it
 _MOST_NAMED = 3  # settings in a message
+_MOST_DOUBTS = 10  # keys of lines that are told
 
 
 class Answers:
@@ -173,6 +174,13 @@ class Survey:
     longest: int = 0  # tokens of a prompt and its text together, of what is not done
     errors: int = 0  # lines that cannot be answered
     first_error: str = ""
+    doubts: dict[str, str] = field(default_factory=dict)  # sentences on keys that may be meant as settings, by key
+
+    def add_doubts(self, line: Line) -> None:
+        """Notes the keys of a line that were in no line before, as many as somebody reads."""
+        for key, doubt in list_doubtful_keys(line):
+            if len(self.doubts) < _MOST_DOUBTS:
+                self.doubts.setdefault(key, doubt)
 
     def add_error(self, error: str) -> None:
         self.errors += 1
@@ -201,6 +209,7 @@ class Batch:
         for line in read_lines(self.path):
             if is_stopped():
                 break
+            found.add_doubts(line)
             done = self._take_done(line, there, answers)
             if done and "error" in done[0]:
                 found.texts, found.done, found.done_lines = found.texts + 1, found.done + 1, found.done_lines + 1

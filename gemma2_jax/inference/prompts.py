@@ -4,9 +4,10 @@ A line has a `prompt`, or the `messages` of a conversation; it may have settings
 whatever else its owner wants to find beside the answer. One that cannot be answered says why, and holds up no other.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from gemma2_jax.convert.checkpoints import Checkpoint
@@ -14,17 +15,19 @@ from gemma2_jax.data.chat import ChatFormat, open_chat_format
 from gemma2_jax.data.reading import files, formats, places
 from gemma2_jax.data.reading.places import Part, Piece
 from gemma2_jax.data.records import BadRecord, read_turns
-from gemma2_jax.data.wording import describe_kind, quote_list
+from gemma2_jax.data.wording import describe_kind, quote, quote_list
 from gemma2_jax.inference.defaults import stop_tokens
 from gemma2_jax.inference.engine import Request
 from gemma2_jax.inference.loaded import complete_config
-from gemma2_jax.inference.settings import TextSettings
+from gemma2_jax.inference.settings import NUMBERS, TextSettings
 from gemma2_jax.inference.text import encode_prompt, encode_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ANSWER_KEYS = ("line", "sample", "text", "reason", "tokens", "error")  # that a line of answers has besides its prompt's
+_OPTIONS = ("stop", "samples", "logit_bias")  # that are of all lines
+_SHORTEST = 4  # letters of a key that is taken for the beginning of a setting: temp
 _ENDINGS = tuple(ending for ending in formats.TEXT_ENDINGS if ending != ".txt")
 
 
@@ -63,6 +66,29 @@ def read_lines(path: str) -> Iterator[Line]:
         else:
             error = f'{where}: holds {describe_kind(record)}; a line is an object, such as {{"prompt": "..."}}'
             yield Line(where=where, record={}, error=error)
+
+
+def list_doubtful_keys(line: Line) -> Iterator[tuple[str, str]]:
+    """Keys of a line that may be meant as settings and are none, each with a sentence on it."""
+    for key in line.record:
+        near = _find_setting(key) if isinstance(key, str) else ""
+        if near and (near == key or near not in line.record):
+            kept = f"{line.where} has {quote(key)}, which is no setting of a line, and is repeated beside the answer"
+            meant = f"--{near.replace('_', '-')} sets it for all lines" if near in _OPTIONS else f"did you mean {near}?"
+            yield key, f"{kept}; {meant}"
+
+
+@lru_cache(1024)
+def _find_setting(key: str) -> str:
+    """The setting that a key is most like, which is none itself; empty where it is like none."""
+    if key in NUMBERS:
+        return ""
+    if key in _OPTIONS:
+        return key
+    plain = key.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, NUMBERS, n=1, cutoff=0.8)
+    longer = [name for name in NUMBERS if len(plain) >= _SHORTEST and name.startswith(plain)]
+    return [*near, *longer, ""][0]
 
 
 @dataclass(frozen=True)

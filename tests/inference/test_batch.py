@@ -199,6 +199,35 @@ def test_what_cannot_be_answered_is_told_by_line(tmp_path, line, said):
     assert found[1]["error"] == survey.first_error
 
 
+KEYS = {
+    "temprature": "did you mean temperature?",
+    "maxNewTokens": "did you mean max_new_tokens?",
+    "max_tokens": "did you mean max_new_tokens?",
+    "topP": "did you mean top_p?",
+    "temp": "did you mean temperature?",
+    "stop": "--stop sets it for all lines",
+    "temperature": "",
+    "id": "",
+    "category": "",
+    "se": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("key", "said"), KEYS.items())
+def test_a_misspelled_setting_is_told_once_and_kept(tmp_path, key, said):
+    path = write_lines(tmp_path / "prompts.jsonl", *[{"prompt": "One", key: 1}] * 2)
+    survey = answer(new_batch(path), tmp_path / "out.jsonl")
+    told = f"{path}:1 has '{key}', which is no setting of a line, and is repeated beside the answer; {said}"
+    assert survey.doubts == ({key: told} if said else {})
+    assert survey.errors == 0 and [line[key] for line in read_answers(tmp_path / "out.jsonl")] == [1, 1]
+
+
+def test_a_key_beside_the_setting_that_it_is_like_is_not_told(tmp_path):
+    path = write_lines(tmp_path / "prompts.jsonl", {"prompt": "One", "speed": 3.5, "seed": 1})
+    assert not answer(new_batch(path), tmp_path / "out.jsonl").doubts
+
+
 def test_prompts_may_be_compressed_or_a_table(prompts, tmp_path):
     packed = tmp_path / "p.jsonl.gz"
     packed.write_bytes(gzip.compress(prompts.read_bytes()))

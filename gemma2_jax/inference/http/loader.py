@@ -34,7 +34,8 @@ class AdapterLoader:
         self._service, self._decoder, self._models = service, decoder, models
         self._base, self._folder = base, folder.resolve()
         self._tokenizer = next(model.tokenizer for model in models.values() if model.adapter is None)
-        self._used = {*decoder.adapters}  # what the engine has ever called an adapter
+        self._given = {*decoder.adapters}  # what the engine calls those of the start
+        self._numbers = count(1)  # of those that are loaded
         self._lock = asyncio.Lock()
 
     async def load(self, name: str, path: str) -> None:
@@ -127,6 +128,4 @@ class AdapterLoader:
 
     def _find_unused(self, name: str) -> str:
         """What the engine calls an adapter of this name, which it has called none before."""
-        unused = next(text for number in count(1) if (text := f"{name} {number}") not in self._used)
-        self._used.add(unused)
-        return unused
+        return next(text for number in self._numbers if (text := f"{name} {number}") not in self._given)
