@@ -80,6 +80,7 @@ class DenseStep:
     adapted: tuple[str, ...] = ()  # projections with adapters
     remat: Literal["none", "block"] = "block"
     gradient_bytes: int = _BYTES  # of each element of the gradients that shards sum
+    overlaps: bool = True  # weights are gathered beside the work of another layer, and gradients go
     gathers: int = 2  # times in a pass that a layer's weights are gathered
     attention_products: int = 7  # of the attention kernels' backward pass: 5 in one kernel, 7 in two
 
@@ -177,11 +178,13 @@ class DenseStep:
             kinds["reduce-scatter"] = weights / shards / _BYTES * self.gradient_bytes
         axes = "+".join(axis for axis in ("fsdp", "context") if getattr(self, axis) > 1)
         for kind, size in kinds.items():
-            yield Send(name=f"{name} {kind}", kind=kind, axes=axes, sent=size * SENT[kind](shards), is_async=True)
+            yield Send(
+                name=f"{name} {kind}", kind=kind, axes=axes, sent=size * SENT[kind](shards), is_async=self.overlaps
+            )
         yield from work
         if name == "backward" and self.passes > 1 and not self.rank:
             yield Work(part="gradients", pass_name="backward", memory=weights / shards / _BYTES * _ADDED_BYTES)
-        for kind in kinds:
+        for kind in kinds if self.overlaps else ():
             yield Wait(f"{name} {kind}")
 
     def _hand_on(self) -> Iterator[Item]:

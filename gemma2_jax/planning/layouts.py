@@ -85,7 +85,6 @@ class Prediction:
     """What a layout would take by closed formulas, on one GPU."""
 
     layout: Layout
-    state: int  # bytes of weights, optimizer and gradients, without which no step runs
     memory: int  # bytes
     bound: float  # seconds that no step beats
     estimate: float  # seconds
@@ -138,10 +137,14 @@ def _predict_memory_choices(config: Config, mesh: MeshConfig, micro: int, gpu: G
     is_whole = mesh.fsdp * mesh.context == 1
     layouts = [Layout(mesh=mesh, micro_batch_size=micro, remat="none")] if is_whole else []
     plain = Layout(mesh=mesh, micro_batch_size=micro, remat="block")
-    spare = gpu.usable_bytes - predict(config, plain, gpu).memory
-    if spare >= 0:
-        kept = choose_kept_outputs(config, dataclasses.asdict(mesh), round(spare / _SLACK))
-        layouts.append(replace(plain, kept_outputs=kept))
+    memory = predict(config, plain, gpu).memory
+    if memory <= gpu.usable_bytes:
+        arguments = count_arguments(config, describe_step(plain.apply(config), dataclasses.asdict(mesh)))
+        # As much as fits, as much as leaves room to hide communication, and nothing.
+        limits = gpu.usable_bytes, arguments + _scheduler_limit(arguments, gpu)
+        budgets = [max(0, round((limit - memory) / _SLACK)) for limit in limits]
+        sets = [choose_kept_outputs(config, dataclasses.asdict(mesh), budget) for budget in budgets]
+        layouts += [replace(plain, kept_outputs=kept) for kept in dict.fromkeys((*sets, ()))]
     else:
         layouts.append(replace(plain, remat="offload"))
     for layout in layouts:
@@ -154,22 +157,31 @@ def predict(config: Config, layout: Layout, gpu: Gpu) -> Prediction:
     """What a layout would take, by closed formulas."""
     run, mesh = layout.apply(config), dataclasses.asdict(layout.mesh)
     step = describe_step(run, mesh)
-    schedule = step.describe()
+    candidates = list_candidates(run, mesh) if layout.kept_outputs else ()
+    kept = [one for one in candidates if one.name in layout.kept_outputs]
+    arguments = count_arguments(run, step)
+    temporaries = round(4 * step.trained + _SLACK * (_count_temporaries(run, step) + sum(one.size for one in kept)))
+    overlaps = temporaries <= _scheduler_limit(arguments, gpu)
+    schedule = replace(step, overlaps=overlaps).describe()
     axes = [name for name, size in mesh.items() if size > 1] + ["fsdp+context"]
     rates = data_sheet_rates(gpu, mesh, axes), expected_rates(gpu, mesh, axes)
     times = bound_time(schedule, rates[0]).total, estimate_time(schedule, rates[1]).total
-    candidates = list_candidates(run, mesh) if layout.kept_outputs else ()
-    kept = [one for one in candidates if one.name in layout.kept_outputs]
-    saved = sum(one.flops for one in kept)
-    peak = gpu.tflops * 1e12
-    state = count_state(run, step)
+    saved = sum(one.flops for one in kept) / (gpu.tflops * 1e12)
     return Prediction(
         layout=layout,
-        state=state,
-        memory=state + round(_SLACK * (_count_temporaries(run, step) + sum(one.size for one in kept))),
-        bound=max(0.0, times[0] - saved / peak),
-        estimate=max(0.0, times[1] - saved / peak / FACTORS["products"].share),
+        memory=arguments + temporaries,
+        bound=max(0.0, times[0] - saved),
+        estimate=max(0.0, times[1] - saved / FACTORS["products"].share),
     )
+
+
+def _scheduler_limit(arguments: int, gpu: Gpu) -> int:
+    """Bytes of temporaries beyond which XLA gives up hiding communication, to save memory.
+
+    It is 95% of what arguments leave of 80% of the device's memory: GetSchedulerMemoryLimit of openxla/xla
+    (service/gpu/gpu_hlo_schedule.cc).
+    """
+    return (gpu.memory_bytes * 80 // 100 - arguments) * 95 // 100
 
 
 def describe_step(config: Config, mesh: Mapping[str, int]) -> DenseStep:
@@ -194,13 +206,12 @@ def describe_step(config: Config, mesh: Mapping[str, int]) -> DenseStep:
     )
 
 
-def count_state(config: Config, step: DenseStep) -> int:
-    """Bytes of weights and of the optimizer's moments on one GPU, and of the gradients of all passes together."""
+def count_arguments(config: Config, step: DenseStep) -> int:
+    """Bytes of weights and of the optimizer's moments on one GPU."""
     sizes = {"float32": 4, "bfloat16": 2}
-    trained, compute = step.trained, config.compute
-    shards = step.weight_shards * step.tensor * step.stage
+    compute, shards = config.compute, step.weight_shards * step.tensor * step.stage
     frozen = 0 if config.adapter.kind == "none" else config.model.parameter_count() / shards
-    return round(trained * (3 * sizes[compute.trained_dtype] + 4) + frozen * sizes[compute.frozen_dtype])
+    return round(step.trained * 3 * sizes[compute.trained_dtype] + frozen * sizes[compute.frozen_dtype])
 
 
 def _count_temporaries(config: Config, step: DenseStep) -> float:
