@@ -55,7 +55,15 @@ class Cluster:
         }
         seconds = {"lower_seconds": 0.0, "compile_seconds": 0.0}
         total = round(prediction.memory * self.memory)
-        return {"gpus": 4, "mesh": str(layout), "total": total, **empty, **seconds, **times}
+        return {
+            "gpus": 4,
+            "mesh": str(layout),
+            "mesh_sizes": asdict(layout.mesh),
+            "total": total,
+            **empty,
+            **seconds,
+            **times,
+        }
 
     def end(self):
         pass
