@@ -5,10 +5,12 @@ table these are. Nothing here imports JAX or the harness before the arguments ar
 mistakes answer at once.
 """
 
+import glob
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +27,7 @@ class Command:
     """Evaluates a checkpoint with lm-evaluation-harness, and prints its table."""
 
     source: Annotated[Source, tyro.conf.arg(name="")]
-    tasks: tuple[str, ...]  # names that lm_eval has, such as arc_easy, and files (.yaml) or a folder of them
+    tasks: tuple[str, ...]  # names that lm_eval has, such as arc_easy, and files (.yaml) or folders of them
     limit: float | None = None  # so many examples of each task, or below 1 that share of them; None: all
     num_fewshot: int | None = None  # examples that each prompt begins with; None: as many as the task says
     chat: bool = False  # write prompts as the tokenizer's chat template does
@@ -66,15 +68,20 @@ def _evaluate(command: Command) -> dict[str, Any]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm_eval forks for some standard errors, which JAX's threads do not survive
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.evaluator import simple_evaluate
+    from yaml import YAMLError
 
     from gemma2_jax.inference.defaults import stop_tokens
     from gemma2_jax.inference.harness import HarnessModel
 
-    config = EvaluatorConfig(tasks=[*command.tasks])
+    config = EvaluatorConfig(tasks=[*_list_tasks(command.tasks)])
     try:
         manager = config.process_tasks()  # before the work that takes long
     except ValueError as error:
         raise ValueError(f"{error}; `lm-eval ls tasks` lists the names, and files end with .yaml") from error
+    except (YAMLError, ImportError, AttributeError) as error:  # of a file, or of a function that it names
+        raise ValueError(f"a file of the tasks cannot be read: {' '.join(str(error).split())}; mend it") from error
+    if not config.tasks:
+        raise ValueError(f"there is no task (.yaml) in {' '.join(command.tasks)}; name another folder, or a file")
     model = HarnessModel(
         load_source(command.source, checkpoint),
         tokenizer,
@@ -95,6 +102,13 @@ def _evaluate(command: Command) -> dict[str, Any]:
     assert results  # those of the one process
     results["config"] |= {"model": "gemma2_jax", "model_args": {"checkpoint": str(checkpoint.path)}}
     return results
+
+
+def _list_tasks(names: Sequence[str]) -> Iterator[str]:
+    """Names of tasks and files, those of a folder in its place: the harness takes a folder that is alone."""
+    for name in names:
+        files = sorted(Path(name).glob("*.yaml")) if Path(name).is_dir() else []
+        yield from [glob.escape(str(file)) for file in files] or [name]
 
 
 def _print_tables(results: dict[str, Any]) -> None:

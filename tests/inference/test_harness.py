@@ -239,6 +239,44 @@ def test_command_prints_the_table(evaluated, evaluate_command, tmp_path):
     assert results["config"]["model_args"] == {"checkpoint": str(evaluated)}
 
 
+def test_folders_of_tasks_stand_for_their_files(evaluated, evaluate_command, tmp_path):
+    """Of several, in names that are no patterns; a name that is no folder stays."""
+    for folder, name in {"[1]": "own_1", "2": "own_2"}.items():
+        (tmp_path / folder).mkdir()
+        lines = [
+            f"task: {name}",
+            "custom_dataset: !function own.list_rows",
+            "test_split: test",
+            "output_type: loglikelihood",
+            "doc_to_text: ''",
+            "doc_to_target: '{{word}}'",
+            "metric_list: [{metric: perplexity}]",
+        ]
+        (tmp_path / folder / "own.yaml").write_text("\n".join(lines))
+        (tmp_path / folder / "own.py").write_text(
+            "import datasets\n\n\ndef list_rows(**_):\n"
+            "    return {'test': datasets.Dataset.from_list([{'word': 'import'}])}\n"
+        )
+    table = evaluate_command("--checkpoint", evaluated, "--tasks", tmp_path / "[1]", tmp_path / "2")
+    assert "own_1" in table and "own_2" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: [a", "a file of the tasks cannot be read: while parsing a flow sequence"),
+        ("task: a\ncustom_dataset: !function missing.rows", "Cannot import module 'missing' for function 'rows'"),
+        (None, "there is no task (.yaml) in "),
+    ],
+)
+def test_a_folder_of_tasks_that_cannot_be_used_is_said(evaluated, evaluate_command, tmp_path, text, said):
+    if text:
+        (tmp_path / "task.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        evaluate_command("--checkpoint", evaluated, "--tasks", tmp_path)
+    assert said in str(ended.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
