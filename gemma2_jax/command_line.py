@@ -193,6 +193,9 @@ def write_whole(path: Path, text: str) -> None:
         # JSON may have half a pair of surrogates, which is no text.
         partial.write_text(text, encoding="utf-8", errors="replace")
         os.replace(partial, path)
+    except OSError as error:  # which of a full disk names no file
+        error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma2_jax.command_line import write_whole
 from gemma2_jax.convert.checkpoints import Checkpoint
 from gemma2_jax.inference.completion import Completion
 from gemma2_jax.inference.engine import Engine
@@ -77,9 +78,7 @@ class Answers:
             )
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
-        partial = self._settings_path.with_name(f".{self._settings_path.name}.partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        partial.replace(self._settings_path)
+        write_whole(self._settings_path, json.dumps(settings, indent=2) + "\n")
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:

@@ -4,11 +4,13 @@ The whole conversation is the prompt of each answer. The engine finds what of it
 that only what is new is read, however long the conversation has become.
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from gemma2_jax.data.chat import ChatFormat
@@ -147,11 +149,25 @@ class Conversation:
         turns = [Turn(role="system", content=self.system)] if self.system else []
         messages = [_to_message(turn) for turn in (*turns, *self.turns)]
         line = json.dumps({"messages": messages}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        with path.open("a+b") as file:
-            if file.tell():
+        with path.open("a+b", buffering=0) as file:
+            end = file.tell()
+            if end:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read() == b"\n" else b"\n" + line
-            file.write(line)
+            _write_all(file, line, end, path)
+
+
+def _write_all(file: FileIO, text: bytes, end: int, path: Path) -> None:
+    """Adds a text to a file of so many bytes. Raises OSError, after which the file is as it was, as on a full disk."""
+    rest = memoryview(text)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        error.filename = str(path)
+        raise
 
 
 def _to_message(turn: Turn) -> dict[str, str | int]:

@@ -5,6 +5,7 @@ whatever else its owner wants to find beside the answer. One that cannot be answ
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -52,7 +53,8 @@ def find_prompts(path: str) -> Part:
         raise ValueError(f"{path} is no file of prompts by its name; they end with {', '.join(_ENDINGS)}, or .gz")
     found = files.list_files(path).files
     if len(found) != 1 or found[0].below:
-        raise ValueError(f"{path} is {'a folder' if found else 'not there'}; name a file of prompts")
+        kind = "a folder" if found else "no file but a pipe or a device" if os.path.exists(path) else "not there"
+        raise ValueError(f"{path} is {kind}; name a file of prompts")
     return Part(path=found[0].path, size=found[0].size, mark=found[0].mark, label=path)
 
 

@@ -17,7 +17,7 @@ import pytest
 from gemma2_jax import generate
 from gemma2_jax.inference import batch as batches
 from gemma2_jax.inference.batch import Answers, Batch, run_jobs
-from gemma2_jax.inference.prompts import Encoder
+from gemma2_jax.inference.prompts import Encoder, find_prompts
 from gemma2_jax.inference.settings import Sampling, TextSettings
 from gemma2_jax.inference.source import Source, open_source
 
@@ -307,6 +307,23 @@ def answer_file(prompts, tmp_path, monkeypatch, capsys):
         return ended.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_a_full_disk_at_the_start_is_said_with_the_file(prompts, tmp_path, monkeypatch):
+    def fail(path, *arguments, **options):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out\.jsonl\.settings\.json'"):
+        Answers(tmp_path / "out.jsonl", SETTINGS)
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_a_pipe_is_no_file_of_prompts(tmp_path):
+    os.mkfifo(tmp_path / "prompts.jsonl")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl is no file but a pipe or a device; name a file of prompts"):
+        find_prompts(str(tmp_path / "prompts.jsonl"))
 
 
 def test_a_misspelled_file_leaves_nothing_behind(answer_file, prompts, tmp_path):

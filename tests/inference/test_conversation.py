@@ -1,6 +1,7 @@
 """Conversations: what the model sees of them, answers that are stopped or cut, and files that training reads."""
 
 import json
+import resource
 from functools import cache
 from pathlib import Path
 
@@ -161,3 +162,18 @@ def test_what_is_saved_is_read_by_training(tmp_path):
     assert [turn.is_learned for turn in turns if turn.role == "assistant"] == [True, False, True]
     with pytest.raises(ValueError, match="does not end with"):
         conversation.save(tmp_path / "chats")
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path):
+    conversation, _ = converse("Yes.")
+    ask(conversation, "A")
+    path = tmp_path / "chats.jsonl"
+    conversation.save(path)
+    saved, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*chats\.jsonl'"):
+            conversation.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == saved
