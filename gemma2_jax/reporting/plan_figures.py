@@ -101,7 +101,7 @@ def _draw_time(plan: Plan) -> Picture:
 
 
 def _draw_flops(plan: Plan) -> Picture:
-    colors = dict(zip(PASSES, COLORS, strict=False))
+    colors: dict[str, str] = dict(zip(PASSES, COLORS, strict=False))
     bars = {}
     for part in plan.list_parts():
         if any(part.flops.values()):

@@ -9,7 +9,7 @@ from small_runs import small
 
 from gemma2_jax.config import MeshConfig
 from gemma2_jax.mesh import make_mesh
-from gemma2_jax.planning.compiled_step import argument_bytes
+from gemma2_jax.training.smaller_steps import argument_bytes
 from gemma2_jax.training.step import Program
 
 
