@@ -225,6 +225,7 @@ def test_sharded_steps_equal_unsharded_ones(kind, model, mesh):
         pytest.param({"after_norm": True}, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), marks=pytest.mark.exhaustive),
         (
             {
+                "targets": ("attn/q", "mlp/up", "mlp/down"),
                 "layers": (0, 2),
                 "rank_pattern": (("2/attn/q", 2), ("mlp/*", 3)),
                 "alpha_pattern": (("2/mlp/up", 9.0),),
@@ -374,14 +375,15 @@ def test_held_out_losses_agree():
 
 
 @pytest.mark.parametrize(
-    "policies", [("block", "dots"), pytest.param(("block", "dots", "none", "offload"), marks=pytest.mark.exhaustive)]
+    ("policies", "stages"),
+    [(("block", "dots"), 1), pytest.param(("block", "dots", "none", "offload"), 2, marks=pytest.mark.exhaustive)],
 )
-def test_remat_policies_agree(policies):
+def test_remat_policies_agree(policies, stages):
     """Whatever is kept of a block, the gradients are the same; what keeps more takes more memory."""
     norms, memory = {}, {}
     for policy in policies:
         compute = ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=8, remat=policy)
-        run = program("sft", MeshConfig(data=1, stage=2), devices=2, model=biting("27b"), compute=compute)
+        run = program("sft", MeshConfig(data=1, stage=stages), devices=stages, model=biting("2b"), compute=compute)
         step = compile_step(run)
         with jax.set_mesh(run.mesh):
             _, metrics = step(run.initial_state(weights(run)), place_batch(run, batches(True)[0]))
