@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gemma2_jax.kernels.backward import Cotangents
-    from gemma2_jax.kernels.tiles import Inputs, Settings, Tile
+    from gemma2_jax.kernels.tile_sizes import Tile, Tiles
+    from gemma2_jax.kernels.tiles import Inputs, Settings
 
 LENGTH = 8192
 ROWS = 64  # Rows of a warpgroup's matrix product.
@@ -83,15 +84,17 @@ def compile_attention(shape: Shape, length: int = LENGTH) -> dict[str, Kernel]:
     return {kernel.name.removeprefix("gemma2_attention_"): kernel for kernel in kernels}
 
 
-def compile_decode(shape: Shape, rows: int = 8, length: int = LENGTH) -> Kernel:
+def compile_decode(shape: Shape, rows: int = 8, length: int = LENGTH, tiles: Tiles | None = None) -> Kernel:
     """Compiles the kernel of `gemma2_jax.kernels.decode`, for one token of each row and caches of so many tokens."""
     import jax
     import jax.numpy as jnp
 
     from gemma2_jax.kernels.decode import decode
+    from gemma2_jax.kernels.tiles import Build
 
     def run(q, k, v, position):
-        return decode(q, k, v, position, length, scale=shape.scale, softcap=shape.softcap)
+        build = Build(tiles=tiles)
+        return decode(q, k, v, position, length, scale=shape.scale, softcap=shape.softcap, build=build)
 
     q = jax.ShapeDtypeStruct((rows, 1, shape.heads, shape.width), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((rows, shape.kv_heads, length, shape.width), jnp.bfloat16)
@@ -204,7 +207,7 @@ def layer_intervals(documents: tuple[int, ...], window: int, length: int = LENGT
 
 def select_tile(shape: Shape, direction: str) -> Tile:
     """The tile that the kernel of a direction has for that shape."""
-    from gemma2_jax.kernels.tiles import TILES
+    from gemma2_jax.kernels.tile_sizes import TILES
 
     return getattr(TILES[shape.width], direction)
 

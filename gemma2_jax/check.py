@@ -34,6 +34,7 @@ class Command(Recipe):
     It ends with 1 where something is wrong.
     """
 
+    tune: bool = False  # time the attention kernels with each legal tile, and keep the fastest for runs to take
     json: Path | None = None  # also write the table here
 
 
@@ -55,7 +56,8 @@ def main(program: str = "python -m gemma2_jax.check") -> None:
         with hosts.process_group(command.run.hosts):
             import jax
 
-            rows = checkup.run_checks(lay_out(command.run) if command.mesh == "auto" else command.run)
+            run = lay_out(command.run) if command.mesh == "auto" else command.run
+            rows = checkup.run_checks(run, tunes=command.tune)
             if jax.process_index() == 0:
                 print_rows(rows)
                 if command.json:

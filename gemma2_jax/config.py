@@ -201,6 +201,7 @@ class ComputeConfig:
     frozen_dtype: DType = "bfloat16"  # of weights that are not
     # Of attention: fused kernels for Hopper, jnp, or the first of these that can.
     attention: Literal["auto", "mosaic", "xla"] = "auto"
+    tune_kernels: bool = False  # have the kernels' tiles timed at the start, on a kind of device where they never were
     # Of a block, kept for the backward pass: everything, matrix products, its input, its input in the host's memory.
     remat: Literal["none", "dots", "block", "offload"] = "block"
     # Of a block, kept beside its input: outputs of these products, and attention's; the others are recomputed.

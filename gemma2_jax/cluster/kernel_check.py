@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
 from gemma2_jax.kernels.shapes import Shape
+from gemma2_jax.kernels.tile_sizes import Direction, Tile, Tiles
 from gemma2_jax.model_config import ModelConfig
 
 type Part = Literal["attention", "decode"]  # of a sequence to itself, forward and backward; of new tokens to a cache
@@ -38,6 +39,21 @@ _WITHOUT_FAULT: dict[str, Verdict] = {"timing": "was not timed"}  # by phase, of
 
 
 @dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A kernel with a tile that may be the fastest."""
+
+    direction: Direction
+    tile: Tile
+
+    @property
+    def part(self) -> Part:
+        return "decode" if self.direction == "decode" else "attention"
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.tile}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """What is checked.
 
@@ -46,12 +62,16 @@ class Spec:
       device: which of the host's GPUs, as CUDA_VISIBLE_DEVICES names one; empty: JAX's first.
       interpret: small cases in Pallas's interpreter on CPU, in place of a GPU.
       timed: also time the kernels beside XLA's attention.
+      tiles: what the kernels loop over; None for the built-in ones.
+      candidates: kernels that are checked and timed in their place, each with a tile of its own: see `kernel_tuning`.
     """
 
     shape: Shape
     device: str = ""
     interpret: bool = False
     timed: bool = False
+    tiles: Tiles | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +127,7 @@ def check_kernels(
     findings: list[Finding] = []
     left = list(parts)
     while left:
-        found = list(_follow(spec, left, run_seconds, program))
+        found = list(follow_process(spec, left, run_seconds, program))
         findings += found
         ended = found[-1] if found and found[-1].verdict in ("hangs", "does not compile", "fails") else None
         # A part that broke the process is over, and those after it get a process of their own.
@@ -115,7 +135,7 @@ def check_kernels(
     return findings
 
 
-def _follow(spec: Spec, parts: Sequence[Part], run_seconds: float, program: Sequence[str]) -> Iterator[Finding]:
+def follow_process(spec: Spec, parts: Sequence[Part], run_seconds: float, program: Sequence[str]) -> Iterator[Finding]:
     """Runs the process once; yields what it finds of each case, and at last what ended it early."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -155,7 +175,7 @@ def _read_finding(message: dict[str, Any]) -> Finding | None:
         verdict = "differs" if detail else "agrees"
         return Finding(part=message["part"], case=message["case"], verdict=verdict, detail=detail)
     if "kernel" in message:
-        times = {"kernel_seconds": message["kernel"], "xla_seconds": message["xla"]}
+        times = {"kernel_seconds": message["kernel"], "xla_seconds": message.get("xla")}
         return Finding(part=message["part"], case=message["case"], verdict="was timed", **times)
     return None
 

@@ -7,19 +7,22 @@ the caller to read.
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from gemma2_jax.cluster import platforms
-from gemma2_jax.cluster.kernel_check import PATIENCE_SECONDS, Part
+from gemma2_jax.cluster.kernel_check import PATIENCE_SECONDS, Candidate, Part
 from gemma2_jax.cluster.timing import measure_seconds
 from gemma2_jax.kernels.shapes import Shape
-from gemma2_jax.kernels.tiles import GPU
-from gemma2_jax.model.attention import checking
+from gemma2_jax.kernels.tile_sizes import Tile, read_tiles
+from gemma2_jax.kernels.tiles import GPU, Build
+from gemma2_jax.model.attention import checking, trials as trials_of_kernels
 from gemma2_jax.model.attention.cases import Cached, Layer
+from gemma2_jax.model.attention.trials import CacheTrials, LayerTrials
 
 _BEYOND_WINDOW = 300  # tokens of a row beyond a window; with them its length is no multiple of a tile
 _ALARM_SECONDS = (
@@ -34,6 +37,12 @@ def main(argument: str) -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     shape = Shape(**spec["shape"])
     build = checking.INTERPRETED if spec["interpret"] else GPU
+    if spec["candidates"]:
+        candidates = [Candidate(direction=each["direction"], tile=Tile(**each["tile"])) for each in spec["candidates"]]
+        try_candidates(shape, candidates, build)
+        return
+    if spec["tiles"]:
+        build = replace(build, tiles=read_tiles(spec["tiles"], shape.width))
     for part in spec["parts"]:
         for case in list_cases(shape, part, interpret=spec["interpret"]):
 
@@ -49,6 +58,50 @@ def main(argument: str) -> None:
             signal.alarm(_ALARM_SECONDS)
             report(part=part, case=str(case), phase="timing")
             report(part=part, case=str(case), **time_case(case, build))
+
+
+def try_candidates(shape: Shape, candidates: Sequence[Candidate], build: Build) -> None:
+    """Checks each candidate and, where it agrees with float32, times it."""
+    parts: list[Part] = list(dict.fromkeys(candidate.part for candidate in candidates))
+    for part in parts:
+        signal.alarm(_ALARM_SECONDS)
+        report(part=part, case=part, phase="preparation")
+        trials = make_trials(shape, part, build)
+        for candidate in [each for each in candidates if each.part == part]:
+            named = {"part": part, "case": str(candidate)}
+
+            def enter(phase: str, named=named) -> None:
+                signal.alarm(_ALARM_SECONDS)
+                report(**named, phase=phase)
+
+            failures, run = trials_of_kernels.try_tile(trials, candidate.direction, candidate.tile, enter)
+            report(**named, failures=[failure.removeprefix(f"{candidate}, ") for failure in failures])
+            if not failures:
+                enter("timing")
+                report(**named, kernel=time_kernel(candidate, run, interpret=bool(build.interpret)))
+
+
+def make_trials(shape: Shape, part: Part, build: Build) -> LayerTrials | CacheTrials:
+    """Cases of one shape each: with packed documents and a window, and of a global layer, which is timed; of caches of
+    several lengths, and of a full one, which is timed. Interpreted, it is the first alone.
+    """
+    length = 128 if build.interpret else 2 * shape.window
+    name = f"width {shape.width}"
+    if part == "attention":
+        layer = partial(Layer, name=name, shape=shape, rows=1 if build.interpret else 2, length=length)
+        layers = [layer(window=length // 8 + 1, packed=True), layer()]
+        return LayerTrials(layers[:1] if build.interpret else layers, build)
+    rows = 1 if build.interpret else 16
+    cached = partial(Cached, name=name, shape=shape, slots=length)
+    positions = tuple((100 + row * 977) % (2 * length) for row in range(rows))
+    caches = [cached(positions=positions), cached(positions=rows * (length - 1,))]
+    return CacheTrials(caches[:1] if build.interpret else caches, build)
+
+
+def time_kernel(candidate: Candidate, run: Callable[[], Any], *, interpret: bool) -> float:
+    """The seconds of a call of a candidate."""
+    least, rounds = (0.0, 1) if interpret else (0.1, 5)
+    return measure_seconds(run, least=least, rounds=rounds)
 
 
 def report(**message: Any) -> None:

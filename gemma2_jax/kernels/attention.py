@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from gemma2_jax.kernels.backward import Cotangents, run_dkv, run_dq
 from gemma2_jax.kernels.forward import run_forward
 from gemma2_jax.kernels.limits import MOSAIC
-from gemma2_jax.kernels.tiles import GPU, LOG2E, TILES, Build, Inputs, Settings
+from gemma2_jax.kernels.tile_sizes import Tiles
+from gemma2_jax.kernels.tiles import GPU, LOG2E, Build, Inputs, Settings
 
 
 def attention(
@@ -59,18 +60,24 @@ def attention(
             "go together: they are [B, T, N, H], [B, S, K, H] twice and [B, T], with K a divisor of N"
         )
     assert softcap is not None, "the kernels' limits ask for a soft cap"
-    rows, keys = TILES[H].padded
+    inputs = pad_inputs(q_BTNH, k_BSKH, v_BSKH, (first_BT, last_BT), build.select_tiles(H))
+    out_BTNH, lse_BNT = _attend(Settings(scale=scale, softcap=softcap, build=build), inputs)
+    return out_BTNH[:, :T], lse_BNT[:, :, :T]
+
+
+def pad_inputs(q_BTNH, k_BSKH, v_BSKH, ends: tuple[jax.Array, jax.Array], tiles: Tiles) -> Inputs:
+    """Pads queries and keys to whole tiles; `ends` are the first and the last key that each query sees."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    rows, keys = tiles.padded
     pad_T, pad_S = -T % rows, -S % keys
-    inputs = Inputs(
+    return Inputs(
         q_BTNH=jnp.pad(q_BTNH, ((0, 0), (0, pad_T), (0, 0), (0, 0))),
         k_BSKH=jnp.pad(k_BSKH, ((0, 0), (0, pad_S), (0, 0), (0, 0))),
         v_BSKH=jnp.pad(v_BSKH, ((0, 0), (0, pad_S), (0, 0), (0, 0))),
         # The queries that pad a row come after all keys, and see none.
-        first_BT=jnp.pad(first_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S),
-        last_BT=jnp.pad(last_BT, ((0, 0), (0, pad_T)), constant_values=S + pad_S - 1),
+        first_BT=jnp.pad(ends[0], ((0, 0), (0, pad_T)), constant_values=S + pad_S),
+        last_BT=jnp.pad(ends[1], ((0, 0), (0, pad_T)), constant_values=S + pad_S - 1),
     )
-    out_BTNH, lse_BNT = _attend(Settings(scale=scale, softcap=softcap, build=build), inputs)
-    return out_BTNH[:, :T], lse_BNT[:, :, :T]
 
 
 def combine_parts(outs, lses) -> tuple[jax.Array, jax.Array]:
@@ -94,7 +101,7 @@ def combine_parts(outs, lses) -> tuple[jax.Array, jax.Array]:
 
 def _attend_forward(settings: Settings, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """Returns the output and the log-sum-exp, as `attention` does, for whole tiles."""
-    return run_forward(inputs, settings, TILES[inputs.q_BTNH.shape[-1]].forward)
+    return run_forward(inputs, settings, settings.build.select_tiles(inputs.q_BTNH.shape[-1]).forward)
 
 
 def _attend_saving(settings: Settings, inputs: Inputs):
@@ -104,18 +111,22 @@ def _attend_saving(settings: Settings, inputs: Inputs):
     return results, (inputs, *results)
 
 
-def _attend_backward(settings: Settings, residuals, gradients) -> tuple[Inputs]:
-    """Returns the gradients with respect to the inputs, given those with respect to the results."""
-    inputs, out_BTNH, lse_BNT = residuals
-    d_BTNH, d_lse_BNT = gradients
-    tiles = TILES[inputs.q_BTNH.shape[-1]]
-    cotangents = Cotangents(
+def make_cotangents(out_BTNH, lse_BNT, d_BTNH, d_lse_BNT) -> Cotangents:
+    """What the backward kernels take of the results of the forward one, and of the gradients with respect to them."""
+    return Cotangents(
         d_BTNH=d_BTNH,
         # The log-sum-exp is to base 2, for exp2; where a query sees no key, any finite number will do.
         lse_BNT=jnp.where(jnp.isfinite(lse_BNT), lse_BNT * LOG2E, 0),
         # The derivative of the log-sum-exp with respect to a score is P, so its gradient enters dS where delta does.
         delta_BNT=jnp.einsum("BTNH,BTNH->BNT", out_BTNH, d_BTNH, preferred_element_type=jnp.float32) - d_lse_BNT,
     )
+
+
+def _attend_backward(settings: Settings, residuals, gradients) -> tuple[Inputs]:
+    """Returns the gradients with respect to the inputs, given those with respect to the results."""
+    inputs, out_BTNH, lse_BNT = residuals
+    tiles = settings.build.select_tiles(inputs.q_BTNH.shape[-1])
+    cotangents = make_cotangents(out_BTNH, lse_BNT, *gradients)
     dq_BTNH = run_dq(inputs, cotangents, settings, tiles.dq)
     dk_BSKH, dv_BSKH = run_dkv(inputs, cotangents, settings, tiles.dkv)
     no_gradient: Any = None  # The intervals have no gradient.

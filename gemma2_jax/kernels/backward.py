@@ -52,16 +52,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import tiles
+from gemma2_jax.kernels.tile_sizes import ROWS, Tile
 from gemma2_jax.kernels.tiles import (
     COMPUTING_WARPGROUPS,
     LOADING_WARPGROUP,
-    ROWS,
     Inputs,
     Queries,
     Ref,
     Ring,
     Settings,
-    Tile,
     hide_from_hoisting,
 )
 

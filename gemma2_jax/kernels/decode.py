@@ -32,13 +32,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels.limits import MOSAIC
-from gemma2_jax.kernels.tiles import GPU, LOG2E, Build, Ref, accumulator, operand_memory
+from gemma2_jax.kernels.tile_sizes import count_places
+from gemma2_jax.kernels.tiles import GPU, LOG2E, ROWS, Build, Ref, accumulator, operand_memory
 
-TILE = 64  # Slots of a tile: the rows of one wgmma.
+TILE = ROWS  # Slots of a tile: the rows of one wgmma.
 MAX_ROWS = 64  # Queries of a key/value head, R, at most.
-# Bytes of K and V tiles in flight. With up to 8 rows, two blocks fit in the shared memory of a multiprocessor: one
-# computes or begins while the other loads.
-RING_BYTES = 96 * 1024
 MIN_BLOCKS = (
     2 * 132
 )  # Blocks that an H100 runs at once. Rows are split until there are as many, if they have the tiles.
@@ -173,9 +171,8 @@ class Scratch:
     weights_RS: Ref
 
     @classmethod
-    def types(cls, R: int, H: int) -> Self:
-        """What to allocate for so many queries of that head width."""
-        X = RING_BYTES // (TILE * H * 2)
+    def types(cls, R: int, H: int, X: int) -> Self:
+        """What to allocate for so many queries of that head width, and so many tiles of the ring."""
         return cls(
             filled_X=plgpu.Barrier(num_barriers=X),
             freed_X=plgpu.Barrier(num_barriers=X),
@@ -191,7 +188,8 @@ class Scratch:
 def _make_kernel(shape: tuple[int, ...], settings: _Settings, build: Build) -> Callable:
     """The kernel for queries of that shape [B, K, R, H]; its results are those of each block, float32."""
     B, K, R, H = shape
-    scratch_types: Any = (Scratch.types(R, H),)  # Any pytree will do, though Pallas declares fewer.
+    places = count_places(H, build.select_tiles(H).decode, R)
+    scratch_types: Any = (Scratch.types(R, H, places),)  # Any pytree will do, though Pallas declares fewer.
 
     def kernel(*refs_and_scratch) -> None:
         *refs, scratch = refs_and_scratch

@@ -31,7 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma2_jax.kernels import tiles
-from gemma2_jax.kernels.tiles import COMPUTING_WARPGROUPS, ROWS, Inputs, Queries, Ref, Ring, Settings, Tile
+from gemma2_jax.kernels.tile_sizes import ROWS, Tile
+from gemma2_jax.kernels.tiles import COMPUTING_WARPGROUPS, Inputs, Queries, Ref, Ring, Settings
 
 
 @dataclass(frozen=True)

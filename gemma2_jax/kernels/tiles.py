@@ -32,55 +32,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from gemma2_jax.kernels.tile_sizes import ROWS, TILES, Tiles
+
 # A reference to an array, or to barriers, in global or shared memory or in registers, as Pallas hands it to a kernel;
 # in a `Scratch` before it is allocated, the type that is asked for. Pallas has no public type for them.
 type Ref = Any
 
-ROWS = 64  # Rows of one matrix product of a warpgroup, and so of one of its tiles.
 COMPUTING_WARPGROUPS = 2
 LOADING_WARPGROUP = 2  # The number of the third warpgroup; those that compute have the numbers 0 and 1.
 LOG2E = math.log2(math.e)
 # The layouts in registers of one value for each row, and for each column, of a tile.
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """The tiles that a kernel loops over.
-
-    Attributes:
-      size: keys of a tile; in dK/dV, queries.
-      stages: tiles of each ring that shared memory holds at a time.
-      v_stages: stages of the ring of values in dQ, where a step needs its values for a shorter time than its keys.
-    """
-
-    size: int
-    stages: int
-    v_stages: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """The tiles of each kernel, for one head width."""
-
-    forward: Tile
-    dq: Tile
-    dkv: Tile
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """The numbers to whose multiples queries and keys are padded."""
-        return math.lcm(2 * ROWS, self.dkv.size), math.lcm(ROWS, self.forward.size, self.dq.size)
-
-
-# By head width. With these no register is spilled, and shared memory is within the limit of a block: see
-# `python -m benchmarks.kernels`.
-TILES = {
-    64: Tiles(forward=Tile(size=128, stages=2), dq=Tile(size=128, stages=2, v_stages=2), dkv=Tile(size=64, stages=2)),
-    128: Tiles(forward=Tile(size=128, stages=2), dq=Tile(size=64, stages=2, v_stages=2), dkv=Tile(size=64, stages=3)),
-    256: Tiles(forward=Tile(size=64, stages=2), dq=Tile(size=64, stages=2, v_stages=1), dkv=Tile(size=64, stages=2)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +55,17 @@ class Build:
       tanh: "approximate" is the GPU's instruction, with a relative error of 2^-11 by NVIDIA's documentation; "exact" is
         computed from exp.
       interpret: parameters of the interpreter, or None to compile.
+      tiles: what the kernels loop over; None for the built-in ones of the head width.
     """
 
     operand_in: Literal["registers", "shared memory"] = "registers"
     tanh: Literal["approximate", "exact"] = "approximate"
     interpret: Any = None
+    tiles: Tiles | None = None
+
+    def select_tiles(self, width: int) -> Tiles:
+        """What the kernels loop over, for heads of that width."""
+        return self.tiles or TILES[width]
 
     def operand_type(self, shape: tuple[int, ...], dtype) -> Ref | None:
         """The scratch that `place_operand` needs: None where operands stay in registers."""

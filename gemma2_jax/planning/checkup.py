@@ -33,8 +33,8 @@ _PART_SECONDS = 1800  # that one part of the checks may take, after which this p
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".distcp")
 
 
-def run_checks(config: Config) -> list[Row]:
-    """All rows of this process, and of the others what is slow or wrong.
+def run_checks(config: Config, *, tunes: bool = False) -> list[Row]:
+    """All rows of this process, and of the others what is slow or wrong. `tunes` has the tiles of kernels timed.
 
     Raises ValueError where the run cannot be carried out on these devices at all.
     """
@@ -42,7 +42,7 @@ def run_checks(config: Config) -> list[Row]:
     rows += [check_hub(config.init)]
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh)
-    kernel_rows = _time_part("the attention kernels", lambda: check_attention(config, mesh))
+    kernel_rows = _time_part("the attention kernels", lambda: check_attention(config, mesh, tunes=tunes))
     if any(row.verdict == "wrong" for row in kernel_rows):  # by name they would end it here, without a table
         config = replace(config, compute=replace(config.compute, attention="auto"))
     checkup = Checkup(config=config, mesh=mesh, program=Program(without_texts(config), mesh))

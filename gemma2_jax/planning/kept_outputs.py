@@ -130,7 +130,7 @@ class _Layer:
 
             tile, parts = min(BLOCKS["gpu"], T) if context == 1 else 1, 1
         else:
-            from gemma2_jax.kernels.tiles import TILES
+            from gemma2_jax.kernels.tile_sizes import TILES
 
             # Around a ring of context shards, each part of the keys has results of its own.
             tile, parts = TILES[H].padded[0], context

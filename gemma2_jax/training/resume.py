@@ -29,6 +29,7 @@ FREE_FIELDS += ("train.keep_", "train.micro_batch_size", "train.export_adapter",
 FREE_FIELDS += ("train.tensorboard", "train.wandb", "train.mlflow", "guard.", "sample.", "train.save_deadline")
 FREE_FIELDS += ("train.patience", "train.export_best", "train.stop_after", "train.upload")
 FREE_FIELDS += ("compute.attention", "compute.remat", "compute.kept_outputs", "compute.loss_chunk", "compute.gpu_flags")
+FREE_FIELDS += ("compute.tune_kernels",)
 FREE_FIELDS += ("steps", "workdir")
 
 

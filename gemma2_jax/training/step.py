@@ -68,9 +68,8 @@ class Program:
         self.config, self.mesh = config, mesh
         self.device = mesh.devices.flat[0]  # what it is compiled for
         parts = kernel_records.INFERENCE if config.sample.tokens else kernel_records.TRAINING
-        self.attention, self.attention_reason = choose_attention(
-            config.model, config.compute, self.device, partial(kernel_records.examine, config.model, mesh, parts)
-        )
+        examine = partial(kernel_records.examine, config.model, mesh, parts, tunes=config.compute.tune_kernels)
+        self.attention, self.attention_reason = choose_attention(config.model, config.compute, self.device, examine)
         skeleton = nnx.eval_shape(self._create_model)
         self.graph, params, frozen = nnx.split(skeleton, lora.trainable_filter(config.adapter), ...)
         self.letters = gemma2.weight_dims(skeleton)

@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gemma2_jax.kernels import backward, reference, tiles
 from gemma2_jax.kernels.attention import attention, combine_parts
 from gemma2_jax.kernels.shapes import SHAPES, Shape
-from gemma2_jax.kernels.tiles import TILES, Build, Inputs, Settings
+from gemma2_jax.kernels.tile_sizes import TILES
+from gemma2_jax.kernels.tiles import Build, Inputs, Settings
 from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
 
 INTERPRETED = Build(operand_in="shared memory", tanh="exact", interpret=plgpu.InterpretGPUParams(detect_races=True))

@@ -134,7 +134,8 @@ def test_tiles_that_do_not_fit_are_found_on_a_cpu(direction):
     """So that sizes can be chosen with neither a GPU nor a compiler for one."""
     import jax
 
-    from gemma2_jax.kernels.tiles import GPU, Settings, Tile
+    from gemma2_jax.kernels.tile_sizes import Tile
+    from gemma2_jax.kernels.tiles import GPU, Settings
 
     shape = CASES["256"]
     inputs, cotangents = table.describe_operands(shape, 256)

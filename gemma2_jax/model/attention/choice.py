@@ -14,6 +14,7 @@ from functools import cache, partial
 
 from gemma2_jax.config import ComputeConfig
 from gemma2_jax.kernels.limits import MOSAIC, Limits
+from gemma2_jax.kernels.tile_sizes import Tiles
 from gemma2_jax.model.attention import mosaic as attention_mosaic, xla as attention_xla
 from gemma2_jax.model_config import ModelConfig
 
@@ -41,11 +42,15 @@ class Experience:
       was_run: whether they were; on devices that are only described they cannot be.
       fault: why they must not be used, as a verb and its object; empty where they agree with their meaning.
       time_ratio: the time that they take over that of XLA's attention; None where they were not timed.
+      tiles: what they loop over; None for the built-in ones.
+      tiles_source: where these come from, to follow "tiles".
     """
 
     was_run: bool = False
     fault: str = ""
     time_ratio: float | None = None
+    tiles: Tiles | None = None
+    tiles_source: str = ""
 
     @property
     def slowness(self) -> str:
@@ -101,7 +106,8 @@ def choose_attention(
     if name == "auto":
         name = next(name for name in IMPLEMENTATIONS if name not in lacking)
         speed = experience.speed if name == "mosaic" else ""
-        reason = "; ".join([f"the fastest here{speed}", *(f"{name} {lack}" for name, lack in lacking.items())])
+        lacks = [f"{name} {lack}" for name, lack in lacking.items()]
+        reason = "; ".join([f"the fastest here{speed}", *lacks])
     elif name in lacking:
         able = " or ".join(choice for choice in ("auto", *IMPLEMENTATIONS) if choice not in lacking)
         raise ValueError(f"compute.attention {name} {lacking[name]}; use {able}")
@@ -110,6 +116,10 @@ def choose_attention(
     implementation = IMPLEMENTATIONS[name]
     if name == "xla":
         implementation = _blocked_xla(attention_xla.BLOCKS.get(device.platform, 512))
+    elif experience.tiles_source:
+        reason += f"; tiles {experience.tiles_source}"
+        if experience.tiles:
+            implementation = _tiled_mosaic(experience.tiles)
     return implementation, f"{name} ({reason})"
 
 
@@ -118,6 +128,21 @@ def _blocked_xla(block: int) -> Implementation:
     """The same object for each model, so that one compiled program serves all of a shape."""
     implementation = IMPLEMENTATIONS["xla"]
     return replace(implementation, attend=partial(implementation.attend, block=block))
+
+
+@cache
+def _tiled_mosaic(tiles: Tiles) -> Implementation:
+    """The kernels with tiles other than the built-in ones; the same object for each model."""
+    from gemma2_jax.kernels.attention import attention
+    from gemma2_jax.kernels.decode import decode
+    from gemma2_jax.kernels.tiles import Build
+
+    implementation, build = IMPLEMENTATIONS["mosaic"], Build(tiles=tiles)
+    return replace(
+        implementation,
+        attend=partial(implementation.attend, kernel=partial(attention, build=build)),
+        attend_cached=partial(implementation.attend_cached, kernel=partial(decode, build=build)),
+    )
 
 
 def device_architecture(device) -> str:
