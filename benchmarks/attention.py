@@ -9,19 +9,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.options import describe_library
 from gemma2_jax.cluster.timing import measure_seconds
-from gemma2_jax.kernels.shapes import SHAPES
+from gemma2_jax.kernels.shapes import SHAPES, Shape
 from gemma2_jax.kernels.tiles import Build
 from gemma2_jax.model.attention.cases import Cached, Layer
 from gemma2_jax.model.attention.checking import INTERPRETED
 
 L2_BYTES = 50 * 2**20  # The L2 cache of an H100.
+_INTERPRETED: dict[str, Any] = {"least": 0.0, "rounds": 1}
 
 
 def cudnn_attention(layer: Layer) -> Callable:
@@ -62,9 +63,11 @@ def list_checked(name: str, interpret: bool) -> list[Layer | Cached]:
     ]
 
 
-def list_timed_layers(name: str) -> list[Layer]:
+def list_timed_layers(name: str, interpret: bool) -> list[Layer]:
     """The layers of a shape that are timed, of 16384 tokens. Rows of 2048 fit a window, so that layers agree."""
     layer = partial(Layer, name=name, shape=SHAPES[name])
+    if interpret:
+        return [Layer(name=name, shape=_fewest_heads(SHAPES[name]), rows=1, length=64)]
     return [
         layer(rows=8, length=2048),
         layer(rows=2, length=8192),
@@ -73,9 +76,15 @@ def list_timed_layers(name: str) -> list[Layer]:
     ]
 
 
-def list_timed_caches(name: str) -> list[Cached]:
+def _fewest_heads(shape: Shape) -> Shape:
+    return replace(shape, heads=min(shape.heads, 2), kv_heads=1)
+
+
+def list_timed_caches(name: str, interpret: bool) -> list[Cached]:
     """The caches that are timed, of 1 and 16 rows: of a global and of a local layer, at the last of 8192 positions."""
     shape = SHAPES[name]
+    if interpret:
+        return [Cached(name=name, shape=_fewest_heads(shape), slots=64, positions=(63,))]
     return [
         Cached(name=name, shape=shape, slots=slots, positions=rows * (8191,))
         for rows in (1, 16)
@@ -117,15 +126,16 @@ def compile_passes(attend: Callable) -> Programs:
     )
 
 
-def time_passes(attend: Callable, layer: Layer) -> dict[str, float]:
-    """Measures the seconds of each pass."""
+def time_passes(attend: Callable, layer: Layer, interpret: bool = False) -> dict[str, float]:
+    """Measures the seconds of each pass. What is interpreted runs as rarely as it can."""
+    options = _INTERPRETED if interpret else {}
     q, k, v, d = layer.inputs()
     mask = layer.mask()
     run = compile_passes(attend)
     return {
-        "forward": measure_seconds(run.forward, q, k, v, mask),
-        "backward": measure_seconds(run.backward, run.saved(q, k, v, mask), d),
-        "both": measure_seconds(run.both, q, k, v, d, mask),
+        "forward": measure_seconds(run.forward, q, k, v, mask, **options),
+        "backward": measure_seconds(run.backward, run.saved(q, k, v, mask), d, **options),
+        "both": measure_seconds(run.both, q, k, v, d, mask, **options),
     }
 
 
@@ -156,9 +166,11 @@ def chain_calls(step: Callable, case: Cached) -> Callable:
     return run
 
 
-def time_decode(step: Callable, case: Cached) -> float:
-    """Measures the seconds of one call."""
+def time_decode(step: Callable, case: Cached, interpret: bool = False) -> float:
+    """Measures the seconds of one call. What is interpreted runs as rarely as it can, and by itself."""
     q, k, v, position = case.inputs()
+    if interpret:
+        return measure_seconds(jax.jit(step), q, k, v, position, **_INTERPRETED)
     kv_caches = [(k, v), *((jnp.copy(k), jnp.copy(v)) for _ in range(count_caches(case) - 1))]
     return measure_seconds(jax.jit(chain_calls(step, case)), q, kv_caches, position) / count_calls(case)
 

@@ -1,6 +1,9 @@
 """The attention kernels on a Hopper GPU: checked, and then timed beside XLA and cuDNN.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu [--recipe 9b_lora]
+
+It ends with three steps of a recipe beside the plan's bound and estimate, and writes all numbers into one file, with
+what is needed to compare it with another machine's: GPUs, clocks, limits of power, driver, versions, commit, tiles.
 
 Checks come first. Results and gradients are compared with the meaning in float32 (`gemma2_jax.kernels.reference`), as
 are those of XLA's bfloat16 path: a kernel may be off by three times as much, and a little more. It must also give the
@@ -12,14 +15,17 @@ by the usual convention: 4 * pairs * heads * width forward, where pairs are thos
 counted exactly; 2.5 times that backward. So they compare with published ones, and needless work lowers them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -27,6 +33,9 @@ from rich.table import Table
 
 from gemma2_jax.cluster import platforms
 from gemma2_jax.kernels.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from gemma2_jax.kernels.tiles import Build
 
 PEAK_BYTES = 3.35e12  # Bytes a second of an H100 SXM's memory, by NVIDIA's data sheet.
 # Published TFLOP/s by width and pass: causal, 8192 tokens a row, without a soft cap.
@@ -48,8 +57,9 @@ class Command:
 
     shapes: tuple[str, ...] = ("2b", "9b", "27b")  # of gemma2_jax.kernels.shapes
     check_only: bool = False  # time nothing
-    interpret: bool = False  # check tiny cases with the interpreter, on CPU; nothing can be timed there
-    json: Path | None = None  # also write the numbers here
+    interpret: bool = False  # tiny cases with the interpreter, on CPU: no number of it says anything of a GPU
+    recipe: str = "2b_lora"  # whose steps are taken, on all GPUs
+    json: Path | None = None  # the file of all numbers, to be sent in; gpu.json, unless nothing is timed
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,25 +67,55 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(Command, prog="python -m benchmarks.gpu", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     if unknown := [name for name in command.shapes if name not in SHAPES]:
         refuse(f"there is no shape {', '.join(unknown)}: there are {'; '.join(SHAPES)}")
-    if command.interpret and not command.check_only:
-        refuse("the interpreter says nothing of time: use --interpret with --check-only")
     platforms.prepare_process(cpu=command.interpret, cache=False)
     console = Console()
     if not console.is_terminal:
         console.width = 160
     report: dict[str, Any] = {"device": describe_device(command.interpret)}
     console.print(*report["device"].values(), sep="; ", highlight=False)
+    from benchmarks import gpu_report
+
+    report |= gpu_report.describe_machine()
+    path = command.json or (None if command.check_only else Path("gpu.json"))
     report["checks"], failures = run_checks(console, command)
+    write_report(path, report)
     if not failures and not command.check_only:
-        report["attention"] = time_attention(console, command.shapes)
-        report["decode"] = time_decode(console, command.shapes)
-    if command.json:
-        temporary = command.json.with_name(f"{command.json.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1))
-        temporary.replace(command.json)
+        time_all(console, command, path, report)
     if failures:
         console.print("failed:", *failures, sep="\n  ", highlight=False, markup=False)
         sys.exit(1)
+
+
+def time_all(console: Console, command: Command, path: Path | None, report: dict[str, Any]) -> None:
+    """Times kernels, devices and steps. The file is written after each part, as a later one may fail."""
+    from benchmarks import gpu_report
+
+    parts: dict[str, Callable[[], Any]] = {
+        "tiles": lambda: gpu_report.describe_tiles(command.shapes),
+        "attention": lambda: time_attention(console, command),
+        "decode": lambda: time_decode(console, command),
+        "rates": gpu_report.measure_rates,
+        "steps": lambda: gpu_report.measure_steps(command.recipe),
+    }
+    for name, part in parts.items():
+        report[name] = part()
+        write_report(path, report)
+    for step in report["steps"]:
+        console.print(
+            f"{step['recipe']}: {step['subject']}", step["found"] or step["reason"], sep=": ", highlight=False
+        )
+    if report["note"]:
+        console.print(report["note"], highlight=False)
+    console.print(f"all of it is in {path}, which can be sent in", highlight=False)
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Writes what is known so far; the file appears whole."""
+    if path is None:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def refuse(text: str) -> NoReturn:
@@ -144,7 +184,7 @@ def _format_error(error: float | None, xla_error: float | None) -> str:
     return f"{error:.1e}" + (f" ({xla_error:.1e})" if xla_error is not None else "")
 
 
-def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
+def time_attention(console: Console, command: Command) -> list[dict]:
     """Times every layer of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
     from gemma2_jax.model.attention import checking
@@ -153,9 +193,11 @@ def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     for column in ("layer", "pass", "kernel", "XLA", "XLA / kernel", "cuDNN, no cap", "published, no cap"):
         table.add_column(column, justify="left" if column in ("layer", "pass") else "right")
     numbers, notes = [], []
-    for layer in [layer for name in shapes for layer in attention.list_timed_layers(name)]:
+    build = choose_build(command)
+    layers = [layer for name in command.shapes for layer in attention.list_timed_layers(name, command.interpret)]
+    for layer in layers:
         print(f"timing {layer}", file=sys.stderr)
-        kernel = attention.time_passes(checking.kernel_attention(layer), layer)
+        kernel = attention.time_passes(checking.kernel_attention(layer, build(layer)), layer, command.interpret)
         xla = _time_peer("XLA", checking.xla_attention(layer), layer, notes)
         cudnn = {} if layer.packed else _time_peer("cuDNN", attention.cudnn_attention(layer), layer, notes)
         plain = layer.length == 8192 and layer.window is None and not layer.packed
@@ -166,10 +208,28 @@ def time_attention(console: Console, shapes: tuple[str, ...]) -> list[dict]:
             speeds.insert(2, f"{xla[name] / seconds:.1f}" if name in xla else "")
             published = PUBLISHED.get((layer.shape.width, name), "") if plain else ""
             table.add_row(str(layer), name, *speeds, published, end_section=name == "both")
-            numbers.append({"layer": str(layer), "pass": name, "flops": flops, "seconds": sides})
+            tflops = {side: time and flops / time / 1e12 for side, time in sides.items()}
+            numbers.append(
+                {"layer": str(layer), "pass": name, "flops": flops, "seconds": sides, "tflops": tflops}
+                | {"tiles": str(build(layer).select_tiles(layer.shape.width))}
+            )
     console.print(table)
     console.print(*dict.fromkeys(notes), SOURCES, sep="\n", highlight=False, markup=False)
     return numbers
+
+
+def choose_build(command: Command) -> Callable[[Any], Build]:
+    """A function of a case that says how its kernels are built: with the tiles that a run on this device would take."""
+    import jax
+
+    from benchmarks import gpu_report
+    from gemma2_jax.kernels.tiles import GPU
+    from gemma2_jax.model.attention.checking import INTERPRETED
+
+    if command.interpret:
+        return lambda case: INTERPRETED
+    choices = {name: gpu_report.choose_tiles(name, jax.devices()[0]).tiles for name in command.shapes}
+    return lambda case: replace(GPU, tiles=choices[case.name])
 
 
 def _time_peer(name: str, attend: Any, layer: Any, notes: list[str]) -> dict[str, float]:
@@ -187,7 +247,7 @@ def _format_speed(seconds: float | None, flops: float) -> str:
     return "none" if seconds is None else f"{seconds * 1e3:.3f} ms {flops / seconds / 1e12:5.0f}"
 
 
-def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
+def time_decode(console: Console, command: Command) -> list[dict]:
     """Times every cache of these shapes and prints a table; returns its numbers."""
     from benchmarks import attention
     from gemma2_jax.model.attention import checking
@@ -198,16 +258,18 @@ def time_decode(console: Console, shapes: tuple[str, ...]) -> list[dict]:
     for column in ("cache", "kernel", "XLA", "XLA / kernel"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     numbers = []
-    for case in [case for name in shapes for case in attention.list_timed_caches(name)]:
+    build = choose_build(command)
+    for case in [case for name in command.shapes for case in attention.list_timed_caches(name, command.interpret)]:
         print(f"timing {case}", file=sys.stderr)
-        steps = {"kernel": checking.kernel_decode(case), "xla": checking.xla_decode(case)}
-        sides = {name: attention.time_decode(step, case) for name, step in steps.items()}
+        steps = {"kernel": checking.kernel_decode(case, build(case)), "xla": checking.xla_decode(case)}
+        sides = {name: attention.time_decode(step, case, command.interpret) for name, step in steps.items()}
         speeds = [
             f"{time * 1e6:.1f} µs {case.bytes / time / 1e9:5,.0f} {case.bytes / time / PEAK_BYTES:4.0%}"
             for time in sides.values()
         ]
         table.add_row(str(case), *speeds, f"{sides['xla'] / sides['kernel']:.1f}")
-        numbers.append({"cache": str(case), "bytes": case.bytes, "seconds": sides})
+        rates = {side: case.bytes / time for side, time in sides.items()}
+        numbers.append({"cache": str(case), "bytes": case.bytes, "seconds": sides, "bytes_per_second": rates})
     console.print(table)
     return numbers
 
