@@ -11,16 +11,20 @@ shards exchange keys and values, and copies of the model sum their gradients onc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gemma2_jax.planning.schedule import Item, Loop, Pass, Send, Wait, Work
+from gemma2_jax.planning.schedule import Item, Loop, Pass, Product, Send, Wait, Work
 from gemma2_jax.planning.traffic import SENT
 
 if TYPE_CHECKING:
     from gemma2_jax.model_config import ModelConfig
 
 _BYTES = 2  # bfloat16
+_SUMMED = (
+    "attention/o",
+    "mlp/down",
+)  # products whose inputs are split over tensor shards, and whose outputs are summed
 _ADDED_BYTES = 10  # read and written for each trained weight, in float32, where a pass adds its gradient
 _STATE_BYTES = 28  # read and written by AdamW for each trained weight: weight, two moments and gradient in float32
 
@@ -128,7 +132,7 @@ class DenseStep:
             yield from self._product(part, inputs, outputs, pass_name)
             if part == "attention/qkv":
                 yield from self._attend(pass_name)
-            elif part in ("attention/o", "mlp/down") and self.tensor > 1:
+            elif part in _SUMMED and self.tensor > 1:
                 sent = self.tokens * self.model.width * _BYTES * SENT["all-reduce"](self.tensor)
                 yield self._wait_for("all-reduce", "tensor", sent)
         moved = self.model.norms * 2 * self.tokens * self.model.width * _BYTES
@@ -138,20 +142,19 @@ class DenseStep:
 
     def _product(self, part: str, inputs: int, outputs: int, pass_name: Pass) -> Iterator[Work]:
         """A product with weights: forward, or by its inputs, and by its weights where they are trained."""
-        flops = 2 * self.tokens * inputs * outputs / self.tensor
-        memory = _BYTES * (self.tokens * (inputs + outputs) + inputs * outputs) / self.tensor
-        products = 1 if pass_name != "backward" or self.rank else 2
-        for _ in range(products):
-            yield Work(part=part, pass_name=pass_name, products=flops, memory=memory)
+        shards = self.tensor * (self.stage if part == "loss" else 1)
+        memory = _BYTES * (self.tokens * (inputs + outputs) + inputs * outputs) / shards
+        taken, made = (inputs / shards, outputs) if part in _SUMMED else (inputs, outputs / shards)
+        by_inputs, by_weights = _list_products(self.tokens, taken, made, pass_name)
+        for product in (by_inputs,) if pass_name != "backward" or self.rank else (by_inputs, by_weights):
+            yield Work(part=part, pass_name=pass_name, products=(product,), memory=memory)
         if part in self.adapted:
+            tokens = self.tokens / self.tensor
             for down, up in ((inputs, self.rank), (self.rank, outputs)):
-                for _ in range(2 if pass_name == "backward" else 1):
-                    yield Work(
-                        part=part,
-                        pass_name=pass_name,
-                        products=2 * self.tokens * down * up / self.tensor,
-                        memory=_BYTES * self.tokens * (down + up) / self.tensor,
-                    )
+                products = _list_products(tokens, down, up, pass_name)
+                for product in products if pass_name == "backward" else products[:1]:
+                    memory = _BYTES * self.tokens * (down + up) / self.tensor
+                    yield Work(part=part, pass_name=pass_name, products=(product,), memory=memory)
 
     def _attend(self, pass_name: Pass) -> Iterator[Item]:
         model = self.model
@@ -167,8 +170,7 @@ class DenseStep:
 
     def _logits(self) -> Iterator[Work]:
         for pass_name in ("forward", "backward"):
-            for work in self._product("loss", self.model.width, self.model.vocab_size, pass_name):
-                yield replace(work, products=work.products / self.stage, memory=work.memory / self.stage)
+            yield from self._product("loss", self.model.width, self.model.vocab_size, pass_name)
 
     def _gather(self, name: str | None, work: Iterable[Item]) -> Iterator[Item]:
         """The work of a layer, beside which the next layer's weights come, and in the backward pass gradients go."""
@@ -201,3 +203,11 @@ class DenseStep:
 
     def _update(self) -> Work:
         return Work(part="optimizer", pass_name="update", memory=self.trained * _STATE_BYTES)
+
+
+def _list_products(tokens: float, inputs: float, outputs: float, pass_name: Pass) -> tuple[Product, Product]:
+    """What makes the outputs, or the gradients of the inputs, and what makes the gradients of the weights."""
+    forward = Product(rows=tokens, columns=outputs, depth=inputs)
+    by_inputs = Product(rows=tokens, columns=inputs, depth=outputs)
+    by_weights = Product(rows=inputs, columns=outputs, depth=tokens)
+    return by_inputs if pass_name == "backward" else forward, by_weights

@@ -53,6 +53,11 @@ class Gpu:
         return self.memory_bytes * 95 // 100
 
     @property
+    def vector_flops(self) -> float:
+        """FLOP/s in bfloat16 without tensor cores: each unit multiplies and adds two numbers a clock."""
+        return 4 * self.multiprocessors * self.float_units * self.clock_ghz * 1e9
+
+    @property
     def target_config(self) -> str:
         """XLA's description of the GPU, as the text of a protocol buffer."""
         major, minor = self.capability

@@ -32,12 +32,30 @@ _ATTENTION_KERNEL = re.compile(r"gemma2_attention_(forward|dq|dkv)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product of [rows, depth] and [depth, columns], or a batch of such.
+
+    Sizes are fractions where a step that is only described has shards that do not divide: they are means.
+    """
+
+    batch: float = 1
+    rows: float
+    columns: float
+    depth: float
+
+    @property
+    def flops(self) -> float:
+        """Two for each element of the result and of the depth."""
+        return 2.0 * self.batch * self.rows * self.columns * self.depth
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """One kernel's work. An instruction inside a loop is one `Work`, however often it runs."""
 
     part: str  # such as "mlp/down"
     pass_name: Pass
-    products: float = 0.0  # FLOPs of matrix products
+    products: tuple[Product, ...] = ()
     attention: float = 0.0  # FLOPs of an attention kernel
     memory: float = 0.0  # bytes that it reads and writes, each operand once
     where: str = ""  # the operation of the program that it comes from
@@ -114,7 +132,7 @@ def sum_flops(items: Sequence[Item]) -> Counter[tuple[str, Pass]]:
     """FLOPs of matrix products and attention in a step, by part and pass."""
     total: Counter[tuple[str, Pass]] = Counter()
     for work, times in list_work(items):
-        if flops := work.products + work.attention:
+        if flops := sum(product.flops for product in work.products) + work.attention:
             total[work.part, work.pass_name] += round(flops) * times
     return total
 
@@ -166,31 +184,37 @@ class _Reader:
         inside = list_fused(instruction, self.computations)
         inner_types = {**types, **{part.name: part.type for part in inside}}
         dots = [part for part in inside if part.opcode == "dot" or part.is_library_product]
-        products = {part.where: count_product(part, inner_types) for part in dots}
-        total = sum(count_product(part, inner_types) for part in dots)
+        products = [read_product(part, inner_types) for part in dots]
+        flops = {part.where: product.flops for part, product in zip(dots, products, strict=True)}
         attention = 0.0
         for part in inside:
             if kernel := _ATTENTION_KERNEL.search(part.where) if part.opcode == "custom-call" else None:
                 B, T, N, H = array_shapes(inner_types[part.operands[0]])[0]
                 attention += _ATTENTION_PRODUCTS[kernel[1]] * self.attention(B, T, N, H)
-                products[part.where] = attention
-        where = max(products, key=lambda name: products[name], default=instruction.where)
+                flops[part.where] = attention
+        where = max(flops, key=lambda name: flops[name], default=instruction.where)
         return Work(
             part=name_part(where),
-            pass_name=name_pass(where, is_product=total > 0),
-            products=total,
+            pass_name=name_pass(where, is_product=bool(products)),
+            products=tuple(products),
             attention=attention,
             memory=sum(count_bytes(instruction, types, self.computations)),
             where=where,
         )
 
 
-def count_product(dot: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of a product: two for each element of the result and each of the contracted dims."""
+def read_product(dot: Instruction, types: Mapping[str, str]) -> Product:
+    """The sizes of a product, from its first operand's shape and its result's."""
     left = array_shapes(types[dot.operands[0]])[0]
-    found = re.search(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([\d,"]*)\]', dot.rest)
-    contracted = [left[int(dim)] for dim in re.findall(r"\d+", found[1] or found[2] or "")] if found else []
-    return 2.0 * math.prod(array_shapes(dot.type)[0]) * math.prod(contracted)
+
+    def multiply(dims: str) -> int:
+        found = re.search(rf'lhs_{dims}_dims=\{{([\d,]*)\}}|"lhs_{dims}_dimensions":\[([\d,"]*)\]', dot.rest)
+        return math.prod(left[int(dim)] for dim in re.findall(r"\d+", found[1] or found[2] or "")) if found else 1
+
+    batch, depth = multiply("batch"), multiply("contracting")
+    rows = math.prod(left) // (batch * depth)
+    columns = math.prod(array_shapes(dot.type)[0]) // (batch * rows)
+    return Product(batch=batch, rows=rows, columns=columns, depth=depth)
 
 
 def name_part(where: str) -> str:

@@ -1,8 +1,9 @@
 """How fast a step can be: a bound that no run beats and, apart, an estimate with its factors. Neither is measured.
 
 The bound has each GPU compute at its data sheet's rates, and communicate all the while: a step takes at least as long
-as its work, kernel by kernel the longer of its FLOPs and its bytes, and at least as long as each link's traffic. What
-could be in the cache counts no bytes. Idle ticks of a pipeline are in the work, as a stage computes in them too.
+as its work, kernel by kernel the longer of its FLOPs and its bytes, and at least as long as each link's traffic. FLOPs
+are those of whole instructions of the tensor cores. What could be in the cache counts no bytes. Idle ticks of a
+pipeline are in the work, as a stage computes in them too.
 
 The estimate goes through the schedule in its order: work at the shares of the data sheet's rates that others have
 measured, and collectives beside it from where they begin to where what they bring is needed; only what is not ready by
@@ -23,7 +24,7 @@ from gemma2_jax.planning.schedule import Loop, Send, Wait, Work, list_work
 
 if TYPE_CHECKING:
     from gemma2_jax.planning.gpus import Gpu
-    from gemma2_jax.planning.schedule import Item
+    from gemma2_jax.planning.schedule import Item, Product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,39 @@ class Rates:
     attention: float
     memory: float
     links: Mapping[str, float]  # by mesh axes
+    vectors: float = 0.0  # of products that are computed beside the tensor cores
     cache_bytes: float = 0.0  # so much of what a kernel reads and writes is taken to be in the cache
+
+    def time_product(self, product: Product) -> float:
+        """Seconds of a matrix product: of all that the tensor cores' instructions do for it, which are whole ones.
+
+        Where that is much more than the product, other units may help: so these are taken to compute beside them.
+        """
+        flops = product.flops
+        return flops / min(self.products, self.products * flops / pad_product(product) + self.vectors)
 
     def time_work(self, work: Work) -> float:
         """Seconds of one kernel: its products or its bytes, whichever takes longer."""
         memory = max(0.0, work.memory - self.cache_bytes)
-        return max(work.products / self.products + work.attention / self.attention, memory / self.memory)
+        products = sum(self.time_product(product) for product in work.products)
+        return max(products + work.attention / self.attention, memory / self.memory)
+
+
+def pad_product(product: Product) -> float:
+    """FLOPs of the tensor cores' smallest instructions that cover a product, either way round.
+
+    They take bfloat16 as `mma.m16n8k8` (NVIDIA, PTX ISA, "Matrix Shape"), on all GPUs since Ampere. Hopper's wgmma has
+    64 rows, but need not be used. Nothing coarser is forced: how large the tiles of a kernel are, and that its last
+    wave leaves multiprocessors idle, is the kernel's choice, which may also divide the depth among multiprocessors
+    (Stream-K, arXiv:2301.03598).
+    """
+    rows, columns, depth = product.rows, product.columns, product.depth
+    area = min(_round_up(rows, 16) * _round_up(columns, 8), _round_up(rows, 8) * _round_up(columns, 16))
+    return 2.0 * product.batch * area * _round_up(depth, 8)
+
+
+def _round_up(size: float, step: int) -> float:
+    return size + -size % step
 
 
 def time_step(items: Sequence[Item], gpu: Gpu, mesh: Mapping[str, int]) -> tuple[StepTime, StepTime]:
@@ -105,7 +133,14 @@ def data_sheet_rates(gpu: Gpu, mesh: Mapping[str, int], axes: Sequence[str]) -> 
     """The rates of a GPU's data sheet, and those of the links that groups along mesh axes use."""
     links = {name: find_link(gpu, mesh, name)[1] for name in axes}
     flops = gpu.tflops * 1e12
-    return Rates(products=flops, attention=flops, memory=gpu.memory_bandwidth, links=links, cache_bytes=gpu.cache_bytes)
+    return Rates(
+        products=flops,
+        attention=flops,
+        memory=gpu.memory_bandwidth,
+        links=links,
+        vectors=gpu.vector_flops,
+        cache_bytes=gpu.cache_bytes,
+    )
 
 
 def expected_rates(gpu: Gpu, mesh: Mapping[str, int], axes: Sequence[str]) -> Rates:
@@ -119,6 +154,7 @@ def expected_rates(gpu: Gpu, mesh: Mapping[str, int], axes: Sequence[str]) -> Ra
         attention=FACTORS["attention"].share * gpu.tflops * 1e12,
         memory=FACTORS["memory"].share * gpu.memory_bandwidth,
         links=links,
+        vectors=FACTORS["products"].share * gpu.vector_flops,
     )
 
 

@@ -6,6 +6,7 @@ from gemma2_jax.model_config import GEMMA2_2B, GEMMA2_27B
 from gemma2_jax.planning.dense_step import DenseModel, DenseStep, describe_gemma
 from gemma2_jax.planning.schedule import (
     Loop,
+    Product,
     Send,
     Wait,
     Work,
@@ -61,7 +62,7 @@ def test_a_program_in_its_order():
     assert gather == Send(name="gather-start", kind="all-gather", axes="fsdp", sent=8 * 16 * 2 / 2, is_async=True)
     assert wait == Wait("gather-start")
     assert isinstance(work, Work) and (work.part, work.pass_name) == ("mlp/down", "forward")
-    assert work.products == 2 * 8 * 16 * 32
+    assert work.products == (Product(rows=8, columns=32, depth=16),)
     assert work.memory == 2 * (8 * 16 + 16 * 32 + 8 * 32) + 4, "one layer of the stack, its number, input and output"
     assert isinstance(attention, Work) and (attention.part, attention.pass_name) == ("attention/attend", "backward")
     assert attention.attention == 3 * (2 * 64 * 8 * 32), "the scores, their gradient, and that of the queries"
@@ -87,7 +88,9 @@ def test_products_of_cublas_count_without_their_workspace():
     """XLA takes them where it has timed kernels on a GPU; where it compiles for one that is described, it has none."""
     (work,) = read_schedule(LIBRARY, {}, lambda *sizes: 0)
     assert isinstance(work, Work) and (work.part, work.pass_name) == ("mlp/down", "forward")
-    assert work.products == 2 * 4 * 8 * 32 * 16 and work.memory == 2 * (4 * 8 * 16 + 4 * 16 * 32 + 4 * 8 * 32)
+    assert work.products == (Product(batch=4, rows=8, columns=32, depth=16),) and work.memory == 2 * (
+        4 * 8 * 16 + 4 * 16 * 32 + 4 * 8 * 32
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,27 @@ import pytest
 
 from benchmarks.published_steps import BAND, PUBLISHED
 from gemma2_jax.planning.gpus import H100
-from gemma2_jax.planning.schedule import Loop, Send, Wait, Work, sum_flops
-from gemma2_jax.planning.speed import FACTORS, Rates, bound_time, estimate_time, find_link, time_step
+from gemma2_jax.planning.schedule import Loop, Product, Send, Wait, Work, sum_flops
+from gemma2_jax.planning.speed import (
+    FACTORS,
+    Rates,
+    bound_time,
+    data_sheet_rates,
+    estimate_time,
+    find_link,
+    pad_product,
+    time_step,
+)
 
-RATES = Rates(products=10.0, attention=5.0, memory=2.0, links={"fsdp": 4.0, "data": 1.0})
+INSTRUCTION = 2 * 16 * 8 * 8  # FLOPs
+RATES = Rates(products=10.0 * INSTRUCTION, attention=5.0, memory=2.0, links={"fsdp": 4.0, "data": 1.0})
 SMALL_CACHE = replace(RATES, cache_bytes=6.0)
 
 
-def product(flops: float, memory: float = 0.0) -> Work:
-    return Work(part="mlp/down", pass_name="forward", products=flops, memory=memory)
+def product(instructions: int, memory: float = 0.0) -> Work:
+    """A product of so many of the tensor cores' smallest instructions."""
+    products = (Product(rows=16, columns=8, depth=8 * instructions),) if instructions else ()
+    return Work(part="mlp/down", pass_name="forward", products=products, memory=memory)
 
 
 def gather(sent: float, name: str = "g", axes: str = "fsdp", *, is_async: bool = True) -> Send:
@@ -26,8 +38,32 @@ def test_work_takes_as_long_as_its_flops_or_its_bytes():
     assert RATES.time_work(product(30, memory=10)) == 5
     assert SMALL_CACHE.time_work(product(0, memory=10)) == 2, "6 of the 10 bytes may be in the cache"
     assert SMALL_CACHE.time_work(product(0, memory=5)) == 0
-    both = Work(part="attention/attend", pass_name="backward", products=20, attention=20)
+    both = replace(product(20), attention=20)
     assert RATES.time_work(both) == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padded"),
+    [
+        (dict(rows=2048, columns=3584, depth=14336), dict(rows=2048, columns=3584, depth=14336)),
+        (dict(rows=17, columns=9, depth=9), dict(rows=24, columns=16, depth=16)),  # 16 columns by 24 rows, turned
+        (dict(rows=9, columns=17, depth=9), dict(rows=16, columns=24, depth=16)),
+        (dict(rows=4, columns=4096, depth=4096), dict(rows=8, columns=4096, depth=4096)),  # turned, and doubled
+        (dict(batch=3, rows=16, columns=8, depth=4), dict(batch=3, rows=16, columns=8, depth=8)),
+    ],
+)
+def test_tensor_cores_do_whole_instructions(sizes, padded):
+    assert pad_product(Product(**sizes)) == Product(**padded).flops
+    assert RATES.time_product(Product(**sizes)) == pytest.approx(Product(**padded).flops / RATES.products)
+
+
+def test_products_of_few_rows():
+    """On H100 133.8 TFLOP/s of the other units are taken to help with what tensor cores do in vain, and never else."""
+    rates = data_sheet_rates(H100, {}, ())
+    assert rates.vectors == pytest.approx(133.8e12, rel=1e-3)  # NVIDIA H100 architecture white paper, table 2
+    one = Product(rows=1, columns=4096, depth=4096)
+    assert rates.time_product(one) == pytest.approx(2 * 4096**2 / (989.5e12 / 8 + 133.8e12), rel=1e-3)
+    assert rates.time_product(replace(one, rows=8)) == 2 * 8 * 4096**2 / 989.5e12
 
 
 def test_a_bound_is_all_work_or_all_traffic():
@@ -78,7 +114,7 @@ def test_links(axes, expected):
 
 def test_times_on_a_gpu():
     """A product of 989.5 TFLOP takes a second by the data sheet; 45 GB take a tenth of one over NVLink."""
-    items = (product(H100.tflops * 1e12), gather(45e9, is_async=False))
+    items = (product(round(H100.tflops * 1e12 / INSTRUCTION)), gather(45e9, is_async=False))
     bound, estimate = time_step(items, H100, {"fsdp": 8})
     assert (bound.total, bound.sent) == (1, {"fsdp": pytest.approx(0.1)})
     assert estimate.total == pytest.approx(1 / FACTORS["products"].share + 0.1 / FACTORS["link"].share)
