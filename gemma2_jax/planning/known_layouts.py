@@ -1,6 +1,6 @@
 """The layouts that searches found for the recipes on H100s, and the choice of one for a run: `--mesh auto`.
 
-The table is what `python -m gemma2_jax.plan --config NAME --gpus N --search 12` printed first. A run that is not in it,
+The table is what `python -m gemma2_jax.plan --config NAME --gpus N --search 4` printed first. A run that is not in it,
 or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is compiled for that.
 """
 
@@ -22,7 +22,9 @@ def _known(axes: dict[str, int], micro_batch_size: int, *kept: KeptOutput) -> La
 
 
 # By recipe and number of GPUs.
-KNOWN: dict[tuple[str, int], Layout] = {}
+KNOWN: dict[tuple[str, int], Layout] = {
+    ("9b_sft", 8): _known({"fsdp": 8}, 4, "q", "k", "v", "attention", "o", "gate", "up", "down"),
+}
 
 
 def lay_out(config: Config, gpus: int, device_kind: str) -> tuple[Config, str]:

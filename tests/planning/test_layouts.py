@@ -126,6 +126,13 @@ def test_the_choice_for_a_run(monkeypatch):
         choose_layout(recipes.load_recipe("27b_sft"), 1, H100)
 
 
+@pytest.mark.parametrize(("recipe", "gpus"), known_layouts.KNOWN)
+def test_known_layouts_are_of_their_recipes(recipe, gpus):
+    config, layout = recipes.load_recipe(recipe), known_layouts.KNOWN[recipe, gpus]
+    assert find_own(layout.apply(config), gpus) == layout
+    assert choose_layout(config, gpus, H100)[0] == layout
+
+
 def test_devices_that_the_planner_does_not_know():
     tiny = recipes.load_recipe("tiny_lora")
     assert lay_out(replace(tiny, mesh=MeshConfig(data=1, tensor=2)), 1, "cpu")[0].mesh == MeshConfig(data=1)
