@@ -15,8 +15,6 @@ by the usual convention: 4 * pairs * heads * width forward, where pairs are thos
 counted exactly; 2.5 times that backward. So they compare with published ones, and needless work lowers them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -218,7 +216,7 @@ def time_attention(console: Console, command: Command) -> list[dict]:
     return numbers
 
 
-def choose_build(command: Command) -> Callable[[Any], Build]:
+def choose_build(command: Command) -> "Callable[[Any], Build]":
     """A function of a case that says how its kernels are built: with the tiles that a run on this device would take."""
     import jax
 

@@ -20,13 +20,15 @@ COMMANDS = [
     "kernels",
     "kills_data",
     "kills_training",
+    "layouts",
     "loop",
     "plan",
     "published_steps",
     "serving",
+    "tiles",
     "tokenizing",
 ]
-LIBRARIES = ["attention", "machine_code", "peer", "training"]
+LIBRARIES = ["attention", "gpu_report", "machine_code", "peer", "training"]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
 
