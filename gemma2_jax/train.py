@@ -90,15 +90,14 @@ def main(program: str = PROGRAM) -> None:
 
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace
     with hosts.end_when_told():
-        _train(command)
+        _train(command.run, lays_out=command.mesh == "auto")
 
 
-def _train(command: Command) -> None:
+def _train(config: Config, *, lays_out: bool = False) -> None:
     """Trains. Ends the process with a status and a sentence where that is not carried out to its end."""
     from gemma2_jax.cluster import hosts
 
-    config, stopped = command.run, ""
-    workdir = config.output
+    workdir, stopped = config.output, ""
     try:
         platforms.prepare_process()
         from gemma2_jax.data import encoding
@@ -107,7 +106,7 @@ def _train(command: Command) -> None:
         from gemma2_jax.training import loop
 
         with hosts.process_group(config.hosts):
-            stopped = loop.train(lay_out(config) if command.mesh == "auto" else config).stopped
+            stopped = loop.train(lay_out(config) if lays_out else config).stopped
     except ImportError:
         if not (stopped := hosts.ignored_signal()):  # else it came while a module in C was imported, which says this
             raise
