@@ -11,7 +11,7 @@ from dataclasses import replace
 from gemma2_jax import recipes
 from gemma2_jax.config import Config, KeptOutput, MeshConfig
 from gemma2_jax.planning.gpus import GPUS, Gpu
-from gemma2_jax.planning.layouts import Layout, list_predictions
+from gemma2_jax.planning.layouts import Layout, is_divisible, list_predictions
 
 _DEVICES = ("h100",)
 
@@ -51,7 +51,8 @@ def choose_layout(config: Config, gpus: int, device: Gpu) -> tuple[Layout, str]:
     """
     if device in (GPUS[name] for name in _DEVICES):
         for (recipe, count), layout in KNOWN.items():
-            if count == gpus and is_same_work(config, recipes.load_recipe(recipe)):
+            is_meant = count == gpus and is_same_work(config, recipes.load_recipe(recipe))
+            if is_meant and is_divisible(config, layout.mesh, layout.micro_batch_size):
                 return layout, f"a search found it for {recipe} on {gpus} x {device.title}"
     return predict_layout(config, gpus, device)
 

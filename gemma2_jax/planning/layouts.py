@@ -18,6 +18,7 @@ from gemma2_jax.planning.dense_step import DenseStep, describe_gemma
 from gemma2_jax.planning.gpus import Gpu
 from gemma2_jax.planning.kept_outputs import choose_kept_outputs, list_candidates
 from gemma2_jax.planning.speed import FACTORS, bound_time, data_sheet_rates, estimate_time, expected_rates
+from gemma2_jax.training.smaller_steps import list_divisors
 
 MAX_TENSOR_SHARDS = 8
 _PARTS = {"attn": ("attention/qkv", "attention/o"), "mlp": ("mlp/gate_up", "mlp/down")}
@@ -92,12 +93,12 @@ class Prediction:
 
 def list_meshes(gpus: int, gpu: Gpu) -> Iterator[MeshConfig]:
     """Every mesh of so many GPUs, with as many tensor shards as a host has GPUs at most."""
-    for tensor in _divisors(gpus):
+    for tensor in list_divisors(gpus):
         if tensor > min(MAX_TENSOR_SHARDS, gpu.gpus_per_host):
             continue
-        for context in _divisors(gpus // tensor):
-            for fsdp in _divisors(gpus // tensor // context):
-                for stage in _divisors(gpus // tensor // context // fsdp):
+        for context in list_divisors(gpus // tensor):
+            for fsdp in list_divisors(gpus // tensor // context):
+                for stage in list_divisors(gpus // tensor // context // fsdp):
                     data = gpus // tensor // context // fsdp // stage
                     yield MeshConfig(data=data, stage=stage, fsdp=fsdp, context=context, tensor=tensor)
 
@@ -108,7 +109,7 @@ def list_predictions(config: Config, gpus: int, gpu: Gpu) -> list[Prediction]:
     for mesh in list_meshes(gpus, gpu):
         shards = mesh.data * mesh.fsdp
         rows = config.train.global_batch_size // shards
-        for micro in _divisors(rows) if rows * shards == config.train.global_batch_size else ():
+        for micro in list_divisors(rows) if rows * shards == config.train.global_batch_size else ():
             if is_divisible(config, mesh, micro):
                 found += _predict_memory_choices(config, mesh, micro, gpu)
     return sorted(found, key=lambda prediction: (prediction.estimate, prediction.memory))
@@ -233,9 +234,3 @@ def _count_temporaries(config: Config, step: DenseStep) -> float:
     logits = 3 * 4 * rows / step.context * vocabulary
     embedding = size * model.width * vocabulary / step.weight_shards
     return inputs + layer + weights + logits + embedding
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, math.isqrt(number) + 1) if number % size == 0] + [
-        number // size for size in range(math.isqrt(number), 0, -1) if number % size == 0 and size * size != number
-    ]

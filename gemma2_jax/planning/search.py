@@ -2,8 +2,8 @@
 
 Each compiled step says how good the prediction for its mesh was, and the next to be compiled is the one that is best
 once that is taken into account; what has not been tried is given the benefit of the best that was found. A layout whose
-bound lies above the best estimate cannot be the fastest and is left out. Layouts are ranked by the estimate, since the
-bound knows nothing of communication that work does not hide, by which layouts differ most.
+predicted bound lies above the best estimate is left out. Layouts are ranked by the estimate, since the bound knows
+nothing of communication that work does not hide, by which layouts differ most.
 
 Compiled plans are kept in the cache folder, so that a search that was cut off goes on.
 """
@@ -52,7 +52,8 @@ class Search:
     left: list[Prediction]
     tried: list[Tried] = field(default_factory=list)
     failed: dict[Layout, str] = field(default_factory=dict)
-    pruned: int = 0  # layouts whose bound lies above the best estimate
+    taken: set[Layout] = field(default_factory=set)  # those that are, or were, compiled
+    pruned: int = 0  # layouts whose predicted bound lies above the best estimate
 
     @property
     def ranked(self) -> list[Tried]:
@@ -72,6 +73,7 @@ class Search:
             return None
         chosen = min(fitting, key=lambda one: one.estimate * self._time_ratio(one))
         self.left.remove(chosen)
+        self.taken.add(chosen.layout)
         return chosen
 
     def add(self, prediction: Prediction, plan: Plan) -> None:
@@ -85,7 +87,7 @@ class Search:
         kept = choose_kept_outputs(self.config, mesh, max(0, taken + self.device.usable_bytes - plan.total))
         again = predict(self.config, replace(layout, kept_outputs=kept), self.device)
         saved = prediction.estimate - again.estimate
-        is_known = again.layout in {one.prediction.layout for one in self.tried} | {one.layout for one in self.left}
+        is_known = again.layout in self.taken | {one.layout for one in self.left}
         if not is_known and (not plan.fits or saved > _LEAST_SAVED * plan.estimate.total):
             self.left.append(again)
 
@@ -141,6 +143,7 @@ def search_layouts(
     waiting = [predict(config, first, device)] if first else []
     limit += len(waiting)
     search.left = [one for one in search.left if one.layout != first]
+    search.taken |= {one.layout for one in waiting}
     running: dict[Future[Plan], Prediction] = {}
     processes: list[PlanProcess] = []
     with ThreadPoolExecutor(count_workers()) as pool:
@@ -189,7 +192,10 @@ def _plan_kept(config: Config, gpus: int, device: Gpu, processes: list[PlanProce
     processes.append(process)
     answer = process.finish()
     plan = read_plan(answer, config, device)
-    command_line.write_whole(path, json.dumps(answer))
+    try:
+        command_line.write_whole(path, json.dumps(answer))
+    except OSError as error:  # the next search compiles it again
+        command_line.notify(f"a plan is not kept: {command_line.describe_error(error)}")
     return plan
 
 

@@ -65,7 +65,7 @@ def describe_rest(search: Search) -> list[str]:
         said.append(f"does not fit, with {format_gib(one.plan.total)} GiB: {one.prediction.layout}")
     said += [f"was not compiled: {layout}: {reason}" for layout, reason in search.failed.items()]
     if search.pruned:
-        said.append(f"{search.pruned} layouts have a bound above the best estimate")
+        said.append(f"{search.pruned} layouts have a predicted bound above the best estimate")
     if search.left:
         said.append(f"{len(search.left)} layouts were predicted to be slower, or not to fit, and not compiled")
     return said

@@ -144,7 +144,7 @@ def list_changes(step: LargeStep, axes: tuple[Axis, ...], most_devices: int) -> 
     """
     config, mesh = step.program.config, step.program.mesh
     for devices, axis, places in _list_places(config.mesh, mesh.shape, axes, most_devices, step.devices_per_host):
-        for micro, rows in enumerate(_list_divisors(config.train.micro_batch_size)):
+        for micro, rows in enumerate(list_divisors(config.train.micro_batch_size)):
             for recomputed, compute in enumerate(_list_recomputations(config.compute)):
                 if micro or recomputed or axis:
                     train = replace(config.train, micro_batch_size=rows)
@@ -152,7 +152,8 @@ def list_changes(step: LargeStep, axes: tuple[Axis, ...], most_devices: int) -> 
                     yield Change(config=changed, devices=devices, axis=axis, micro=micro, recomputed=recomputed)
 
 
-def _list_divisors(number: int) -> list[int]:
+def list_divisors(number: int) -> list[int]:
+    """The divisors of a number, largest first."""
     return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
 
 

@@ -94,6 +94,25 @@ def test_it_goes_on_where_it_was(monkeypatch, tmp_path):
     assert len(cluster.compiled) == 6 and isinstance(json.loads(damaged.read_text()), dict)
 
 
+def test_a_disk_that_is_full_costs_no_plan(monkeypatch, tmp_path, capsys):
+    Cluster(monkeypatch, tmp_path)
+
+    def fail(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(searching.command_line, "write_whole", fail)
+    assert len(search_layouts(CONFIG, 4, H100, 2).tried) == 2
+    assert "a plan is not kept" in capsys.readouterr().err
+
+
+def test_no_layout_is_compiled_twice(monkeypatch, tmp_path):
+    """One that is still being compiled is not proposed again by another of its mesh that has ended."""
+    cluster = Cluster(monkeypatch, tmp_path)
+    monkeypatch.setattr(searching, "count_workers", lambda: 2)
+    search_layouts(CONFIG, 4, H100, 10, find_own(CONFIG, 4))
+    assert len(set(cluster.compiled)) == len(cluster.compiled)
+
+
 def test_less_is_kept_where_a_step_does_not_fit(monkeypatch, tmp_path):
     """Steps take 1.3 times what was predicted: of a layout that keeps outputs, one that keeps fewer is tried."""
     cluster = Cluster(monkeypatch, tmp_path, memory=1.3)
