@@ -11,8 +11,8 @@ from gemma2_jax import recipes
 from gemma2_jax.planning import search as searching
 from gemma2_jax.planning.gpus import H100
 from gemma2_jax.planning.layouts import find_own, predict
-from gemma2_jax.planning.report import Plan
-from gemma2_jax.planning.search import search_layouts
+from gemma2_jax.planning.report import Plan, read_plan
+from gemma2_jax.planning.search import Search, search_layouts
 from gemma2_jax.planning.search_table import print_search
 from gemma2_jax.planning.speed import StepTime
 
@@ -104,11 +104,17 @@ def test_a_disk_that_is_full_costs_no_plan(monkeypatch, tmp_path, capsys):
 
 
 def test_no_layout_is_compiled_twice(monkeypatch, tmp_path):
-    """One that is still being compiled is not proposed again by another of its mesh that has ended."""
-    cluster = Cluster(monkeypatch, tmp_path)
-    monkeypatch.setattr(searching, "count_workers", lambda: 2)
-    search_layouts(CONFIG, 4, H100, 10, find_own(CONFIG, 4))
-    assert len(set(cluster.compiled)) == len(cluster.compiled)
+    """Memory is left, so that another set of kept outputs is proposed, but not while that is being compiled already."""
+    cluster = Cluster(monkeypatch, tmp_path, memory=0.5)
+    own = find_own(CONFIG, 4)
+    assert own is not None
+    plan = read_plan(cluster.finish(own), CONFIG, H100)
+    searches = [Search(config=CONFIG, gpus=4, device=H100, left=[]) for _ in range(2)]
+    searches[0].add(predict(CONFIG, own, H100), plan)
+    (proposed,) = searches[0].left
+    searches[1].taken.add(proposed.layout)
+    searches[1].add(predict(CONFIG, own, H100), plan)
+    assert not searches[1].left
 
 
 def test_less_is_kept_where_a_step_does_not_fit(monkeypatch, tmp_path):
