@@ -4,10 +4,12 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin, if it is there, compiles without a GPU
@@ -75,10 +77,13 @@ def torch_of_the_tests() -> Iterator[None]:
 def compiled_once(of_all_workers: Path) -> Iterator[None]:
     """Has a program compiled once, for modules whose tests train the same small models again and again.
 
-    The commands that they start read what is kept, and add to it what took long.
+    The commands that they start read what is kept, and add to it what took long. Steps of runs in this process are
+    not even traced again.
     """
     from jax._src.lru_cache import LRUCache
     from jax.experimental.compilation_cache import compilation_cache
+
+    from gemma2_jax.training import loop
 
     options = {
         "jax_enable_compilation_cache": True,
@@ -95,6 +100,7 @@ def compiled_once(of_all_workers: Path) -> Iterator[None]:
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         # For each program it would read the age of every other, which takes longer than most take to be compiled.
         patch.setattr(LRUCache, "_evict_if_needed", lambda *arguments, **sizes: None)
+        patch.setattr(loop, "compile_step", partial(compile_step_once, loop.compile_step))
         compilation_cache.reset_cache()
         yield
     for name, value in before.items():
@@ -110,6 +116,21 @@ def optimized() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", False)
         yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+COMPILED_STEPS: dict[tuple, Any] = {}
+
+
+def compile_step_once(compile_step: Callable, program: Any, step: Callable, batch: dict, **options: Any) -> Any:
+    """What `compile_step` makes, kept by all that the step is made of; where data come from and go to is not in it."""
+    config, train = program.config, program.config.train
+    parts = config.model, config.adapter, config.optim, config.compute, config.guard, train.seed, train.micro_batch_size
+    last = config.optim.decay_steps or config.steps
+    made_of = str((parts, last, program.sources, program.attention, program.state, batch, options))
+    key = getattr(step, "__func__", step), program.mesh, made_of
+    if key not in COMPILED_STEPS:
+        COMPILED_STEPS[key] = compile_step(program, step, batch, **options)
+    return COMPILED_STEPS[key]
 
 
 class AttnBackend(Enum):

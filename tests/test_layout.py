@@ -130,6 +130,7 @@ def test_files_say_what_they_are(path):
 
 
 @pytest.mark.usefixtures("optimized")  # else XLA does not use that library
+@pytest.mark.exhaustive
 def test_sums_are_repeatable():
     """Norms of DoRA, a fused sum, come out finite and alike each time (see cluster/platforms.py)."""
     recipe = recipes.load_recipe("tiny_dora")

@@ -269,9 +269,10 @@ def test_a_tensor_parallel_step(kind, capfd):
     assert not [(name, shape) for name, shape in collectives if large & set(shape)]
 
 
-def test_only_stages_hand_on():
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dora", marks=pytest.mark.exhaustive)])
+def test_only_stages_hand_on(kind):
     """Activations go from stage to stage; nothing else is moved about, nor is there a resharding XLA warns of."""
-    text = compile_step(program("dora", MeshConfig(data=1, stage=2, fsdp=2, tensor=2), model=BITING["9b"])).as_text()
+    text = compile_step(program(kind, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), model=BITING["9b"])).as_text()
     moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:collective-permute|all-to-all)\(.*op_name=\"([^\"]*)\"", text)
     assert {(shape, name.split("/")[-1]) for shape, name in moved} == {("1,16,56", "ppermute")}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples/finetune_tiny.ipynb"
@@ -33,6 +34,7 @@ def check_story(notebook: nbformat.NotebookNode) -> None:
 PREPARATION = "import pytest, small_runs; small_runs.shorten_python_docs(pytest.MonkeyPatch())"
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_notebook_runs(monkeypatch):
     """As it is committed, with a fifth of its steps, on a twentieth of its documents."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]))

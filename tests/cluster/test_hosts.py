@@ -450,6 +450,7 @@ def test_the_folder_of_compiled_programs(folders, described, tmp_path):
     assert not list(tmp_path.glob("*/seen-by-all-*"))
 
 
+@pytest.mark.exhaustive
 def test_process_1_killed(tmp_path):
     processes = two(fsdp(tmp_path), options())
     while not (tmp_path / "config.txt").exists() and processes[0].poll() is None:
@@ -460,6 +461,7 @@ def test_process_1_killed(tmp_path):
     assert named(ended[0][2].removeprefix("tokenizing training data from python-docs\n"), processes[1], 1), ended[0][2]
 
 
+@pytest.mark.exhaustive
 def test_both_end_with_the_status_of_the_one_that_is_told(tmp_path):
     """Whether its signal ends it at once, or Python ignores it and the run ends before its first step."""
     processes = two(fsdp(tmp_path), options())

@@ -110,7 +110,7 @@ def test_rows_take_their_own_adapters():
     assert len({tuple(request.tokens) for request in found[:4]}) == 4
 
 
-@pytest.mark.parametrize("mesh", [None, dict(data=2, tensor=4)])
+@pytest.mark.parametrize("mesh", [None, pytest.param(dict(data=2, tensor=4), marks=pytest.mark.exhaustive)])
 def test_an_adapter_takes_the_place_of_another_while_texts_go_on(mesh):
     """A row with another adapter and one with none are between two steps when it does; no program is compiled."""
     decoder = Decoder(graph_of("27b"), weights_of("27b"), mesh and meshes.make_mesh(MeshConfig(**mesh)))

@@ -36,7 +36,7 @@ def continue_prompts(prompts, **settings) -> list[list[int]]:
     return [request.tokens for request in shared_engine().run(requests_of(prompts, **settings))]
 
 
-@pytest.mark.parametrize("name", ["27b", "2b", pytest.param("9b", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["27b", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("2b", "9b"))])
 def test_requests_that_join_and_leave_equal_transformers(name):
     """Seven requests in three slots: prompts shorter than the window of 8 and longer than a part."""
     prompts = prompts_of(name, 1, 7, 40, 8, 20, 33, 64)

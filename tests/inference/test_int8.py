@@ -42,7 +42,7 @@ def scores_of(request: Request) -> list[float]:
     return [score.value for score in request.prompt_scores + request.scores]
 
 
-@pytest.mark.parametrize("mesh", [None, dict(data=1, tensor=4, fsdp=2)])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.exhaustive), dict(data=1, tensor=4, fsdp=2)])
 def test_int8_equals_its_rounded_weights(mesh):
     place = mesh and meshes.make_mesh(MeshConfig(**mesh))
     made = Decoder(graph_of("27b"), weights_of("27b"), place, int8=True)

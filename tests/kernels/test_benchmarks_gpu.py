@@ -169,6 +169,7 @@ def test_wrong_options_are_refused(capsys):
     assert ended.value.code == 2 and "no shape 3b: there are 2b; 9b" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_checks_pass_interpreted(tmp_path):
     """The command itself, and the kernels: what a GPU would do, on CPU."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--check-only", "--interpret", "--shapes", "2b, tensor 8"]
@@ -207,7 +208,7 @@ def drop_slot(kernel):
 
 @pytest.mark.parametrize(
     ("break_attention", "break_decode"),
-    [(None, None), (drop_cap, drop_cap), (drop_key, drop_slot)],
+    [pytest.param(None, None, marks=pytest.mark.exhaustive), (drop_cap, drop_cap), (drop_key, drop_slot)],
 )
 def test_broken_kernels_are_caught(break_attention, break_decode, monkeypatch, capsys):
     """Nothing is timed then, and the exit status is 1."""

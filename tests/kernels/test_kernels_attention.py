@@ -136,7 +136,7 @@ BITING = 30.0  # Scores have a standard deviation near 30: the cap of 50 takes a
 
 # What multiplies the scores, and the largest error: first without scores near the cap, then with them.
 SPREADS = {1.0: 4e-3, BITING: 1.5e-2}
-ALWAYS = [("27b, tensor 8", 1.0), ("2b, tensor 8", BITING)]
+ALWAYS = [("2b, tensor 8", BITING)]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_cap_matters_here():
         assert error(reference_results(shape.scale, softcap)(*inputs)[0][0], out) > 0.03
 
 
-FEW = [(64, "edges"), (65, "many"), (10_000, "many")]
+FEW = [(64, "edges"), (10_000, "many")]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,7 @@ def test_one_key_each(window, packing):
     assert is_race_free()
 
 
+@pytest.mark.exhaustive
 def test_log_sum_exp_and_its_gradient():
     q, k, v, d = draw_arrays(SMALL, spread=4.0)
     d_lse = jnp.array(np.random.default_rng(1).normal(size=(1, 2, T)), jnp.float32)
@@ -232,8 +233,9 @@ def test_results_repeat_bit_by_bit():
 
 def test_unseen_tiles_are_not_touched():
     """Queries see the second of four tiles of keys, and the last tile of queries sees nothing: all the rest is NaN."""
-    q, k, v, d = draw_arrays(SHAPES["9b, tensor 8"], length=256)
-    run = kernel(SHAPES["9b, tensor 8"].scale)
+    shape = replace(SMALL, width=128)
+    q, k, v, d = draw_arrays(shape, length=256)
+    run = kernel(shape.scale)
     query = jnp.arange(256)[None]
     first = jnp.where(query < 192, 64, 256).astype(jnp.int32)
     last = jnp.where(query < 192, jnp.minimum(64 + query, 127), 255).astype(jnp.int32)
@@ -275,9 +277,8 @@ def test_tiles_visited(window, packing, monkeypatch):
     assert len(loads) == forward + dq + dkv
 
 
-@pytest.mark.parametrize(
-    ("groups", "kv_heads"), mark_exhaustive([(4, 1), *((groups, 2) for groups in (1, 2, 4, 8))], [(4, 1)])
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("groups", "kv_heads"), [(4, 1), *((groups, 2) for groups in (1, 2, 4, 8))])
 def test_query_heads_to_a_key_head(groups, kv_heads):
     """Two of each of two key heads are in `test_named_shapes`."""
     case = Shape(heads=groups * kv_heads, kv_heads=kv_heads, width=64, scale=0.125), 4.0, segments("many"), 100
@@ -309,9 +310,7 @@ def test_parts_add_up():
     check(part_errors, SMALL, 8.0, segments("many"), 100)
 
 
-@pytest.mark.parametrize(
-    "ring", mark_exhaustive(["q_ring", "lse_ring", "d_ring", "delta_ring"], ["q_ring", "delta_ring"])
-)
+@pytest.mark.parametrize("ring", mark_exhaustive(["q_ring", "lse_ring", "d_ring", "delta_ring"], ["delta_ring"]))
 def test_a_missing_wait_is_noticed(ring, monkeypatch):
     """The interpreter notices that dK/dV does not wait for the tiles of one of its rings."""
 

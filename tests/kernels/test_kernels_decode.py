@@ -67,7 +67,9 @@ def check(q, k, v, position, window, **settings):
 LENGTHS = 0, 37, TILE - 1, 199
 
 
-@pytest.mark.parametrize("window", [1, TILE - 1, pytest.param(TILE, marks=pytest.mark.exhaustive), TILE + 1, BEYOND])
+@pytest.mark.parametrize(
+    "window", [TILE - 1, BEYOND, *(pytest.param(w, marks=pytest.mark.exhaustive) for w in (1, TILE, TILE + 1))]
+)
 def test_dense_cache(window):
     check(*draw_arrays(B=4, T=1, N=4, K=2, H=256, S=200), LENGTHS, window, splits=1)
 
@@ -75,10 +77,10 @@ def test_dense_cache(window):
 @pytest.mark.parametrize(
     ("T", "N", "K", "H"),
     [
-        (1, 8, 2, 64),
         (3, 4, 2, 256),
-        (3, 8, 2, 128),
         (16, 4, 1, 64),
+        pytest.param(1, 8, 2, 64, marks=pytest.mark.exhaustive),
+        pytest.param(3, 8, 2, 128, marks=pytest.mark.exhaustive),
         pytest.param(1, 2, 2, 256, marks=pytest.mark.exhaustive),
         pytest.param(3, 2, 2, 64, marks=pytest.mark.exhaustive),
     ],
@@ -89,14 +91,15 @@ def test_tokens_groups_and_widths(T, N, K, H, window):
 
 
 @pytest.mark.parametrize(
-    ("S", "T"), [(2 * TILE + 12, 3), (45, 1), pytest.param(2 * TILE, 3, marks=pytest.mark.exhaustive)]
+    ("S", "T"),
+    [(2 * TILE + 12, 3), *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in ((45, 1), (2 * TILE, 3)))],
 )
 def test_ring(S, T):
     """Before the wrap, at the last slot, at the first again, in the middle of a later turn, and at its end."""
     check(*draw_arrays(B=5, T=T, N=4, K=2, H=64, S=S), (S // 2, S - 1, S, 3 * S + 20, 4 * S - 1), S - T + 1, splits=3)
 
 
-@pytest.mark.parametrize("spread", [20.0, 200.0])
+@pytest.mark.parametrize("spread", [pytest.param(20.0, marks=pytest.mark.exhaustive), 200.0])
 def test_cap_bites(spread):
     """Scores of a standard deviation of 20 and of 200, under a cap of 50."""
     q, k, v = draw_arrays(B=2, T=1, N=4, K=2, H=128, S=TILE + 8, spread=spread)
@@ -120,10 +123,10 @@ def test_a_row_with_nothing_to_see():
     [
         (200, 1, BEYOND, 199),
         pytest.param(200, 1, TILE, 150, marks=pytest.mark.exhaustive),
-        (200, 3, 7, 130),
+        pytest.param(200, 3, 7, 130, marks=pytest.mark.exhaustive),
         (200, 3, 198, 1000),
         pytest.param(200, 1, 3, 401, marks=pytest.mark.exhaustive),
-        (128, 2, 127, 190),
+        pytest.param(128, 2, 127, 190, marks=pytest.mark.exhaustive),
     ],
 )
 def test_each_query_sees_its_slots(S, T, window, position):
@@ -160,12 +163,12 @@ def test_unseen_slots_have_no_effect(S, T, window, positions):
 @pytest.mark.parametrize(
     ("S", "T", "window", "positions", "splits"),
     [
-        (520, 1, BEYOND, (0, 300), 1),
+        pytest.param(520, 1, BEYOND, (0, 300), 1, marks=pytest.mark.exhaustive),
         pytest.param(520, 1, 100, (3, 64, 511), 3, marks=pytest.mark.exhaustive),
         (520, 3, 2, (65, 519), 8),
         pytest.param(512, 1, 512, (17, 511, 700), 8, marks=pytest.mark.exhaustive),
         (512, 1, 100, (512, 540, 1023), 1),
-        (520, 2, 519, (17, 525, 1300), 3),
+        pytest.param(520, 2, 519, (17, 525, 1300), 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_tiles_visited(S, T, window, positions, splits, monkeypatch):

@@ -29,8 +29,6 @@ from gemma2_jax.planning.traffic import read_traffic, sum_traffic
 from gemma2_jax.training.smaller_steps import argument_bytes
 from gemma2_jax.training.step import Program
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 LAYERS, PASSES = 3, 5
 SMALL = replace(
     GEMMA2_2B, layers=LAYERS, width=192, mlp_width=512, heads=16, kv_heads=8, head_width=16, vocab_size=2048, window=64
@@ -307,7 +305,8 @@ def test_subprocess_gives_the_same_plan():
 
 
 @needs_plugin
-@pytest.mark.parametrize("trained", [pytest.param("sft", marks=pytest.mark.exhaustive), "lora"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trained", ["sft", "lora"])
 def test_tensor_parallel_layers_gather_and_scatter_positions(trained):
     """Sequence parallelism: [B, T, D] is gathered before products and scattered after; logits stay where they are."""
     found = small(trained, data=2, tensor=8)

@@ -186,7 +186,7 @@ def test_operations_that_run_at_once_share_the_time():
     assert profile_tables.divide_time("CPU 0", events).spent == {first: 5, second: 1}
 
 
-@pytest.mark.parametrize("request_kind", ["file", "signal"])
+@pytest.mark.parametrize("request_kind", [pytest.param("file", marks=pytest.mark.exhaustive), "signal"])
 def test_a_trace_is_asked_for_in_a_running_job(request_kind, tmp_path, monkeypatch, capsys):
     """The steps after the request are traced, once, and the run goes on."""
     monkeypatch.setattr(profiling, "REQUESTED_STEPS", 2)

@@ -64,12 +64,16 @@ def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
 def test_killed_and_resumed_equals_straight(kind, tmp_path):
     """Five steps, kill -9, resumed to ten: weights, optimizer and data position are those of ten straight.
 
-    The adapter of LoRA is trained on a mixture by weight.
+    The adapter of LoRA is trained on a mixture by weight, and with dropout.
     """
     few, many = divide_sums(tmp_path)
     source = f"0.3*{few},0.7*{many}" if kind == "lora" else SUMS
     straight, broken = (
-        replace(config, data=replace(config.data, train=source))
+        replace(
+            config,
+            data=replace(config.data, train=source),
+            adapter=replace(config.adapter, dropout=0.1 if kind == "lora" else 0.0),
+        )
         for config in (small(f"tiny_{kind}", tmp_path / name) for name in ("straight", "broken"))
     )
     loop.train(straight)

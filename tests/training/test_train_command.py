@@ -84,14 +84,20 @@ KEPT = "the checkpoint of step {step} is kept in {folder}/checkpoints, and the s
             "interrupted before the first step; no checkpoint is kept in {folder}, and the same command starts from "
             "the beginning",
         ),
-        (
+        pytest.param(
             "compilation",
             signal.SIGUSR1,
             "interrupted by SIGUSR1 before the first step; no checkpoint is kept in {folder}, and the same command "
             "starts from the beginning",
+            marks=pytest.mark.exhaustive,
         ),
         ("evaluation", signal.SIGTERM, f"interrupted by SIGTERM after step {{step}}; {KEPT}"),
-        ("save", signal.SIGINT, f"interrupted by Ctrl-C after step {{step}}; {KEPT}"),
+        pytest.param(
+            "save",
+            signal.SIGINT,
+            f"interrupted by Ctrl-C after step {{step}}; {KEPT}",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_a_signal_ends_the_run_after_its_step(moment, number, message, tmp_path):
