@@ -42,6 +42,7 @@ def main() -> None:
     make_parser("cpu", __doc__).parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as `train` has it; the peer gains too
     console = Console()
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
     table = Table(title=f"float32 on {os.cpu_count()} CPU cores; {packages}", title_justify="left", width=118)

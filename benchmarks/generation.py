@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +35,8 @@ TOKENIZER = Path("assets/tiny-gemma2")  # a GGUF file must have one; none is use
 CASES = {
     "tiny": MODELS["tiny, 3.7M"],
     "small": MODELS["small, 19M"],
-    "medium": replace(
-        MODELS["small, 19M"], layers=6, width=512, mlp_width=2048, heads=8, kv_heads=4, head_width=64,
-        query_pre_attn_scalar=64.0, vocab_size=32_000,
-    ),
-}  # fmt: skip
+    "medium": MODELS["medium, 40M"],
+}
 
 type Tokens = list[list[int]]  # new tokens of each row
 type Generate = Callable[

@@ -14,7 +14,11 @@ from gemma2_jax.model_config import GEMMA2_TINY, ModelConfig
 MODELS = {
     "tiny, 3.7M": GEMMA2_TINY,
     "small, 19M": replace(GEMMA2_TINY, layers=8, width=384, mlp_width=1536, heads=6, kv_heads=3),
-}
+    "medium, 40M": replace(
+        GEMMA2_TINY, layers=6, width=512, mlp_width=2048, heads=8, kv_heads=4, head_width=64,
+        query_pre_attn_scalar=64.0, vocab_size=32_000,
+    ),
+}  # fmt: skip
 
 
 def transformers_model(model: ModelConfig):

@@ -17,5 +17,5 @@ def config() -> Config:
         adapter=AdapterConfig(kind="lora", rank=8, alpha=16.0),
         optim=OptimConfig(lr=5e-3, warmup_steps=10),
         train=TrainConfig(sequence_length=256, global_batch_size=16, micro_batch_size=16),
-        compute=ComputeConfig(dtype="float32", frozen_dtype="float32", loss_chunk=16),
+        compute=ComputeConfig(dtype="float32", frozen_dtype="float32", remat="none", loss_chunk=16),
     )

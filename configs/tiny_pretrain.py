@@ -22,6 +22,6 @@ def config() -> Config:
             eval_every=100,
             checkpoint_every=200,
         ),
-        compute=ComputeConfig(dtype="float32", loss_chunk=16),
+        compute=ComputeConfig(dtype="float32", remat="none", loss_chunk=16),
         steps=1200,
     )

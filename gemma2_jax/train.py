@@ -86,6 +86,7 @@ def main(program: str = PROGRAM) -> None:
     if command.print:
         _print_config(command.run)
         return
+    platforms.restart_with_huge_pages()
     from gemma2_jax.cluster import hosts
 
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until there are steps to trace

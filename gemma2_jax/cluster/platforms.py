@@ -25,6 +25,10 @@ _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # is to notice it before: runs have been reported in which the flag did not help (marin-community/marin, issue 7344).
 _COLLECTIVE_FLAG, _COLLECTIVE_SECONDS = "--xla_gpu_nccl_termination_timeout_seconds", 7200
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both at once
+# glibc then asks for huge pages for what it maps. XLA maps a step's temporaries anew in each step, and a kernel that
+# gives them in pages of 4 KiB takes up to a quarter of a step for it on CPU.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ANSWER_SECONDS = 300  # for which a process waits for another's answer about the cache
 _CACHE_SWITCH, _CACHE_FOLDER = "JAX_ENABLE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"
 
@@ -45,6 +49,39 @@ def prepare_process(*, cpu: bool = False, cache: bool = True) -> None:
             _import_jax_on_cpu()
     if cache:
         enable_cache()
+
+
+def restart_with_huge_pages() -> None:
+    """On CPU, starts this command anew in its process with huge pages for memory, which only a new program can have.
+
+    It does so where this process is a command of this package, and the kernel gives huge pages to who asks for them.
+    What the user has set of glibc's huge pages stays.
+    """
+    given = os.environ.get(_TUNABLES, "")
+    if not _is_own_command() or "glibc.malloc.hugetlb" in given or not _computes_on_cpu() or not _asks_for_pages():
+        return
+    os.environ[_TUNABLES] = ":".join(filter(None, [given, _HUGE_PAGES]))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_own_command() -> bool:
+    main = sys.modules["__main__"]
+    module = main.__spec__.name if main.__spec__ else Path(getattr(main, "__file__", None) or "").name
+    return module.partition(".")[0] in ("gemma2_jax", "gemma2-jax")
+
+
+def _computes_on_cpu() -> bool:
+    platform = os.environ.get("JAX_PLATFORMS")
+    return platform == "cpu" if platform else not (_find_plugins() and _has_driver())
+
+
+def _asks_for_pages() -> bool:
+    """Whether the kernel gives huge pages to who asks for them, and to nobody else."""
+    try:
+        return "[madvise]" in _PAGES_SETTING.read_text()
+    except OSError:
+        return False
 
 
 def check_platform() -> None:
@@ -213,14 +250,18 @@ def _warn_of_late_call() -> None:
 
 def _lacks_driver() -> bool:
     """Whether a CUDA plugin is installed and the machine has no CUDA driver; prints it if so."""
-    if os.environ.get("JAX_PLATFORMS") or not _find_plugins():
+    if os.environ.get("JAX_PLATFORMS") or not _find_plugins() or _has_driver():
         return False
+    print("this machine has no CUDA driver (libcuda.so.1): computing on CPU", file=sys.stderr)
+    return True
+
+
+def _has_driver() -> bool:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        print("this machine has no CUDA driver (libcuda.so.1): computing on CPU", file=sys.stderr)
-        return True
-    return False
+        return False
+    return True
 
 
 def _find_plugins() -> list[Path]:

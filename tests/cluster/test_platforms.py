@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_runs import ROOT
@@ -99,6 +100,36 @@ def run(code: str, **variables: str) -> tuple[list[str], str]:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "variables", "setting", "given"),
+    [
+        ("gemma2_jax.train", {}, "always [madvise] never", "glibc.malloc.hugetlb=1"),
+        ("gemma2_jax.__main__", {"GLIBC_TUNABLES": "a=1"}, "always [madvise] never", "a=1:glibc.malloc.hugetlb=1"),
+        ("gemma2_jax.train", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "always [madvise] never", None),
+        ("gemma2_jax.train", {}, "[always] madvise never", None),
+        ("gemma2_jax.train", {}, None, None),
+        ("gemma2_jax.train", {"JAX_PLATFORMS": "cuda"}, "always [madvise] never", None),
+        ("pytest", {}, "always [madvise] never", None),
+    ],
+)
+def test_a_command_on_a_cpu_asks_for_huge_pages(main, variables, setting, given, tmp_path, monkeypatch):
+    """By starting anew with the arguments that it was given, once; as nobody's library, and not against the user."""
+    started = []
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=SimpleNamespace(name=main)))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", main, "--steps", "3"])
+    monkeypatch.setattr(os, "execv", lambda *arguments: started.append((*arguments, os.environ["GLIBC_TUNABLES"])))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platforms, "_PAGES_SETTING", tmp_path / "enabled")
+    if setting:
+        (tmp_path / "enabled").write_text(setting)
+    for _ in range(2):
+        platforms.restart_with_huge_pages()
+    command = [sys.executable, "-X", "dev", "-m", main, "--steps", "3"]
+    assert started == ([(sys.executable, command, given)] if given else [])
 
 
 def test_imports_change_nothing():
