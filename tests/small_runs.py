@@ -1,5 +1,6 @@
 """Training runs small enough for tests, as commands and as the folders that they leave."""
 
+import ast
 import itertools
 import json
 import sys
@@ -48,7 +49,11 @@ def command(name: str, config: Config) -> list[str]:
     """The command line that gives this config."""
     recipe = dict(line.split(" = ", 1) for line in config_text.to_text(recipes.load_recipe(name)).splitlines())
     lines = dict(line.split(" = ", 1) for line in config_text.to_text(config).splitlines())
-    changed = [f"{key}={value.strip(chr(39))}" for key, value in lines.items() if recipe[key] != value]
+    changed: list[str] = []
+    for key, value in lines.items():
+        if recipe[key] != value:
+            several = value.startswith("(")
+            changed += [f"--{key}", *ast.literal_eval(value)] if several else [f"{key}={value.strip(chr(39))}"]
     return [sys.executable, "-m", "gemma2_jax.train", "--config", name, *changed]
 
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"export_best is peft, but adapter\.kind is none; export it as hf or orbax"):
         replace(full, train=replace(TrainConfig(sequence_length=64), keep_best=1, export_best="peft"))
     lora = small("tiny_lora", tmp_path, init="google/gemma-2-2b")
-    lora = replace(lora, adapter=replace(lora.adapter, after_norm=True))
+    lora = replace(lora, adapter=replace(lora.adapter, after_norm=True, targets=("attn/o", "mlp/down")))
     with pytest.raises(
         ValueError, match="no other program adds the adapter of attn/o and mlp/down after the post-norm"
     ):

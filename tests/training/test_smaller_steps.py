@@ -25,7 +25,8 @@ def make(config: Config, devices: int) -> Program:
 def large_step(spare: int, devices: int = 2, **groups) -> LargeStep:
     """A step of the tiny model whose devices have so many million bytes beside its state."""
     train = TrainConfig(sequence_length=256, global_batch_size=16, micro_batch_size=4)
-    config = replace(recipes.load_recipe("tiny_sft"), **{"train": train, "mesh": MeshConfig(), **groups})
+    usual = {"train": train, "mesh": MeshConfig(), "compute": ComputeConfig()}
+    config = replace(recipes.load_recipe("tiny_sft"), **(usual | groups))
     program = make(config, devices)
     limit = sum(argument_bytes(program).values()) + spare * 1_000_000
     return LargeStep(program=program, temporaries=TEMPORARIES, limit=limit, devices_per_host=8)
