@@ -1,7 +1,8 @@
 """The layouts that searches found for the recipes on H100s, and the choice of one for a run: `--mesh auto`.
 
-The table is what `python -m gemma2_jax.plan --config NAME --gpus N --search 4` printed first. A run that is not in it,
-or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is compiled for that.
+The table is the best of what `python -m benchmarks.layouts --gpus 8 16 --limit 3` printed, and for 9b_sft on 8 GPUs of
+what an earlier search did, since the predictions of today put that layout too low to be tried. A run that is not in it, or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is
+compiled for that.
 """
 
 from __future__ import annotations
@@ -16,14 +17,35 @@ from gemma2_jax.planning.layouts import Layout, is_divisible, list_predictions
 _DEVICES = ("h100",)
 
 
-def _known(axes: dict[str, int], micro_batch_size: int, *kept: KeptOutput) -> Layout:
-    mesh = MeshConfig(**{"data": 1, **axes})
-    return Layout(mesh=mesh, micro_batch_size=micro_batch_size, remat="block", kept_outputs=kept)
+def _known(rows: int, *kept: KeptOutput, **axes: int) -> Layout:
+    """A layout that keeps these outputs of a block; without any, all that its backward pass needs."""
+    mesh, remat = MeshConfig(**{"data": 1, **axes}), "block" if kept else "none"
+    return Layout(mesh=mesh, micro_batch_size=rows, remat=remat, kept_outputs=kept)
+
+
+_PRODUCTS: tuple[KeptOutput, ...] = ("q", "k", "v", "attention", "o", "gate", "up", "down")
 
 
 # By recipe and number of GPUs.
 KNOWN: dict[tuple[str, int], Layout] = {
-    ("9b_sft", 8): _known({"fsdp": 8}, 4, "q", "k", "v", "attention", "o", "gate", "up", "down"),
+    ("2b_pretrain", 8): _known(4, *_PRODUCTS, fsdp=8),
+    ("2b_pretrain", 16): _known(2, *_PRODUCTS, fsdp=16),
+    ("9b_pretrain", 8): _known(1, *_PRODUCTS, fsdp=8),
+    ("9b_pretrain", 16): _known(2, *_PRODUCTS, fsdp=16),
+    ("27b_pretrain", 8): _known(1, "q", "k", "o", "down", fsdp=4, tensor=2),
+    ("27b_pretrain", 16): _known(1, *_PRODUCTS, fsdp=8, tensor=2),
+    ("2b_sft", 8): _known(4, *_PRODUCTS, data=2, fsdp=4),
+    ("2b_sft", 16): _known(8, *_PRODUCTS, fsdp=16),
+    ("9b_sft", 8): _known(4, *_PRODUCTS, fsdp=8),
+    ("9b_sft", 16): _known(2, *_PRODUCTS, data=2, fsdp=8),
+    ("27b_sft", 8): _known(1, "q", "k", "v", "attention", "o", "gate", "down", fsdp=4, tensor=2),
+    ("27b_sft", 16): _known(2, *_PRODUCTS, fsdp=8, context=2),
+    ("2b_lora", 8): _known(1, data=8),
+    ("2b_lora", 16): _known(1, data=16),
+    ("9b_lora", 8): _known(1, *_PRODUCTS, fsdp=8),
+    ("9b_lora", 16): _known(1, *_PRODUCTS, data=2, fsdp=8),
+    ("27b_lora", 8): _known(1, *_PRODUCTS, fsdp=8),
+    ("27b_lora", 16): _known(1, *_PRODUCTS, data=2, fsdp=8),
 }
 
 
