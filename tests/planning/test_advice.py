@@ -10,7 +10,7 @@ from compilers import needs_plugin
 from rich.console import Console
 
 from gemma2_jax import plan, recipes
-from gemma2_jax.config import Config, MeshConfig, TrainConfig
+from gemma2_jax.config import ComputeConfig, Config, MeshConfig, TrainConfig
 from gemma2_jax.mesh import make_mesh
 from gemma2_jax.planning import advice, compiled_step
 from gemma2_jax.planning.gpus import H100, Gpu
@@ -23,6 +23,7 @@ CONFIG = replace(
     recipes.load_recipe("tiny_sft"),
     train=TrainConfig(sequence_length=256, global_batch_size=16, micro_batch_size=4),
     mesh=MeshConfig(),
+    compute=ComputeConfig(),
 )
 ACTIVATIONS = 100_000_000
 HALF = "--train.micro_batch_size 2"
