@@ -1,8 +1,8 @@
 """The layouts that searches found for the recipes on H100s, and the choice of one for a run: `--mesh auto`.
 
 The table is the best of what `python -m benchmarks.layouts --gpus 8 16 --limit 3` printed, and for 9b_sft on 8 GPUs of
-what an earlier search did, since the predictions of today put that layout too low to be tried. A run that is not in it, or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is
-compiled for that.
+what an earlier search did, since the predictions of today put that layout too low to be tried. A run that is not in
+it, or other GPUs, take the layout that is predicted to be the fastest (`layouts`); nothing is compiled for that.
 """
 
 from __future__ import annotations
