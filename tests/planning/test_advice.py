@@ -126,7 +126,8 @@ def test_the_command_prints_advice_and_keeps_it(make_advice, tmp_path, monkeypat
     for memory_bytes, options in ((150_000_000, ["--mesh.fsdp 2", HALF, "--mesh.tensor 2"]), (300_000_000, [])):
         (tmp_path / "gpu.toml").write_text(f'base = "h100"\nmemory_bytes = {memory_bytes}\n')
         command = (
-            f"plan --config tiny_sft --gpus 2 --train.micro_batch_size 4 --device {tmp_path}/gpu.toml --json {path}"
+            "plan --config tiny_sft --gpus 2 --train.micro_batch_size 4 --compute.remat block "
+            f"--device {tmp_path}/gpu.toml --json {path}"
         )
         monkeypatch.setattr(sys, "argv", [*command.split(), "--hlo", str(tmp_path / "step.hlo")])
         plan.main()
